@@ -1,0 +1,134 @@
+"""One TOML file configures both sides: `[link]` and `[weights]` are shared, `[plugin.*]` is read in the server,
+`[trainer.*]` by the trainer (`aurora_trainer.config` adds those sections to this model).
+
+The server finds the file through AURORA_CONFIG; AURORA_SET="plugin.capture.sample_rate=0.1 link.endpoint=..." overrides
+single keys. Unknown keys are errors. This module imports neither torch nor sglang.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+ENV_CONFIG = "AURORA_CONFIG"
+ENV_SET = "AURORA_SET"
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _loopback(endpoint: str) -> str:
+    local = ("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:")
+    if not endpoint.startswith(local):
+        raise ValueError(
+            f"endpoint {endpoint!r} leaves this machine and the link is not encrypted; "
+            "expected ipc://... or tcp://127.0.0.1:PORT"
+        )
+    return endpoint
+
+
+class LinkConfig(Section):
+    """The ZeroMQ link. The trainer binds, every server connects."""
+
+    endpoint: Annotated[str, AfterValidator(_loopback)] = "tcp://127.0.0.1:5590"
+    max_message_bytes: PositiveInt = 64 << 20
+
+
+class WeightsConfig(Section):
+    """The shared directory through which weights travel."""
+
+    directory: Path = Path("aurora-weights")
+
+
+class CaptureConfig(Section):
+    """What is taken from the verify step."""
+
+    enabled: bool = True
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # of requests, by a hash of the request id
+    topk_logits: Annotated[int, Field(ge=1, le=128)] = 64  # kept target logits per node
+    max_prompt_features: Annotated[int, Field(ge=0)] = 1024  # of a chunk's last tokens; the rest is counted
+
+
+class PublishConfig(Section):
+    """The publisher's bounds. The oldest queued message is dropped when either is reached."""
+
+    queue_bytes: PositiveInt = 256 << 20
+    queue_messages: PositiveInt = 4096
+    heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
+
+
+class SwapConfig(Section):
+    """How new weights are noticed."""
+
+    enabled: bool = True
+    poll_s: Annotated[float, Field(gt=0)] = 0.25
+
+
+class PluginConfig(Section):
+    capture: CaptureConfig = CaptureConfig()
+    publish: PublishConfig = PublishConfig()
+    swap: SwapConfig = SwapConfig()
+
+
+class ServerConfig(Section):
+    """The whole file as the server reads it; the trainer's sections are the trainer's to check."""
+
+    link: LinkConfig = LinkConfig()
+    weights: WeightsConfig = WeightsConfig()
+    plugin: PluginConfig = PluginConfig()
+    trainer: dict[str, Any] = {}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text says which file, key, what was expected."""
+
+
+def load(model: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
+    """Read `path` (None: all defaults), apply `section.key=value` overrides (TOML values, or bare strings), check.
+
+    Raises ConfigError.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{path}: {error}") from None
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        raise ConfigError("\n".join([f"{path or 'defaults'} is not a valid configuration:", *lines])) from None
+
+
+def load_server_config() -> ServerConfig:
+    """The one place where the plugin reads the environment."""
+    path = os.environ.get(ENV_CONFIG)
+    return load(ServerConfig, Path(path) if path else None, shlex.split(os.environ.get(ENV_SET, "")))
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, eq, text = override.partition("=")
+    if not eq or not key:
+        raise ConfigError(f"override {override!r}: expected section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, leaf = key.split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {section} is not a section")
+    data[leaf] = value

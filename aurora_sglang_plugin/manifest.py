@@ -1,0 +1,129 @@
+"""CONTRACT 2, the weights: what a trainer publishes to servers through a shared file system.
+
+    DIRECTORY/v000042/config.json          the draft's Hugging Face config
+    DIRECTORY/v000042/model.safetensors    the draft's weights; never the target's embedding
+    DIRECTORY/v000042/manifest.json        this module's Manifest: binds the other two by size and hash
+    DIRECTORY/CURRENT                      one line, "v000042": the version to serve
+    DIRECTORY/REJECTED                     one JSON line per version that a server rolled back
+
+A version directory appears whole (written under a temporary name, fsynced, renamed) and is never written again.
+CURRENT is replaced by rename. A reader that loses a race with the clean-up of an old version reads CURRENT again.
+
+This module imports neither torch nor sglang, so that both sides can read it cheaply.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import msgspec
+
+FORMAT = 1
+CURRENT = "CURRENT"
+REJECTED = "REJECTED"
+FILES = ("config.json", "model.safetensors")
+MAX_MANIFEST_BYTES = 4 << 20
+
+
+class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str  # as safetensors names it: F32, BF16, F16, I64, BOOL
+    shape: tuple[int, ...]
+    sha256: str  # of the tensor's bytes
+
+
+class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    nbytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    format: int
+    version: int  # counts published weights, from 1
+    parent: int  # the version that training went on from, 0 for the initial draft
+    target: str  # target_fingerprint() of the target that it drafts for
+    d2t_sha256: str  # of the d2t tensor's bytes, "" without a reduced vocabulary
+    optimizer_step: int
+    created_unix_s: float
+    files: dict[str, File]
+    tensors: dict[str, Tensor]
+    gate: dict[str, float | str] = {}  # what the gate measured when it let this version pass
+
+
+class ManifestError(ValueError):
+    """Weights that must not be loaded. `cause` is a short constant for counters."""
+
+    def __init__(self, cause: str, detail: str):
+        super().__init__(f"{cause}: {detail}")
+        self.cause = cause
+
+
+def version_name(version: int) -> str:
+    return f"v{version:06d}"
+
+
+def current_version(directory: Path) -> int | None:
+    """The version that CURRENT names, or None where nothing was published. Raises ManifestError("current")."""
+    try:
+        with open(Path(directory) / CURRENT) as file:
+            text = file.read(64).strip()
+    except FileNotFoundError:
+        return None
+    if not re.fullmatch(r"v\d{6,12}", text):
+        raise ManifestError("current", f"{directory}/{CURRENT} holds {text!r}, expected a name like v000042")
+    return int(text[1:])
+
+
+def read_manifest(version_dir: Path) -> Manifest:
+    """Read and check manifest.json against its directory's name and files' sizes; hashes are for the loader to check.
+
+    Raises ManifestError with cause one of: missing, manifest, format, name, size.
+    """
+    path = Path(version_dir) / "manifest.json"
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ManifestError("manifest", f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        manifest = msgspec.json.decode(data, type=Manifest)
+        sizes = {name: (Path(version_dir) / name).stat().st_size for name in FILES}
+    except FileNotFoundError as error:
+        raise ManifestError("missing", str(error)) from None
+    except msgspec.MsgspecError as error:
+        raise ManifestError("manifest", f"{path}: {error}") from None
+    if manifest.format != FORMAT:
+        raise ManifestError("format", f"{path} has format {manifest.format}, this side reads {FORMAT}")
+    if version_name(manifest.version) != Path(version_dir).name:
+        raise ManifestError("name", f"{version_dir} holds version {manifest.version}")
+    if set(manifest.files) != set(FILES) or any(manifest.files[n].nbytes != sizes[n] for n in FILES):
+        raise ManifestError("size", f"{version_dir}: files are {sizes}, the manifest says {manifest.files}")
+    return manifest
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def target_fingerprint(model: str) -> str:
+    """Identify a target by its files: config.json, and each weight file's name, size, first and last 64 KiB.
+
+    `model` is a directory or the name of a Hugging Face model that is in the local cache. Reads little, so that it is
+    cheap for a model of any size; two fine-tunes of one model differ in their weights' bytes, hence in this.
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        from huggingface_hub import snapshot_download
+
+        directory = Path(snapshot_download(model, local_files_only=True))
+    digest = hashlib.sha256(json.dumps(json.loads((directory / "config.json").read_text()), sort_keys=True).encode())
+    for path in sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 16))
+            file.seek(max(0, size - (1 << 16)))
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:32]
