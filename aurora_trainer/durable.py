@@ -1,0 +1,83 @@
+"""Files that survive a kill at any instant: a directory appears whole under its name, or not at all.
+
+Readers see the old name or the new one. `step` is called with a name before every system call that changes the disk;
+the tests end the process there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+Step = Callable[[str], None]
+
+
+def no_step(name: str) -> None:
+    """The default `step`: nothing happens between two system calls."""
+
+
+def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step = no_step) -> Path:
+    """Write parent/name/{files}: under a temporary name first, every file and directory synced, then renamed."""
+    temporary = parent / f"{name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    step("mkdir")
+    temporary.mkdir()
+    for file_name, data in files.items():
+        _write_file(temporary / file_name, data, step)
+    _sync_directory(temporary, step)
+    step("rename")
+    os.rename(temporary, parent / name)
+    _sync_directory(parent, step)
+    return parent / name
+
+
+def replace_file(path: Path, data: bytes, step: Step = no_step) -> None:
+    """Replace a file by rename, so that a reader finds the old content or the new."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    _write_file(temporary, data, step)
+    step("replace")
+    os.replace(temporary, path)
+    _sync_directory(path.parent, step)
+
+
+def remove_temporaries(directory: Path) -> list[str]:
+    """Remove what dead writers left. Only for the one writer of `directory`. Returns the names removed."""
+    names = sorted(p.name for p in directory.glob("*.tmp-*"))
+    for name in names:
+        remove_directory(directory / name)
+    return names
+
+
+def remove_directory(path: Path, step: Step = no_step) -> None:
+    """Remove a directory or file; a half-removed directory has a temporary name, so that nobody takes it for whole."""
+    if path.is_dir() and ".tmp-" not in path.name:
+        doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        step("rename doomed")
+        os.rename(path, doomed)
+        path = doomed
+    step("remove")
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write_file(path: Path, data: bytes, step: Step) -> None:
+    step(f"open {path.name}")
+    with open(path, "wb") as file:
+        # Two writes, so that a test can end the process in the middle of a file.
+        file.write(data[: len(data) // 2])
+        file.flush()
+        step(f"write {path.name}")
+        file.write(data[len(data) // 2 :])
+        file.flush()
+        step(f"fsync {path.name}")
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path, step: Step) -> None:
+    step(f"fsync {path.name}")
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""Publishing: a reader finds the old version or the new one, complete, wherever the writer is killed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
+from aurora_trainer.publish_weights import WeightsWriter, cast, rejected_versions, versions
+
+FIELDS = {"target": "t" * 32, "parent": 0, "optimizer_step": 7}
+
+
+def tensors(fill: float) -> dict[str, torch.Tensor]:
+    return {
+        "fc.weight": torch.full((4, 6), fill),
+        "norm.weight": torch.full((4,), fill, dtype=torch.bfloat16),
+        "d2t": torch.arange(5),
+        "embed_tokens.weight": torch.zeros(3, 4),
+    }
+
+
+def read_current(directory: Path) -> tuple[int, float]:
+    """What a careful reader finds: the version and its fill value, every hash checked."""
+    version = current_version(directory)
+    manifest = read_manifest(directory / version_name(version))
+    for name, file in manifest.files.items():
+        assert sha256_file(directory / version_name(version) / name) == file.sha256
+    loaded = load_file(directory / version_name(version) / "model.safetensors")
+    assert set(loaded) == set(manifest.tensors) == {"fc.weight", "norm.weight", "d2t"}
+    return version, loaded["fc.weight"].unique().item()
+
+
+def test_versions_count_on_and_old_ones_go(tmp_path):
+    writer = WeightsWriter(tmp_path, keep=3)
+    for i in range(1, 6):
+        assert writer.publish(tensors(i), {"a": 1}, **FIELDS, gate={"reason": "first"}) == i
+    assert versions(tmp_path) == [3, 4, 5]
+    assert read_current(tmp_path) == (5, 5.0)
+    manifest = read_manifest(tmp_path / "v000005")
+    assert manifest.gate == {"reason": "first"} and manifest.d2t_sha256 == manifest.tensors["d2t"].sha256
+    assert manifest.tensors["norm.weight"].dtype == "BF16"
+    writer.close()
+    assert WeightsWriter(tmp_path).publish(tensors(9), {}, **FIELDS) == 6
+
+
+def test_current_is_never_removed(tmp_path):
+    writer = WeightsWriter(tmp_path, keep=2)
+    writer.publish(tensors(1), {}, **FIELDS)
+    for stray in (7, 8, 9):  # versions that nobody made current
+        (tmp_path / version_name(stray)).mkdir()
+    writer.publish(tensors(2), {}, **FIELDS)
+    assert read_current(tmp_path) == (2, 2.0)
+
+
+def test_equal_weights_are_not_published_again(tmp_path):
+    writer = WeightsWriter(tmp_path)
+    assert writer.publish(tensors(1), {}, **FIELDS) == 1
+    assert writer.publish(tensors(1), {}, **FIELDS) is None
+    writer.close()
+    assert WeightsWriter(tmp_path).publish(tensors(1), {}, **FIELDS) is None
+    assert versions(tmp_path) == [1]
+
+
+def test_a_version_that_was_never_current_may_come_again(tmp_path):
+    writer = WeightsWriter(tmp_path)
+    for fill in (1, 2):
+        writer.publish(tensors(fill), {}, **FIELDS)
+    (tmp_path / "CURRENT").write_text("v000001\n")  # as if killed before CURRENT was replaced
+    writer.close()
+    assert WeightsWriter(tmp_path).publish(tensors(2), {}, **FIELDS) == 3
+
+
+def test_a_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
+    first = WeightsWriter(tmp_path)
+    with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        WeightsWriter(tmp_path)
+    first.close()
+    WeightsWriter(tmp_path).close()
+
+
+def test_rejected_lists_versions_and_skips_half_lines(tmp_path):
+    assert rejected_versions(tmp_path) == set()
+    (tmp_path / "REJECTED").write_text(json.dumps({"version": 3, "reason": "canary"}) + '\n{"version": 4}\n{"vers')
+    assert rejected_versions(tmp_path) == {3, 4}
+
+
+def test_cast_copies_and_leaves_integers():
+    source = tensors(1.001)
+    out = cast(source, torch.bfloat16)
+    assert out["fc.weight"].dtype == torch.bfloat16 and out["d2t"].dtype == torch.int64
+    assert out["d2t"].data_ptr() != source["d2t"].data_ptr()
+
+
+KILLED_WRITER = """
+import os, sys, torch
+sys.path[:0] = {path!r}
+import test_publish_weights as t
+from aurora_trainer.publish_weights import WeightsWriter
+from pathlib import Path
+steps = []
+for i in range(1000):
+    directory = Path({directory!r}) / str(i)
+    writer = WeightsWriter(directory, keep=2)
+    for fill in (1, 2):
+        writer.publish(t.tensors(fill), {{}}, **t.FIELDS)
+    writer.close()
+    pid = os.fork()
+    if pid == 0:  # the killed process: its third publish ends before system call i
+        count = iter(range(1000))
+        def step(name):
+            if next(count) == i:
+                os.kill(os.getpid(), 9)
+        WeightsWriter(directory, keep=2, step=step).publish(t.tensors(3), {{}}, **t.FIELDS)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    if status == 0:
+        break
+print(i)
+"""
+
+
+def test_a_writer_killed_at_any_step_leaves_old_or_new(tmp_path):
+    code = KILLED_WRITER.format(path=[str(Path(__file__).parent)], directory=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    steps = int(run.stdout)
+    assert steps > 15  # mkdir, 3 files x 3, syncs, renames, CURRENT, clean-up
+    found = []
+    for i in range(steps):
+        directory = tmp_path / str(i)
+        found.append(read_current(directory))
+        writer = WeightsWriter(directory, keep=2)  # the next writer cleans up and goes on
+        assert not list(directory.glob("*.tmp-*"))
+        assert writer.publish(tensors(4), {}, **FIELDS) > found[-1][0]
+        assert read_current(directory)[1] == 4.0
+        writer.close()
+    assert set(found) == {(2, 2.0), (3, 3.0)} and found == sorted(found)
