@@ -20,6 +20,7 @@ This module imports neither torch nor sglang, so that both sides can read it che
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -64,7 +65,7 @@ FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]]] = {
         "next_tokens": (("int32",), ("B", "P")),  # tokens committed after path nodes; valid for the first feature_lens
         "aux_hidden_states": (_FLOAT, ("T", "F")),  # features of the path nodes, T = sum(feature_lens)
         "topk_ids": (("int32",), ("B", "N", "K")),
-        "topk_logits": (("float32", "float16", "bfloat16"), ("B", "N", "K")),  # raw target's, before sampling edits them
+        "topk_logits": (_FLOAT, ("B", "N", "K")),  # the raw target's, before sampling edits them
         "logsumexp": (("float32",), ("B", "N")),
     },
     "end": {"committed_lens": (("int32",), ("B",))},  # prompt + output tokens that the client may see
@@ -81,7 +82,7 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def nbytes(self) -> int:
-        return DTYPES[self.dtype].itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)  # Python integers: nothing to overflow
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -92,6 +93,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     epoch: str  # one publisher's life, random; a restarted server has a new one
     captured_seq: int  # messages captured up to and including this one (heartbeats are not captured)
     sent_seq: int  # messages sent up to and including this one (heartbeats included)
+    heartbeats: int  # heartbeats sent up to and including this one: sent = sent_seq - heartbeats
     dropped: dict[str, int]  # messages dropped so far, by cause
     queued: int  # messages still queued behind this one
     target: str  # fingerprint of the target (manifest.target_fingerprint)
@@ -165,7 +167,7 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
         if frame.dtype not in dtypes:
             raise WireError("dtype", f"{frame.name} is {frame.dtype}, expected one of {dtypes}")
         if len(frame.shape) != len(shape) or any(
-            n < 0 or sizes.setdefault(letter, n) != n for letter, n in zip(shape, frame.shape)
+            not 0 <= n < 1 << 31 or sizes.setdefault(letter, n) != n for letter, n in zip(shape, frame.shape)
         ):
             raise WireError("shape", f"{frame.name} is {frame.shape}, expected {shape} with {sizes}")
         if len(part) != frame.nbytes:
@@ -178,8 +180,12 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
 
 def _check_values(message: Message, sizes: dict[str, int]) -> None:
     header, a = message.header, message.arrays
-    if header.sent_seq < 1 or header.captured_seq < 0 or min(header.dropped.values(), default=0) < 0:
+    if header.sent_seq < 1 or min(header.captured_seq, header.heartbeats, *header.dropped.values(), 0) < 0:
         raise WireError("values", "negative counters")
+    if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
+        raise WireError("values", "version out of bounds")
+    if not 0 <= header.time_ns < 1 << 63:
+        raise WireError("values", "time out of bounds")
     if header.kind in ("prefill", "verify"):
         if int(a["feature_lens"].sum(dtype=np.int64)) != sizes["T"] or (a["feature_lens"] < 0).any():
             raise WireError("values", f"feature_lens sum to {a['feature_lens'].sum()}, {sizes['T']} rows came")
