@@ -1,0 +1,220 @@
+"""What a step teaches, taken on the scheduler's thread: decide which requests are sampled, copy the step's tensors,
+queue a snapshot. Everything else (top-K on the CPU, parents, packing) happens on the publisher's thread, in
+snapshot.py. No state per request.
+
+Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from aurora_kernels.topk_logprobs import topk_logprobs
+
+from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.snapshot import End, Prefill, Verify
+from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots
+from aurora_sglang_plugin.wire import FLAG_ALTERED_DISTRIBUTION
+
+if TYPE_CHECKING:
+    from aurora_sglang_plugin.publish import Publisher
+
+logger = logging.getLogger(__name__)
+
+OPT_OUT = "aurora_capture"  # sampling_params.custom_params = {"aurora_capture": false}
+
+
+class Capture:
+    """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the publisher.
+
+    Methods never raise into serving: this is one of the two serving boundaries (style rule 10).
+    """
+
+    def __init__(self, config: CaptureConfig, publisher: Publisher, device: torch.device, num_steps: int, topk: int):
+        self.config = config
+        self.publisher = publisher
+        self.num_steps = num_steps
+        self.topk = topk
+        if device.type == "cuda":
+            self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
+        else:
+            self.transfer = HostTensors()
+        self.seconds = 0.0  # spent on the scheduler's thread
+        self.errors = 0
+        self.prompt_tokens_skipped = 0  # beyond max_prompt_features
+        self._size = 0  # B of the verify step that is running
+        self._rows: list[int] = []  # of the verify step that is running: which of its requests are sampled
+        self._index: torch.Tensor | None = None  # the same on the device
+        self._logits: dict[str, torch.Tensor] = {}
+
+    def sampled(self, req: Any) -> bool:
+        """By a hash of the request id: a request's steps are taken all or not at all, on every rank alike."""
+        custom = req.sampling_params.custom_params
+        if custom is not None and custom.get(OPT_OUT) is False:
+            return False
+        rate = self.config.sample_rate
+        return rate >= 1.0 or zlib.crc32(req.rid.encode()) < rate * 2**32
+
+    def prefill(self, batch: Any, input_ids: torch.Tensor, result: Any, version: int) -> None:
+        """After the draft's extend, which leaves the ids rotated left by one in batch.input_ids."""
+        with self._boundary("prefill"):
+            chunks = self._chunks(batch)
+            if not chunks:
+                return
+            spans = [(end - n, end) for _, _, n, end in chunks]
+            hidden = result.logits_output.hidden_states
+            take = partial(_take, spans=spans)
+            tensors = {
+                "hidden": take(hidden),
+                "input_ids": take(input_ids),
+                "rotated_ids": take(batch.input_ids),  # the last one of a chunk is the token after it
+                "seq_lens": _copy(batch.seq_lens),
+            }
+            host = dict(
+                rows=[row for row, *_ in chunks],
+                lens=[n for _, _, n, _ in chunks],
+                prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in chunks],
+            )
+            requests = [req.rid for _, req, _, _ in chunks]
+            self._offer("prefill", Prefill, tensors, host, requests, draft_version=version, extend_version=version)
+
+    def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
+        """(row, request, features to take, end of its rows in the batch) of every chunk that is taken."""
+        chunks, end = [], 0
+        for row, (req, prefix, extend) in enumerate(zip(batch.reqs, batch.prefix_lens, batch.extend_lens)):
+            end += extend
+            if self.sampled(req):
+                first = max(prefix, len(req.origin_input_ids) - self.config.max_prompt_features)
+                taken = max(0, min(extend, prefix + extend - first))
+                self.prompt_tokens_skipped += extend - taken
+                if taken:
+                    chunks.append((row, req, taken, end))
+        return chunks
+
+    def before_verify(self, batch: Any) -> None:
+        self._rows, self._logits = [], {}
+        with self._boundary("rows"):
+            self._size = len(batch.seq_lens)
+            rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
+            cuda = batch.seq_lens.is_cuda
+            self._index = torch.tensor(rows, pin_memory=cuda).to(batch.seq_lens.device, non_blocking=True)
+            self._rows = rows
+
+    def before_sampling(self, logits: torch.Tensor) -> None:
+        """The raw target's logits [B * N, V]; sampling is about to edit them in place (penalties, bias, grammar)."""
+        if not self._rows:
+            return
+        with self._boundary("logits"):
+            rows = logits.view(self._size, -1, logits.shape[-1])
+            if logits.is_cuda:
+                rows = rows if len(self._rows) == self._size else self._select(rows)
+                k = min(self.config.topk_logits, rows.shape[-1])
+                ids, kept, logsumexp = topk_logprobs(rows.flatten(0, 1), k)
+                self._logits = {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
+            else:  # a copy is cheaper here than top-K, which the publisher's thread can do as well
+                self._logits = {"logits": self._select(rows).flatten(0, 1)}
+
+    def verify(self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int) -> None:
+        """After verify: `tree` is the EagleVerifyInput, `result` has the accepted path compacted to the front."""
+        if not self._logits:
+            return
+        with self._boundary("verify"):
+            size, nodes = tree.retrieve_next_token.shape
+            path = result.accept_index.shape[1]
+            select = self._select
+            tensors = {
+                **self._logits,
+                "hidden": select(result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]),
+                "draft_tokens": select(tree.draft_token.view(size, nodes)),
+                "next_token": select(tree.retrieve_next_token),
+                "next_sibling": select(tree.retrieve_next_sibling),
+                "positions": select(tree.positions.view(size, nodes)[:, 0]),
+                "accept_index": select(result.accept_index),
+                "accept_lens": select(result.accept_lens),
+                "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
+            }
+            self._logits = {}
+            reqs = [batch.reqs[row] for row in self._rows]
+            self._offer(
+                "verify",
+                Verify,
+                tensors,
+                dict(k=self.config.topk_logits),
+                [req.rid for req in reqs],
+                flags=[_flags(req) for req in reqs],
+                draft_version=draft_version,
+                extend_version=extend_version,
+                num_steps=self.num_steps,
+                topk=self.topk,
+            )
+
+    def ended(self, req: Any) -> None:
+        """A request gives back its KV rows: it finished, was aborted or was retracted."""
+        with self._boundary("end"):
+            if not self.sampled(req):
+                return
+            length = len(req.output_ids) if req.finished_len is None else req.finished_len
+            end = End(len(req.origin_input_ids) + length)
+            self.publisher.offer("end", end.build, end.nbytes, requests=[req.rid], reasons=[_reason(req)])
+
+    def _select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A private copy of the sampled rows of [B, ...]."""
+        return _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
+
+    def _offer(self, kind: str, snapshot_type: type, tensors: dict, host: dict, requests: list, **header: Any) -> None:
+        staged = self.transfer.stage(tensors)
+        if staged is None:
+            self.publisher.drop("no_slot")
+        else:
+            snapshot = snapshot_type(staged, **host)
+            self.publisher.offer(kind, snapshot.build, snapshot.nbytes, requests=requests, **header)
+
+    @contextmanager
+    def _boundary(self, what: str) -> Iterator[None]:
+        """Time what runs on the scheduler's thread; count its failures, log the first, let serving go on."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self.errors += 1
+            if self.errors == 1:
+                logger.exception("aurora capture failed what=%s: serving goes on, further failures are counted", what)
+        self.seconds += time.perf_counter() - start
+
+
+def _take(tensor: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """A private copy of some spans of rows."""
+    return torch.cat([tensor[start:end] for start, end in spans])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _flags(req: Any) -> int:
+    """Whether anything but the raw target's distribution decides what this request accepts."""
+    p = req.sampling_params
+    altered = (
+        p.logit_bias is not None
+        or p.frequency_penalty != 0.0
+        or p.presence_penalty != 0.0
+        or p.repetition_penalty != 1.0
+        or p.min_new_tokens > 0
+        or req.grammar is not None
+        or getattr(p, "watermark", None) is not None
+    )
+    return FLAG_ALTERED_DISTRIBUTION if altered else 0
+
+
+def _reason(req: Any) -> str:
+    if not req.finished():
+        return "retract"
+    kind = req.finished_reason.to_json()["type"]
+    return kind if kind in ("stop", "length") else "abort"

@@ -1,0 +1,87 @@
+"""How a step's tensors reach the host without making the scheduler's thread or the forward stream wait.
+
+What is staged must be private to the caller: the outputs of a verify step are slices of a CUDA graph's static buffers
+that the next replay overwrites, so the capture copies them on the forward stream (stream order, no synchronisation).
+A side stream then carries the copies to a pinned slot, and the publisher's thread waits for that. No free slot: the
+caller counts a drop. On the CPU the private copies are all there is to do.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class Staged:
+    """Tensors on their way to the host. `fetch` may wait, so only the publisher's thread calls it."""
+
+    tensors: dict[str, torch.Tensor]  # host tensors; on CUDA, views of a pinned slot that is still being written
+    nbytes: int
+    done: torch.cuda.Event | None = None
+    slot: PinnedSlot | None = None
+    pool: PinnedSlots | None = None
+
+    def fetch(self) -> dict[str, torch.Tensor]:
+        if self.done is not None:
+            self.done.synchronize()  # releases the GIL
+        return self.tensors
+
+    def release(self) -> None:
+        """Give the pinned slot back. What was fetched must have been copied out by now."""
+        self.tensors = {}
+        if self.slot is not None:
+            self.pool.free.append(self.slot)
+            self.slot = None
+
+    def __del__(self):  # a message that was dropped unread: the slot may be rewritten only after its copy has ended
+        self.release()
+
+
+class HostTensors:
+    """The CPU's transfer: nothing to move."""
+
+    def stage(self, tensors: dict[str, torch.Tensor]) -> Staged:
+        return Staged(tensors, sum(t.nbytes for t in tensors.values()))
+
+
+@dataclass(eq=False)
+class PinnedSlot:
+    buffer: torch.Tensor  # uint8, pinned
+    done: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
+
+
+class PinnedSlots:
+    """CUDA's transfer: `slots` pinned buffers of `slot_bytes`, one side stream."""
+
+    def __init__(self, device: torch.device, slots: int, slot_bytes: int):
+        self.free: collections.deque[PinnedSlot] = collections.deque(
+            PinnedSlot(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)) for _ in range(slots)
+        )
+        self.slot_bytes = slot_bytes
+        self.side = torch.cuda.Stream(device)
+
+    def stage(self, tensors: dict[str, torch.Tensor]) -> Staged | None:
+        """None where no slot is free or large enough: the caller counts it."""
+        nbytes = sum(-(-t.nbytes // 16) * 16 for t in tensors.values())
+        if nbytes > self.slot_bytes:
+            return None
+        try:
+            slot = self.free.popleft()
+        except IndexError:
+            return None
+        ready = torch.cuda.Event()
+        ready.record()
+        host, offset = {}, 0
+        with torch.cuda.stream(self.side):
+            self.side.wait_event(ready)
+            for name, tensor in tensors.items():
+                tensor.record_stream(self.side)
+                view = slot.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                view.copy_(tensor, non_blocking=True)
+                host[name] = view
+                offset += -(-tensor.nbytes // 16) * 16
+            slot.done.record()
+        return Staged(host, nbytes, slot.done, slot, self)

@@ -1,0 +1,107 @@
+"""The seam: SGLang's EAGLE worker, which also tells the capture what it sees and swaps the draft between two steps.
+
+One decode step, in SGLang's order, with ours marked:
+
+    draft            levels 1..S of every tree (level 1 was proposed by the previous step's draft-extend)
+    verify           the target's forward  > before_sampling: its raw logits  > sampling, acceptance, compaction
+  > swap             every tree of the next step, level 1 included, comes from one version
+  > capture.verify   trees, accepted path, features
+    draft-extend     writes the draft's KV for the accepted path, proposes level 1
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
+
+from aurora_sglang_plugin.capture import Capture
+from aurora_sglang_plugin.config import load_server_config
+from aurora_sglang_plugin.manifest import target_fingerprint
+from aurora_sglang_plugin.metrics import ServerMetrics
+from aurora_sglang_plugin.publish import Publisher
+from aurora_sglang_plugin.reload import Reloader
+
+logger = logging.getLogger(__name__)
+
+_capture: Capture | None = None  # of this process; the release hook has no other way to find it
+
+
+def on_release(req: Any) -> None:
+    """Called by the hook on SGLang's release_kv_cache: the one place that every end of a request passes."""
+    if _capture is not None:
+        _capture.ended(req)
+
+
+class AuroraWorker(EAGLEWorkerV2):
+    """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
+        super().alloc_memory_pool(*args, **kwargs)
+        # The draft is complete now (its head and hot_token_id were set by the line above) and nothing was served yet.
+        self._attach()
+
+    def _attach(self) -> None:
+        global _capture
+        config = load_server_config()
+        target = target_fingerprint(self.server_args.model_path)
+        draft = self._draft_worker
+        self.capture = None
+        self.reloader = None
+        if draft is None:  # a pipeline stage that hosts no draft verifies nothing
+            return
+        tp, model = get_tp_group(), draft.draft_runner.model
+        group = tp.cpu_group if tp.world_size > 1 else None
+        self.reloader = Reloader(model, draft.hot_token_id, config.weights, config.plugin.swap, target, group)
+        self.reloader.apply_at_start()
+        if config.plugin.capture.enabled and tp.rank_in_group == 0:
+            publisher = Publisher(config.link, config.plugin.publish, target)
+            device = model.lm_head.weight.device
+            self.capture = Capture(config.plugin.capture, publisher, device, self.speculative_num_steps, self.topk)
+            self._tell_before_sampling()
+            _capture = self.capture
+        ServerMetrics(self.capture, self.reloader).start()
+        logger.info(
+            "aurora attached capture=%s endpoint=%s weights=%s draft_version=%d target=%s",
+            self.capture is not None,
+            config.link.endpoint,
+            config.weights.directory,
+            self.reloader.version,
+            target,
+        )
+
+    def _tell_before_sampling(self) -> None:
+        """Sampling edits verify's logits in place, and has no seam before it: wrap the target's forward."""
+        forward, capture = self.target_worker.forward_batch_generation, self.capture
+
+        def forward_batch_generation(*args: Any, **kwargs: Any) -> Any:
+            result = forward(*args, **kwargs)
+            if kwargs.get("is_verify"):
+                capture.before_sampling(result.logits_output.next_token_logits)
+            return result
+
+        self.target_worker.forward_batch_generation = forward_batch_generation
+
+    def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if batch.forward_mode.is_idle():
+            result = super().verify(batch, *args, **kwargs)
+            self.reloader.step()  # every rank counts every step
+            return result
+        tree = batch.spec_info
+        if self.capture is not None:
+            self.capture.before_verify(batch)
+        result = super().verify(batch, *args, **kwargs)
+        drafted_by = self.reloader.version
+        self.reloader.step()
+        if self.capture is not None:
+            self.capture.verify(batch, tree, result, drafted_by, self.reloader.version)
+        return result
+
+    def _forward_prefill_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        input_ids = batch.input_ids  # the draft's extend rebinds it to the rotated ids
+        result = super()._forward_prefill_batch(batch, *args, **kwargs)
+        if self.capture is not None and not batch.forward_mode.is_idle():
+            self.capture.prefill(batch, input_ids, result, self.reloader.version)
+        return result
