@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import msgspec
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from safetensors.torch import save
 
 from aurora_sglang_plugin import manifest as contract

@@ -1,0 +1,327 @@
+"""Reloading into a module that loads as SGLang's EAGLE3 draft does: fused qkv and gate_up, shared embedding.
+
+Every file goes through the real directory, watcher and checks.
+"""
+
+import json
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
+from aurora_sglang_plugin.reload import Reloader, make_twin
+from aurora_trainer.publish_weights import WeightsWriter
+
+H, HEADS, KV, I, V, VD, PAD = 8, 4, 2, 12, 32, 20, 24  # noqa: E741
+TARGET = "f" * 32
+
+
+class Draft(nn.Module):
+    """As sglang.srt.models.llama_eagle3: silent about unknown names, loaders attached to the parameters."""
+
+    def __init__(self, embedding: nn.Parameter):
+        super().__init__()
+        self.config = SimpleNamespace(
+            hidden_size=H, intermediate_size=I, num_attention_heads=HEADS, num_key_value_heads=KV, vocab_size=V,
+            draft_vocab_size=VD, tie_word_embeddings=False, rms_norm_eps=1e-6,
+        )  # fmt: skip
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Module()
+        self.model.embed_tokens.weight = embedding
+        self.model.fc = nn.Linear(3 * H, H, bias=False)
+        layer = nn.Module()
+        layer.self_attn = nn.Module()
+        layer.self_attn.qkv_proj = nn.Linear(2 * H, (HEADS + 2 * KV) * 2, bias=False)
+        layer.self_attn.o_proj = nn.Linear(HEADS * 2, H, bias=False)
+        layer.mlp = nn.Module()
+        layer.mlp.gate_up_proj = nn.Linear(H, 2 * I, bias=False)
+        layer.mlp.down_proj = nn.Linear(I, H, bias=False)
+        layer.hidden_norm = nn.RMSNorm(H)
+        self.model.layers = nn.ModuleList([layer])
+        self.model.norm = nn.RMSNorm(H)
+        self.lm_head = nn.Linear(H, PAD, bias=False)
+        layer.self_attn.qkv_proj.weight.weight_loader = self.load_qkv
+        layer.mlp.gate_up_proj.weight.weight_loader = self.load_gate_up
+        self.lm_head.weight.weight_loader = self.load_head
+
+    def load_qkv(self, param, loaded, shard):
+        start, size = {"q": (0, HEADS * 2), "k": (HEADS * 2, KV * 2), "v": ((HEADS + KV) * 2, KV * 2)}[shard]
+        view = param.data.narrow(0, start, size)
+        assert view.shape == loaded.shape
+        view.copy_(loaded)
+
+    def load_gate_up(self, param, loaded, shard):
+        param.data.narrow(0, shard * I, I).copy_(loaded)
+
+    def load_head(self, param, loaded):
+        param[: len(loaded)].data.copy_(loaded)
+        param[len(loaded) :].data.fill_(0)
+
+    def load_weights(self, weights):
+        params = dict(self.named_parameters())
+        fused = [("qkv_proj", "q_proj", "q"), ("qkv_proj", "k_proj", "k"), ("qkv_proj", "v_proj", "v"),
+                 ("gate_up_proj", "gate_proj", 0), ("gate_up_proj", "up_proj", 1)]  # fmt: skip
+        for name, loaded in weights:
+            for new, old, shard in fused:
+                if old in name:
+                    param = params[f"model.{name}".replace(old, new)]
+                    param.weight_loader(param, loaded, shard)
+                    break
+            else:
+                param = params.get(name, params.get(f"model.{name}"))
+                if param is not None:
+                    loader = getattr(param, "weight_loader", lambda p, w: p.data.copy_(w))
+                    loader(param, loaded)
+
+
+def checkpoint(seed: float) -> dict[str, torch.Tensor]:
+    layer = "midlayer."
+    shapes = {
+        "fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (VD, H),
+        layer + "self_attn.q_proj.weight": (HEADS * 2, 2 * H), layer + "self_attn.k_proj.weight": (KV * 2, 2 * H),
+        layer + "self_attn.v_proj.weight": (KV * 2, 2 * H), layer + "self_attn.o_proj.weight": (H, HEADS * 2),
+        layer + "mlp.gate_proj.weight": (I, H), layer + "mlp.up_proj.weight": (I, H),
+        layer + "mlp.down_proj.weight": (H, I), layer + "hidden_norm.weight": (H,),
+    }  # fmt: skip
+    tensors = {n: torch.full(s, float(seed)) for n, s in shapes.items()}
+    return tensors | {"d2t": torch.arange(VD) % 7 * 0 + int(seed) % 5, "t2d": torch.zeros(V, dtype=torch.bool)}
+
+
+class Site:
+    """A server's draft, its reloader, and the directory that a trainer writes."""
+
+    def __init__(self, directory, **swap):
+        self.directory = directory
+        self.writer = WeightsWriter(directory)
+        self.embedding = nn.Parameter(torch.randn(V, H))
+        self.model = Draft(self.embedding)
+        self.hot = torch.arange(VD)
+        self.reloader = Reloader(
+            self.model, self.hot, WeightsConfig(directory=directory), SwapConfig(poll_s=0.001, **swap), TARGET
+        )
+        self.embedding_before = self.embedding.detach().clone()
+        self.addresses = self.find_addresses()
+
+    def find_addresses(self):
+        return {n: p.data_ptr() for n, p in self.model.named_parameters()} | {"hot": self.hot.data_ptr()}
+
+    def publish(self, tensors, config=None, target=TARGET):
+        return self.writer.publish(tensors, config or {"hidden_size": H}, target=target, parent=0, optimizer_step=1)
+
+    def step(self):
+        self.reloader._watcher.poll()
+        return self.reloader.apply_pending()
+
+    def assert_whole(self, seed):
+        """Every parameter, padding apart, holds `seed`; the embedding and all addresses are as they were."""
+        for name, p in self.model.named_parameters():
+            if "embed_tokens" not in name:
+                values = p[:VD] if name == "lm_head.weight" else p
+                assert (values == float(seed)).all(), name
+        assert (self.model.lm_head.weight[VD:] == 0).all()
+        assert torch.equal(self.hot, torch.arange(VD) + int(seed) % 5)
+        assert torch.equal(self.embedding, self.embedding_before)
+        assert self.find_addresses() == self.addresses
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def test_swap_keeps_addresses_and_the_embedding(site):
+    assert site.step() is None and site.reloader.version == 0
+    for seed in (1, 2, 3):
+        assert site.publish(checkpoint(seed)) == seed
+        assert site.step() == seed
+        site.assert_whole(seed)
+        assert site.step() is None
+    assert site.reloader.counters()["swaps"] == 3 and site.reloader.version == 3
+
+
+def test_a_starting_server_takes_the_newest(site):
+    site.publish(checkpoint(1))
+    site.publish(checkpoint(2))
+    assert site.reloader.apply_at_start() == 2
+    site.assert_whole(2)
+
+
+def test_newest_wins_over_a_staged_version_that_nobody_took(site):
+    for seed in (1, 2):
+        site.publish(checkpoint(seed))
+        site.reloader._watcher.poll()
+    assert site.reloader.apply_pending() == 2
+    site.assert_whole(2)
+
+
+def test_twin_is_not_written_while_a_swap_reads_it(site):
+    site.publish(checkpoint(1))
+    site.reloader._watcher.poll()
+    site.reloader._state = "applying"
+    site.publish(checkpoint(2))
+    site.reloader._watcher.poll()  # no room: nothing staged, nothing forgotten, nothing counted
+    assert {p.mean().item() for n, p in site.reloader._twin.named_parameters() if n == "model.norm.weight"} == {1.0}
+    site.reloader._state = "free"
+    assert site.step() == 2 and not site.reloader._watcher.failures
+
+
+def test_rollback(site):
+    for seed in (1, 2):
+        site.publish(checkpoint(seed))
+        site.step()
+    assert site.reloader.rollback() == 1
+    site.assert_whole(1)
+    assert site.reloader.rollback() is None
+    site.publish(checkpoint(3))
+    assert site.step() == 3
+    site.assert_whole(3)
+
+
+def test_old_or_new_but_never_half_while_the_watcher_runs(site):
+    site.reloader.start()
+    done = threading.Event()
+
+    def publish_all():
+        for seed in range(1, 31):
+            site.publish(checkpoint(seed))
+        done.set()
+
+    publisher = threading.Thread(target=publish_all)
+    publisher.start()
+    seen = []
+    while not (done.is_set() and seen and seen[-1] == 30):
+        version = site.reloader.apply_pending()
+        if version is not None:
+            site.assert_whole(version)
+            seen.append(version)
+    publisher.join()
+    site.reloader.close()
+    assert seen == sorted(set(seen)) and len(seen) > 3 and not site.reloader._watcher.failures
+
+
+def test_fp16_overflow_is_refused(tmp_path):
+    site = Site(tmp_path)
+    site.model.half()  # a server in float16: 1e6 is finite in the file and infinite there
+    site.reloader = Reloader(site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
+    site.publish(checkpoint(1) | {"norm.weight": torch.full((H,), 1e6)})
+    assert site.step() is None and site.reloader.counters()["refused_values"] == 1
+
+
+def test_disabled_swap_never_loads(tmp_path):
+    site = Site(tmp_path, enabled=False)
+    site.publish(checkpoint(1))
+    assert site.reloader.apply_at_start() is None
+
+
+def test_a_draft_with_the_targets_head_is_refused(tmp_path):
+    model = Draft(nn.Parameter(torch.zeros(V, H)))
+    model.load_lm_head_from_target = True
+    with pytest.raises(ValueError, match="lm_head"):
+        Reloader(model, None, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
+
+
+def test_twin_shares_the_embedding_and_keeps_loaders():
+    model = Draft(nn.Parameter(torch.zeros(V, H)))
+    twin = make_twin(model)
+    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
+    live, other = model.model.layers[0], twin.model.layers[0]
+    assert live.mlp.gate_up_proj.weight.data_ptr() != other.mlp.gate_up_proj.weight.data_ptr()
+    assert other.self_attn.qkv_proj.weight.weight_loader is live.self_attn.qkv_proj.weight.weight_loader
+    assert dict(twin.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+
+
+
+def bad_tensors(change):
+    tensors = checkpoint(2)
+    change(tensors)
+    return lambda site: site.publish(tensors)
+
+
+def spoil(edit):
+    def make(site):
+        site.publish(checkpoint(2))
+        edit(site.directory / "v000002")
+
+    return make
+
+
+def edit_manifest(version_dir, **fields):
+    path = version_dir / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def flip_byte(version_dir):
+    path = version_dir / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def swap_two_tensors(version_dir):
+    path = version_dir / "model.safetensors"
+    tensors = load_file(path)
+    tensors["norm.weight"], tensors["midlayer.hidden_norm.weight"] = torch.ones(H), torch.zeros(H)
+    save_file(tensors, path)
+
+
+NAN = torch.tensor(float("nan"))
+BAD = {
+    "missing manifest": ("missing", spoil(lambda d: (d / "manifest.json").unlink())),
+    "missing weights": ("missing", spoil(lambda d: (d / "model.safetensors").unlink())),
+    "truncated": ("size", spoil(lambda d: (d / "model.safetensors").write_bytes(b"x" * 99))),
+    "empty manifest": ("manifest", spoil(lambda d: (d / "manifest.json").write_bytes(b""))),
+    "unknown field": ("manifest", spoil(lambda d: edit_manifest(d, more=1))),
+    "future format": ("format", spoil(lambda d: edit_manifest(d, format=2))),
+    "renamed": ("name", spoil(lambda d: edit_manifest(d, version=7))),
+    "bit flip": ("hash", spoil(flip_byte)),
+    "other content": ("hash", spoil(swap_two_tensors)),
+    "other target": ("target", lambda site: site.publish(checkpoint(2), target="0" * 32)),
+    "other config": ("config", lambda site: site.publish(checkpoint(2), {"hidden_size": 16})),
+    "nan": ("values", bad_tensors(lambda t: t["fc.weight"].view(-1)[3].copy_(NAN))),
+    "bf16 inf": ("values", bad_tensors(lambda t: t.update({"norm.weight": (NAN / 1).to(torch.bfloat16).repeat(H)}))),
+    "missing name": ("names", bad_tensors(lambda t: t.pop("midlayer.self_attn.k_proj.weight"))),
+    "unknown name": ("names", bad_tensors(lambda t: t.update({"layers.0.extra": torch.ones(2)}))),
+    "same name twice": ("names", bad_tensors(lambda t: t.update({"model.norm.weight": torch.ones(H)}))),
+    "missing d2t": ("names", bad_tensors(lambda t: t.pop("d2t"))),
+    "wrong shape": ("shape", bad_tensors(lambda t: t.update({"norm.weight": torch.ones(1)}))),
+    "wrong dtype": ("dtype", bad_tensors(lambda t: t.update({"norm.weight": torch.ones(H, dtype=torch.int64)}))),
+    "d2t out of range": ("d2t", bad_tensors(lambda t: t.update({"d2t": torch.full((VD,), V - VD + 1)}))),
+    "d2t maps twice": ("d2t", bad_tensors(lambda t: t["d2t"][1].fill_(int(t["d2t"][0]) - 1))),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_weights_are_refused_counted_and_forgotten(site, case):
+    site.publish(checkpoint(1))
+    assert site.step() == 1
+    cause, make = BAD[case]
+    make(site)
+    for _ in range(3):
+        assert site.step() is None
+    site.assert_whole(1)
+    counted = site.reloader._watcher.failures
+    assert set(counted) == {cause} and counted[cause] == (3 if cause == "missing" else 1)
+    site.publish(checkpoint(4))  # the next good one is taken
+    site.assert_whole(1)
+    assert site.step() == 3
+    site.assert_whole(4)
+
+
+def test_rollback_is_exact_after_many_swaps(site):
+    rng = np.random.default_rng(0)
+    tensors = checkpoint(1)
+    for _ in range(3):
+        for t in tensors.values():
+            if t.is_floating_point():
+                t.copy_(torch.from_numpy(rng.standard_normal(t.shape)))
+        before = [p.detach().clone() for p in site.model.parameters()]
+        site.publish(tensors)
+        assert site.step()
+        site.reloader.rollback()
+        assert all(torch.equal(a, b) for a, b in zip(before, site.model.parameters(), strict=True))
