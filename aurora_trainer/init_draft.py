@@ -1,0 +1,122 @@
+"""An untrained draft for a given target: random, or started from the target's own last layer and head.
+
+Started from the target, the highest aux feature passes through `fc` unchanged, attention adds nothing at first
+(o_proj is zero), and the target's last MLP, final norm and head read the result.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from aurora_trainer import vocab
+from aurora_trainer.draft import Draft
+from aurora_trainer.draft_config import DraftConfig
+from aurora_trainer.target import Target, open_target
+
+Kind = Literal["random", "target"]
+
+
+def init_draft(
+    target_dir: str | Path,
+    out_dir: Path,
+    kind: Kind = "target",
+    draft_vocab: int | None = None,
+    token_counts: Tensor | None = None,
+    aux_layer_ids: tuple[int, ...] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Draft:
+    """Write config.json and model.safetensors of an untrained draft to out_dir, and return it.
+
+    draft_vocab: keep this many target tokens, the most frequent of token_counts [V] (and every end-of-text token).
+    aux_layer_ids: layers of the target whose output is a feature, low to high; None for `default_aux_layer_ids`.
+    Raises ValueError for a target that a draft cannot be made for.
+    """
+    target = open_target(target_dir)
+    v = target.config["vocab_size"]
+    embed = target.embedding()
+    config = draft_config(target, draft_vocab or v, aux_layer_ids)
+    d2t = None
+    if config.draft_vocab_size < v:
+        if token_counts is None or token_counts.shape != (v,):
+            raise ValueError(f"a draft vocabulary of {draft_vocab} needs token_counts of shape ({v},)")
+        d2t = vocab.most_frequent(token_counts, draft_vocab, keep=target.eos_token_ids)
+    draft = Draft(config, embed, d2t)
+    randomise(draft, seed)
+    if kind == "target":
+        start_from_target(draft, target)
+    elif kind != "random":
+        raise ValueError(f"kind {kind!r}: expected random or target")
+    draft.save(out_dir, dtype)
+    return draft
+
+
+def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """Three layers whose outputs are features: SGLang's own choice, or low, middle and last for a shallow target."""
+    if num_layers >= 8:
+        return (1, num_layers // 2 - 1, num_layers - 4)
+    last = num_layers - 2  # the last layer's output is never captured
+    return tuple(sorted({0, last // 2, last}))
+
+
+def draft_config(target: Target, draft_vocab_size: int, aux_layer_ids: tuple[int, ...] | None = None) -> DraftConfig:
+    """One layer with the target's widths and heads. Raises ValueError."""
+    raw = target.config
+    layers = raw["num_hidden_layers"]
+    ids = tuple(aux_layer_ids or default_aux_layer_ids(layers))
+    if len(ids) < 2 or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers - 2:
+        raise ValueError(
+            f"aux layers {ids} of a target of {layers} layers: expected two or more different ids, ascending, "
+            f"between 0 and {layers - 2} (the last layer's output is never captured)"
+        )
+    return DraftConfig.from_json(
+        {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "num_hidden_layers": 1,
+            "head_dim": target.head_dim,
+            "draft_vocab_size": draft_vocab_size,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(ids)},
+            **{
+                key: raw[key]
+                for key in (
+                    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size",
+                    "hidden_act", "rms_norm_eps", "max_position_embeddings", "rope_theta", "rope_scaling",
+                    "rope_parameters",
+                )
+                if key in raw
+            },
+        }
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def randomise(draft: Draft, seed: int) -> None:
+    """Matrices normal with standard deviation 1 / sqrt(fan in), norms one, biases zero. Reproducible by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in draft.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+@torch.no_grad()
+def start_from_target(draft: Draft, target: Target) -> None:
+    """Overwrite what the target's last layer, final norm and head can supply; the rest of attention stays random."""
+    h, layer = draft.config.hidden_size, draft.layers[0]
+    last = f"model.layers.{target.config['num_hidden_layers'] - 1}."
+    draft.fc.weight.zero_()
+    draft.fc.weight[:, -h:] = torch.eye(h)
+    layer.self_attn.o_proj.weight.zero_()
+    layer.hidden_norm.weight.copy_(target.tensor(last + "input_layernorm.weight"))
+    layer.input_layernorm.weight.copy_(target.tensor("model.layers.0.input_layernorm.weight"))
+    layer.post_attention_layernorm.weight.copy_(target.tensor(last + "post_attention_layernorm.weight"))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        getattr(layer.mlp, name).weight.copy_(target.tensor(f"{last}mlp.{name}.weight"))
+    draft.norm.weight.copy_(target.tensor("model.norm.weight"))
+    draft.lm_head.weight.copy_(target.head()[vocab.target_ids(draft.d2t)])
