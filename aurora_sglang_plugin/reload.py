@@ -2,6 +2,7 @@
 
     watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own load_weights
     scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin, hot_token_id
+                               READY <-> OFFERED              while tensor-parallel ranks agree on a step
 
 The twin is the draft module once more, with parameters of its own in the very layout of the live ones (fused qkv and
 gate_up, this rank's shard), so that the swap is copies only: same addresses, CUDA graphs stay valid. A READY twin that
@@ -11,7 +12,6 @@ draft holds by reference, is shared with the twin and never written. This module
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
@@ -19,28 +19,26 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from aurora_sglang_plugin.agree import Agreement
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
 from aurora_sglang_plugin.manifest import ManifestError
-from aurora_sglang_plugin.watch import Expected, Watcher, Weights, canonical_name
+from aurora_sglang_plugin.twin import expected_weights, make_twin, trainable
+from aurora_sglang_plugin.watch import Watcher, Weights
 
 log = logging.getLogger(__name__)
 
-FREE, STAGING, READY, APPLYING = "free", "staging", "ready", "applying"
-TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Values of config.json that a running server cannot change; compared where a version names them.
-FIXED_CONFIG = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "draft_vocab_size", "rms_norm_eps", "hidden_act", "norm_output", "norm_before_fc", "fc_norm",
-    "num_aux_hidden_states", "target_hidden_size", "eagle_config",
-)  # fmt: skip
+FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
+START_TRIES = 5
 
 
 class Reloader:
     """Owns the twin, the previous version's copy, and which version is live.
 
     `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a reduced vocabulary,
-    `target` the target's fingerprint. Raises ValueError for a draft whose weights cannot be swapped.
+    `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU group where there is more than one.
+    Raises ValueError for a draft whose weights cannot be swapped.
     """
 
     def __init__(
@@ -50,6 +48,7 @@ class Reloader:
         weights: WeightsConfig,
         swap: SwapConfig,
         target: str,
+        group: ProcessGroup | None = None,
     ):
         self.version = 0  # 0: the draft that the server was started with
         self.previous_version: int | None = None
@@ -71,24 +70,44 @@ class Reloader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
-        expected = Expected(target, expected_shapes(model, hot_token_id), model.config.vocab_size, _fixed(model.config))
+        expected = expected_weights(model, hot_token_id, target)
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
-        self._enabled = swap.enabled
+        self._watching = not swap.enabled  # disabled: as if it had been started, and never ready
+        self._agreement = Agreement(group) if group is not None else None
 
-    def start(self) -> None:
-        """Start watching. Call it after CUDA graphs were captured: staging allocates, which a capture forbids."""
-        if self._enabled:
+    def step(self) -> int | None:
+        """Once per verify step of every rank, before draft-extend: swap if a version is ready. Returns it, or None.
+
+        Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs forbids. With several
+        tensor-parallel ranks the swap happens at the same step on all of them (`agree.py`).
+        """
+        if not self._watching:
+            self._watching = True
             self._watcher.start()
-
-    def close(self) -> None:
-        self._watcher.close()
+        if self._agreement is None:
+            return self.apply_pending()
+        if self._agreement.due():
+            self._hand_over(READY, OFFERED)  # what is offered stays staged until the ranks have answered
+            self._agreement.offer(self._staged_version if self._state == OFFERED else 0)
+        agreed = self._agreement.answer()
+        if self._state == OFFERED and agreed is not None:
+            self._state = READY
+            return self.apply_pending() if agreed else None
+        return None
 
     def apply_at_start(self) -> int | None:
         """Load the newest published version on this thread, before anything is served. Returns it, or None."""
-        if not self._enabled:
+        if self._watching:
             return None
-        self._watcher.poll()
-        return self.apply_pending()
+        for _ in range(START_TRIES):
+            self._watcher.poll()
+            ready = self._staged_version if self._state == READY else 0
+            if self._agreement is None or self._agreement.ask(ready):
+                return self.apply_pending()
+        return None  # the ranks saw different versions: they will agree while they serve
+
+    def close(self) -> None:
+        self._watcher.close()
 
     def apply_pending(self) -> int | None:
         """On the scheduler thread, between verify and draft-extend: swap in what is staged. Returns the new version.
@@ -183,81 +202,6 @@ class Reloader:
         self.swap_seconds_sum += seconds
         self.swap_seconds_max = max(self.swap_seconds_max, seconds)
         log.info("draft swapped version=%d previous=%s seconds=%.4f", self.version, self.previous_version, seconds)
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The draft's own parameters: all but the embedding, which is the target's."""
-    return [(n, p) for n, p in model.named_parameters() if "embed_tokens" not in n]
-
-
-def make_twin(model: nn.Module) -> nn.Module:
-    """The same module tree with fresh parameters, except the embedding's; everything else is shared.
-
-    Not a deepcopy: that would drop the parameters' attributes (SGLang's `weight_loader`), and copy process groups,
-    streams and attention backends. A loader bound to a live layer is right for the twin: it writes to the parameter
-    that it is given, and reads from the layer only its shard.
-    """
-    memo: dict[int, object] = {}
-
-    def parameter(live: nn.Parameter | None) -> nn.Parameter | None:
-        if live is not None and id(live) not in memo:
-            twin = torch.Tensor._make_subclass(type(live), torch.empty_like(live.data), False)
-            twin.__dict__.update(live.__dict__)
-            memo[id(live)] = twin
-        return None if live is None else memo[id(live)]
-
-    def module(live: nn.Module, name: str) -> nn.Module:
-        if name == "embed_tokens":
-            return live
-        if id(live) not in memo:
-            twin = memo[id(live)] = copy.copy(live)
-            twin._parameters = {n: parameter(p) for n, p in live._parameters.items()}
-            twin._modules = {n: None if m is None else module(m, n) for n, m in live._modules.items()}
-        return memo[id(live)]
-
-    return module(model, "")
-
-
-def expected_shapes(model: nn.Module, hot_token_id: torch.Tensor | None) -> dict[str, tuple[int, ...] | None]:
-    """Canonical names and full (unsharded) shapes of a checkpoint of `model`, from its parameters and its config.
-
-    Raises ValueError where the draft shares its head with the target, or is quantized: such weights cannot be swapped.
-    """
-    config = model.config
-    if getattr(model, "load_lm_head_from_target", False) or getattr(config, "tie_word_embeddings", False):
-        raise ValueError(
-            "this draft uses the target's lm_head or ties its own to the embedding; expected a head of its own: give "
-            "draft_vocab_size in its config.json and tie_word_embeddings=false"
-        )
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for live_name, live in trainable(model):
-        name = canonical_name(live_name)
-        if live.dtype not in TORCH.values():
-            raise ValueError(f"draft parameter {name} is {live.dtype}; expected an unquantized draft")
-        if ".qkv_proj." in name:
-            for part, size in rows.items():
-                shapes[name.replace("qkv_proj", f"{part}_proj")] = (size, *live.shape[1:])
-        elif ".gate_up_proj." in name:
-            for part in ("gate", "up"):
-                shapes[name.replace("gate_up_proj", f"{part}_proj")] = (config.intermediate_size, *live.shape[1:])
-        elif name.endswith("o_proj.weight"):
-            shapes[name] = (live.shape[0], heads * head_dim)
-        elif name.endswith("down_proj.weight"):
-            shapes[name] = (live.shape[0], config.intermediate_size)
-        elif name == "lm_head.weight":  # SGLang pads the rows
-            shapes[name] = (config.draft_vocab_size, live.shape[1])
-        else:
-            shapes[name] = tuple(live.shape)
-    if hot_token_id is not None:
-        shapes["d2t"] = tuple(hot_token_id.shape)
-    return shapes
-
-
-def _fixed(config) -> dict[str, object]:
-    return {k: getattr(config, k) for k in FIXED_CONFIG if getattr(config, k, None) is not None}
 
 
 def _as_torch(dtype: str, array) -> torch.Tensor:

@@ -208,7 +208,7 @@ def _finite(dtype: str, array: np.ndarray) -> bool:
 def _check_d2t(d2t: np.ndarray, target_vocab: int) -> None:
     ids = d2t + np.arange(len(d2t))
     if len(ids) and (ids.min() < 0 or ids.max() >= target_vocab or len(np.unique(ids)) != len(ids)):
-        raise ManifestError("d2t", f"target ids {ids.min()} to {ids.max()} for a vocabulary of {target_vocab}, or one twice")
+        raise ManifestError("d2t", f"target ids {ids.min()} to {ids.max()} of {target_vocab}, or one of them twice")
 
 
 def _check_config(data: bytes, expected: dict[str, object]) -> dict:

@@ -4,7 +4,10 @@ Every file goes through the real directory, watcher and checks.
 """
 
 import json
+import multiprocessing
+import socket
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.reload import Reloader, make_twin
+from aurora_sglang_plugin.reload import Reloader
+from aurora_sglang_plugin.twin import make_twin
 from aurora_trainer.publish_weights import WeightsWriter
 
 H, HEADS, KV, I, V, VD, PAD = 8, 4, 2, 12, 32, 20, 24  # noqa: E741
@@ -183,25 +187,70 @@ def test_rollback(site):
 
 
 def test_old_or_new_but_never_half_while_the_watcher_runs(site):
-    site.reloader.start()
     done = threading.Event()
 
     def publish_all():
-        for seed in range(1, 31):
+        for seed in range(1, 16):
             site.publish(checkpoint(seed))
         done.set()
 
     publisher = threading.Thread(target=publish_all)
     publisher.start()
     seen = []
-    while not (done.is_set() and seen and seen[-1] == 30):
-        version = site.reloader.apply_pending()
+    while not (done.is_set() and seen and seen[-1] == 15):
+        version = site.reloader.step()
         if version is not None:
             site.assert_whole(version)
             seen.append(version)
+        time.sleep(0.0005)
     publisher.join()
     site.reloader.close()
     assert seen == sorted(set(seen)) and len(seen) > 3 and not site.reloader._watcher.failures
+
+
+def rank(number, directory, port, results):
+    """One of two tensor-parallel ranks; rank 1 sees each version some steps after rank 0."""
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number)
+    writer, directory = directory / "writer", directory / f"rank{number}"
+    site = Site(directory)
+    world = torch.distributed.group.WORLD
+    weights = WeightsConfig(directory=writer)
+    reloader = Reloader(site.model, site.hot, weights, SwapConfig(poll_s=9), TARGET, world)
+    steps = [(0, reloader.apply_at_start())]
+    for step in range(1, 101):
+        if step == 10:
+            if number == 0:
+                publisher = WeightsWriter(writer)
+                publisher.publish(checkpoint(2), {}, target=TARGET, parent=1, optimizer_step=2)
+            torch.distributed.barrier()
+        if step in (10, 33) and number == 0 or step == 41:
+            reloader._watcher.poll()
+        version = reloader.step()
+        if version is not None:
+            site.assert_whole(version)
+            steps.append((step, version))
+    results.put(steps)
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_swap_at_the_same_step(tmp_path):
+    (tmp_path / "writer").mkdir()
+    writer = WeightsWriter(tmp_path / "writer")
+    writer.publish(checkpoint(1), {}, target=TARGET, parent=0, optimizer_step=1)
+    writer.close()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    ranks = [fork.Process(target=rank, args=(n, tmp_path, port, results)) for n in (0, 1)]
+    for process in ranks:
+        process.start()
+    first, second = results.get(timeout=60), results.get(timeout=60)
+    for process in ranks:
+        process.join()
+    assert first == second
+    assert [v for _, v in first] == [1, 2] and 41 < first[1][0] <= 41 + 2 * 8
 
 
 def test_fp16_overflow_is_refused(tmp_path):
@@ -216,6 +265,7 @@ def test_disabled_swap_never_loads(tmp_path):
     site = Site(tmp_path, enabled=False)
     site.publish(checkpoint(1))
     assert site.reloader.apply_at_start() is None
+    assert site.reloader.step() is None and not site.reloader._watcher._thread.is_alive()
 
 
 def test_a_draft_with_the_targets_head_is_refused(tmp_path):
@@ -233,8 +283,6 @@ def test_twin_shares_the_embedding_and_keeps_loaders():
     assert live.mlp.gate_up_proj.weight.data_ptr() != other.mlp.gate_up_proj.weight.data_ptr()
     assert other.self_attn.qkv_proj.weight.weight_loader is live.self_attn.qkv_proj.weight.weight_loader
     assert dict(twin.named_parameters()).keys() == dict(model.named_parameters()).keys()
-
-
 
 
 def bad_tensors(change):

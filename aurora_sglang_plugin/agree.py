@@ -1,0 +1,52 @@
+"""Tensor-parallel ranks agree on the step of a swap, by a reduction that is started early and read late.
+
+    step k      every rank offers the version that it has staged (0: none)
+    step k + m  every rank reads the answer: the version, where all offered the same, else 0
+
+All ranks count the same steps, so they swap at the same one. Reading m steps later makes the wait empty in practice;
+it is kept, because a rank that went on without the answer would draft with other weights than its peers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+INTERVAL_STEPS = 8
+
+
+class Agreement:
+    """`group` is the ranks' CPU (gloo) group; calls are made in the same order on every rank."""
+
+    def __init__(self, group: dist.ProcessGroup):
+        self._group = group
+        self._steps = 0
+        self._work: dist.Work | None = None
+        self._extremes = torch.zeros(2, dtype=torch.int64)
+
+    def due(self) -> bool:
+        """Count a step; True where this one offers."""
+        self._steps += 1
+        return self._steps % INTERVAL_STEPS == 1
+
+    def offer(self, version: int) -> None:
+        assert self._work is None
+        self._extremes[0], self._extremes[1] = version, -version
+        self._work = dist.all_reduce(self._extremes, dist.ReduceOp.MIN, self._group, async_op=True)
+
+    def answer(self) -> int | None:
+        """At the last step before the next offer: the agreed version, 0 for none. At other steps None."""
+        if self._work is None or self._steps % INTERVAL_STEPS:
+            return None
+        return self._read()
+
+    def ask(self, version: int) -> bool:
+        """Offer and wait: whether all ranks have the same version (before serving)."""
+        self.offer(version)
+        return self._read() == version
+
+    def _read(self) -> int:
+        self._work.wait()
+        self._work = None
+        smallest, largest = int(self._extremes[0]), -int(self._extremes[1])
+        return smallest if smallest == largest else 0
