@@ -1,0 +1,117 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from aurora_trainer import vocab
+from aurora_trainer.draft import Draft
+from aurora_trainer.init_draft import default_aux_layer_ids, init_draft
+from aurora_trainer.target import open_target
+
+
+def write_target(directory, *, model_type="qwen3", layers=4, tied=False, sharded=False):
+    """A random target as Hugging Face would save it; Qwen3's q_norm and k_norm have no place in the draft."""
+    h, i, heads, kv, d, v = 16, 24, 4, 2, 8, 60
+    g = torch.Generator().manual_seed(0)
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": model_type, "hidden_size": h, "intermediate_size": i,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": v,
+        "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "rope_theta": 5e4,
+        "tie_word_embeddings": tied, "eos_token_id": 59,
+    }  # fmt: skip
+    if model_type == "qwen3":
+        config["head_dim"] = d
+    else:
+        d = h // heads
+    shapes = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
+    if not tied:
+        shapes["lm_head.weight"] = (v, h)
+    for n in range(layers):
+        at = f"model.layers.{n}."
+        shapes |= {
+            at + "input_layernorm.weight": (h,), at + "post_attention_layernorm.weight": (h,),
+            at + "mlp.gate_proj.weight": (i, h), at + "mlp.up_proj.weight": (i, h), at + "mlp.down_proj.weight": (h, i),
+            at + "self_attn.q_proj.weight": (heads * d, h), at + "self_attn.o_proj.weight": (h, heads * d),
+            at + "self_attn.k_proj.weight": (kv * d, h), at + "self_attn.v_proj.weight": (kv * d, h),
+        }  # fmt: skip
+        if model_type == "qwen3":
+            shapes |= {at + "self_attn.q_norm.weight": (d,), at + "self_attn.k_norm.weight": (d,)}
+    tensors = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
+    (directory / "config.json").write_text(json.dumps(config))
+    if sharded:
+        names = list(tensors)
+        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        for file, part in parts.items():
+            save_file({n: tensors[n] for n in part}, directory / file)
+        weight_map = {n: file for file, part in parts.items() for n in part}
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        save_file(tensors, directory / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"sharded": True}, {"tied": True}, {"model_type": "llama"}, {"model_type": "llama", "tied": True}]
+)
+def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    tensors = write_target(target, **kind)
+    out = tmp_path / "draft"
+    init_draft(target, out, "target")
+    draft = Draft.load(out, open_target(target).embedding())
+    assert draft.config.aux_layer_ids == (0, 1, 2) and draft.config.rope_theta == 5e4
+    assert draft.config.head_dim == (4 if kind.get("model_type") == "llama" else 8)
+
+    features = torch.randn(3, 48)
+    state, _ = draft.slots(torch.tensor([1, 2, 3]), features, torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    x = features[:, 32:]  # the highest aux feature, untouched by fc and attention
+
+    def norm(x, name):
+        return torch.nn.functional.rms_norm(x, (16,), tensors[name], 1e-5)
+
+    y, mlp = norm(x, "model.layers.3.post_attention_layernorm.weight"), "model.layers.3.mlp."
+    gate, up, down = (tensors[f"{mlp}{n}_proj.weight"] for n in ("gate", "up", "down"))
+    x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    head = tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"]
+    torch.testing.assert_close(draft.logits(state), norm(x, "model.norm.weight") @ head.T)
+
+
+def test_random_is_reproducible_by_seed_and_owes_the_target_nothing(tmp_path):
+    write_target(tmp_path)
+    a, b, c = (init_draft(tmp_path, tmp_path / n, "random", seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    assert not torch.equal(a.fc.weight, c.fc.weight) and torch.equal(a.fc.weight, b.fc.weight)
+    assert a.lm_head.weight.std().item() == pytest.approx(16**-0.5, rel=0.1)
+
+
+def test_a_reduced_vocabulary_keeps_the_frequent_tokens_their_head_rows_and_end_of_text(tmp_path):
+    tensors = write_target(tmp_path)
+    counts = torch.arange(60).flip(0) * 10
+    draft = init_draft(tmp_path, tmp_path / "d", "target", draft_vocab=10, token_counts=counts)
+    ids = vocab.target_ids(draft.d2t)
+    assert ids.tolist() == [*range(9), 59]
+    assert torch.equal(draft.lm_head.weight, tensors["lm_head.weight"][ids])
+    assert torch.equal(Draft.load(tmp_path / "d", draft.embed).d2t, draft.d2t)
+    with pytest.raises(ValueError, match="token_counts"):
+        init_draft(tmp_path, tmp_path / "e", draft_vocab=10)
+
+
+@pytest.mark.parametrize("ids", [(0, 1, 3), (1, 1, 2), (2, 1, 0), (2,)])
+def test_aux_layers_that_the_server_would_not_capture_are_refused(ids, tmp_path):
+    write_target(tmp_path)
+    with pytest.raises(ValueError, match="aux layers"):
+        init_draft(tmp_path, tmp_path / "d", aux_layer_ids=ids)
+
+
+def test_default_aux_layers():
+    assert default_aux_layer_ids(36) == (1, 17, 32)  # SGLang's, named as outputs
+    assert default_aux_layer_ids(4) == (0, 1, 2)
+    assert default_aux_layer_ids(6) == (0, 2, 4)
+
+
+def test_a_directory_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="safetensors"):
+        open_target(tmp_path)
