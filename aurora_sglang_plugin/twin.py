@@ -12,11 +12,11 @@ from torch import nn
 
 from aurora_sglang_plugin.watch import Expected, canonical_name
 
-# Values of config.json that a running server cannot change; compared where a version names them.
+# Values of config.json, or of its eagle_config, that a running server cannot change; compared where both name them.
 FIXED_CONFIG = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "draft_vocab_size", "rms_norm_eps", "hidden_act", "norm_output", "norm_before_fc", "fc_norm",
-    "num_aux_hidden_states", "target_hidden_size", "eagle_config",
+    "num_aux_hidden_states", "target_hidden_size", "eagle_aux_hidden_state_layer_ids",
 )  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def make_twin(model: nn.Module) -> nn.Module:
 
 def expected_weights(model: nn.Module, hot_token_id: torch.Tensor | None, target: str) -> Expected:
     """What a published version must hold to be loaded into `model`. Raises ValueError as `expected_shapes`."""
-    fixed = {k: getattr(model.config, k) for k in FIXED_CONFIG if getattr(model.config, k, None) is not None}
+    named = vars(model.config) | (getattr(model.config, "eagle_config", None) or {})
+    fixed = {k: named[k] for k in FIXED_CONFIG if named.get(k) is not None}
     return Expected(target, expected_shapes(model, hot_token_id), model.config.vocab_size, fixed)
 
 

@@ -214,8 +214,9 @@ def _check_d2t(d2t: np.ndarray, target_vocab: int) -> None:
 def _check_config(data: bytes, expected: dict[str, object]) -> dict:
     try:
         config = json.loads(data)
-        differing = {k: (config[k], v) for k, v in expected.items() if k in config and config[k] != v}
-    except (ValueError, TypeError) as error:
+        named = config | (config.get("eagle_config") or {})
+        differing = {k: (named[k], v) for k, v in expected.items() if named.get(k) is not None and named[k] != v}
+    except (ValueError, TypeError, AttributeError) as error:
         raise ManifestError("config", f"config.json: {error}") from None
     if differing:
         raise ManifestError("config", f"config.json (theirs, this server's): {differing}")

@@ -33,6 +33,7 @@ class Draft(nn.Module):
         self.config = SimpleNamespace(
             hidden_size=H, intermediate_size=I, num_attention_heads=HEADS, num_key_value_heads=KV, vocab_size=V,
             draft_vocab_size=VD, tie_word_embeddings=False, rms_norm_eps=1e-6,
+            eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
         )  # fmt: skip
         self.model = nn.Module()
         self.model.embed_tokens = nn.Module()
@@ -331,6 +332,10 @@ BAD = {
     "other content": ("hash", spoil(swap_two_tensors)),
     "other target": ("target", lambda site: site.publish(checkpoint(2), target="0" * 32)),
     "other config": ("config", lambda site: site.publish(checkpoint(2), {"hidden_size": 16})),
+    "other aux layers": (
+        "config",
+        lambda site: site.publish(checkpoint(2), {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}),
+    ),
     "nan": ("values", bad_tensors(lambda t: t["fc.weight"].view(-1)[3].copy_(NAN))),
     "bf16 inf": ("values", bad_tensors(lambda t: t.update({"norm.weight": (NAN / 1).to(torch.bfloat16).repeat(H)}))),
     "missing name": ("names", bad_tensors(lambda t: t.pop("midlayer.self_attn.k_proj.weight"))),
