@@ -1,0 +1,112 @@
+"""Resume checkpoints: everything that training goes on from, written whole or not at all.
+
+    DIRECTORY/step-00000123/state.safetensors    weights, fp32 masters, moments, random states, whatever is a tensor
+    DIRECTORY/step-00000123/state.json           schedule, counters, versions, cursor, whatever is not
+    DIRECTORY/step-00000123/manifest.json        size and sha256 of the two
+
+`load_newest` takes the newest that checks, and counts the damaged ones that it passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from aurora_sglang_plugin.config import Section
+from aurora_trainer.durable import Step, no_step, remove_directory, remove_temporaries, write_directory
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class CheckpointConfig(Section):
+    """Where the trainer keeps what it resumes from."""
+
+    directory: Path = Path("aurora-checkpoints")
+    every_s: Annotated[float, Field(ge=0)] = 60.0  # 0: not by time
+    every_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps; 0: not by steps
+    keep: Annotated[int, Field(ge=2)] = 3
+
+
+class Checkpoint:
+    """What `load_newest` found: tensors and values as they were saved, the step, and how many newer were damaged."""
+
+    def __init__(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], damaged: int):
+        self.step, self.tensors, self.state, self.damaged = step, tensors, state, damaged
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    on_step: Step = no_step,
+) -> Path:
+    """Write step-N and remove the oldest beyond `keep`. A damaged one of the same step is replaced.
+
+    `state` must be JSON. Call it from the one trainer of `directory` only.
+    """
+    directory = Path(directory)
+    files = {
+        "state.safetensors": save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}),
+        "state.json": json.dumps(state, sort_keys=True).encode(),
+    }
+    described = {n: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    files["manifest.json"] = json.dumps({"format": FORMAT, "step": step, "files": described}).encode()
+    name = f"step-{step:08d}"
+    if (directory / name).exists():
+        remove_directory(directory / name, on_step)
+    path = write_directory(directory, name, files, on_step)
+    for old in steps(directory)[:-keep]:
+        remove_directory(directory / f"step-{old:08d}", on_step)
+    return path
+
+
+def load_newest(directory: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is none. Also removes what a killed writer left."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in remove_temporaries(directory):
+        log.warning("stale temporary removed name=%s", name)
+    damaged = 0
+    for step in reversed(steps(directory)):
+        try:
+            tensors, state = _read(directory / f"step-{step:08d}", step)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            damaged += 1
+            log.error("checkpoint damaged, trying the one before step=%d error=%s", step, error)
+            continue
+        return Checkpoint(step, tensors, state, damaged)
+    if damaged:
+        raise ValueError(
+            f"{directory} holds {damaged} checkpoints and none can be read; move them away to start from the initial "
+            "draft, or restore one"
+        )
+    return None
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints on disk, ascending, damaged ones included."""
+    return sorted(int(p.name[5:]) for p in Path(directory).glob("step-*") if p.name[5:].isdigit())
+
+
+def _read(path: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    manifest = json.loads((path / "manifest.json").read_text())
+    if manifest["format"] != FORMAT or manifest["step"] != step:
+        raise ValueError(f"format {manifest['format']}, step {manifest['step']}; expected {FORMAT}, {step}")
+    data = {}
+    for name, file in manifest["files"].items():
+        data[name] = (path / name).read_bytes()
+        if len(data[name]) != file["nbytes"] or hashlib.sha256(data[name]).hexdigest() != file["sha256"]:
+            raise ValueError(f"{name} is not the file that the manifest describes")
+    return load(data["state.safetensors"]), json.loads(data["state.json"])
