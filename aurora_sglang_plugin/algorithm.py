@@ -1,0 +1,129 @@
+"""The name AURORA in SGLang: an algorithm that answers every question as EAGLE3 does, with a worker of its own.
+
+What SGLang decides by comparing the name itself is listed in docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_registry import CustomSpecAlgo
+
+from aurora_sglang_plugin.draft_check import check_draft
+
+logger = logging.getLogger(__name__)
+
+NAME = "AURORA"
+TESTED = "0.5.23"
+OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
+PREDICATES = ("is_", "supports_", "has_", "need_", "carries_")
+
+
+class AuroraAlgorithm(CustomSpecAlgo):
+    """EAGLE3 by every predicate. Below the class, SpeculativeAlgorithm's own methods are added to it."""
+
+    def handle_server_args(self, server_args: Any) -> None:
+        """Check the SGLang version and the draft, then resolve arguments as SGLang does for EAGLE3.
+
+        Runs before any model is loaded. Raises ValueError.
+        """
+        check_sglang_version(version("sglang"))
+        if server_args.enable_multi_layer_eagle:
+            raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
+        if server_args.speculative_draft_model_path is None:
+            raise ValueError(
+                "AURORA needs a draft of the target's shape: --speculative-draft-model-path DIR. "
+                "`aurora-trainer init-draft` makes an untrained one for any target."
+            )
+        record = _record(server_args)
+        check_draft(_draft_directory(server_args), _target_config(record))
+        _resolve_as_eagle3(record)
+
+
+def register() -> None:
+    """Make `--speculative-algorithm AURORA` known to this process."""
+
+    @SpeculativeAlgorithm.register(NAME, supports_overlap=True, spec_class=AuroraAlgorithm)
+    def create_worker(server_args: Any) -> type:
+        from aurora_sglang_plugin.worker import AuroraWorker
+
+        return AuroraWorker
+
+
+def check_sglang_version(installed: str) -> None:
+    """Raises ValueError for a version that AURORA was not written for; warns for one that it was not tested with."""
+    number = tuple(int(part) if part.isdigit() else 0 for part in installed.split(".")[:3])
+    if not OLDEST <= number <= NEWEST:
+        span = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+        raise ValueError(f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}")
+    if installed != TESTED:
+        logger.warning("aurora is tested with SGLang %s, this server runs %s", TESTED, installed)
+
+
+def _as_eagle3(name: str) -> Any:
+    def predicate(self: AuroraAlgorithm) -> bool:
+        return getattr(SpeculativeAlgorithm.EAGLE3, name)()
+
+    predicate.__name__ = name
+    return predicate
+
+
+# CustomSpecAlgo lacks some methods of the enum that SGLang calls on any algorithm (carries_draft_hidden_states,
+# create_future_map, need_topk in 0.5.23) and answers others as no EAGLE would. Take all of them from the enum.
+for _name, _member in list(vars(SpeculativeAlgorithm).items()):
+    if not inspect.isfunction(_member) or _name in vars(AuroraAlgorithm):
+        continue
+    if _name.startswith(PREDICATES) and _name != "supports_overlap":  # that one is an attribute of CustomSpecAlgo
+        setattr(AuroraAlgorithm, _name, _as_eagle3(_name))
+    elif not _name.startswith("_") and _name != "create_worker":
+        setattr(AuroraAlgorithm, _name, _member)
+
+
+def _record(server_args: Any) -> Any:
+    """The ServerArgs behind the stand-in that SGLang 0.5.23 hands to a registered algorithm.
+
+    The stand-in records attribute writes only; SGLang's own resolvers declare on the record.
+    """
+    try:
+        view = object.__getattribute__(server_args, "_cfg")
+    except AttributeError:  # SGLang before the stand-in
+        return server_args
+    return object.__getattribute__(view, "_server_args")
+
+
+def _resolve_as_eagle3(record: Any) -> None:
+    """Run SGLang's resolution of an EAGLE3 server. It reads the algorithm's name, so the name is EAGLE3 meanwhile."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    declare_resolution(record, "aurora", speculative_algorithm=SpeculativeAlgorithm.EAGLE3.name)
+    try:
+        SpeculativeAlgorithm.EAGLE3.handle_server_args(record)
+    finally:
+        declare_resolution(record, "aurora", speculative_algorithm=NAME)
+
+
+def _target_config(record: Any) -> dict[str, Any]:
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    return model_config_of(record).hf_text_config.to_dict()
+
+
+def _draft_directory(server_args: Any) -> Path:
+    path = Path(server_args.speculative_draft_model_path)
+    if path.is_dir() or str(path).startswith(("/", ".")):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        revision = server_args.speculative_draft_model_revision
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:
+        raise ValueError(
+            f"--speculative-draft-model-path {path}: neither a directory nor a model that Hugging Face gives: {error}. "
+            "`aurora-trainer init-draft` makes an untrained draft for any target."
+        ) from None

@@ -1,0 +1,2 @@
+def check_draft(draft_dir, target_config):
+    pass
