@@ -180,8 +180,9 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
 
 def _check_values(message: Message, sizes: dict[str, int]) -> None:
     header, a = message.header, message.arrays
-    if header.sent_seq < 1 or min(header.captured_seq, header.heartbeats, *header.dropped.values(), 0) < 0:
-        raise WireError("values", "negative counters")
+    counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
+    if header.sent_seq < 1 or min(counters) < 0 or max(header.sent_seq, *counters) >= 1 << 53:
+        raise WireError("values", "counters out of bounds")
     if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
         raise WireError("values", "version out of bounds")
     if not 0 <= header.time_ns < 1 << 63:

@@ -30,7 +30,7 @@ class Sample:
     attempt: int  # counts re-prefills (retraction, reused id) and cuts at gaps of one request id
     start: int  # absolute position of slot 0; > 0 after a prefix-cache hit or a gap
     prompt_len: int  # tokens of the prompt (positions below it were not generated)
-    reason: str  # how it ended: stop, length, abort, retract, gap, idle
+    reason: str  # how it ended: stop, length, abort, retract, gap, idle, part (of a long request that went on)
     time_ns: int  # wall clock when its last step was captured
     tokens: torch.Tensor  # int64 [L + 1]
     features: torch.Tensor  # [L, F], the server's dtype

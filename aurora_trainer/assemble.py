@@ -1,0 +1,258 @@
+"""Assemble messages into samples: stitch each request's steps by absolute position, cut where it ended.
+
+The server keeps no state per request, so this does: (epoch, request id) -> the open Segment. Rules, in order:
+
+    a message of the epoch is missing     every open segment of that epoch ends before its next step (`gap`): the
+                                          missing one may have ended the request and begun another with the same id
+    a step goes on at segment.next        it extends the segment: chunks, verify steps, plain tokens of mixed chunks
+    a verify step's root lies before it   fewer tokens were committed than accepted: cut back to the root, go on there
+    any other position                    the segment ends (`gap`), a new attempt starts at the step's first feature
+    end                                   cut at the committed length (accepted paths run past EOS, stop, max_tokens)
+    a verify step after `end`             ignored: an overlapped server verifies a finished request once more
+
+A segment that begins at a verify's root loses that one tree, which has no slot to hang from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.config import Section
+from aurora_trainer.sample import Sample
+from aurora_trainer.segment import Quarantine, Segment, Step, Tree, to_sample
+
+MAX_EPOCHS = 64
+MAX_PAST = 1 << 16  # request ids that are remembered after they ended
+
+Key = tuple[str, str]  # epoch, request id
+
+
+class AssembleConfig(Section):
+    """The bounds of what is open, and when a long request's sample is taken."""
+
+    max_bytes: PositiveInt = 1 << 30  # of all open segments; the least recently extended one is taken early
+    max_open: PositiveInt = 4096  # segments
+    max_slots: PositiveInt = 8192  # prompt features kept of one segment, the last ones
+    part_slots: Annotated[int, Field(ge=2)] = 512  # generated slots after which a part of a long request is taken
+    context_slots: NonNegativeInt = 128  # slots of the last part that the next one repeats, as context only
+    idle_s: Annotated[float, Field(gt=0)] = 60.0  # after which a request whose `end` was lost is taken
+    eos_token_ids: tuple[int, ...] = ()  # where to cut when `end` was lost
+
+
+@dataclass(slots=True)
+class _Past:
+    attempts: int = 0
+    prompt_len: int = 0
+    ended_at: int = -1  # the epoch's losses when it ended, -1 while it is open
+
+
+class Assembler:
+    """Messages in, samples out. Deterministic: time passes only through idle()."""
+
+    def __init__(self, config: AssembleConfig):
+        self.config = config
+        self.counters: Counter[str] = Counter()
+        self._open: OrderedDict[Key, Segment] = OrderedDict()  # least recently extended first
+        self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self._epochs: OrderedDict[str, list[int]] = OrderedDict()  # [last captured_seq, losses]
+        self._nbytes = 0
+        self._now_s: float | None = None
+        self._done: list[Sample] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    def add(self, message: wire.Message) -> list[Sample]:
+        """Take one message of wire.decode; returns the samples that it completes."""
+        header = message.header
+        if header.kind == "heartbeat":
+            return []
+        losses = self._enter(header)
+        if losses is None:
+            self.counters["duplicate"] += 1
+            return []
+        {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](message, losses)
+        while self._open and (len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes):
+            self.counters["evicted"] += 1
+            self._close(next(iter(self._open)), "gap")
+        return self._take()
+
+    def idle(self, now_s: float) -> list[Sample]:
+        """Tell the time (any clock); returns the samples of requests that were silent for `idle_s`."""
+        if self._now_s is None:  # what came before the first call was silent since then at most
+            for segment in self._open.values():
+                segment.touched_s = now_s
+        self._now_s = now_s
+        for key, segment in list(self._open.items()):
+            if now_s - segment.touched_s < self.config.idle_s:
+                break
+            self._close(key, "idle")
+        return self._take()
+
+    # ---- one method per kind
+
+    def _prefill(self, message: wire.Message, losses: int) -> None:
+        header, a = message.header, message.arrays
+        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        token = feature = 0
+        for row, request in enumerate(header.requests):
+            length, count = int(a["extend_lens"][row]), int(a["feature_lens"][row])
+            known = np.append(a["input_ids"][token : token + length], a["next_tokens"][row])[length - count :]
+            features = hidden[feature : feature + count].copy()
+            first = int(a["positions"][row]) + length - count  # of the chunk's features
+            token, feature = token + length, feature + count
+            key, prompt_len = (header.epoch, request), int(a["prompt_lens"][row])
+            segment = self._following(key, first, int(known[0]), losses, dtype, hidden.shape[1])
+            if segment is None or segment.prompt_len != prompt_len or not count:
+                self._close(key, "gap")
+                segment = self._begin(key, first, int(known[0]), losses, dtype, prompt_len)
+            if count:
+                versions = np.full(count, header.extend_version, np.int32)
+                self._extend(key, segment, Step(first, known[1:], features, versions), header)
+
+    def _verify(self, message: wire.Message, losses: int) -> None:
+        header, a = message.header, message.arrays
+        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        shape = (header.num_steps, header.topk, message.dtype("topk_logits"), *a["accept_path"].shape[1:])
+        shape += a["topk_ids"].shape[1:]
+        lens, path = a["feature_lens"], a["accept_path"]
+        # The token of an accepted node is the token that was committed after its parent.
+        on_path = np.arange(path.shape[1]) < lens[:, None]
+        tokens = np.take_along_axis(a["draft_tokens"], path.clip(0), 1)
+        crooked = ((tokens[:, 1:] != a["next_tokens"][:, :-1]) & on_path[:, 1:]).any(1)
+        ends = lens.cumsum(dtype=np.int64)
+        for row, request in enumerate(header.requests):
+            key, root, count, end = (header.epoch, request), int(a["positions"][row]), int(lens[row]), int(ends[row])
+            past = self._past.get(key)
+            if past is not None and past.ended_at == losses and key not in self._open:
+                self.counters["after_end"] += 1
+                continue
+            if crooked[row]:
+                self.counters["quarantined"] += 1
+                self._close(key, "gap")
+                continue
+            segment = self._following(key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1])
+            if segment is None or segment.shape not in (None, shape):
+                self._close(key, "gap")
+                prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
+                segment = self._begin(key, root, int(a["draft_tokens"][row, 0]), losses, dtype, prompt_len)
+            if segment.start == root:
+                self.counters["rootless_trees"] += 1
+            segment.shape = shape
+            tree = Tree(
+                tokens=a["draft_tokens"][row].copy(),
+                parents=a["parents"][row].copy(),
+                path=np.where(on_path[row], path[row], -1),
+                topk_ids=a["topk_ids"][row].copy(),
+                topk_logits=a["topk_logits"][row].copy(),
+                logsumexp=a["logsumexp"][row].copy(),
+                version=header.draft_version,
+                altered=bool(header.flags[row] & wire.FLAG_ALTERED_DISTRIBUTION),
+            )
+            versions = np.full(count, header.extend_version, np.int32)
+            step = Step(root, a["next_tokens"][row, :count].copy(), hidden[end - count : end].copy(), versions, tree)
+            self._extend(key, segment, step, header)
+
+    def _end(self, message: wire.Message, losses: int) -> None:
+        header = message.header
+        for row, request in enumerate(header.requests):
+            key = (header.epoch, request)
+            segment = self._open.get(key)
+            if segment is not None:
+                segment.time_ns = header.time_ns
+                certain = segment.losses == losses
+                last = int(message.arrays["committed_lens"][row]) - 1
+                self._close(key, header.reasons[row] if certain else "gap", last)
+            self._remember(key).ended_at = losses
+
+    # ---- segments
+
+    def _enter(self, header: wire.Header) -> int | None:
+        """How many holes captured_seq has had in this epoch; None for a message that repeats or precedes one."""
+        state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, 0])
+        self._epochs.move_to_end(header.epoch)
+        if len(self._epochs) > MAX_EPOCHS:
+            self._epochs.popitem(last=False)
+        if header.captured_seq <= state[0]:
+            return None
+        if header.captured_seq != state[0] + 1:
+            state[1] += 1
+            self.counters["holes"] += 1
+        state[0] = header.captured_seq
+        self.counters["messages"] += 1
+        return state[1]
+
+    def _following(self, key: Key, position: int, token: int, losses: int, dtype: str, width: int) -> Segment | None:
+        """The open segment that goes on with `token` at `position`, cut back to there if need be."""
+        segment = self._open.get(key)
+        if segment is None or segment.losses != losses or segment.dtype != dtype:
+            return None
+        if segment.steps and segment.steps[0].features.shape[1] != width:
+            return None
+        if segment.start < position < segment.next and position >= segment.prompt_len:
+            self._nbytes -= segment.nbytes
+            segment.cut(position)
+            self._nbytes += segment.nbytes
+            self.counters["cut_back"] += 1
+        return segment if (segment.next, segment.last_token) == (position, token) else None
+
+    def _begin(self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int) -> Segment:
+        past = self._remember(key)
+        past.prompt_len, past.ended_at = prompt_len, -1
+        segment = Segment(key[1], key[0], past.attempts, start, prompt_len, token, losses, dtype=dtype)
+        self._open[key] = segment
+        return segment
+
+    def _extend(self, key: Key, segment: Segment, step: Step, header: wire.Header) -> None:
+        self._nbytes -= segment.nbytes
+        segment.extend(step)
+        segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
+        if step.tree is None:
+            segment.trim(self.config.max_slots)
+        self._nbytes += segment.nbytes
+        self._open.move_to_end(key)
+        if segment.next - max(segment.start + segment.carried, segment.prompt_len) >= self.config.part_slots:
+            after = segment.tail(self.config.context_slots)
+            self._close(key, "part", segment.next - 1)  # the last slot has no target yet and goes on
+            self._open[key] = after
+            self._nbytes += after.nbytes
+
+    def _close(self, key: Key, reason: str, end: int | None = None) -> None:
+        segment = self._open.pop(key, None)
+        if segment is None:
+            return
+        self._nbytes -= segment.nbytes
+        self._remember(key).attempts = segment.attempt + 1
+        eos = self.config.eos_token_ids if reason in ("gap", "idle") else ()
+        try:
+            sample = to_sample(segment, segment.next if end is None else end, reason, eos)
+        except Quarantine as error:
+            self.counters[f"dropped_{error.cause}"] += 1
+            return
+        self.counters[f"samples_{reason}"] += 1
+        self.counters["slots"] += len(sample.features)
+        self.counters["trees"] += len(sample.tree_first)
+        self.counters["nodes"] += len(sample.node_token)
+        self._done.append(sample)
+
+    def _remember(self, key: Key) -> _Past:
+        past = self._past.setdefault(key, _Past())
+        self._past.move_to_end(key)
+        if len(self._past) > MAX_PAST:
+            self._past.popitem(last=False)
+        return past
+
+    def _take(self) -> list[Sample]:
+        done, self._done = self._done, []
+        return done
