@@ -91,7 +91,7 @@ def read_manifest(version_dir: Path) -> Manifest:
         sizes = {name: (Path(version_dir) / name).stat().st_size for name in FILES}
     except FileNotFoundError as error:
         raise ManifestError("missing", str(error)) from None
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ManifestError("manifest", f"{path}: {error}") from None
     if manifest.format != FORMAT:
         raise ManifestError("format", f"{path} has format {manifest.format}, this side reads {FORMAT}")

@@ -149,7 +149,7 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
         raise WireError("header", f"{len(parts)} parts, header of {len(parts[0]) if parts else 0} bytes")
     try:
         header = _decoder.decode(parts[0])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise WireError("header", str(error)) from None
     if header.schema != SCHEMA_VERSION:
         raise WireError("schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION}")

@@ -266,7 +266,7 @@ def _header(parts: Sequence[bytes]) -> wire.Header | None:
         return None
     try:
         header = _header_decoder.decode(parts[0])
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
     counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
     if header.schema != wire.SCHEMA_VERSION or not 0 < len(header.epoch) <= 64 or len(header.dropped) > MAX_CAUSES:
@@ -279,7 +279,7 @@ def _load(path: Path | None) -> Books:
         return Books()
     try:
         return msgspec.json.decode(path.read_bytes(), type=Books)
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         log.warning("books are damaged, starting new ones path=%s error=%s", path, error)
         return Books()
 
