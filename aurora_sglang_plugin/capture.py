@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 OPT_OUT = "aurora_capture"  # sampling_params.custom_params = {"aurora_capture": false}
 
+HEALTH_CHECK = "HEALTH_CHECK"  # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX)
+
 
 class Capture:
     """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the publisher.
@@ -58,6 +60,8 @@ class Capture:
         """By a hash of the request id: a request's steps are taken all or not at all, on every rank alike."""
         custom = req.sampling_params.custom_params
         if custom is not None and custom.get(OPT_OUT) is False:
+            return False
+        if req.rid.startswith(HEALTH_CHECK):
             return False
         rate = self.config.sample_rate
         return rate >= 1.0 or zlib.crc32(req.rid.encode()) < rate * 2**32
@@ -162,7 +166,7 @@ class Capture:
                 return
             length = len(req.output_ids) if req.finished_len is None else req.finished_len
             end = End(len(req.origin_input_ids) + length)
-            self.publisher.offer("end", end.build, end.nbytes, requests=[req.rid], reasons=[_reason(req)])
+            self.publisher.offer("end", end, requests=[req.rid], reasons=[_reason(req)])
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """A private copy of the sampled rows of [B, ...]."""
@@ -173,8 +177,7 @@ class Capture:
         if staged is None:
             self.publisher.drop("no_slot")
         else:
-            snapshot = snapshot_type(staged, **host)
-            self.publisher.offer(kind, snapshot.build, snapshot.nbytes, requests=requests, **header)
+            self.publisher.offer(kind, snapshot_type(staged, **host), requests=requests, **header)
 
     @contextmanager
     def _boundary(self, what: str) -> Iterator[None]:
