@@ -1,0 +1,127 @@
+"""The objective: what a batch's levels cost, and how well they would have drafted.
+
+    L = sum_d gamma^d ( E_accepted[D(p, q)] + lambda * E_rejected[w * D(p, q)] )
+
+E are means over ALL micro-batches and ranks of an update: sums divided by the counts that the caller adds up
+(`Batch.counts`), never a mean of means. The level d of a query is its depth; `D` is one of the distances of
+aurora_kernels.tree_loss, `w` is 1 or the probability that verification reaches the node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from aurora_kernels.tree_loss import DISTANCES, TreeLoss, tree_loss
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from aurora_sglang_plugin.config import Section
+from aurora_trainer.batch import Batch
+from aurora_trainer.draft import Draft
+
+
+def _mixture(distance: dict[str, float]) -> dict[str, float]:
+    if not distance or not set(distance) <= set(DISTANCES) or min(distance.values()) < 0:
+        raise ValueError(f"expected non-negative weights of some of {', '.join(DISTANCES)}")
+    return distance
+
+
+class LossConfig(Section):
+    """The objective's terms."""
+
+    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {"forward_kl": 1.0}
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.8  # weight of each deeper level relative to the one above
+    rejected: Annotated[float, Field(ge=0)] = 0.0  # lambda
+    rejected_by: Literal["uniform", "reach"] = "uniform"  # w
+
+
+@dataclass
+class Score:
+    """Sums over queries with a loss, float64 [depth, 2] (accepted, rejected), and the run of each level-0 slot."""
+
+    count: Tensor
+    loss: Tensor  # of D, unweighted
+    greedy_match: Tensor
+    acceptance: Tensor  # of sum min(p, q)
+    run: Tensor  # int64 [R]: accept length of a greedy chain from each slot, bonus included; -1: not known to its end
+
+    def mean(self, name: str) -> Tensor:
+        """[depth, 2], NaN where there were no queries."""
+        return getattr(self, name) / self.count
+
+    def accept_length(self, rows: Tensor | None = None) -> tuple[float, int]:
+        """(sum, count) over the slots `rows` (bool [R]; None: all) whose chain is known to its end."""
+        run = self.run[self.run >= 0 if rows is None else (self.run >= 0) & rows]
+        return float(run.sum()), len(run)
+
+
+def states(draft: Draft, batch: Batch) -> list[Tensor]:
+    """The draft's state [Q, H] of every query, level by level."""
+    first = batch.levels[0]
+    state, slot_kv = draft.slots(batch.tokens, batch.features, batch.positions, batch.slot_start, first.parent)
+    out, node_kv = [state], None
+    for level in batch.levels[1:]:
+        state, node_kv = draft.nodes(
+            level.tokens, out[-1][level.parent], level.positions, slot_kv, node_kv,
+            level.slot_start, level.slot_end, level.ancestors,
+        )  # fmt: skip
+        out.append(state)
+    return out
+
+
+def objective(draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None) -> tuple[Tensor, Score]:
+    """(L's share of this batch, differentiable, and its Score).
+
+    counts: float64 [depth, 2], those of the whole update (None: this batch is all of it). Shares of micro-batches add
+    up to L, and so do their gradients.
+    """
+    counts = batch.counts() if counts is None else counts
+    state = states(draft, batch)
+    rows = [(level.target >= 0).nonzero()[:, 0] for level in batch.levels]
+    target = torch.cat([level.target[r] for level, r in zip(batch.levels, rows, strict=True)])
+    result = tree_loss(
+        torch.cat([s[r] for s, r in zip(state, rows, strict=True)]),
+        draft.norm.weight,
+        draft.lm_head.weight,
+        to_draft_ids(draft, batch.topk_ids)[target],
+        batch.topk_logits[target],
+        batch.logsumexp[target],
+        torch.cat([_weight(batch, d, r, config, counts) for d, r in enumerate(rows)]),
+        config.distance,
+        draft.config.rms_norm_eps,
+    )
+    return result.loss_sum, _score(batch, rows, result)
+
+
+def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
+    """Draft ids of target ids; -1 stays, and stands where the draft has no such token."""
+    return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
+
+
+def _weight(batch: Batch, depth: int, rows: Tensor, config: LossConfig, counts: Tensor) -> Tensor:
+    level, (accepted, rejected) = batch.levels[depth], counts[depth].clamp_min(1).tolist()
+    w = level.reach[rows] if config.rejected_by == "reach" else 1.0
+    weight = torch.where(level.accepted[rows], 1.0 / accepted, config.rejected / rejected * w)
+    return weight * config.gamma**depth
+
+
+def _score(batch: Batch, rows: list[Tensor], result: TreeLoss) -> Score:
+    sums = torch.zeros(4, batch.depth, 2, dtype=torch.float64)
+    known, match = (torch.zeros(len(batch.levels[0]), batch.depth, dtype=torch.bool) for _ in range(2))
+    at = 0
+    for d, (level, r) in enumerate(zip(batch.levels, rows, strict=True)):
+        part = slice(at, at + len(r))
+        at += len(r)
+        accepted = level.accepted[r]
+        columns = torch.stack(
+            [torch.ones_like(result.loss[part]), result.loss[part], result.greedy_match[part], result.acceptance[part]]
+        ).double()
+        sums[:, d, 0], sums[:, d, 1] = columns[:, accepted].sum(-1).cpu(), columns[:, ~accepted].sum(-1).cpu()
+        base = level.base[r][accepted].cpu()
+        known[base, d] = True
+        match[base, d] = result.greedy_match[part][accepted].cpu()
+    run = 1 + match.long().cumprod(1).sum(1)
+    run[~known.all(1)] = -1  # also where it ends in a mismatch: keeping only those would bias the mean
+    return Score(*sums, run)
