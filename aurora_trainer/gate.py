@@ -61,6 +61,7 @@ class Gate:
     def __init__(self, config: GateConfig):
         self.config = config
         self.decisions: Counter[str] = Counter()  # by reason
+        self.newest: Decision | None = None
         self._pairs: deque[tuple[float, float]] = deque(maxlen=config.window_samples)
 
     def record(self, served: Sequence[float], candidate: Sequence[float]) -> None:
@@ -71,7 +72,7 @@ class Gate:
 
     def decide(self, finite: bool) -> Decision:
         """May the candidate be published? `finite`: all its weights are. Counts and logs the answer."""
-        decision = self._judge(finite)
+        decision = self.newest = self._judge(finite)
         self.decisions[decision.reason] += 1
         log.info("gate %s", " ".join(f"{k}={v}" for k, v in ({"passed": decision.passed} | decision.fields()).items()))
         return decision

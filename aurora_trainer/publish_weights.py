@@ -89,7 +89,7 @@ class WeightsWriter:
     ) -> int | None:
         """Write the next version and make it CURRENT. Returns its number.
 
-        `tensors` are as they are to be served (`cast`); the target's embedding is left out. Returns None, and writes
+        `tensors` are as they are to be served; the target's embedding is left out. Returns None, and writes
         nothing, where a version with exactly these weights was published before.
         """
         tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n}
@@ -130,13 +130,6 @@ class WeightsWriter:
         kept = [v for v in versions(self.directory) if v != current]
         for version in kept[: max(0, len(kept) + 1 - self.keep)]:
             remove_directory(self.directory / contract.version_name(version), self.step)
-
-
-def cast(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The same tensors with the floating ones in the dtype that servers hold; copies, on the CPU."""
-    return {
-        n: t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype, copy=True) for n, t in tensors.items()
-    }
 
 
 def versions(directory: Path) -> list[int]:

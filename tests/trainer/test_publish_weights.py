@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
-from aurora_trainer.publish_weights import WeightsWriter, cast, rejected_versions, versions
+from aurora_trainer.publish_weights import WeightsWriter, rejected_versions, versions
 
 FIELDS = {"target": "t" * 32, "parent": 0, "optimizer_step": 7}
 
@@ -88,13 +88,6 @@ def test_rejected_lists_versions_and_skips_half_lines(tmp_path):
     assert rejected_versions(tmp_path) == set()
     (tmp_path / "REJECTED").write_text(json.dumps({"version": 3, "reason": "canary"}) + '\n{"version": 4}\n{"vers')
     assert rejected_versions(tmp_path) == {3, 4}
-
-
-def test_cast_copies_and_leaves_integers():
-    source = tensors(1.001)
-    out = cast(source, torch.bfloat16)
-    assert out["fc.weight"].dtype == torch.bfloat16 and out["d2t"].dtype == torch.int64
-    assert out["d2t"].data_ptr() != source["d2t"].data_ptr()
 
 
 KILLED_WRITER = """

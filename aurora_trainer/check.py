@@ -1,0 +1,110 @@
+"""`aurora-trainer check`: what a server and a trainer with this configuration would stumble over, before either starts.
+
+Each check prints one line: what, and either what was found or what is wrong and how to put it right.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import typer
+
+from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
+from aurora_sglang_plugin.draft_check import check_draft
+from aurora_sglang_plugin.manifest import current_version, target_fingerprint
+from aurora_trainer.checkpoint import steps
+from aurora_trainer.config import TrainerFile
+from aurora_trainer.draft import Draft
+from aurora_trainer.receive import ReceiveConfig, Receiver
+from aurora_trainer.target import open_target
+
+PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "aurora"
+
+
+def check_all(config: TrainerFile) -> bool:
+    """Run every check, print each result, and return whether all passed."""
+    model = config.trainer.model
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("target", lambda: _target(model.target)),
+        ("draft", lambda: _draft(model.target, model.draft)),
+        ("endpoint", lambda: _endpoint(config.link)),
+        ("weights directory", lambda: _weights(config.weights.directory)),
+        ("checkpoint directory", lambda: _checkpoints(config.trainer.checkpoint.directory)),
+        ("sglang", _sglang),
+        ("plugin", _plugin),
+    ]
+    typer.echo("ok      configuration: known settings only, values in range, for the server and the trainer")
+    passed = True
+    for name, run in checks:
+        try:
+            typer.echo(f"ok      {name}: {run()}")
+        except Exception as error:  # whatever it is, it belongs in the list, and the other checks still run
+            text = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+            typer.echo(f"FAILED  {name}: {text}")
+            passed = False
+    if not os.environ.get(ENV_CONFIG):
+        typer.echo(f"note    {ENV_CONFIG} is not set here; the server finds its file through it")
+    return passed
+
+
+def _target(model: str) -> str:
+    target = open_target(model)
+    shape = target.embedding().shape
+    return f"{target.directory}, embedding {list(shape)}, fingerprint {target_fingerprint(model)}"
+
+
+def _draft(model: str, directory: Path) -> str:
+    target = open_target(model)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory} is not a directory; expected the draft that the server starts with. "
+            f"`aurora-trainer init-draft {model} {directory}` makes an untrained one"
+        )
+    check_draft(directory, target.config)
+    draft = Draft.load(directory, target.embedding())
+    size = sum(p.numel() for p in draft.parameters())
+    return f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"
+
+
+def _endpoint(link: LinkConfig) -> str:
+    Receiver(link, ReceiveConfig(), books_path=None).close()
+    return f"{link.endpoint} can be bound"
+
+
+def _weights(directory: Path) -> str:
+    _writable(directory)
+    version = current_version(directory)
+    return f"{directory.absolute()} is writable, current version {'none yet' if version is None else version}"
+
+
+def _checkpoints(directory: Path) -> str:
+    _writable(directory)
+    found = steps(directory)
+    return f"{directory.absolute()} is writable, newest checkpoint {f'step {found[-1]}' if found else 'none yet'}"
+
+
+def _writable(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
+
+
+def _sglang() -> str:
+    try:
+        version = metadata.version("sglang")
+    except metadata.PackageNotFoundError:
+        raise ValueError("not installed in this environment; run the check with the server's Python too") from None
+    return f"version {version} (the server itself refuses a version that it was not written for)"
+
+
+def _plugin() -> str:
+    points = metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME)
+    if not points:
+        raise ValueError(
+            f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}; install this project with pip in the server's environment"
+        )
+    return f"entry point {next(iter(points)).value}"

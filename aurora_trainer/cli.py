@@ -1,0 +1,118 @@
+"""`aurora-trainer`: run, check, init-draft. Nothing heavy is imported before a command runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Train a server's speculative draft from what it verifies, and send it back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[
+    Path | None, typer.Option("--config", "-c", help="TOML file, the same as the server's.", envvar="AURORA_CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, e.g. trainer.optimizer.lr=1e-3. Repeatable.")
+]
+
+
+class Kind(StrEnum):
+    random = "random"
+    target = "target"
+
+
+@app.command()
+def run(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    trace: Annotated[Path | None, typer.Option(help="Train on a recorded trace instead of live traffic.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Append every received message to this trace.")] = None,
+) -> None:
+    """Receive, train and publish until stopped (SIGTERM, Ctrl-C), or over a trace to its end."""
+    with _clear_errors():
+        _log_to_stderr()
+        from aurora_trainer.config import load_trainer_config
+        from aurora_trainer.daemon import run_live, run_trace
+
+        if trace is not None and record is not None:
+            raise ValueError("--trace and --record: expected one of them; a trace needs no second recording")
+        settings = load_trainer_config(config, overrides or ())
+        if trace is not None:
+            run_trace(settings, trace, steps)
+        else:
+            run_live(settings, steps, record)
+
+
+@app.command()
+def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
+    """Check the configuration of both sides, and what it names, without starting anything."""
+    with _clear_errors():
+        from aurora_trainer.check import check_all
+        from aurora_trainer.config import load_trainer_config
+
+        if not check_all(load_trainer_config(config, overrides or ())):
+            raise typer.Exit(1)
+
+
+@app.command("init-draft")
+def init_draft(
+    target: Annotated[str, typer.Argument(help="Directory of the target model, or its name in the local HF cache.")],
+    out: Annotated[Path, typer.Argument(help="Directory to write the draft to.")],
+    kind: Annotated[Kind, typer.Option(help="Random, or started from the target's last layer and head.")] = Kind.target,
+    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Keep this many target tokens. Needs --counts.")] = None,
+    counts: Annotated[
+        Path | None, typer.Option(help="JSON list: how often each target token was generated (length V).")
+    ] = None,
+    aux_layers: Annotated[
+        str | None, typer.Option(help="Target layers whose OUTPUT feeds the draft, e.g. 1,17,32. Default: SGLang's.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: the server's draft dtype.")] = "float32",
+) -> None:
+    """Write an untrained draft for a target: config.json and model.safetensors that SGLang loads."""
+    with _clear_errors():
+        import json
+
+        import torch
+
+        from aurora_trainer import init_draft as init
+
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in dtypes:
+            raise ValueError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}")
+        token_counts = torch.tensor(json.loads(counts.read_text())) if counts else None
+        layers = tuple(int(i) for i in aux_layers.split(",")) if aux_layers else None
+        draft = init.init_draft(
+            target, out, kind.value, draft_vocab, token_counts, layers, seed=seed, dtype=dtypes[dtype]
+        )
+        size = sum(p.numel() for p in draft.parameters())
+        typer.echo(f"draft written directory={out} kind={kind.value} parameters={size} vocabulary={len(draft.d2t)}")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What the user can put right is one message and exit code 2; the rest is a defect and keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"aurora-trainer: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s"
+    )

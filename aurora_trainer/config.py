@@ -1,0 +1,70 @@
+"""The whole configuration as the trainer reads it: the server's sections and, checked, its own under [trainer]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from aurora_sglang_plugin.config import LinkConfig, PluginConfig, Section, WeightsConfig, load
+from aurora_trainer.assemble import AssembleConfig
+from aurora_trainer.batch import BatchConfig
+from aurora_trainer.buffer import BufferConfig
+from aurora_trainer.checkpoint import CheckpointConfig
+from aurora_trainer.gate import GateConfig
+from aurora_trainer.loss import LossConfig
+from aurora_trainer.metrics import MetricsConfig
+from aurora_trainer.optimize import OptimizerConfig
+from aurora_trainer.publish_weights import PublishConfig
+from aurora_trainer.receive import ReceiveConfig
+
+
+class ModelConfig(Section):
+    """What is trained, for what, and where."""
+
+    target: str  # directory of the target model, or its name in the local Hugging Face cache
+    draft: Path  # the initial draft, the same that the server starts with
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+class PaceConfig(Section):
+    """How much is trained for how much comes in, and how far the trainer steps back behind serving."""
+
+    enabled: bool = True  # false: receive and count only
+    new_slots_per_step: PositiveInt = 512  # slots with a target that must come in for each optimizer step
+    threads: PositiveInt = 1  # of torch on the CPU
+    nice: Annotated[int, Field(ge=0, le=19)] = 10  # of this process, so that serving goes first
+    seed: int = 0
+
+
+class TrainerConfig(Section):
+    """[trainer.*], in the order of the data's path."""
+
+    model: ModelConfig
+    pace: PaceConfig = PaceConfig()
+    receive: ReceiveConfig = ReceiveConfig()
+    assemble: AssembleConfig = AssembleConfig()
+    buffer: BufferConfig = BufferConfig()
+    batch: BatchConfig = BatchConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    gate: GateConfig = GateConfig()
+    publish: PublishConfig = PublishConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+
+class TrainerFile(Section):
+    """The same file as `aurora_sglang_plugin.config.ServerConfig`, with the trainer's sections checked."""
+
+    link: LinkConfig = LinkConfig()
+    weights: WeightsConfig = WeightsConfig()
+    plugin: PluginConfig = PluginConfig()
+    trainer: TrainerConfig
+
+
+def load_trainer_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainerFile:
+    """Read and check the file and `section.key=value` overrides. Raises ConfigError."""
+    return load(TrainerFile, path, overrides)

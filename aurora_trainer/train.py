@@ -1,0 +1,260 @@
+"""Training, without sockets and clocks: messages in, optimizer steps, versions out.
+
+    feed(message)   assemble -> buffer
+    step()          buffer -> batch -> score for the gate -> loss -> optimize
+    publish()       gate -> publish_weights
+
+What happens to the weights depends only on the messages and on the order of these calls, so that a recorded trace
+trains to the bit as it did. `step(replay=True)` draws a batch and leaves it: after a restart it brings buffer and
+schedule to where the checkpoint was, from the trace itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+
+from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.manifest import target_fingerprint
+from aurora_trainer.assemble import Assembler
+from aurora_trainer.batch import Batch, pack
+from aurora_trainer.buffer import Buffer
+from aurora_trainer.checkpoint import Checkpoint
+from aurora_trainer.config import TrainerFile
+from aurora_trainer.draft import Draft
+from aurora_trainer.gate import Gate
+from aurora_trainer.loss import Score, objective
+from aurora_trainer.optimize import Optimizer
+from aurora_trainer.publish_weights import WeightsWriter
+from aurora_trainer.sample import Sample
+from aurora_trainer.served import Served
+from aurora_trainer.target import open_target
+
+log = logging.getLogger(__name__)
+
+SMOOTH = 0.9  # of what the status shows, per step
+
+
+class Training:
+    """Owns the draft, its optimizer, the buffer, and the books of what became of every sample.
+
+    Raises ValueError where target, draft or weights directory cannot be used.
+    """
+
+    def __init__(self, config: TrainerFile):
+        self.config, trainer = config, config.trainer
+        target = open_target(trainer.model.target)
+        self.target = target_fingerprint(trainer.model.target)
+        embed = target.embedding().float().to(trainer.model.device)
+        self.draft = Draft.load(trainer.model.draft, embed).to(trainer.model.device)
+        self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
+        model = trainer.model
+        self.served = Served(config.weights.directory, model.draft, self.target, embed, trainer.publish.dtype)
+        self.optimizer = Optimizer(self.draft, trainer.optimizer)
+        eos = trainer.assemble.eos_token_ids or target.eos_token_ids
+        self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
+        self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
+        self.gate = Gate(trainer.gate)
+        self.parent = 0  # the version that training went on from
+        self.steps = 0  # batches drawn; the optimizer may have skipped some
+        self.slots = 0  # trained on, repetitions included
+        self.samples: Counter[str] = Counter()  # by what became of them before the buffer
+        self.published: Counter[str] = Counter()  # by outcome
+        self.traffic = {"steps": 0, "tokens": 0}  # verify steps of requests, and tokens that they committed
+        self.shown: dict[str, float] = {}  # smoothed figures for the status
+        self._credit = 0  # slots that came in and were not answered by a step yet
+        self._offered_at = 0  # optimizer step at which the gate was last asked
+        self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
+
+    def feed(self, message: wire.Message, now_s: float) -> None:
+        """Take one message; `now_s` is any clock that goes forward."""
+        if message.header.kind == "verify":
+            self.traffic["steps"] += len(message.header.requests)
+            self.traffic["tokens"] += int(message.arrays["feature_lens"].sum())
+        for sample in self.assembler.add(message) + self.assembler.idle(now_s):
+            self._keep(sample)
+
+    def idle(self, now_s: float) -> None:
+        """Tell the time while nothing comes."""
+        for sample in self.assembler.idle(now_s):
+            self._keep(sample)
+
+    def due(self) -> bool:
+        """Whether enough came in for the next step."""
+        pace = self.config.trainer.pace
+        return pace.enabled and self._credit >= pace.new_slots_per_step and len(self.buffer) > 0
+
+    def step(self, replay: bool = False) -> None:
+        """Train on one batch. `replay`: only draw it."""
+        trainer = self.config.trainer
+        samples = self.buffer.take(trainer.batch.max_slots)
+        self._credit -= trainer.pace.new_slots_per_step
+        self.steps += 1
+        unseen = [s for s in samples if id(s) not in self._trained]
+        self._trained.update((id(s), s) for s in samples)
+        if replay:
+            return
+        batch = pack(samples, trainer.batch).to(trainer.model.device)
+        served = self._score_served(unseen, batch.depth) if self.steps % trainer.gate.score_every_steps == 0 else None
+        loss, score = objective(self.draft, batch, trainer.loss)
+        if served is not None:
+            scores = dict(zip(map(id, samples), sample_scores(batch, score, len(samples)), strict=True))
+            self.gate.record(served, [scores[id(s)] for s in unseen])
+        self.optimizer.step(loss)
+        self.slots += sum(len(s.features) for s in samples)
+        self._show(float(loss), score)
+
+    def publish(self) -> int | None:
+        """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
+        if self.optimizer.step_count == self._offered_at:
+            return None
+        self._offered_at = self.optimizer.step_count
+        tensors = self.draft.checkpoint(self.served.dtype)
+        finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
+        decision = self.gate.decide(finite)
+        if not decision.passed:
+            self.published[f"refused_{decision.reason}"] += 1
+            return None
+        version = self.writer.publish(
+            tensors,
+            self.draft.config.to_json(str(self.served.dtype).removeprefix("torch.")),
+            target=self.target,
+            parent=self.parent,
+            optimizer_step=self.optimizer.step_count,
+            gate=decision.fields(),
+        )
+        if version is None:
+            self.published["unchanged"] += 1
+            return None
+        self.published["published"] += 1
+        self.parent = version
+        self.served.take(version, tensors)
+        self.gate.restart()
+        log.info("weights published version=%d optimizer_step=%d", version, self.optimizer.step_count)
+        return version
+
+    def heed_rejections(self) -> None:
+        """Where servers rolled the newest version back, go on from the version that they went back to."""
+        version = self.served.roll_back()
+        if version is None:
+            return
+        log.warning("version rolled back by a server, training goes on from version=%d", version)
+        self.published["rolled_back"] += 1
+        self._take_served()
+        self.gate.restart()
+
+    def go_on_from_published(self) -> None:
+        """Without a checkpoint: start from what servers serve now, not from the initial draft."""
+        if self.served.version:
+            self._take_served()
+            log.info("no checkpoint, going on from published version=%d", self.parent)
+
+    def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What `restore` goes on from: tensors, and JSON."""
+        tensors = {f"draft/{n}": p.detach() for n, p in self.draft.named_parameters()}
+        tensors |= {f"optimizer/{n}": t for n, t in self.optimizer.tensors().items()}
+        tensors["random/torch"] = torch.get_rng_state()
+        state = {
+            "target": self.target,
+            "parent": self.parent,
+            "served": self.served.version,
+            "rolled_back": sorted(self.served.rolled_back),
+            "steps": self.steps,
+            "slots": self.slots,
+            "credit": self._credit,
+            "samples": dict(self.samples),
+            "published": dict(self.published),
+            "traffic": self.traffic,
+            "optimizer": self.optimizer.state(),
+            "gate": self.gate.state(),
+            "buffer": self.buffer.state(),
+            "open_requests": self.assembler.open_requests,
+        }
+        return tensors, state
+
+    def restore(self, found: Checkpoint, live: bool) -> None:
+        """Go on from a checkpoint. `live`: buffered samples and open requests are lost, and counted.
+
+        Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for another target.
+        """
+        tensors, state = found.tensors, found.state
+        if state["target"] != self.target:
+            raise ValueError(
+                f"checkpoint of step {found.step} is for target {state['target']}, this one is {self.target}; expected "
+                "the same target: set trainer.checkpoint.directory to a new directory for a new target"
+            )
+        own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
+        self.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
+        self.optimizer.restore(
+            {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
+            state["optimizer"],
+        )
+        torch.set_rng_state(tensors["random/torch"])
+        self.parent, self.slots = state["parent"], state["slots"]
+        self.published = Counter(state["published"])
+        self.served.rolled_back = set(state["rolled_back"])
+        self.gate.restore(state["gate"])
+        if state["served"] != self.served.version:
+            self.gate.restart()
+        if live:
+            self.steps = state["steps"]
+            self.samples = Counter(state["samples"])
+            self.samples["lost_open"] += state["open_requests"]
+            self.traffic = dict(state["traffic"])
+            self.buffer.restore(state["buffer"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _take_served(self) -> None:
+        self.parent = self.served.version
+        self.draft.load_checkpoint(self.served.weights())
+        self.optimizer.restart()
+
+    def _keep(self, sample: Sample) -> None:
+        self.samples["assembled"] += 1
+        cause = self._unusable(sample)
+        if cause:
+            self.samples[cause] += 1
+            return
+        self._credit += int((sample.slot_node >= 0).sum())
+        self.buffer.put(sample)
+
+    def _unusable(self, sample: Sample) -> str | None:
+        """A cause where training cannot use the sample. Without it a stranger's ids would index out of the embedding."""
+        config = self.draft.config
+        if sample.features.shape[1] != config.feature_size:
+            return "wrong_feature_width"
+        ids = [t for t in (sample.tokens, sample.node_token, sample.topk_ids) if t.numel()]
+        if any(int(t.max()) >= config.vocab_size for t in ids):
+            return "token_out_of_vocabulary"
+        if sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
+            return "without_targets"
+        return None
+
+    @torch.no_grad()
+    def _score_served(self, samples: list[Sample], depth: int) -> list[float] | None:
+        if not samples:
+            return None
+        trainer = self.config.trainer
+        batch = pack(samples, trainer.batch.model_copy(update={"rejected": False, "depth": depth}))
+        batch = batch.to(trainer.model.device)
+        return sample_scores(batch, objective(self.served.draft, batch, trainer.loss)[1], len(samples))
+
+    def _show(self, loss: float, score: Score) -> None:
+        total, count = score.accept_length()
+        for name, value in (("loss", loss), ("accept_length", total / max(count, 1))):
+            self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
+
+
+def sample_scores(batch: Batch, score: Score, samples: int) -> list[float]:
+    """Each sample's mean accept length over its slots, nan where no slot's chain is known to its end."""
+    known = score.run >= 0
+    owner, run = batch.base_sample.cpu()[known], score.run[known].double()
+    total = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, run)
+    count = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, torch.ones_like(run))
+    return (total / count).tolist()
