@@ -1,0 +1,153 @@
+"""One update of the draft: clip, refuse what is not finite, schedule, AdamW or Muon on float32 masters.
+
+Masters and moments are float32 whatever the draft computes in (bf16 masters would freeze the norms at 1.0). Where the
+draft computes in float32 the parameters are the masters. Everything that a resumed run needs is in flat tensors and a
+small JSON-able dict, and resuming from them is bit-exact.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from aurora_sglang_plugin.config import Section
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+# quintic Newton-Schulz iteration of Muon (Jordan et al., 2024)
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class OptimizerConfig(Section):
+    """How the draft is updated. Rates are relative to one update, whatever its size in tokens."""
+
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: matrices except fc and lm_head; the rest by AdamW
+    lr: Positive = 1e-3
+    head_lr: Positive = 1.0  # factor on lr for lm_head
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: Positive = 1e-8
+    momentum: Fraction = 0.95  # muon
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # of matrices, decoupled
+    clip_norm: Positive = 1.0  # of the whole gradient
+    warmup_updates: Annotated[int, Field(ge=0)] = 10
+    schedule: Literal["constant", "cosine"] = "constant"
+    cosine_updates: Annotated[int, Field(gt=0)] = 10_000  # to the end of the cosine
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1  # factor on lr at the end of the cosine
+
+
+@dataclass(frozen=True)
+class Update:
+    """What `Optimizer.step` did, e.g. Update(applied=True, grad_norm=0.7, lr=1e-3)."""
+
+    applied: bool  # False: loss or gradient was not finite, nothing changed
+    grad_norm: float  # before clipping
+    lr: float
+
+
+class Optimizer:
+    """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones."""
+
+    def __init__(self, draft: nn.Module, config: OptimizerConfig):
+        self.config = config
+        self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
+        self.updates = 0
+        self.skipped = 0
+        self._masters = {
+            n: p.data if p.dtype == torch.float32 else p.detach().float() for n, p in self.parameters.items()
+        }
+        self._first = {n: torch.zeros_like(m) for n, m in self._masters.items()}
+        self._second = {n: torch.zeros_like(m) for n, m in self._masters.items() if not self._orthogonal(n)}
+
+    def step(self, loss: float) -> Update:
+        """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them either way."""
+        gradients = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
+        for p in self.parameters.values():
+            p.grad = None
+        norms = [g.norm() for g in gradients.values()]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        lr = learning_rate(self.config, self.updates)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skipped += 1
+            return Update(False, norm, lr)
+        clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
+        self.updates += 1
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                self._apply(name, gradient.mul_(clip), lr)
+        return Update(True, norm, lr)
+
+    def _orthogonal(self, name: str) -> bool:
+        matrix = self._masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))
+        return self.config.kind == "muon" and matrix
+
+    def _apply(self, name: str, gradient: Tensor, lr: float) -> None:
+        c, master, first = self.config, self._masters[name], self._first[name]
+        if master.dim() == 2:
+            master.mul_(1 - lr * c.weight_decay)
+        if self._orthogonal(name):
+            first.lerp_(gradient, 1 - c.momentum)
+            direction = orthogonalize(gradient.lerp(first, c.momentum))
+            # as large as an AdamW update, so that both take the same lr (Liu et al., "Muon is scalable", 2025)
+            master.add_(direction, alpha=-lr * 0.2 * max(master.shape) ** 0.5)
+        else:
+            lr *= c.head_lr if name.startswith("lm_head") else 1.0
+            second = self._second[name]
+            first.lerp_(gradient, 1 - c.beta1)
+            second.lerp_(gradient.square(), 1 - c.beta2)
+            size = second.div(1 - c.beta2**self.updates).sqrt_().add_(c.eps)
+            master.addcdiv_(first, size, value=-lr / (1 - c.beta1**self.updates))
+        if self.parameters[name].dtype != torch.float32:
+            self.parameters[name].copy_(master)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, rest): copies of masters and moments on the CPU, for safetensors, and a JSON-able dict."""
+        parts = {"master": self._masters, "first": self._first, "second": self._second}
+        tensors = {f"{part}.{name}": t.to("cpu", copy=True) for part, held in parts.items() for name, t in held.items()}
+        return tensors, {"kind": self.config.kind, "updates": self.updates, "skipped": self.skipped}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        """Restore in place, the draft's parameters included. Raises ValueError for the state of something else."""
+        own, _ = self.state_dict()
+        if rest["kind"] != self.config.kind or own.keys() != tensors.keys():
+            raise ValueError(
+                f"optimizer state is of kind {rest['kind']} with {len(tensors)} tensors, this run's is "
+                f"{self.config.kind} with {len(own)}; resume with the configuration that it was made with"
+            )
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"optimizer state: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        for name, parameter in self.parameters.items():
+            for part, held in (("master", self._masters), ("first", self._first), ("second", self._second)):
+                if name in held:
+                    held[name].copy_(tensors[f"{part}.{name}"])
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self._masters[name])
+        self.updates, self.skipped = rest["updates"], rest["skipped"]
+
+
+def learning_rate(config: OptimizerConfig, updates: int) -> float:
+    """Of the update that follows `updates` applied ones: linear warm-up, then constant or cosine."""
+    warm = min(1.0, (updates + 1) / (config.warmup_updates + 1))
+    if config.schedule == "constant":
+        return config.lr * warm
+    done = min(1.0, updates / config.cosine_updates)
+    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """The nearest (semi-)orthogonal matrix of a 2-D matrix, roughly: singular values between about 0.7 and 1.2."""
+    a, b, c = _NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        s = x @ x.T
+        x = torch.addmm(x, torch.addmm(s, s, s, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
