@@ -86,7 +86,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         started = time.monotonic()
         try:
@@ -96,11 +96,15 @@ class Server:
             raise
         self.startup_s = time.monotonic() - started
 
-    def generate(self, prompt: str | list[str] | list[int] | list[list[int]], sampling_params: Any = None, **fields: Any):
-        """POST /generate and return its JSON. `prompt` is text or token ids, one or several; greedy by default."""
-        first = prompt[0] if isinstance(prompt, list) else prompt
-        key = "text" if isinstance(first, str) else "input_ids"
-        return self.post("/generate", {key: prompt, "sampling_params": {"temperature": 0, **(sampling_params or {})}, **fields})
+    def generate(self, prompt: Any, sampling_params: dict[str, Any] | None = None, **fields: Any) -> Any:
+        """POST /generate and return its JSON.
+
+        `prompt` is a text, a list of texts, a list of token ids, or a list of such lists; `fields` are SGLang's own
+        (rid, stream, custom_params, ...). Decoding is greedy unless `sampling_params` say otherwise.
+        """
+        key = "text" if isinstance(prompt, str) or isinstance(prompt[0], str) else "input_ids"
+        params = {"temperature": 0, **(sampling_params or {})}
+        return self.post("/generate", {key: prompt, "sampling_params": params, **fields})
 
     def post(self, path: str, body: Any, timeout_s: float = 600) -> Any:
         data = json.dumps(body).encode()
@@ -166,7 +170,8 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For subprocess's preexec_fn: SIGKILL the child when its parent dies."""
     # Of the thread that starts the server, to be exact. SGLang's children die with their parent in the same way.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,0 +1,182 @@
+"""AURORA answers as EAGLE3, and refuses a draft that does not fit before any model is loaded."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import make_random_draft, make_random_target  # noqa: E402
+
+from aurora_sglang_plugin.draft_check import aux_layer_ids, check_draft  # noqa: E402
+
+TARGET = {"hidden_size": 64, "vocab_size": 512, "num_hidden_layers": 6}
+AUX = [0, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return make_random_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def draft(tmp_path, target):
+    def make(**options):
+        return make_random_draft(tmp_path / "draft", target, **{"aux_layer_ids": AUX, **options})
+
+    return make
+
+
+def refusal(draft, target=TARGET):
+    with pytest.raises(ValueError) as error:
+        check_draft(draft, target)
+    assert str(draft) in str(error.value) and "init-draft" in str(error.value)
+    return str(error.value)
+
+
+# The algorithm imports sglang, which takes seconds: one process-wide import for the tests that need it.
+
+
+@pytest.fixture(scope="module")
+def algorithm():
+    from aurora_sglang_plugin import algorithm
+
+    return algorithm
+
+
+def test_every_predicate_answers_as_eagle3(algorithm):
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    aurora = algorithm.AuroraAlgorithm(name="AURORA", factory=lambda _: object, supports_overlap=True)
+    eagle3 = SpeculativeAlgorithm.EAGLE3
+    names = [n for n, m in vars(SpeculativeAlgorithm).items() if inspect.isfunction(m) and n[0] != "_"]
+    predicates = [n for n in names if len(inspect.signature(getattr(eagle3, n)).parameters) == 0]
+    assert {"is_eagle3", "supports_mixed_chunk", "need_topk", "carries_draft_hidden_states"} <= {*predicates}
+    assert {n: getattr(aurora, n)() for n in predicates} == {n: getattr(eagle3, n)() for n in predicates}
+    # What takes arguments is the enum's own function, or written here; nothing of the enum is missing.
+    own = {"create_worker", "handle_server_args"}
+    for name in set(names) - set(predicates) - own:
+        assert inspect.getattr_static(algorithm.AuroraAlgorithm, name) is vars(SpeculativeAlgorithm)[name], name
+
+
+def test_registers_under_its_name(algorithm):
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+    from sglang.srt.speculative.spec_registry import _REGISTRY
+
+    _REGISTRY.pop("AURORA", None)
+    algorithm.register()
+    assert isinstance(SpeculativeAlgorithm.from_string("aurora"), algorithm.AuroraAlgorithm)
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.24", "0.6.0", "0.4.9.post1"])
+def test_refuses_an_sglang_it_was_not_written_for(algorithm, version):
+    with pytest.raises(ValueError, match=rf"0\.5\.17 to 0\.5\.23 .*{version}"):
+        algorithm.check_sglang_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.5.17", "0.5.20.post2", "0.5.23"])
+def test_accepts_the_versions_it_was_written_for(algorithm, version):
+    algorithm.check_sglang_version(version)
+
+
+def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch):
+    monkeypatch.setattr(algorithm, "version", lambda _: "0.5.23")
+    aurora = algorithm.AuroraAlgorithm(name="AURORA", factory=lambda _: object)
+    arguments = SimpleNamespace(enable_multi_layer_eagle=False, speculative_draft_model_path=None)
+    with pytest.raises(ValueError, match="aurora-trainer init-draft"):
+        aurora.handle_server_args(arguments)
+
+
+# check_draft
+
+
+@pytest.mark.parametrize("options", [{}, {"draft_vocab": 300}, {"aux_layer_ids": [1, 3]}])
+def test_accepts_drafts_that_fit(draft, options):
+    check_draft(draft(**options), TARGET)
+
+
+def test_accepts_sglang_default_layers_where_they_are_three(draft):
+    # L = 8: the default is [1, 3, 4]
+    check_draft(draft(aux_layer_ids=None), {**TARGET, "num_hidden_layers": 8})
+    assert aux_layer_ids({}, 36) == [1, 17, 32]
+
+
+@pytest.mark.parametrize("layers", [4, 5, 6])
+def test_refuses_default_layers_that_collapse(draft, layers):
+    message = refusal(draft(aux_layer_ids=None), {**TARGET, "num_hidden_layers": layers})
+    assert str(sorted({0, (layers - 2) // 2, layers - 2})) in message
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 5], [-1, 2, 4], [0, 2, 2], [4, 2, 0], []])
+def test_refuses_layers_that_sglang_would_not_capture(draft, ids):
+    changes = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}}
+    assert "eagle_aux_hidden_state_layer_ids" in refusal(draft(changes=changes))
+
+
+def test_refuses_a_directory_that_is_no_draft(tmp_path, target):
+    assert "config.json" in refusal(tmp_path / "nowhere")
+    assert "Qwen3ForCausalLM" in refusal(target)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"hidden_size": 128}, "hidden_size is 128"),
+        ({"target_hidden_size": 128}, "target_hidden_size is 128"),
+        ({"vocab_size": 1000}, "vocab_size is 1000"),
+        ({"num_attention_heads": 8}, "o_proj.weight is [64, 64]"),
+        ({"num_key_value_heads": 4}, "k_proj"),
+        ({"intermediate_size": 100}, "_proj"),
+        ({"draft_vocab_size": 500}, "lacks d2t"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"fc_norm": True}, "lacks fc_norm.0.weight"),
+        ({"norm_before_fc": True}, "lacks input_norm.weight"),
+        ({"num_hidden_layers": 2}, "lacks layers.1."),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3]}}, "fc.weight is [64, 192]"),
+        ({"num_aux_hidden_states": 2}, "num_aux_hidden_states is 2"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": AUX, "use_aux_hidden_state": False}}, "use_aux"),
+        ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE3 draft"),
+    ],
+)
+def test_refuses_a_config_that_does_not_fit(draft, changes, says):
+    assert says in refusal(draft(changes=changes))
+
+
+def test_a_null_draft_vocabulary_takes_the_targets_head(draft):
+    check_draft(draft(changes={"draft_vocab_size": None}), TARGET)
+
+
+def test_refuses_an_absent_draft_vocabulary(draft):
+    path = draft()
+    config = json.loads((path / "config.json").read_text())
+    del config["draft_vocab_size"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert "lacks draft_vocab_size" in refusal(path)
+
+
+def test_refuses_tensors_that_would_be_skipped_and_damaged_files(draft):
+    from safetensors.numpy import load_file, save_file
+
+    path = draft(draft_vocab=300)
+    file = path / "model.safetensors"
+    whole = file.read_bytes()
+    tensors = {k: v for k, v in load_file(file).items()}
+    save_file({**tensors, "midlayer.self_attn.q_norm.weight": tensors["norm.weight"]}, file)
+    assert "layers.0.self_attn.q_norm.weight" in refusal(path)
+    d2t = tensors["d2t"].copy()
+    d2t[-1] = 512
+    save_file({**tensors, "d2t": d2t}, file)
+    assert "d2t" in refusal(path)
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refusal(path)
+    file.unlink()
+    assert "safetensors" in refusal(path)
+
+
+def test_draft_check_imports_neither_torch_nor_sglang():
+    code = "import sys, aurora_sglang_plugin.draft_check; assert not {'torch', 'sglang'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
