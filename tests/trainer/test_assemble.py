@@ -1,0 +1,192 @@
+"""Assembly against a simulated server that knows the truth, position by position and node by node."""
+
+import pytest
+from simulator import S, Server, token
+
+from aurora_trainer.assemble import AssembleConfig, Assembler
+
+WHOLE = AssembleConfig(part_slots=10_000)
+
+
+def assemble(server, config=WHOLE):
+    assembler = Assembler(config)
+    samples = []
+    for message in server.run():
+        if message is not None:
+            samples += assembler.add(message)
+    assembler.idle(0.0)
+    samples += assembler.idle(config.idle_s)
+    assert assembler.open_requests == 0 and assembler.nbytes == 0
+    return samples, assembler
+
+
+def check(sample, server):
+    """Every value of the sample against the truth. Returns (request number, numbers of its trees)."""
+    length, start = len(sample.features), sample.start
+    number = int(sample.features[0, 0])
+    request = server.requests[number]
+    assert sample.request == request.rid
+    truth = [[number, p, token(number, p)] for p in range(start, start + length)]
+    assert sample.features.tolist() == truth
+    assert sample.tokens.tolist() == [token(number, p) for p in range(start, start + length + 1)]
+    assert sample.slot_version.shape == (length,)
+    assert sample.num_steps == S and sample.topk == 2
+
+    firsts = [*sample.tree_first.tolist(), len(sample.node_token)]
+    numbers = []
+    for g, (first, end) in enumerate(zip(firsts, firsts[1:])):
+        uid, root_index = divmod(int(sample.logsumexp[first]) - 1, 64)
+        tree = server.trees[uid]
+        numbers.append(uid)
+        assert root_index == 0 and tree.number == number
+        used = [i for i, parent in enumerate(tree.parents) if parent != -2]
+        assert ((sample.logsumexp[first:end] - 1) % 64).tolist() == used
+        assert sample.topk_ids[first:end, 0].tolist() == [uid * 8 + i for i in used]
+        assert sample.node_token[first:end].tolist() == [tree.tokens[i] for i in used]
+        parents = [-1 if tree.parents[i] < 0 else first + used.index(tree.parents[i]) for i in used]
+        assert sample.node_parent[first:end].tolist() == parents
+        assert sample.node_slot[first:end].tolist() == [tree.root - 1 - start] * len(used)
+        assert 0 <= tree.root - 1 - start < length
+        for u in range(first, end):
+            parent = sample.node_parent[u]
+            assert sample.node_depth[u] == (0 if parent < 0 else sample.node_depth[parent] + 1)
+        at_most = [node for k, node in enumerate(tree.path) if tree.root + k <= start + length]
+        accepted = [i for i, on in zip(used, sample.node_accepted[first:end].tolist()) if on]
+        assert accepted == sorted(at_most[: len(accepted)]) and accepted[0] == 0
+        assert sample.tree_version[g] == tree.version
+        assert set(sample.node_altered[first:end].tolist()) == {tree.altered}
+    for slot, node in enumerate(sample.slot_node.tolist()):
+        if node >= 0:
+            assert sample.node_slot[node] + sample.node_depth[node] == slot  # it stands where the slot's token does
+            assert sample.node_token[node] == sample.tokens[slot + 1] and sample.node_accepted[node]
+    return number, numbers
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("seed", range(15))
+def test_what_arrives_is_never_lost(seed, odd):
+    """Each life of a request (until it is retracted or ends) is one sample, cut where it ended, with all its trees."""
+    server = Server(seed, odd=odd)
+    samples, assembler = assemble(server)
+    found = {}
+    for sample in samples:
+        number, trees = check(sample, server)
+        found[number, sample.start, sample.start + len(sample.features)] = sample, trees
+    assert len(found) == len(samples)
+    rootless = 0
+    for request in server.requests:
+        for life in request.lives:
+            first, last = life["first"], life["committed"] - 1
+            trees = [t for t in life["trees"] if first < server.trees[t].root <= last]
+            rootless += sum(server.trees[t].root == first for t in life["trees"][:1])
+            if last - first < 2 or not trees:  # nothing to learn from
+                continue
+            sample, kept = found.pop((request.number, first, last))
+            assert sample.reason == life["reason"] and sample.prompt_len == request.prompt_len
+            assert kept == trees
+            roots = [server.trees[t].root for t in trees]
+            reach = [server.trees[t].root + len(server.trees[t].path) for t in trees]
+            covered = {p for root, end in zip(roots, reach) for p in range(root, end) if p <= last}
+            missing = sorted(covered ^ {first + 1 + i for i, node in enumerate(sample.slot_node.tolist()) if node >= 0})
+            # Where fewer tokens were committed than accepted the path counts only up to the next step.
+            assert not missing or (odd and assembler.counters["cut_back"] and missing[0] < last)
+    assert not found
+    assert assembler.counters["rootless_trees"] == rootless and assembler.counters["holes"] == 0
+    if odd:
+        assert assembler.counters["cut_back"] + assembler.counters["after_end"] > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("lose", [0.0, 0.05, 0.4])
+def test_whatever_happens_no_sample_is_wrong(seed, lose):
+    server = Server(1000 + seed, requests=20, lose=lose)
+    config = WHOLE if seed % 2 else AssembleConfig(part_slots=10, context_slots=seed % 6, max_slots=20)
+    samples, assembler = assemble(server, config)
+    keys, seen = set(), []
+    for sample in samples:
+        number, trees = check(sample, server)
+        seen += trees
+        keys.add((sample.epoch, sample.request, sample.attempt))
+        if sample.reason in ("stop", "length", "abort", "retract"):
+            ends = [(life["reason"], life["committed"]) for life in server.requests[number].lives if "reason" in life]
+            assert any(r == sample.reason and sample.start + len(sample.features) < c for r, c in ends)
+    assert samples and len(keys) == len(samples)
+    assert len(seen) == len(set(seen)), "a tree is in two samples"
+    assert not any(cause.startswith("quarantined") or cause == "dropped_values" for cause in assembler.counters)
+
+
+def test_parts_of_a_long_request_share_context_only():
+    server = Server(5, requests=1, odd=False)
+    server.requests[0].total_len = server.requests[0].prompt_len + 300
+    samples, _ = assemble(server, AssembleConfig(part_slots=50, context_slots=16))
+    assert [s.reason for s in samples[:-1]] == ["part"] * (len(samples) - 1) and len(samples) >= 5
+    trees = [t for sample in samples for t in check(sample, server)[1]]
+    (life,) = server.requests[0].lives
+    assert trees == [t for t in life["trees"] if server.trees[t].root < life["committed"]]
+    for before, after in zip(samples, samples[1:]):
+        end = before.start + len(before.features)
+        assert after.start == end - 16
+        assert (after.slot_node[:16] < 0).all() and (after.slot_node[16:20] >= 0).all()
+        assert (before.slot_node[-20:] >= 0).all()
+
+
+def test_a_lost_end_is_closed_by_idling_and_cut_at_eos():
+    server = Server(3, requests=1, odd=False)
+    request = server.requests[0]
+    request.total_len = request.prompt_len + 40
+    messages = [m for m in server.run() if m.header.kind != "end"]
+    eos = token(0, request.prompt_len + 10)
+    first_eos = next(p for p in range(request.prompt_len, 10_000) if token(0, p) == eos)
+    assembler = Assembler(AssembleConfig(idle_s=5, eos_token_ids=(eos,)))
+    assert not [s for m in messages for s in assembler.add(m)]
+    assert assembler.idle(100.0) == [] and assembler.idle(104.9) == []
+    (sample,) = assembler.idle(105.0)
+    assert sample.reason == "idle" and sample.start + len(sample.features) == first_eos
+    check(sample, server)
+
+
+def test_bounds_take_the_least_recent_request_early():
+    server = Server(8, odd=False)
+    samples, assembler = assemble(server, AssembleConfig(max_open=1, part_slots=10_000))
+    assert assembler.counters["evicted"] > 0
+    for sample in samples:
+        check(sample, server)
+    tight = Assembler(AssembleConfig(max_bytes=2000))
+    for message in Server(8, odd=False).run():
+        tight.add(message)
+        assert tight.nbytes <= 2000
+
+
+def test_repeated_messages_change_nothing():
+    once, _ = assemble(Server(11))
+    assembler, twice = Assembler(WHOLE), []
+    for message in Server(11).run():
+        twice += assembler.add(message) + assembler.add(message)
+    assembler.idle(0.0)
+    twice += assembler.idle(1e3)
+    assert [s.tokens.tolist() for s in once] == [s.tokens.tolist() for s in twice]
+    assert assembler.counters["duplicate"] == assembler.counters["messages"]
+
+
+def test_inconsistent_rows_are_quarantined_and_counted():
+    server = Server(12, requests=3, odd=False)
+    assembler, samples, broken = Assembler(WHOLE), [], 0
+    for message in server.run():
+        a = message.arrays
+        if message.header.kind == "verify" and message.header.captured_seq % 3 == 0:
+            a["draft_tokens"] = a["draft_tokens"].copy()
+            for row, node in enumerate(a["accept_path"][:, 1]):
+                if node > 0:  # the accepted node is not the token that was committed
+                    a["draft_tokens"][row, node] += 1
+                    broken += 1
+        samples += assembler.add(message)
+    for sample in samples:
+        check(sample, server)
+    assert broken and assembler.counters["quarantined"] == broken
+
+    assembler = Assembler(WHOLE)
+    for message in Server(12, requests=3, odd=False).run():
+        if message.header.kind == "verify":
+            message.arrays["topk_logits"] = message.arrays["topk_logits"] + 1e9  # more than all of it
+        assert assembler.add(message) == []
+    assert assembler.counters["dropped_values"] > 0
