@@ -15,7 +15,7 @@ from torch import Tensor
 
 BLOCK_QUERIES = 64
 BLOCK_SCORES = 1 << 20  # scores alive at a time, over all heads
-_Group = tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]
+_Group = tuple[Tensor, Tensor, Tensor, int, list[tuple[int, int]]]
 
 
 def tree_attention(
@@ -69,8 +69,8 @@ class _TreeAttention(torch.autograd.Function):
 def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
     """Blocks of queries of one sequence with similar prefixes, in groups of blocks with prefixes of similar length.
 
-    A group is (rows [B, R], -1 where padded; keys [B, C]; limit [B, R]: keys that each row sees;
-    spans: each block's (first slot, slots)).
+    A group is (rows [B, R], -1 where padded; keys [B, C]; limit [B, R]: keys that each row sees; the number of keys
+    that every row sees; spans: each block's (first slot, slots)).
     """
     device = slot_start.device
     start, end = slot_start.cpu().numpy(), slot_end.cpu().numpy()
@@ -98,10 +98,10 @@ def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
         real = within < rows[members, None]
         index = np.minimum(first[members, None] + within, len(order) - 1)
         keys = np.minimum(start[first[members], None] + np.arange(most), int(end.max()) - 1)
-        limit = np.where(real, end[index] - start[index], 0)
+        limit = np.where(real, end[index] - start[index], most)
         spans = list(zip(start[first[members]].tolist(), slots[members].tolist(), strict=True))
         host = (np.where(real, order[index], -1), keys, limit)
-        groups.append((*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in host), spans))
+        groups.append((*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in host), int(limit.min()), spans))
     return groups
 
 
@@ -127,20 +127,20 @@ def _key_blocks(x: Tensor, keys: Tensor) -> Tensor:
     return x.index_select(0, keys.flatten()).view(b, c, *x.shape[1:]).transpose(1, 2).reshape(-1, c, x.shape[2])
 
 
-def _scores(q: Tensor, k: Tensor, limit: Tensor, kv_heads: int) -> Tensor:
+def _scores(q: Tensor, k: Tensor, limit: Tensor, shared: int) -> Tensor:
     """Scores [B * Hkv, G * R, C] of scaled queries, -inf beyond each row's limit."""
     scores = torch.bmm(q, k.transpose(1, 2))
     b, r = limit.shape
-    hidden = torch.arange(k.shape[1], device=k.device) >= limit[..., None]  # [B, R, C]
-    scores.view(b, -1, r, k.shape[1]).masked_fill_(hidden[:, None], -torch.inf)
+    hidden = torch.arange(shared, k.shape[1], device=k.device) >= limit[..., None]  # [B, R, C - shared]
+    scores.view(b, -1, r, k.shape[1])[..., shared:].masked_fill_(hidden[:, None], -torch.inf)
     return scores
 
 
 def _forward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups):
     (n, heads, _), kv_heads = q.shape, slot_k.shape[1]
     o, lse = torch.zeros_like(q), q.new_full((n, heads), -torch.inf)
-    for rows, keys, limit, _ in groups:
-        p = _scores(_blocks(q, rows, kv_heads) * scale, _key_blocks(slot_k, keys), limit, kv_heads)
+    for rows, keys, limit, shared, _ in groups:
+        p = _scores(_blocks(q, rows, kv_heads) * scale, _key_blocks(slot_k, keys), limit, shared)
         top = p.amax(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).min)
         p.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
@@ -180,10 +180,12 @@ def _backward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups, o, ls
     kv_heads = slot_k.shape[1]
     dq, dslot_k, dslot_v, dnode_k, dnode_v = map(torch.zeros_like, (q, slot_k, slot_v, node_k, node_v))
     delta = (o * do).sum(-1)  # [Q, Hq]
-    for rows, keys, limit, spans in groups:
+    for rows, keys, limit, shared, spans in groups:
         block_q, block_do = _blocks(q, rows, kv_heads) * scale, _blocks(do, rows, kv_heads)
         k, v = _key_blocks(slot_k, keys), _key_blocks(slot_v, keys)
-        p = _scores(block_q, k, limit, kv_heads).sub_(_blocks(lse[..., None], rows, kv_heads)).exp_()
+        row_lse = _blocks(lse[..., None], rows, kv_heads)
+        row_lse.view(len(rows), -1, rows.shape[1]).masked_fill_((rows < 0)[:, None], torch.inf)  # padding: no gradient
+        p = _scores(block_q, k, limit, shared).sub_(row_lse).exp_()
         dv = torch.bmm(p.transpose(1, 2), block_do)
         ds = torch.bmm(block_do, v.transpose(1, 2)).sub_(_blocks(delta[..., None], rows, kv_heads)).mul_(p)
         index, block_dq = _unblock(torch.bmm(ds, k), rows, kv_heads)
