@@ -43,15 +43,16 @@ def run(
     with _clear_errors():
         _log_to_stderr()
         from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.daemon import run_live, run_trace
+        from aurora_trainer.daemon import open_daemon
 
         if trace is not None and record is not None:
             raise ValueError("--trace and --record: expected one of them; a trace needs no second recording")
         settings = load_trainer_config(config, overrides or ())
+        daemon = open_daemon(settings)
         if trace is not None:
-            run_trace(settings, trace, steps)
+            daemon.run_trace(trace, steps)
         else:
-            run_live(settings, steps, record)
+            daemon.run_live(steps, record)
 
 
 @app.command()
@@ -116,3 +117,7 @@ def _log_to_stderr() -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s"
     )
+
+
+if __name__ == "__main__":
+    app()

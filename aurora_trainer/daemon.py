@@ -133,7 +133,7 @@ class Daemon:
             "time_unix_s": time.time(),
             "pid": os.getpid(),
             "steps": training.steps,
-            "optimizer_step": training.optimizer.step_count,
+            "optimizer_step": training.updates,
             "draft_version": training.served.version,
             "tokens": training.slots,
             "tokens_per_s": (training.slots - slots) / max(now - then, 1e-9),
@@ -148,7 +148,7 @@ class Daemon:
             "assembler": dict(training.assembler.counters),
             "buffer": training.buffer.stats(),
             "buffer_dropped": dict(training.buffer.dropped),
-            "optimizer": training.optimizer.counters(),
+            "skipped_updates": training.optimizer.skipped,
         }
         if receiver is not None:
             books = receiver.books()

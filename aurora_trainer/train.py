@@ -60,6 +60,7 @@ class Training:
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
         self.gate = Gate(trainer.gate)
         self.parent = 0  # the version that training went on from
+        self.earlier_updates = 0  # of optimizers before the last rollback
         self.steps = 0  # batches drawn; the optimizer may have skipped some
         self.slots = 0  # trained on, repetitions included
         self.samples: Counter[str] = Counter()  # by what became of them before the buffer
@@ -69,6 +70,12 @@ class Training:
         self._credit = 0  # slots that came in and were not answered by a step yet
         self._offered_at = 0  # optimizer step at which the gate was last asked
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
+        torch.manual_seed(trainer.pace.seed)  # after the modules above were made, which draw
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that changed the weights."""
+        return self.earlier_updates + self.optimizer.updates
 
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
@@ -104,15 +111,16 @@ class Training:
         if served is not None:
             scores = dict(zip(map(id, samples), sample_scores(batch, score, len(samples)), strict=True))
             self.gate.record(served, [scores[id(s)] for s in unseen])
-        self.optimizer.step(loss)
+        loss.backward()
+        self.optimizer.step(float(loss.detach()))
         self.slots += sum(len(s.features) for s in samples)
-        self._show(float(loss), score)
+        self._show(float(loss.detach()), score)
 
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
-        if self.optimizer.step_count == self._offered_at:
+        if self.updates == self._offered_at:
             return None
-        self._offered_at = self.optimizer.step_count
+        self._offered_at = self.updates
         tensors = self.draft.checkpoint(self.served.dtype)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite)
@@ -124,7 +132,7 @@ class Training:
             self.draft.config.to_json(str(self.served.dtype).removeprefix("torch.")),
             target=self.target,
             parent=self.parent,
-            optimizer_step=self.optimizer.step_count,
+            optimizer_step=self.updates,
             gate=decision.fields(),
         )
         if version is None:
@@ -134,7 +142,7 @@ class Training:
         self.parent = version
         self.served.take(version, tensors)
         self.gate.restart()
-        log.info("weights published version=%d optimizer_step=%d", version, self.optimizer.step_count)
+        log.info("weights published version=%d optimizer_step=%d", version, self.updates)
         return version
 
     def heed_rejections(self) -> None:
@@ -156,7 +164,8 @@ class Training:
     def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What `restore` goes on from: tensors, and JSON."""
         tensors = {f"draft/{n}": p.detach() for n, p in self.draft.named_parameters()}
-        tensors |= {f"optimizer/{n}": t for n, t in self.optimizer.tensors().items()}
+        optimizer_tensors, optimizer_state = self.optimizer.state_dict()
+        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
         tensors["random/torch"] = torch.get_rng_state()
         state = {
             "target": self.target,
@@ -169,7 +178,8 @@ class Training:
             "samples": dict(self.samples),
             "published": dict(self.published),
             "traffic": self.traffic,
-            "optimizer": self.optimizer.state(),
+            "earlier_updates": self.earlier_updates,
+            "optimizer": optimizer_state,
             "gate": self.gate.state(),
             "buffer": self.buffer.state(),
             "open_requests": self.assembler.open_requests,
@@ -189,12 +199,12 @@ class Training:
             )
         own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
         self.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
-        self.optimizer.restore(
+        self.optimizer.load_state_dict(
             {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
             state["optimizer"],
         )
         torch.set_rng_state(tensors["random/torch"])
-        self.parent, self.slots = state["parent"], state["slots"]
+        self.parent, self.slots, self.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
         self.published = Counter(state["published"])
         self.served.rolled_back = set(state["rolled_back"])
         self.gate.restore(state["gate"])
@@ -213,7 +223,8 @@ class Training:
     def _take_served(self) -> None:
         self.parent = self.served.version
         self.draft.load_checkpoint(self.served.weights())
-        self.optimizer.restart()
+        self.earlier_updates = self.updates
+        self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer)
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1

@@ -1,0 +1,282 @@
+"""The loop: it learns, survives kills to the bit on a trace, carries on live, and never falls over bad input."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+from models import make_random_target
+from safetensors.torch import load_file
+from traffic import messages, write_trace
+
+from aurora_sglang_plugin.manifest import current_version, read_manifest, target_fingerprint, version_name
+from aurora_trainer.checkpoint import steps
+from aurora_trainer.config import load_trainer_config
+from aurora_trainer.daemon import Cadence, Daemon
+from aurora_trainer.init_draft import init_draft
+
+VOCAB, HIDDEN = 64, 32
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    target = make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN)
+    init_draft(target, directory / "draft", "random")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trace(models, tmp_path_factory):
+    path = tmp_path_factory.mktemp("trace") / "trace"
+    write_trace(path, target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN, requests=40)
+    return path
+
+
+def overrides(models, site: Path, **more) -> list[str]:
+    settings = {
+        "link.endpoint": f"ipc://{site}/link",
+        "weights.directory": site / "weights",
+        "trainer.model.target": models / "target",
+        "trainer.model.draft": models / "draft",
+        "trainer.checkpoint.directory": site / "checkpoints",
+        "trainer.checkpoint.every_s": 0,
+        "trainer.checkpoint.every_steps": 7,
+        "trainer.metrics.status_file": site / "status.json",
+        "trainer.metrics.every_s": 0.2,
+        "trainer.publish.every_s": 0,
+        "trainer.publish.every_steps": 10,
+        "trainer.pace.new_slots_per_step": 20,
+        "trainer.pace.nice": 0,
+        "trainer.batch.max_slots": 256,
+        "trainer.optimizer.lr": 4e-3,
+        "trainer.gate.score_every_steps": 1,
+        "trainer.assemble.eos_token_ids": [VOCAB - 1],
+    } | {k.replace("__", "."): v for k, v in more.items()}
+    return [f"{k}={v}" for k, v in settings.items()]
+
+
+def command(models, site: Path, *arguments: str, **more) -> list[str]:
+    sets = [a for o in overrides(models, site, **more) for a in ("--set", o)]
+    return [sys.executable, "-m", "aurora_trainer.cli", "run", *sets, *arguments]
+
+
+def config(models, site: Path, **more):
+    return load_trainer_config(None, overrides(models, site, **more))
+
+
+def last_checkpoint(site: Path):
+    path = site / "checkpoints" / f"step-{steps(site / 'checkpoints')[-1]:08d}"
+    return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+
+
+def assert_same_end(a: Path, b: Path):
+    (tensors, state), (others, other) = last_checkpoint(a), last_checkpoint(b)
+    assert tensors.keys() == others.keys()
+    for name, t in tensors.items():
+        assert torch.equal(t, others[name]), name
+    # Everything but what was published and scored, which a kill may have happened once more to.
+    for name in ("steps", "cursor", "slots", "credit", "optimizer", "buffer", "samples", "traffic", "earlier_updates"):
+        assert state[name] == other[name], name
+
+
+def test_a_trace_is_learnt_and_published(models, trace, tmp_path):
+    Daemon(config(models, tmp_path)).run_trace(trace)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["samples"] == {"assembled": 40} and status["skipped_updates"] == 0
+    assert status["steps"] > 40 and status["published"]["published"] == current_version(tmp_path / "weights") > 2
+    assert status["accept_length"] > 2.0  # of at most 3; untrained it is about 1.02
+    manifest = read_manifest(tmp_path / "weights" / version_name(status["draft_version"]))
+    assert manifest.gate["reason"] in ("better", "not_worse") and manifest.gate["candidate"] > 1.5
+    assert manifest.parent == manifest.version - 1 and not any("embed" in n for n in manifest.tensors)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for site in (whole, killed):
+        site.mkdir()
+    subprocess.run(command(models, whole, "--trace", str(trace)), check=True, capture_output=True)
+    kills = 0
+    for at in (7, 21):  # kill -9 some time after checkpoints of these steps, between and within steps
+        process = subprocess.Popen(command(models, killed, "--trace", str(trace)), stderr=subprocess.DEVNULL)
+        while process.poll() is None and (steps(killed / "checkpoints") or [0])[-1] < at:
+            time.sleep(0.001)
+        time.sleep(0.003)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills == 2
+    run = subprocess.run(command(models, killed, "--trace", str(trace)), capture_output=True, text=True, check=True)
+    assert "resumed step=" in run.stderr
+    assert_same_end(whole, killed)
+
+
+def test_steps_of_a_trace_can_be_taken_in_two_runs(models, trace, tmp_path):
+    for site in ("whole", "parts"):
+        (tmp_path / site).mkdir()
+    Daemon(config(models, tmp_path / "whole")).run_trace(trace, 30)
+    for count in (11, 30):
+        daemon = Daemon(config(models, tmp_path / "parts"))
+        daemon.run_trace(trace, count)
+        assert daemon.training.steps == count
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_trace_than_the_checkpoints_is_refused(models, trace, tmp_path):
+    Daemon(config(models, tmp_path)).run_trace(trace, 20)
+    fingerprint = target_fingerprint(models / "target")
+    for name, requests in (("other", 40), ("short", 3)):
+        write_trace(
+            tmp_path / name, target=fingerprint, vocab=VOCAB, features=3 * HIDDEN, requests=requests, seed=5, outputs=31
+        )
+        daemon = Daemon(config(models, tmp_path))
+        with pytest.raises(ValueError, match="expected the"):
+            daemon.run_trace(tmp_path / name)
+        daemon.training.close()
+
+
+class Server:
+    """The sending end of a live link."""
+
+    def __init__(self, site: Path):
+        self.socket = zmq.Context.instance().socket(zmq.PUSH)
+        self.socket.linger = 0
+        self.socket.connect(f"ipc://{site}/link")
+
+    def send(self, parts_of_all) -> int:
+        count = 0
+        for parts in parts_of_all:
+            assert self.socket.poll(10_000, zmq.POLLOUT), "the trainer stopped taking messages"
+            self.socket.send_multipart(parts)
+            count += 1
+        return count
+
+
+@contextlib.contextmanager
+def live(models, site: Path, **more):
+    process = subprocess.Popen(command(models, site, **more), stderr=subprocess.PIPE, text=True)
+    server = Server(site)
+    try:
+        yield process, server
+    finally:
+        process.kill()
+        process.wait()
+        server.socket.close()
+
+
+def status_when(site: Path, condition, timeout_s: float = 60.0) -> dict:
+    deadline, status = time.monotonic() + timeout_s, {}
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            status = json.loads((site / "status.json").read_text())
+            if condition(status):
+                return status
+        time.sleep(0.05)
+    raise AssertionError(f"not within {timeout_s} s: {status}")
+
+
+def traffic(models, requests: int, epoch: str):
+    target = target_fingerprint(models / "target")
+    return messages(target=target, vocab=VOCAB, features=3 * HIDDEN, requests=requests, epoch=epoch)
+
+
+def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
+    with live(models, tmp_path) as (process, server):
+        sent = server.send(traffic(models, 10, "first"))
+        for garbage in ([b""], [b"\xff" * 99], [b"x"] * 40, [b"y" * 1000, b"z"]):
+            server.socket.send_multipart(garbage)
+        bad = list(traffic(models, 1, "bad"))
+        server.send([[parts[0].replace(b"verify", b"verifi"), *parts[1:]] for parts in bad[1:3]])
+        sent += server.send(traffic(models, 15, "second"))
+        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent and s["steps"] > 8)
+        assert sum(status["rejected"].values()) == 6
+        status_when(tmp_path, lambda s: s["draft_version"] >= 1)
+        process.kill()
+    before = steps(tmp_path / "checkpoints")[-1]
+    with live(models, tmp_path) as (process, server):
+        server.send(traffic(models, 10, "third"))
+        status = status_when(tmp_path, lambda s: s["pid"] == process.pid and s["steps"] > before + 2)
+        assert status["buffer_dropped"]["lost"] > 0
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+        assert process.returncode == 0, log
+        assert f"resumed step={before}" in log and "trainer ended" in log
+    assert steps(tmp_path / "checkpoints")[-1] == json.loads((tmp_path / "status.json").read_text())["steps"]
+
+
+def test_receiving_without_training(models, tmp_path):
+    with live(models, tmp_path, trainer__pace__enabled="false") as (process, server):
+        sent = server.send(traffic(models, 5, "e"))
+        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent)
+        assert status["steps"] == 0 and status["buffer"]["samples"] == 5
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
+    daemon = Daemon(config(models, tmp_path))
+    training = daemon.training
+    daemon.run_trace(trace, 45)
+    newest = training.served.version
+    training.heed_rejections()
+    assert training.parent == newest >= 3
+    (tmp_path / "weights" / "REJECTED").write_text(json.dumps({"version": newest}) + "\n")
+    training.heed_rejections()
+    assert training.parent == training.served.version == newest - 1 and training.published["rolled_back"] == 1
+    parent = load_file(tmp_path / "weights" / version_name(newest - 1) / "model.safetensors")
+    assert all(torch.equal(parent[n], p.detach()) for n, p in training.draft.named_parameters())
+    training.heed_rejections()  # once is enough
+    assert training.published["rolled_back"] == 1
+    again = Daemon(config(models, tmp_path)).training  # a new trainer does not go back to it either
+    assert again.served.version == newest - 1
+
+
+def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_path):
+    first = Daemon(config(models, tmp_path))
+    first.run_trace(trace, 45)
+    daemon = Daemon(config(models, tmp_path, trainer__checkpoint__directory=tmp_path / "new"))
+    daemon.training.go_on_from_published()
+    assert daemon.training.parent == first.training.served.version
+    served = load_file(tmp_path / "weights" / version_name(daemon.training.parent) / "model.safetensors")
+    assert all(torch.equal(served[n], p.detach()) for n, p in daemon.training.draft.named_parameters())
+
+
+def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
+    training = Daemon(config(models, tmp_path)).training
+    about = {"target": training.target, "requests": 3}
+    from aurora_sglang_plugin.wire import decode
+
+    for parts in messages(**about, vocab=VOCAB, features=2 * HIDDEN, epoch="narrow"):
+        training.feed(decode(parts, max_bytes=1 << 20), 0.0)
+    for parts in messages(**about, vocab=3 * VOCAB, features=3 * HIDDEN, epoch="wide"):
+        training.feed(decode(parts, max_bytes=1 << 20), 0.0)
+    assert training.samples["wrong_feature_width"] == 3 and training.samples["token_out_of_vocabulary"] >= 2
+    assert len(training.buffer) == training.samples["assembled"] - 3 - training.samples["token_out_of_vocabulary"]
+
+
+def test_cadence():
+    by_both = Cadence(10.0, 5)
+    by_both.restart(0.0, 0)
+    assert not by_both.due(9.0, 4) and by_both.due(9.0, 5) and not by_both.due(18.0, 9) and by_both.due(19.0, 9)
+    assert not Cadence(0, 0).due(1e9, 10**9)
+
+
+def test_nice_is_set_once(models, tmp_path):
+    if os.nice(0) > 10:
+        pytest.skip("already nicer")
+    code = (
+        "import os, sys; from aurora_trainer.config import load_trainer_config; "
+        "from aurora_trainer.daemon import open_daemon; "
+        "open_daemon(load_trainer_config(None, sys.argv[1:])); print(os.nice(0))"
+    )
+    arguments = overrides(models, tmp_path, trainer__pace__nice=13)
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "13"
