@@ -206,11 +206,12 @@ class Publisher:
             self._queued_bytes = 0
             if left:
                 self._dropped["closed"] = self._dropped.get("closed", 0) + len(left)
-        try:
-            self._send_heartbeat()  # the last books
+        assert self._close_at is not None
+        try:  # the last books
+            while not self._send_heartbeat() and (left_s := self._close_at - time.monotonic()) > 0:
+                self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
         except Exception as error:
             self._log_once("publish", error)
-        assert self._close_at is not None
         self._socket.close(linger=max(0, int((self._close_at - time.monotonic()) * 1000)))
         self._context.term()
 
@@ -287,11 +288,12 @@ class Publisher:
                 return 0
         return nbytes
 
-    def _send_heartbeat(self) -> None:
+    def _send_heartbeat(self) -> bool:
         if nbytes := self._send(None, {}):
             with self._lock:
                 self._heartbeats += 1
                 self._bytes_sent += nbytes
+        return nbytes > 0
 
     def _log_once(self, cause: str, error: Exception) -> None:
         if cause not in self._logged:

@@ -115,6 +115,21 @@ def test_whatever_happens_no_sample_is_wrong(seed, lose):
     assert not any(cause.startswith("quarantined") or cause == "dropped_values" for cause in assembler.counters)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_two_requests_of_one_id_are_never_glued(seed):
+    """The first one's `end` and the second one's prefill are lost: the verify that comes may well fit by its token."""
+    server = Server(seed, requests=2, odd=False)
+    first, second = server.requests
+    second.rid, second.prompt_len = first.rid, first.prompt_len + 3
+    first.total_len = second.total_len = first.prompt_len + 30
+    kept = [m for m in server.run() if m.header.kind == "verify" or not second.lives and m.header.kind != "end"]
+    assembler = Assembler(WHOLE)
+    samples = [s for m in kept for s in assembler.add(m)]
+    assembler.idle(0.0)
+    samples += assembler.idle(1e3)
+    assert sorted(check(sample, server)[0] for sample in samples) == [0, 1]
+
+
 def test_parts_of_a_long_request_share_context_only():
     server = Server(5, requests=1, odd=False)
     server.requests[0].total_len = server.requests[0].prompt_len + 300
