@@ -52,8 +52,8 @@ every_s = 1.0
 class Trainer:
     """`aurora-trainer run` in a subprocess that ends with this one."""
 
-    def __init__(self, config: Path, log: Path):
-        command = [*TRAINER, "run", "--config", str(config)]
+    def __init__(self, config: Path, log: Path, *arguments: str):
+        command = [*TRAINER, "run", "--config", str(config), *arguments]
         with open(log, "wb") as output:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=die_with_parent

@@ -1,0 +1,147 @@
+"""What Aurora costs a server: the same requests with capture off and on, interleaved in one run, ratios first.
+
+    python scripts/bench_serving.py [--rounds 5] [--requests 24]
+
+Two servers with the same target and draft, one with capture off, take turns; an idle one sleeps. The other's trainer is
+in turn absent, stopped (SIGSTOP) with the server's queue full, receiving without training, and training (which
+competes for the processor, and is therefore reported apart). Swapping is off: every mode drafts alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import make_target
+import psutil
+from demo import CONFIG, NUM_STEPS, TRAINER, Trainer, make_prompts
+from serve import Server, free_port
+from traffic import send
+
+MODES = ("off", "absent", "stopped", "receiving", "training")
+SMALL_QUEUE = "plugin.swap.enabled=false plugin.publish.queue_bytes=4000000"
+
+
+def metric(server: Server, name: str) -> float:
+    """Sum of a metric over its labels."""
+    return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", server.get("/metrics"), re.MULTILINE))
+
+
+def tree_cpu_s(server: Server) -> float:
+    root = psutil.Process(server.process.pid)
+    return sum(sum(p.cpu_times()[:2]) for p in [root, *root.children(recursive=True)])
+
+
+def tree_rss_bytes(server: Server) -> int:
+    root = psutil.Process(server.process.pid)
+    return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)])
+
+
+def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
+    capture = [metric(server, f"aurora_{n}_total") for n in ("capture_seconds", "captured_messages")]
+    cpu, began = tree_cpu_s(server), time.monotonic()
+    replies = list(send(server, prompts, tokens=96))
+    wall = time.monotonic() - began
+    after = [metric(server, f"aurora_{n}_total") for n in ("capture_seconds", "captured_messages")]
+    return {
+        "tokens_per_s": sum(len(r.tokens) for r in replies) / wall,
+        "latency_p95_s": sorted(r.latency_s for r in replies)[int(0.95 * len(replies))],
+        "cpu_s": tree_cpu_s(server) - cpu,
+        "capture_us_per_message": 1e6 * (after[0] - capture[0]) / max(1.0, after[1] - capture[1]),
+        "capture_share": (after[0] - capture[0]) / wall,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=24, help="of 96 tokens in each turn")
+    parser.add_argument("--init", choices=("random", "target"), default="target", help="the untrained draft")
+    parser.add_argument("--home", type=Path, default=Path(".cache"))
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    target = options.home.resolve() / "target"
+    if not make_target.is_ready(make_target.Recipe(), target):
+        make_target.make(make_target.Recipe(), target)
+    with tempfile.TemporaryDirectory() as scratch:
+        figures = run(options, target, Path(scratch))
+    show(figures)
+    if options.out:
+        options.out.write_text(json.dumps(figures, indent=1))
+
+
+def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list[dict[str, float]]]:
+    draft = home / "draft"
+    subprocess.run([*TRAINER, "init-draft", str(target), str(draft), "--kind", options.init], check=True)
+    config = home / "aurora.toml"
+    config.write_text(CONFIG.format(port=free_port(), home=home, target=target, draft=draft))
+    prompts = make_prompts(target, options.requests * (options.rounds + 1))["code"]
+    serve = dict(algorithm="AURORA", num_steps=NUM_STEPS, draft=draft, args=["--enable-metrics"])
+    environment = {"AURORA_CONFIG": str(config), "AURORA_SET": SMALL_QUEUE}
+    off = environment | {"AURORA_SET": SMALL_QUEUE + " plugin.capture.enabled=false"}
+    figures: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    with Server(target, **serve, env=off) as plain, Server(target, **serve, env=environment) as capturing:
+        measure(plain, prompts[: options.requests])
+        measure(capturing, prompts[: options.requests])
+        rss = tree_rss_bytes(capturing)
+        for number in range(1, options.rounds + 1):
+            turn = prompts[number * options.requests : (number + 1) * options.requests]
+            figures["off"].append(measure(plain, turn))
+            figures["absent"].append(measure(capturing, turn))
+            with Trainer(config, home / "receiving.log", "--set", "trainer.pace.enabled=false") as trainer:
+                wait_until_received(home)
+                trainer.process.send_signal(signal.SIGSTOP)
+                list(send(capturing, turn, tokens=96))  # fills the queue
+                figures["stopped"].append(measure(capturing, turn))
+                trainer.process.send_signal(signal.SIGCONT)
+                time.sleep(1)
+                figures["receiving"].append(measure(capturing, turn))
+            with Trainer(config, home / "training.log"):
+                wait_until_received(home)
+                figures["training"].append(measure(capturing, turn))
+            print(f"  round {number} of {options.rounds} done", flush=True)
+        print(
+            f"server memory {rss / 2**20:.0f} MiB before, {tree_rss_bytes(capturing) / 2**20:.0f} MiB after; "
+            f"dropped because the queue was full: {metric(capturing, 'aurora_dropped_messages_total'):.0f} messages"
+        )
+    return figures
+
+
+def wait_until_received(home: Path, timeout_s: float = 60) -> None:
+    """Until a trainer that was just started has heard from the server."""
+    status = home / "status.json"
+    status.unlink(missing_ok=True)
+    deadline = time.monotonic() + timeout_s
+    while not (status.exists() and json.loads(status.read_text()).get("received")):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the trainer heard nothing from the server within {timeout_s:g} s")
+        time.sleep(0.2)
+
+
+def show(figures: dict[str, list[dict[str, float]]]) -> None:
+    """Each mode against `off` of the same round: median (smallest to largest) of the ratios."""
+    print(f"{'mode':10} {'tokens/s':>9}  {'throughput vs off':>24}  {'p95 latency vs off':>24}  server CPU  capture")
+    for mode, rounds in figures.items():
+        base = figures["off"]
+
+        def ratio(name: str, rounds=rounds, base=base) -> str:
+            values = sorted(r[name] / b[name] for r, b in zip(rounds, base))
+            return f"{statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f})"
+
+        mid = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        print(
+            f"{mode:10} {mid['tokens_per_s']:9.0f}  {ratio('tokens_per_s'):>24}  {ratio('latency_p95_s'):>24}  "
+            f"{ratio('cpu_s')[:5]:>10}  {mid['capture_us_per_message']:.0f} us a message, "
+            f"{mid['capture_share']:.2%} of the time"
+        )
+
+
+if __name__ == "__main__":
+    main()
