@@ -1,0 +1,101 @@
+"""Servers that the loop's tests share: one for each configuration, started when the first test needs one, two at a
+time, and only those that the collected tests name.
+
+    plain   no speculation: what the output must be
+    chain   topk 1, 4 steps, prefill in chunks of 64
+    tree    topk 2, 4 steps, 8 nodes, a reduced draft vocabulary
+    mixed   topk 1, 3 steps, mixed chunks of 32, and a running request retracted every few steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from drafts import make_draft
+from rig import Loop
+from serve import Server
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+SERVERS = ("plain", "chain", "tree", "mixed")
+DRAFT_VOCAB = 700
+
+
+@pytest.fixture(scope="session")
+def target() -> Path:
+    """A language model that is trained within a minute, once."""
+    directory = ROOT / ".cache" / "target-quick"
+    command = [sys.executable, ROOT / "scripts" / "make_target.py", "--quick", "--out", directory]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model(target):
+    """The target as Hugging Face computes it."""
+    torch.set_num_threads(1)
+    return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def stream(target) -> list[int]:
+    """Token ids of real text to cut prompts from; no two tests should cut at the same place, or the cache is hit."""
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    return tokenizer(Path(argparse.__file__).read_text(encoding="utf-8"))["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def starts(request, target, tmp_path_factory):
+    """Futures of the servers that the collected tests need."""
+    folder = tmp_path_factory.mktemp("loop")
+
+    def start(name: str):
+        (folder / name).mkdir()
+        if name == "plain":
+            return Server(target, log=folder / "plain.log")
+        draft = make_draft(folder / name / "draft", target, draft_vocab=DRAFT_VOCAB if name == "tree" else None)
+        if name == "chain":
+            args = ["--chunked-prefill-size", "64"]
+            return Loop(folder / name, target, draft, topk=1, num_steps=4, args=args)
+        if name == "tree":
+            args = ["--chunked-prefill-size", "64"]
+            return Loop(folder / name, target, draft, topk=2, num_steps=4, num_draft_tokens=8, args=args)
+        args = ["--chunked-prefill-size", "32", "--enable-mixed-chunk"]
+        env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "23"}
+        settings = ["plugin.capture.max_prompt_features=100"]
+        return Loop(folder / name, target, draft, topk=1, num_steps=3, args=args, env=env, settings=settings)
+
+    wanted = dict.fromkeys(name for item in request.session.items for name in SERVERS if name in item.fixturenames)
+    with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
+        futures = {name: pool.submit(start, name) for name in wanted}
+        yield futures
+        for future in futures.values():
+            if future.cancel() or future.exception() is not None:
+                continue
+            future.result().stop()
+
+
+@pytest.fixture(scope="session")
+def plain(starts) -> Server:
+    return starts["plain"].result()
+
+
+@pytest.fixture(scope="session")
+def chain(starts) -> Loop:
+    return starts["chain"].result()
+
+
+@pytest.fixture(scope="session")
+def tree(starts) -> Loop:
+    return starts["tree"].result()
+
+
+@pytest.fixture(scope="session")
+def mixed(starts) -> Loop:
+    return starts["mixed"].result()

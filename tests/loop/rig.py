@@ -1,0 +1,217 @@
+"""A real server and the trainer's receiving half beside it, as the loop's tests use them.
+
+    server (AURORA) -> ZeroMQ -> Receiver -> messages, Assembler -> samples by request
+    drafts -> WeightsWriter -> weights directory -> server
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from serve import Server, free_port
+
+from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.config import LinkConfig
+from aurora_sglang_plugin.manifest import target_fingerprint, version_name
+from aurora_trainer.assemble import AssembleConfig, Assembler
+from aurora_trainer.draft import Draft
+from aurora_trainer.publish_weights import WeightsWriter
+from aurora_trainer.receive import ReceiveConfig, Receiver
+from aurora_trainer.sample import Sample
+from aurora_trainer.target import open_target
+
+FINAL = ("stop", "length", "abort")
+
+
+class Loop:
+    """One AURORA server, its weights directory and a receiver that can come and go. `settings` are AURORA_SET's."""
+
+    def __init__(
+        self,
+        folder: Path,
+        target: Path,
+        draft: Path,
+        *,
+        settings: Sequence[str] = (),
+        listening: bool = True,
+        args: Sequence[str] = (),
+        env: dict[str, str] | None = None,
+        **shape: int,
+    ):
+        self.folder, self.target, self.initial_draft = folder, target, draft
+        self.link = LinkConfig(endpoint=f"tcp://127.0.0.1:{free_port()}")
+        self.weights = folder / "weights"
+        self.writer = WeightsWriter(self.weights, keep=1000)
+        self.embed = open_target(target).embedding()
+        self.fingerprint = target_fingerprint(str(target))
+        self.receiver: Receiver | None = None
+        self.assembler = Assembler(AssembleConfig(part_slots=1 << 16))
+        self.messages: list[wire.Message] = []
+        self.samples: dict[str, list[Sample]] = defaultdict(list)
+        self._final: set[str] = set()
+        if listening:
+            self.listen()
+        set_ = [f"link.endpoint={self.link.endpoint}", f"weights.directory={self.weights}", *settings]
+        self._start = dict(
+            draft=draft,
+            algorithm="AURORA",
+            args=["--enable-metrics", *args],
+            env={"AURORA_SET": " ".join(set_), **(env or {})},
+            log=folder / "server.log",
+            **shape,
+        )
+        self.start()
+
+    def start(self) -> None:
+        self.server = Server(self.target, **self._start)
+
+    def listen(self) -> None:
+        """A receiver like the trainer's, with books that survive it."""
+        self.receiver = Receiver(self.link, ReceiveConfig(), self.folder / "books.json")
+
+    def deafen(self) -> None:
+        """The receiver goes; the endpoint is absent until the next listen()."""
+        self.receiver.close()
+        self.drain()
+        self.receiver = None
+
+    def stop(self) -> None:
+        self.server.stop()
+        if self.receiver is not None:
+            self.deafen()
+        self.writer.close()
+
+    # ---- traffic
+
+    def generate(self, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None = None) -> list[dict]:
+        """Answers to concurrent requests, each with its `rid`; output token ids are in `output_ids`."""
+        return generate(self.server, prompts, params, rids)
+
+    @contextmanager
+    def load(self, prompts: list[list[int]], params: dict) -> Iterator[list[list[dict]]]:
+        """Keep the server busy with rounds of these requests; the answers of each round are appended to the value."""
+        rounds: list[list[dict]] = []
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.is_set():
+                rounds.append(self.generate(prompts, params))
+
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(run)
+            try:
+                yield rounds
+            finally:
+                stop.set()
+                running.result()
+
+    # ---- what was received
+
+    def drain(self) -> None:
+        while self.receiver is not None and (message := self.receiver.get()) is not None:
+            self.messages.append(message)
+            for sample in self.assembler.add(message):
+                self.samples[sample.request].append(sample)
+            if message.header.kind == "end":
+                final = [r for r, why in zip(message.header.requests, message.header.reasons) if why in FINAL]
+                self._final.update(final)
+
+    def taken(self, rids: Sequence[str], timeout_s: float = 20) -> dict[str, list[Sample]]:
+        """The samples of requests that were answered, once the `end` of each has arrived."""
+
+        def ended() -> bool:
+            self.drain()
+            return self._final.issuperset(rids)
+
+        wait_until(ended, f"the ends of {rids}", timeout_s)
+        return {rid: self.samples[rid] for rid in rids}
+
+    def forget(self, rid: str) -> None:
+        """Before an id is used again: what ended so far was the earlier request."""
+        self._final.discard(rid)
+
+    def quiet(self, timeout_s: float = 20) -> dict:
+        """Wait until the books of the newest epoch are complete and agree on both sides; returns that epoch's."""
+
+        def balanced() -> bool:
+            self.drain()
+            books = self.receiver.books()["epochs"]
+            self.epoch = max(books, key=lambda name: books[name]["last_unix_s"], default="")
+            return self.receiver.balanced(self.epoch) is True and books[self.epoch]["queued"] == 0
+
+        self.epoch = ""
+        wait_until(balanced, lambda: f"balanced books, {self.receiver.balanced(self.epoch)}", timeout_s)
+        return self.receiver.books()["epochs"][self.epoch]
+
+    # ---- weights
+
+    def publish(self, draft: Draft) -> int:
+        return self.writer.publish(
+            draft.checkpoint(), draft.config.to_json(), target=self.fingerprint, parent=0, optimizer_step=0
+        )
+
+    def draft(self, version: int) -> Draft:
+        """The draft of a version as the trainer's own code reads it; 0 is the one that the server was given."""
+        return Draft.load(self.weights / version_name(version) if version else self.initial_draft, self.embed)
+
+    def wait_for_version(self, version: int, timeout_s: float = 30) -> None:
+        """Until the server drafts with it. An idle server swaps when it next works, so this makes it work."""
+
+        def serving() -> bool:
+            self.generate([[5, 6, 7]], {"max_new_tokens": 4})
+            return self.metrics()["aurora_draft_version"] == version
+
+        wait_until(serving, f"version {version}", timeout_s, every_s=0.3)
+
+    def metrics(self) -> dict[str, float]:
+        return metrics(self.server)
+
+
+def generate(server: Server, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None) -> list[dict]:
+    rids = rids or [uuid.uuid4().hex for _ in prompts]
+    params = params if isinstance(params, list) else [params] * len(prompts)
+    params = [{"temperature": 0, "ignore_eos": True, **p} for p in params]
+    answers = server.post("/generate", {"input_ids": prompts, "sampling_params": params, "rid": rids})
+    return [answer | {"rid": answer["meta_info"]["id"]} for answer in answers]
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Aurora's families of /metrics: "name" or "name{cause}" to value, without _total."""
+    found = {}
+    for line in server.get("/metrics").splitlines():
+        match = re.match(r"(aurora_\w+?)(?:_total)?(?:\{(.*?)\})? (\S+)$", line)
+        if match:
+            cause = re.search(r'cause="(\w+)"', match[2] or "")
+            found[match[1] + (f"{{{cause[1]}}}" if cause else "")] = float(match[3])
+    return found
+
+
+def checksums(server: Server, which: str) -> dict[str, Any]:
+    """SGLang's own checksums of every parameter of the `target` or the `draft`, by name."""
+    answer = server.post("/weights_checker", {"action": "checksum", "selector": which})
+    assert answer["success"], answer
+    return {name: checksum for rank in answer["ranks"] for name, checksum in rank["checksums"].items()}
+
+
+def wait_until(
+    true: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 20, every_s: float = 0.05
+) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
+        time.sleep(every_s)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
