@@ -1,4 +1,4 @@
-"""`aurora-trainer`: run, check, init-draft. Nothing heavy is imported before a command runs, so that --help is instant."""
+"""`aurora-trainer`: run, check, init-draft. Nothing heavy is imported before a command runs: --help is instant."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
 def init_draft(
     target: Annotated[str, typer.Argument(help="Directory of the target model, or its name in the local HF cache.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the draft to.")],
-    kind: Annotated[Kind, typer.Option(help="Random, or started from the target's last layer and head.")] = Kind.target,
-    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Keep this many target tokens. Needs --counts.")] = None,
+    kind: Annotated[Kind, typer.Option(help="Random, or started from the target's last layer.")] = Kind.target,
+    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Keep so many target tokens (--counts).")] = None,
     counts: Annotated[
         Path | None, typer.Option(help="JSON list: how often each target token was generated (length V).")
     ] = None,

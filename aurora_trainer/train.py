@@ -236,7 +236,7 @@ class Training:
         self.buffer.put(sample)
 
     def _unusable(self, sample: Sample) -> str | None:
-        """A cause where training cannot use the sample. Without it a stranger's ids would index out of the embedding."""
+        """A cause where training cannot use the sample; ids that are too large would index out of the embedding."""
         config = self.draft.config
         if sample.features.shape[1] != config.feature_size:
             return "wrong_feature_width"
