@@ -35,6 +35,7 @@ class Tree:
     path: list[int]
     version: int
     altered: bool
+    committed: int = 0  # tokens of the path, bonus included; fewer than accepted after a truncation
 
 
 @dataclass
@@ -159,8 +160,10 @@ class Server:
             "topk_logits": ("float32", np.zeros((len(trees), N, K), np.float32)),
             "logsumexp": ("float32", np.array([[n * 64 + i + 1 for i in range(N)] for n in numbers], np.float32)),
         }, num_steps=S, topk=2, flags=altered)  # fmt: skip
-        for r, count in zip(requests, lens):
-            r.known += count - (self.draw.randint(0, count - 1) if self.odd and self.draw.random() < 0.05 else 0)
+        for r, tree, count in zip(requests, trees, lens):
+            truncated = self.draw.randint(0, count - 1) if self.odd and self.draw.random() < 0.1 else 0
+            tree.committed = count - truncated
+            r.known += tree.committed
         return message
 
     def _tree(self, r: Request) -> Tree:

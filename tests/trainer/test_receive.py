@@ -1,0 +1,286 @@
+"""Publisher and receiver on one real link: the books of both sides agree, whatever happens to either."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.config import LinkConfig, PublishConfig
+from aurora_sglang_plugin.publish import Publisher
+from aurora_trainer.receive import ReceiveConfig, Receiver
+from aurora_trainer.trace import TraceWriter, read_trace
+
+
+class End:
+    nbytes = 64
+
+    def __init__(self, value, count=1):
+        self.value, self.count = value, count
+
+    def build(self):
+        return {"committed_lens": ("int32", np.full(self.count, self.value, np.int32))}
+
+
+def offer(publisher, value, count=1):
+    publisher.offer("end", End(value, count), requests=["r"] * count, reasons=["stop"] * count)
+
+
+def until(condition, timeout_s=15.0):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()) or isinstance(value, str):
+        assert time.monotonic() < end, value
+        time.sleep(0.01)
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def link(request, tmp_path):
+    if request.param == "ipc":
+        return LinkConfig(endpoint=f"ipc://{tmp_path}/link", max_message_bytes=1 << 20)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return LinkConfig(endpoint=endpoint, max_message_bytes=1 << 20)
+
+
+@pytest.fixture
+def started():
+    """Everything in it is closed after the test."""
+    started = []
+    yield started
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def publish(link, started):
+    def start(**config):
+        started.append(Publisher(link, PublishConfig(**{"heartbeat_s": 0.05} | config), "target"))
+        return started[-1]
+
+    return start
+
+
+@pytest.fixture
+def receive(link, started, tmp_path):
+    def start(config=None, **more):
+        started.append(Receiver(link, config or ReceiveConfig(), tmp_path / "books.json", **more))
+        return started[-1]
+
+    return start
+
+
+def values(receiver, count, timeout_s=10.0):
+    return [int(receiver.get(timeout_s).arrays["committed_lens"][0]) for _ in range(count)]
+
+
+def both_sides(publisher, receiver):
+    """True when the receiver's books balance and say what the publisher's counters say."""
+    balanced = receiver.balanced(publisher.epoch)
+    if balanced is not True:
+        return balanced
+    theirs, ours = publisher.counters(), receiver.books()["epochs"][publisher.epoch]
+    if theirs["queued"] or theirs["captured"] != ours["captured"]:
+        return f"not quiet: {theirs} {ours}"
+    return theirs["dropped"] == ours["dropped"] and theirs["sent"] == ours["sent_seq"] - ours["heartbeats"]
+
+
+def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, tmp_path):
+    trace = TraceWriter(tmp_path / "t.trace")
+    receiver, publisher = receive(target="target", trace=trace), publish()
+    for value in range(200):
+        offer(publisher, value)
+    assert values(receiver, 200) == list(range(200))
+    assert receiver.get(0.0) is None
+    until(lambda: both_sides(publisher, receiver))
+    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+    publisher.close()
+    receiver.close()
+    trace.close()
+    recorded = [wire.decode(parts, max_bytes=1 << 20) for parts in read_trace(tmp_path / "t.trace")]
+    kept = [int(m.arrays["committed_lens"][0]) for m in recorded if m.header.kind == "end"]
+    assert kept == list(range(200))
+
+
+def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, receive):
+    receiver, publisher = receive(ReceiveConfig(queue_bytes=1 << 20)), publish(queue_messages=4)
+    for value in range(400):
+        offer(publisher, value, 20_000)  # 150 kB with its header
+        time.sleep(0.001)
+    assert receiver.books()["queued_bytes"] < 2 << 20
+    dropped = publisher.counters()["dropped"]["queue_full"]
+    got = []
+    until(lambda: got.extend(iter(lambda: receiver.get(0.05), None)) or both_sides(publisher, receiver))
+    assert len(got) == 400 - dropped and dropped > 0
+    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+
+
+def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
+    publisher = publish()
+    first = receive()
+    for value in range(50):
+        offer(publisher, value)
+    assert values(first, 50) == list(range(50))
+    first.close()
+    for value in range(50, 100):
+        offer(publisher, value)
+    time.sleep(0.1)
+    second = receive()
+    until(lambda: both_sides(publisher, second))
+    epoch = second.books()["epochs"][publisher.epoch]
+    assert epoch["captured"] == 100 and epoch["sent_seq"] - epoch["heartbeats"] == 100
+    rest = len(list(iter(lambda: second.get(0.0), None)))
+    assert rest <= 50 and 50 - rest <= epoch["lost"]  # what the link held when the first one closed is counted lost
+
+
+def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive):
+    receiver = receive()
+    one = publish()
+    offer(one, 1)
+    assert values(receiver, 1) == [1]
+    one.close()
+    two = publish()
+    offer(two, 2)
+    assert values(receiver, 1) == [2]
+    until(lambda: both_sides(two, receiver))
+    assert one.epoch != two.epoch
+    assert receiver.balanced(one.epoch) is True  # close() sent its last books
+    assert receiver.balanced("never seen") == "unknown epoch"
+
+
+def run_trainer(link, books_path):
+    receiver = Receiver(link, ReceiveConfig(), books_path)
+    while True:
+        receiver.get(1.0)
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_books_balance_after_the_trainer_was_killed_or_stopped(link, publish, receive, tmp_path, harm):
+    books_path = tmp_path / "books.json"
+    process = multiprocessing.get_context("spawn").Process(target=run_trainer, args=(link, books_path), daemon=True)
+    process.start()
+    publisher = publish(queue_messages=8)
+    offer(publisher, 0)
+    until(lambda: books_path.exists() and publisher.counters()["sent"])
+    os.kill(process.pid, harm)
+    for value in range(100):
+        offer(publisher, value, 20_000)
+    time.sleep(0.2)
+    process.kill()
+    process.join()
+    receiver = receive()
+    for value in range(5):
+        offer(publisher, value)
+    until(lambda: both_sides(publisher, receiver))
+    epoch = receiver.books()["epochs"][publisher.epoch]
+    assert epoch["captured"] == 106 and epoch["dropped"]["queue_full"] > 0
+
+
+def parts_of(number, **changes):
+    fields = dict(
+        schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number, heartbeats=0,
+        dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1, requests=["r"],
+        reasons=["stop"],
+    )  # fmt: skip
+    arrays = {"committed_lens": ("int32", np.array([number], np.int32))}
+    return [bytes(part) for part in wire.encode(wire.Header(**fields | changes), arrays)]
+
+
+@pytest.fixture
+def push(link):
+    context = zmq.Context()
+    push = context.socket(zmq.PUSH)
+    push.connect(link.endpoint)
+    yield push
+    context.destroy(linger=0)
+
+
+def test_bad_input_is_refused_and_counted_and_receiving_goes_on(receive, push):
+    receiver = receive(target="target")
+    garbage = np.random.default_rng(0)
+    good = parts_of(1)
+    push.send_multipart(good)
+    push.send_multipart([b"", b"", b""])
+    push.send_multipart([garbage.bytes(500)])
+    push.send_multipart([good[0][:20], good[1]])
+    push.send_multipart([b"x"] * 5000)  # far more parts than a message may have
+    push.send_multipart([b"y" * (1 << 19)] * 5)  # each part is allowed, all of them are not
+    push.send_multipart(parts_of(2, schema=99))
+    push.send_multipart([parts_of(3)[0], good[1][:2]])
+    push.send_multipart(parts_of(4, target="another"))
+    push.send_multipart(parts_of(5, dropped={f"cause{i}": 1 for i in range(1000)}))
+    push.send_multipart(parts_of(5, epoch="x" * 65))
+    push.send_multipart(parts_of(5, sent_seq=1 << 60))
+    push.send_multipart(parts_of(1))  # again
+    push.send_multipart(parts_of(6))
+    assert values(receiver, 2) == [1, 6]
+    books = receiver.books()
+    assert books["rejected"] == {
+        "header": 5, "frames": 1, "size": 2, "schema": 1, "target": 1, "values": 1, "order": 1,
+    }  # fmt: skip
+    epoch = books["epochs"]["fuzz"]  # 3 and 4 could be told to be its; 2 and 5 could not
+    assert (epoch["received"], epoch["rejected"], epoch["lost"], epoch["sent_seq"]) == (2, 2, 2, 6)
+    assert list(books["epochs"]) == ["fuzz"]
+
+
+def test_an_oversized_part_costs_the_peer_its_connection_and_others_nothing(link, receive, push):
+    receiver = receive()
+    push.send(b"x" * (link.max_message_bytes + 1))
+    push.send_multipart(parts_of(1))
+    context = zmq.Context()
+    other = context.socket(zmq.PUSH)
+    other.connect(link.endpoint)
+    other.send_multipart(parts_of(1, epoch="other"))
+    got = receiver.get(10.0)
+    assert got is not None and got.header.epoch in ("other", "fuzz")
+    context.destroy(linger=0)
+
+
+def test_random_mutations_never_stop_the_receiver(receive, push):
+    receiver = receive()
+    draw = np.random.default_rng(1)
+    for sent_seq in range(1, 400):
+        parts = [bytearray(part) for part in parts_of(sent_seq)]
+        for _ in range(draw.integers(1, 4)):
+            part = parts[draw.integers(len(parts))]
+            part[draw.integers(len(part))] = draw.integers(256)
+        push.send_multipart(parts)
+    push.send_multipart(parts_of(1, epoch="last"))
+    while receiver.get(10.0).header.epoch != "last":
+        pass
+    assert "failed" not in receiver.books()["rejected"] and sum(receiver.books()["rejected"].values()) > 100
+
+
+def test_an_endpoint_in_use_is_a_clear_error_and_stays_with_its_owner(link, receive, push):
+    receiver = receive()
+    with pytest.raises(ValueError, match="another trainer runs there"):
+        Receiver(link, ReceiveConfig(), None)
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+
+
+def test_a_stale_ipc_path_of_a_killed_trainer_is_taken_over(tmp_path):
+    link = LinkConfig(endpoint=f"ipc://{tmp_path}/stale")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "stale"))
+    Receiver(link, ReceiveConfig(), None).close()
+
+
+def test_an_ipc_directory_that_is_not_there_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="EXISTING/DIRECTORY"):
+        Receiver(LinkConfig(endpoint=f"ipc://{tmp_path}/missing/link"), ReceiveConfig(), None)
+
+
+def test_damaged_books_are_replaced(link, receive, push, tmp_path):
+    (tmp_path / "books.json").write_bytes(b'{"epochs": {"fuzz": {"rec\xff')
+    receiver = receive()
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+    receiver.close()
+    assert Receiver(link, ReceiveConfig(), tmp_path / "books.json").close() is None
+    assert b'"received":1' in (tmp_path / "books.json").read_bytes()
