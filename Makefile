@@ -1,0 +1,49 @@
+# Needs Python 3.11 or 3.12, git and make; everything else goes into .venv. See `make help`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# Extra words for pip when it installs torch, for example an index with CPU-only builds.
+TORCH_PIP_ARGS ?=
+# Words for pytest or for the demo, for example ARGS="-k wire".
+ARGS ?=
+
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(READY) ## make .venv with everything that the demo and the tests need
+
+# torch comes first and alone, so that nothing else chooses its build; SGLang comes without its CUDA dependencies.
+$(READY): requirements-cpu.txt pyproject.toml
+	@python=; for name in python3 python3.12 python3.11 python; do \
+	  if $$name -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	    python=$$name; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	  echo "setup: no Python 3.11 or 3.12 found (python3 is $$(python3 --version 2>&1 || true)); install one of them" >&2; exit 1; fi; \
+	echo "setup: $$($$python --version) into $(VENV), about three minutes and 2.6 GB"; \
+	[ -x $(BIN)/python ] || $$python -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_PIP_ARGS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps sglang==0.5.23
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@touch $@
+
+demo: setup ## serve, train and swap for real, with live progress and a picture at the end
+	$(BIN)/python scripts/demo.py $(ARGS)
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## check the style
+	$(BIN)/ruff check .
+
+clean: ## remove what was built and cached, the virtual environment included
+	rm -rf $(VENV) .cache build .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
