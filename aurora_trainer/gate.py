@@ -35,7 +35,7 @@ class GateConfig(Section):
     min_samples: PositiveInt = 8
     z: Annotated[float, Field(ge=0)] = 1.64  # 1.64: an equal candidate is refused 1 time in 20
     tolerance: Annotated[float, Field(ge=0)] = 0.0  # accept length that a candidate may lose
-    score_every_steps: PositiveInt = 4  # the served weights are scored on every n-th batch: a forward more
+    score_every_steps: PositiveInt = 1  # score the served weights on every n-th batch: a forward of its unseen samples
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,6 @@ def overrides(models, site: Path, **more) -> list[str]:
         "trainer.pace.nice": 0,
         "trainer.batch.max_slots": 256,
         "trainer.optimizer.lr": 4e-3,
-        "trainer.gate.score_every_steps": 1,
         "trainer.assemble.eos_token_ids": [VOCAB - 1],
     } | {k.replace("__", "."): v for k, v in more.items()}
     return [f"{k}={v}" for k, v in settings.items()]
