@@ -25,7 +25,13 @@ PREDICATES = ("is_", "supports_", "has_", "need_", "carries_")
 
 
 class AuroraAlgorithm(CustomSpecAlgo):
-    """EAGLE3 by every predicate. Below the class, SpeculativeAlgorithm's own methods are added to it."""
+    """EAGLE3 by every predicate and by ==. Below the class, SpeculativeAlgorithm's own methods are added to it."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is SpeculativeAlgorithm.EAGLE3
+
+    def __hash__(self) -> int:
+        return hash(SpeculativeAlgorithm.EAGLE3)
 
     def handle_server_args(self, server_args: Any) -> None:
         """Check the SGLang version and the draft, then resolve arguments as SGLang does for EAGLE3.
@@ -35,6 +41,9 @@ class AuroraAlgorithm(CustomSpecAlgo):
         check_sglang_version(version("sglang"))
         if server_args.enable_multi_layer_eagle:
             raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
+        if getattr(server_args, "enable_attn_tp_input_scattered", False):
+            # SGLang switches this off for the name EAGLE3, deep in the model: scattered inputs spoil aux features.
+            raise ValueError("AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered")
         if server_args.speculative_draft_model_path is None:
             raise ValueError(
                 "AURORA needs a draft of the target's shape: --speculative-draft-model-path DIR. "

@@ -57,6 +57,7 @@ def test_every_predicate_answers_as_eagle3(algorithm):
     predicates = [n for n in names if len(inspect.signature(getattr(eagle3, n)).parameters) == 0]
     assert {"is_eagle3", "supports_mixed_chunk", "need_topk", "carries_draft_hidden_states"} <= {*predicates}
     assert {n: getattr(aurora, n)() for n in predicates} == {n: getattr(eagle3, n)() for n in predicates}
+    assert aurora in (eagle3,) and aurora != SpeculativeAlgorithm.EAGLE and {eagle3: 1}[aurora]
     # What takes arguments is the enum's own function, or written here; nothing of the enum is missing.
     own = {"create_worker", "handle_server_args"}
     for name in set(names) - set(predicates) - own:
