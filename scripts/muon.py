@@ -24,8 +24,9 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Takes 2-D parameters only. `lr` is the size of an update per unit of root-mean-square weight, as for AdamW."""
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(self, params, lr: float, momentum=0.95, weight_decay=0.0, compute_dtype=torch.float32):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.compute_dtype = compute_dtype  # of the orthogonalisation; bfloat16 is enough
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,5 +46,6 @@ class Muon(torch.optim.Optimizer):
             nesterov.append(parameter.grad.lerp(momentum, group["momentum"]))
         # An orthogonal update has a root-mean-square of 1 / sqrt(max(shape)); 0.2 is AdamW's typical one.
         scale = 0.2 * max(shape) ** 0.5
-        for parameter, update in zip(parameters, orthogonalize(torch.stack(nesterov)), strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+        updates = orthogonalize(torch.stack(nesterov).to(self.compute_dtype))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)

@@ -104,29 +104,37 @@ def _rotary(tokens: int, config: Qwen3Config, dtype: torch.dtype) -> tuple[torch
 
 
 class NextTokenLoss(torch.autograd.Function):
-    """Mean cross entropy of `hidden [N, H] @ head [V, H].T` against `labels [N]`, logits never whole in memory.
+    """`apply(hidden [N, H], head [V, H], labels [N], avoid [N] bool or None)`; logits are never whole in memory.
 
-    The gradients are taken on the way forward: d logits = (softmax - one_hot(label)) / N.
+    The mean of -log p(label), and of -log(1 - p(label)) where `avoid` says that the label is what must not come next
+    (Welleck et al., 2019). The gradients are taken on the way forward: with respect to the logits they are
+    p - one_hot(label), times -p(label) / (1 - p(label)) where avoided.
     """
 
     @staticmethod
-    def forward(ctx, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, hidden, head, labels, avoid=None) -> torch.Tensor:
         compute_head = head.to(hidden.dtype)
         d_hidden, d_head, total = torch.empty_like(hidden), torch.zeros_like(head), 0.0
         for start in range(0, len(hidden), _LOSS_ROWS):
-            rows, expected = hidden[start : start + _LOSS_ROWS], labels[start : start + _LOSS_ROWS, None]
-            logits = (rows @ compute_head.T).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, expected)).sum()
-            d_logits = logits.sub_(log_sum).exp_()
-            d_logits.scatter_add_(1, expected, torch.full(expected.shape, -1.0))
-            d_logits = d_logits.div_(len(hidden)).to(hidden.dtype)
-            d_hidden[start : start + _LOSS_ROWS] = d_logits @ compute_head
-            d_head += d_logits.T @ rows
+            part = slice(start, start + _LOSS_ROWS)
+            expected = labels[part, None]
+            logits = (hidden[part] @ compute_head.T).float()
+            log_p = logits.sub_(logits.logsumexp(-1, keepdim=True))
+            label_log_p = log_p.gather(1, expected)
+            losses, scale = -label_log_p, torch.full_like(label_log_p, 1 / len(hidden))
+            if avoid is not None:
+                p = label_log_p.exp().clamp(max=0.95)  # bounds the pull of a loop that the model is sure of
+                losses = torch.where(avoid[part, None], -torch.log1p(-p), losses)
+                scale = torch.where(avoid[part, None], -p / (1 - p), 1.0) / len(hidden)
+            total += losses.sum()
+            d_logits = log_p.exp_().scatter_add_(1, expected, torch.full_like(label_log_p, -1.0)).mul_(scale)
+            d_logits = d_logits.to(hidden.dtype)
+            d_hidden[part] = d_logits @ compute_head
+            d_head += d_logits.T @ hidden[part]
         ctx.save_for_backward(d_hidden, d_head)
         return total / len(hidden)
 
     @staticmethod
     def backward(ctx, d_loss: torch.Tensor):
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * d_loss.to(d_hidden.dtype), d_head * d_loss, None
+        return d_hidden * d_loss.to(d_hidden.dtype), d_head * d_loss, None, None

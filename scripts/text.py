@@ -39,6 +39,11 @@ _COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]*?)(?: <[^>]*>)?`")
 _SENTENCE = re.compile(r"^[A-Z][A-Za-z0-9 ,.;:'\"()\-/%*_=+?!]*[.?!:]$")
 _ARGUMENTS = re.compile(r"(?:Args|Arguments|Parameters|Params|Returns|Yields|Raises|Keyword)\b")
+# Where a prompt may start: a line of code that is not all indentation, a sentence.
+_STARTS = {
+    "code": re.compile(r"^(?=[ ]*[A-Za-z@])", re.MULTILINE),
+    "prose": re.compile(r"(?:^|[.?!] )(?=[A-Z])", re.MULTILINE),
+}
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)?")
 
 
@@ -157,24 +162,20 @@ def documents(domain: str, split: str, limit_bytes: int = 1 << 30) -> list[str]:
 
 
 def prompts(domain: str, n: int, tokens: int, tokenizer, seed: int, split: str = "heldout") -> list[list[int]]:
-    """`n` prompts of `tokens` token ids each, cut at random lines of random documents of one domain.
+    """`n` prompts of `tokens` token ids each, cut at random places of the documents of one domain.
 
-    The same arguments give the same prompts. Each starts at a line, and no two at the same one, so that greedy
-    continuations differ. Raises ValueError where the split has too little text.
+    The same arguments give the same prompts. Each starts at a line of code or a sentence, and no two at the same one,
+    so that greedy continuations differ. Raises ValueError where the split has too little text.
     """
     rng = random.Random(f"{domain} {split} {seed}")
-    texts = documents(domain, split)
+    starts = [
+        (text, match.end()) for text in documents(domain, split) for match in _STARTS[domain].finditer(text)
+    ]
+    rng.shuffle(starts)
     chosen: list[list[int]] = []
-    taken: set[tuple[int, int]] = set()
-    for _ in range(50 * n):
+    for text, start in starts:
         if len(chosen) == n:
             break
-        document = rng.choices(range(len(texts)), weights=[len(text) for text in texts])[0]
-        text = texts[document]
-        start = text.find("\n", rng.randrange(len(text))) + 1
-        if (document, start) in taken:
-            continue
-        taken.add((document, start))
         # A token is at least one byte and rarely more than twelve characters.
         ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens]
         if len(ids) == tokens:
