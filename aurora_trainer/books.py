@@ -85,7 +85,8 @@ class Books:
             self.forgotten_epochs += 1
         epoch.lost += header.sent_seq - epoch.sent_seq - 1
         epoch.sent_seq, epoch.captured, epoch.heartbeats = header.sent_seq, header.captured_seq, header.heartbeats
-        epoch.dropped, epoch.queued, epoch.draft_version = header.dropped, header.queued, header.draft_version
+        epoch.dropped, epoch.queued = header.dropped, header.queued
+        epoch.draft_version = header.draft_version or epoch.draft_version  # an `end` does not say
         epoch.quiet, epoch.last_unix_s = header.kind == "heartbeat", time.time()
         self._unwritten = True
         return True
