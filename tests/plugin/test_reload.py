@@ -329,6 +329,10 @@ BAD = {
     "future format": ("format", spoil(lambda d: edit_manifest(d, format=2))),
     "renamed": ("name", spoil(lambda d: edit_manifest(d, version=7))),
     "bit flip": ("hash", spoil(flip_byte)),
+    "other config, same size": (
+        "hash",
+        spoil(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace("8", "9"))),
+    ),
     "other content": ("hash", spoil(swap_two_tensors)),
     "other target": ("target", lambda site: site.publish(checkpoint(2), target="0" * 32)),
     "other config": ("config", lambda site: site.publish(checkpoint(2), {"hidden_size": 16})),

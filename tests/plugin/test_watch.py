@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from aurora_sglang_plugin import watch
+from aurora_sglang_plugin.manifest import ManifestError
 from aurora_sglang_plugin.watch import Expected, Watcher, canonical_name, read_weights
 from aurora_trainer.publish_weights import WeightsWriter
 
@@ -106,6 +107,17 @@ def test_a_reader_of_an_old_version_is_undisturbed(tmp_path):
         publish(tmp_path, fill)
     assert not (tmp_path / "v000001").exists()
     assert (weights.tensors["fc.weight"][1] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_values_that_are_not_finite_are_found_in_the_file(tmp_path, dtype, value):
+    weights = torch.ones(2, 3, dtype=dtype)
+    weights[1, 2] = float(value)
+    about = {"target": "t", "parent": 0, "optimizer_step": 1}
+    WeightsWriter(tmp_path).publish({"fc.weight": weights}, {}, **about)
+    with pytest.raises(ManifestError, match="values"):
+        read_weights(tmp_path / "v000001", EXPECTED)
 
 
 def test_canonical_names():
