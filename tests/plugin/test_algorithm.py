@@ -92,6 +92,33 @@ def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch
         aurora.handle_server_args(arguments)
 
 
+# The entry point
+
+
+def test_a_failure_to_register_is_kept_and_logged(algorithm, monkeypatch, caplog):
+    from aurora_sglang_plugin import plugin
+
+    def fail():
+        raise RuntimeError("no such seam")
+
+    monkeypatch.setattr(plugin, "failure", None)
+    monkeypatch.setattr(algorithm, "register", fail)
+    with pytest.raises(RuntimeError):  # SGLang swallows it
+        plugin.register()
+    assert plugin.failure == "RuntimeError: no such seam" and "no such seam" in caplog.text
+
+
+def test_a_released_request_is_told_to_the_worker_where_there_is_one(monkeypatch):
+    from aurora_sglang_plugin import plugin
+
+    name, told = "aurora_sglang_plugin.worker", []
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    plugin._on_release("request", None)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(on_release=told.append))
+    plugin._on_release("request", None, is_insert=False)
+    assert told == ["request"]
+
+
 # check_draft
 
 
