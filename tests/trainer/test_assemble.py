@@ -131,6 +131,49 @@ def test_two_requests_of_one_id_are_never_glued(seed):
     assert sorted(check(sample, server)[0] for sample in samples) == [0, 1]
 
 
+def one_request(length=30):
+    server = Server(3, requests=1, odd=False)
+    server.requests[0].total_len = server.requests[0].prompt_len + length
+    return server, list(server.run())
+
+
+def test_an_end_after_a_lost_message_is_not_sure_to_be_this_ones():
+    server, messages = one_request()
+    *before, lost, end = messages
+    assembler = Assembler(WHOLE)
+    (sample,) = [s for m in [*before, end] for s in assembler.add(m)]
+    assert (lost.header.kind, end.header.kind, sample.reason) == ("verify", "end", "gap")
+    check(sample, server)
+
+
+def test_another_token_than_was_accepted_starts_anew():
+    server, messages = one_request()
+    roots = [m for m in messages if m.header.kind == "verify"]
+    roots[5].arrays["draft_tokens"] = roots[5].arrays["draft_tokens"].copy()
+    roots[5].arrays["draft_tokens"][0, 0] += 1
+    assembler = Assembler(WHOLE)
+    one, two = [s for m in messages for s in assembler.add(m)]
+    root = int(roots[5].arrays["positions"][0])
+    assert (one.reason, one.start + len(one.features), two.start, two.attempt) == ("gap", root, root, 1)
+
+
+def test_an_id_that_comes_again_without_an_end_starts_anew():
+    """The same text again, found in the prefix cache up to its last token, now as a longer prompt."""
+    server, messages = one_request()
+    *first, _ = messages
+    chunk = next(m for m in reversed(first) if m.header.kind == "prefill")
+    assembler = Assembler(WHOLE)
+    assert not [s for m in first for s in assembler.add(m)]
+    (segment,) = assembler._open.values()
+    chunk.header.captured_seq = first[-1].header.captured_seq + 1
+    length = len(chunk.arrays["input_ids"])
+    chunk.arrays |= {"positions": chunk.arrays["positions"] * 0 + segment.next,
+                     "prompt_lens": chunk.arrays["prompt_lens"] * 0 + segment.next + length,
+                     "input_ids": chunk.arrays["input_ids"] * 0 + segment.last_token}  # fmt: skip
+    (sample,) = assembler.add(chunk)
+    assert sample.reason == "gap" and check(sample, server)[0] == 0
+
+
 def test_parts_of_a_long_request_share_context_only():
     server = Server(5, requests=1, odd=False)
     server.requests[0].total_len = server.requests[0].prompt_len + 300
