@@ -115,6 +115,7 @@ def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
     got = [receive(puller) for _ in range(10)]
     assert [int(m.arrays["committed_lens"][0]) for m in got] == list(range(990, 1000))
     assert got[0].header.dropped == {"queue_full": 990}
+    assert [m.header.queued for m in got] == list(range(9, -1, -1))
 
 
 def test_the_queue_is_bounded_in_bytes(publish):

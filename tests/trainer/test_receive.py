@@ -134,6 +134,7 @@ def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
     until(lambda: both_sides(publisher, second))
     epoch = second.books()["epochs"][publisher.epoch]
     assert epoch["captured"] == 100 and epoch["sent_seq"] - epoch["heartbeats"] == 100
+    assert epoch["received"] >= 50  # what the first one had is still in the books
     rest = len(list(iter(lambda: second.get(0.0), None)))
     assert rest <= 50 and 50 - rest <= epoch["lost"]  # what the link held when the first one closed is counted lost
 
