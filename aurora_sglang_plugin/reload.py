@@ -183,8 +183,8 @@ class Reloader:
             if not bool(torch.isfinite(staged.data).all()):
                 raise ManifestError("values", f"{name} is not whole and finite in {staged.dtype} after loading")
         if self._staged_hot is not None:
-            d2t = tensors["d2t"].to(torch.int64)
-            self._staged_hot.copy_(d2t + torch.arange(len(d2t)))
+            ids = torch.arange(len(self._staged_hot))
+            self._staged_hot.copy_(ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids)
         if self._stream:
             self._staged_event.record(self._stream)
             self._staged_event.synchronize()  # this thread may wait; host tensors must outlive their copies

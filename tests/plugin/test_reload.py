@@ -262,6 +262,16 @@ def test_fp16_overflow_is_refused(tmp_path):
     assert site.step() is None and site.reloader.counters()["refused_values"] == 1
 
 
+def test_a_whole_vocabulary_needs_no_offsets(tmp_path):
+    site = Site(tmp_path)
+    site.model.config.vocab_size = VD
+    site.reloader = Reloader(site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
+    site.hot.fill_(-1)
+    site.publish({n: t for n, t in checkpoint(5).items() if n not in ("d2t", "t2d")})
+    assert site.step() == 1
+    site.assert_whole(5)
+
+
 def test_disabled_swap_never_loads(tmp_path):
     site = Site(tmp_path, enabled=False)
     site.publish(checkpoint(1))

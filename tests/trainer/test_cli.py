@@ -86,6 +86,13 @@ def test_check_fails_on_what_it_names(models, tmp_path, override, where, remedy)
     assert remedy in line
 
 
+def test_check_finds_aux_layers_that_no_server_captures(models, tmp_path):
+    make_random_draft(tmp_path / "draft", models / "target", aux_layer_ids=[0, 2, 5])
+    override = f"trainer.model.draft={tmp_path}/draft"
+    result = run("check", "-c", str(write_config(tmp_path, models)), "--set", override)
+    assert result.exit_code == 1 and "FAILED  draft" in result.output
+
+
 def test_check_finds_a_draft_of_the_wrong_shape(models, tmp_path):
     make_random_target(tmp_path / "wider", vocab=64, hidden=64)
     make_random_draft(tmp_path / "draft", tmp_path / "wider", aux_layer_ids=[0, 2, 4])
