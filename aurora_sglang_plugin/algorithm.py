@@ -107,18 +107,27 @@ def _record(server_args: Any) -> Any:
 
 def _resolve_as_eagle3(record: Any) -> None:
     """Run SGLang's resolution of an EAGLE3 server. It reads the algorithm's name, so the name is EAGLE3 meanwhile."""
-    from sglang.srt.arg_groups.overrides import declare_resolution
-
-    declare_resolution(record, "aurora", speculative_algorithm=SpeculativeAlgorithm.EAGLE3.name)
+    _write_name(record, SpeculativeAlgorithm.EAGLE3.name)
     try:
         SpeculativeAlgorithm.EAGLE3.handle_server_args(record)
     finally:
-        declare_resolution(record, "aurora", speculative_algorithm=NAME)
+        _write_name(record, NAME)
+
+
+def _write_name(record: Any, name: str) -> None:
+    try:
+        from sglang.srt.arg_groups.overrides import declare_resolution
+    except ImportError:  # SGLang before declarations: resolvers write the fields
+        record.speculative_algorithm = name
+    else:
+        declare_resolution(record, "aurora", speculative_algorithm=name)
 
 
 def _target_config(record: Any) -> dict[str, Any]:
-    from sglang.srt.arg_groups.overrides import model_config_of
-
+    try:
+        from sglang.srt.arg_groups.overrides import model_config_of
+    except ImportError:
+        return record.get_model_config().hf_text_config.to_dict()
     return model_config_of(record).hf_text_config.to_dict()
 
 
