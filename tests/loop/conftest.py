@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from drafts import make_draft
+from drafts import teach
 from rig import Loop
 from serve import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aurora_trainer.init_draft import init_draft
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ("plain", "chain", "tree", "mixed")
@@ -51,7 +53,18 @@ def stream(target) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def starts(request, target, tmp_path_factory):
+def taught(target, model, stream, tmp_path_factory):
+    """Directories of drafts that accept something: `full`, and `reduced` with a vocabulary of DRAFT_VOCAB."""
+    folder = tmp_path_factory.mktemp("drafts")
+    counts = torch.tensor(stream).bincount(minlength=model.config.vocab_size)
+    for name, draft_vocab in (("full", None), ("reduced", DRAFT_VOCAB)):
+        draft = init_draft(target, folder / name, "target", draft_vocab=draft_vocab, token_counts=counts)
+        teach(draft, model, stream).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starts(request, target, taught, tmp_path_factory):
     """Futures of the servers that the collected tests need."""
     folder = tmp_path_factory.mktemp("loop")
 
@@ -59,7 +72,7 @@ def starts(request, target, tmp_path_factory):
         (folder / name).mkdir()
         if name == "plain":
             return Server(target, log=folder / "plain.log")
-        draft = make_draft(folder / name / "draft", target, draft_vocab=DRAFT_VOCAB if name == "tree" else None)
+        draft = taught / ("reduced" if name == "tree" else "full")
         if name == "chain":
             args = ["--chunked-prefill-size", "64"]
             return Loop(folder / name, target, draft, topk=1, num_steps=4, args=args)

@@ -1,40 +1,71 @@
-"""Drafts for the loop's tests: they accept a little, and every weight of them matters."""
+"""Drafts for the loop's tests: they accept something, differ from each other, and every weight of them matters."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from aurora_trainer.draft import Draft
 from aurora_trainer.init_draft import init_draft
+from aurora_trainer.target import open_target
+
+WINDOW, WINDOWS, STEPS = 64, 6, 80
 
 
 def make_draft(directory: Path, target: Path, *, draft_vocab: int | None = None, seed: int = 0) -> Path:
-    """Started from the target, then disturbed: its attention would add nothing, and its fc would read one layer.
-
-    A reduced vocabulary is another one for each seed.
-    """
-    counts = torch.rand(_vocab(target), generator=torch.Generator().manual_seed(seed))
-    counts[:256] += seed == 0  # bytes: the initial draft can write most of the text
-    draft = init_draft(target, directory, "target", draft_vocab=draft_vocab, token_counts=counts)
-    disturb(draft, seed)
-    draft.save(directory)
+    """Random, or with a reduced vocabulary of its own for each seed. It accepts next to nothing."""
+    size = open_target(target).config["vocab_size"]
+    counts = torch.rand(size, generator=torch.Generator().manual_seed(seed))
+    init_draft(target, directory, "random", draft_vocab=draft_vocab, token_counts=counts, seed=seed)
     return directory
 
 
-@torch.no_grad()
-def disturb(draft: Draft, seed: int) -> Draft:
-    """Add noise in place, in units of 1 / sqrt(fan in): a little everywhere, much where attention comes in."""
+def teach(draft: Draft, model: torch.nn.Module, stream: list[int], seed: int = 0) -> Draft:
+    """A few seconds of training, in place: predict the target's greedy choice at two depths from windows of text."""
+    torch.set_num_threads(1)
+    layers = draft.config.aux_layer_ids
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in draft.named_parameters():
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    size = WINDOW - 1
+    start = torch.arange(WINDOWS).repeat_interleave(size) * size
+    positions = torch.arange(size).repeat(WINDOWS)
+    slot = torch.arange(WINDOWS * size)
+    for _ in range(STEPS):
+        firsts = torch.randint(len(stream) - WINDOW, (WINDOWS,), generator=generator).tolist()
+        tokens = torch.tensor([stream[first : first + WINDOW] for first in firsts])
+        with torch.no_grad():
+            out = model(tokens, output_hidden_states=True)
+        features = torch.cat([out.hidden_states[i + 1] for i in layers], -1)[:, :-1].flatten(0, 1)
+        choice = out.logits.argmax(-1)  # at position p: what follows x[p]
+        state, kv = draft.slots(tokens[:, 1:].flatten(), features, positions, start)
+        loss = _cross_entropy(draft, state, choice[:, 1:].flatten())  # slot i predicts what follows x[i + 1]
+        deeper = torch.where(positions < size - 1)[0]
+        node = tokens[:, 2:].flatten()
+        own = torch.arange(len(deeper))[:, None]
+        state, _ = draft.nodes(
+            node, state[deeper], positions[deeper] + 1, kv, None, start[deeper], slot[deeper] + 1, own
+        )
+        loss = loss + 0.8 * _cross_entropy(draft, state, choice[:, 2:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return draft
+
+
+@torch.no_grad()
+def disturb(draft: Draft, seed: int, size: float) -> Draft:
+    """Add noise in place, `size` times 1 / sqrt(fan in)."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in draft.parameters():
         if parameter.dim() == 2:
-            size = 4.0 if name.endswith("o_proj.weight") else 0.2
             parameter += torch.randn(parameter.shape, generator=generator) * size * parameter.shape[1] ** -0.5
     return draft
 
 
-def _vocab(target: Path) -> int:
-    from aurora_trainer.target import open_target
-
-    return open_target(target).config["vocab_size"]
+def _cross_entropy(draft: Draft, state: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    labels = draft.draft_ids[target_ids]
+    return F.cross_entropy(draft.logits(state), labels, ignore_index=-1)

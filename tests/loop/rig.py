@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-import json
 import re
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -30,11 +31,25 @@ from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.sample import Sample
 from aurora_trainer.target import open_target
 
+RECEIVE = """
+import sys, time
+from pathlib import Path
+from aurora_sglang_plugin.config import LinkConfig
+from aurora_trainer.receive import ReceiveConfig, Receiver
+receiver = Receiver(LinkConfig(endpoint=sys.argv[1]), ReceiveConfig(), Path(sys.argv[2]))
+print("ready", flush=True)
+while True:
+    receiver.get(0.1)
+"""
+
 FINAL = ("stop", "length", "abort")
 
 
 class Loop:
-    """One AURORA server, its weights directory and a receiver that can come and go. `settings` are AURORA_SET's."""
+    """One AURORA server, its weights directory and a receiver that can come and go.
+
+    `settings` are AURORA_SET's; `versions` are published before the server starts; `shape` is the trees'.
+    """
 
     def __init__(
         self,
@@ -44,6 +59,7 @@ class Loop:
         *,
         settings: Sequence[str] = (),
         listening: bool = True,
+        versions: Sequence[Draft] = (),
         args: Sequence[str] = (),
         env: dict[str, str] | None = None,
         **shape: int,
@@ -61,6 +77,8 @@ class Loop:
         self._final: set[str] = set()
         if listening:
             self.listen()
+        for version in versions:
+            self.publish(version)
         set_ = [f"link.endpoint={self.link.endpoint}", f"weights.directory={self.weights}", *settings]
         self._start = dict(
             draft=draft,
@@ -141,13 +159,15 @@ class Loop:
         self._final.discard(rid)
 
     def quiet(self, timeout_s: float = 20) -> dict:
-        """Wait until the books of the newest epoch are complete and agree on both sides; returns that epoch's."""
+        """Wait until the newest epoch's books are complete, add up, and say what /metrics says; returns them."""
 
         def balanced() -> bool:
             self.drain()
             books = self.receiver.books()["epochs"]
             self.epoch = max(books, key=lambda name: books[name]["last_unix_s"], default="")
-            return self.receiver.balanced(self.epoch) is True and books[self.epoch]["queued"] == 0
+            if self.receiver.balanced(self.epoch) is not True or books[self.epoch]["queued"]:
+                return False
+            return self.metrics()["aurora_captured_messages"] == books[self.epoch]["captured"]
 
         self.epoch = ""
         wait_until(balanced, lambda: f"balanced books, {self.receiver.balanced(self.epoch)}", timeout_s)
@@ -203,6 +223,14 @@ def checksums(server: Server, which: str) -> dict[str, Any]:
     return {name: checksum for rank in answer["ranks"] for name, checksum in rank["checksums"].items()}
 
 
+def receiver_process(loop: Loop) -> subprocess.Popen:
+    """A receiver that can be stopped and killed, with the loop's books."""
+    command = [sys.executable, "-c", RECEIVE, loop.link.endpoint, str(loop.folder / "books.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
 def wait_until(
     true: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 20, every_s: float = 0.05
 ) -> None:
@@ -212,6 +240,3 @@ def wait_until(
             raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
         time.sleep(every_s)
 
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value))

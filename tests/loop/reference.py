@@ -1,0 +1,91 @@
+"""What Hugging Face computes of the same target, to hold against what was captured: every off-by-one shows here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from aurora_sglang_plugin import wire
+from aurora_trainer.sample import Sample
+
+FEATURE_ATOL = 2e-4  # float32 in another order; features are of size 1 to 10
+LOGIT_ATOL = 2e-3
+ROWS = 32
+
+
+@dataclass
+class Reference:
+    model: torch.nn.Module
+    layers: tuple[int, ...]  # whose output is a feature
+
+    @torch.no_grad()
+    def run(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features [T, F] and logits [T, V] of every position."""
+        out = self.model(torch.tensor([tokens]), output_hidden_states=True)
+        return torch.cat([out.hidden_states[i + 1] for i in self.layers], -1)[0], out.logits[0]
+
+    @torch.no_grad()
+    def after(self, sequences: list[list[int]]) -> torch.Tensor:
+        """Logits [rows, V] after the last token of each sequence."""
+        rows = []
+        for first in range(0, len(sequences), ROWS):
+            some = sequences[first : first + ROWS]
+            padded = torch.zeros(len(some), max(map(len, some)), dtype=torch.int64)
+            for i, tokens in enumerate(some):
+                padded[i, : len(tokens)] = torch.tensor(tokens)  # causal: what follows a row's end is not seen
+            last = torch.tensor([len(tokens) - 1 for tokens in some])
+            rows.append(self.model(padded).logits[torch.arange(len(some)), last])
+        return torch.cat(rows)
+
+    def check_sample(self, sample: Sample, tokens: list[int], rejected: int = 24) -> None:
+        """`tokens`: everything that the client knows of this request, prompt and output."""
+        start, slots = sample.start, len(sample.features)
+        assert sample.tokens.tolist() == tokens[start : start + slots + 1]  # and never beyond
+        features, logits = self.run(tokens)
+        _near(sample.features.float(), features[start : start + slots], FEATURE_ATOL, f"features {sample.request}")
+        # Every slot's target is the distribution at the next position.
+        with_target = torch.where(sample.slot_node >= 0)[0]
+        self._check_nodes(sample, sample.slot_node[with_target], logits[start + 1 + with_target])
+        assert sample.node_accepted[sample.slot_node[with_target]].all()
+        # Nodes off the path, some of them.
+        off = torch.where(~sample.node_accepted)[0]
+        off = off[torch.randperm(len(off), generator=torch.Generator().manual_seed(0))[:rejected]]
+        if len(off):
+            self._check_nodes(sample, off, self.after([_path(sample, tokens, int(node)) for node in off]))
+
+    def _check_nodes(self, sample: Sample, nodes: torch.Tensor, logits: torch.Tensor) -> None:
+        kept = sample.topk_logits[nodes]
+        _near(kept, logits.gather(1, sample.topk_ids[nodes]), LOGIT_ATOL, f"logits of ids {sample.request}")
+        _near(kept, logits.topk(kept.shape[1]).values, LOGIT_ATOL, f"largest logits {sample.request}")
+        _near(sample.logsumexp[nodes], logits.logsumexp(-1), LOGIT_ATOL, f"logsumexp {sample.request}")
+
+    def check_prefill(self, message: wire.Message, row: int, tokens: list[int]) -> tuple[int, int]:
+        """One request's chunk of a prefill message. Returns its positions, first to past the last."""
+        a = message.arrays
+        assert (a["extend_lens"] == a["feature_lens"]).all()
+        begin, count = int(a["extend_lens"][:row].sum()), int(a["extend_lens"][row])
+        first = int(a["positions"][row])
+        assert a["input_ids"][begin : begin + count].tolist() == tokens[first : first + count]
+        if first + count < len(tokens):
+            assert a["next_tokens"][row] == tokens[first + count]
+        features, _ = self.run(tokens[: first + count])
+        hidden = torch.from_numpy(a["aux_hidden_states"][begin : begin + count].copy())
+        _near(hidden, features[first:], FEATURE_ATOL, f"prefill {message.header.requests[row]} at {first}")
+        return first, first + count
+
+
+def _path(sample: Sample, tokens: list[int], node: int) -> list[int]:
+    """All tokens up to and including a node's."""
+    path = []
+    while sample.node_parent[node] >= 0:
+        path.append(int(sample.node_token[node]))
+        node = int(sample.node_parent[node])
+    root = sample.start + int(sample.node_slot[node]) + 1
+    assert tokens[root] == sample.node_token[node]
+    return tokens[: root + 1] + path[::-1]
+
+
+def _near(found: torch.Tensor, expected: torch.Tensor, atol: float, what: str) -> None:
+    worst = ((found - expected).abs() / (1 + expected.abs())).amax()
+    assert worst < atol, f"{what}: off by {worst:.1e}"

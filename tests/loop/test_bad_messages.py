@@ -1,0 +1,56 @@
+"""A stranger sends garbage to the trainer's socket while a server publishes: it is counted, and nothing else is lost."""
+
+from __future__ import annotations
+
+import msgspec
+import zmq
+
+from aurora_sglang_plugin import wire
+
+
+def garbage(real: wire.Header) -> list[list[bytes]]:
+    """Messages that must be refused, some of them close to right."""
+    header = msgspec.to_builtins(real) | {"epoch": "stranger", "sent_seq": 1}
+
+    def encoded(**changes):
+        return msgspec.msgpack.encode(header | changes)
+
+    return [
+        [b""],
+        [b"\xff" * 100],
+        [b"\x80"],
+        [encoded(schema=99)],
+        [encoded(kind="pickle")],
+        [encoded(kind="heartbeat"), b"one frame too many"],
+        [encoded(kind="end", requests=["r"], reasons=["stop"], frames=[("committed_lens", "int32", (1,))]), b"abc"],
+        [encoded(kind="end", requests=["r"], reasons=["stop"], frames=[("committed_lens", "int64", (1,))]), b"\0" * 8],
+        [encoded(unknown_key=1)],
+        [b"x" * (2 << 20)],
+        [b"part"] * 60,
+    ]
+
+
+def test_garbage_while_a_server_publishes(chain, stream):
+    chain.quiet()
+    before = chain.receiver.books()
+    header = chain.messages[-1].header
+    socket = zmq.Context.instance().socket(zmq.PUSH)
+    socket.linger = 0
+    socket.connect(chain.link.endpoint)
+    bad = garbage(header)
+    try:
+        with chain.load([stream[34000 + 50 * i : 34040 + 50 * i] for i in range(4)], {"max_new_tokens": 24}) as rounds:
+            for _ in range(5):
+                for parts in bad:
+                    socket.send_multipart(parts)
+            while not rounds:
+                chain.drain()
+    finally:
+        books = chain.quiet()
+        socket.close()
+    after = chain.receiver.books()
+    assert sum(after["rejected"].values()) - sum(before["rejected"].values()) == 5 * len(bad)
+    assert books["lost"] == before["epochs"][chain.epoch]["lost"] and books["rejected"] == 0
+    for answers in rounds:
+        for rid, samples in chain.taken([a["rid"] for a in answers]).items():
+            assert samples and samples[-1].reason == "length", rid
