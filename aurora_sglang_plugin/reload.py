@@ -57,8 +57,9 @@ class Reloader:
         self.swap_seconds_max = 0.0
         self._model = model
         self._hot = hot_token_id
-        self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
-        self._twin = make_twin(model)
+        with torch.inference_mode(False):  # the watcher's thread must be able to write to what is made here
+            self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
+            self._twin = make_twin(model)
         twin_parameters = dict(trainable(self._twin))
         self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
         self._previous: list[torch.Tensor] | None = None

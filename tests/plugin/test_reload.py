@@ -272,6 +272,16 @@ def test_a_whole_vocabulary_needs_no_offsets(tmp_path):
     site.assert_whole(5)
 
 
+def test_a_server_in_inference_mode(tmp_path):
+    with torch.inference_mode():
+        site = Site(tmp_path)
+    site.publish(checkpoint(1))
+    site.reloader._watcher.poll()  # as the watcher's thread, which is not in that mode
+    with torch.inference_mode():
+        assert site.reloader.apply_pending() == 1, site.reloader.counters()
+        site.assert_whole(1)
+
+
 def test_disabled_swap_never_loads(tmp_path):
     site = Site(tmp_path, enabled=False)
     site.publish(checkpoint(1))
