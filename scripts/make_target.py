@@ -11,26 +11,26 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins takes the core that its partner waits for
 
 import argparse
+import fcntl
 import hashlib
 import json
-import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import text
 import torch
+from measure_target import distinct_fraction, greedy, held_out
 from muon import Muon
 from target_model import NextTokenLoss, TargetModel
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from target_rows import batches, looped, token_stream, train_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
-
-END = "<|endoftext|>"
+from transformers.utils import logging as transformers_logging
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Recipe:
     """Everything that decides what the target becomes; its fingerprint names the cached result."""
 
     minutes: float = 6.0
+    steps: int = 0  # of the optimizer; 0 leaves it to the clock
     seed: int = 0
     vocab_size: int = 2048
     layers: int = 6
@@ -54,56 +55,20 @@ class Recipe:
     matrix_lr: float = 0.01
     other_lr: float = 0.004
     weight_decay: float = 0.02
+    unloop_from: float = 0.6  # share of the time after which some rows are loops to unlearn
+    unloop_rows: float = 0.125  # share of the rows that are, from then on
     decay_from: float = 0.4  # share of the time after which the learning rates fall to nothing
     text_bytes: int = 1 << 30  # of each domain
+    report_s: float = 20.0  # kept for saving and measuring
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 QUICK = replace(
-    Recipe(), minutes=0.9, vocab_size=1024, layers=4, hidden=128, intermediate=320, heads=2, text_bytes=1_500_000
+    Recipe(), minutes=0.9, vocab_size=1024, layers=4, hidden=128, intermediate=320, heads=2, text_bytes=1_500_000,
+    report_s=10.0,
 )
-
-
-def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text comes back unchanged."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
-    )
-
-
-def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
-    """The ids of the documents in one row [T], each followed by the end token."""
-    ids: list[int] = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False):
-        ids += encoding.ids
-        ids.append(tokenizer.eos_token_id)
-    return torch.tensor(ids)
-
-
-def batches(stream: torch.Tensor, recipe: Recipe, progress) -> Iterator[torch.Tensor]:
-    """Batches [B, T + 1] of rows in random order; every pass over the stream cuts it elsewhere."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    while True:
-        shift = int(torch.randint(recipe.context, (), generator=generator))
-        cells = (len(stream) - shift - 1) // recipe.context
-        order = torch.randperm(cells, generator=generator)
-        per_batch = recipe.batch_tokens // recipe.context
-        for chosen in order[: cells // per_batch * per_batch].view(-1, per_batch):
-            length = recipe.context if progress() > recipe.long_rows_from else recipe.row_tokens
-            starts = (chosen[:, None] * recipe.context + torch.arange(0, recipe.context, length)).view(-1, 1) + shift
-            yield stream[starts + torch.arange(length + 1)]
 
 
 def fastest_dtype() -> torch.dtype:
@@ -121,33 +86,46 @@ def fastest_dtype() -> torch.dtype:
 
 
 def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: float) -> TargetModel:
-    """Trains until the clock `time.monotonic()` says until_s; the schedule follows the clock too."""
+    """Trains until `time.monotonic()` is until_s, or for recipe.steps; the schedule follows the same measure."""
     torch.manual_seed(recipe.seed)
-    model = TargetModel(config, fastest_dtype())
-    matrices = {n: w for n, w in model.weights.items() if "_proj" in n}
-    others = [w for n, w in model.weights.items() if n not in matrices]
+    dtype = fastest_dtype()
+    model = TargetModel(config, dtype)
+    matrices = [weight for name, weight in model.weights.items() if "_proj" in name]
+    others = [weight for name, weight in model.weights.items() if "_proj" not in name]
     optimizers = {
-        Muon(matrices.values(), lr=recipe.matrix_lr, weight_decay=recipe.weight_decay): recipe.matrix_lr,
-        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0): recipe.other_lr,
+        Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay, compute_dtype=dtype): recipe.matrix_lr,
+        torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0): recipe.other_lr,
     }
     started = time.monotonic()
 
     def progress() -> float:
-        return (time.monotonic() - started) / (until_s - started)
+        if recipe.steps:
+            return step / recipe.steps
+        return (time.monotonic() - started) / max(1e-3, until_s - started)
 
-    recent, shown, seen_tokens = [], started, 0
-    for step, batch in enumerate(batches(stream, recipe, progress)):
+    def row_tokens() -> int:
+        return recipe.context if progress() > recipe.long_rows_from else recipe.row_tokens
+
+    generator = torch.Generator().manual_seed(recipe.seed)
+    rows = batches(stream, recipe.batch_tokens, recipe.context, row_tokens, generator)
+    step, recent, shown, seen_tokens = 0, [], started, 0
+    for batch in rows:
         done = progress()
         if done >= 1:
             break
+        avoid = torch.zeros(batch[:, 1:].shape, dtype=torch.bool)
+        if done > recipe.unloop_from:
+            for row in (torch.rand(len(batch), generator=generator) < recipe.unloop_rows).nonzero().flatten().tolist():
+                batch[row], avoid[row] = looped(batch[row], generator)
         hidden = model(batch[:, :-1])
-        loss = NextTokenLoss.apply(hidden.flatten(0, 1), model.head, batch[:, 1:].flatten())
+        loss = NextTokenLoss.apply(hidden.flatten(0, 1), model.head, batch[:, 1:].flatten(), avoid.flatten())
         loss.backward()
         rate = min(1.0, (step + 1) / 30) * min(1.0, (1 - done) / (1 - recipe.decay_from))
         for optimizer, lr in optimizers.items():
             optimizer.param_groups[0]["lr"] = lr * rate
             optimizer.step()
             optimizer.zero_grad()
+        step += 1
         recent = [*recent[-49:], loss.item()]
         seen_tokens += batch[:, 1:].numel()
         if time.monotonic() - shown > 5:
@@ -162,46 +140,6 @@ def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: fl
     return model
 
 
-@torch.no_grad()
-def held_out(model: TargetModel, tokenizer: PreTrainedTokenizerFast, domain: str, limit_bytes: int) -> dict[str, float]:
-    """Perplexity per token and bits per byte, which does not depend on the vocabulary, of a domain's held-out text."""
-    documents, size = [], 0
-    for document in text.documents(domain, "heldout"):
-        if size < limit_bytes:
-            documents.append(document[: limit_bytes // 10])
-            size += len(documents[-1].encode())
-    stream = token_stream(tokenizer, documents)
-    width = model.config.max_position_embeddings // 2
-    rows = stream[: (len(stream) - 1) // width * width].view(-1, width)
-    total = 0.0
-    for batch in rows.split(8):
-        hidden = model(batch[:, :-1]).flatten(0, 1)
-        total += NextTokenLoss.apply(hidden, model.head, batch[:, 1:].flatten()).item() * len(hidden)
-    nats = total / (rows.size(0) * (width - 1))
-    return {
-        "perplexity": math.exp(nats),
-        "bits_per_byte": nats / math.log(2) * len(stream) / size,
-        "bytes_per_token": size / len(stream),
-    }
-
-
-def distinct_fraction(generated: list[list[int]], n: int = 4) -> float:
-    """Of all n-grams in the generated rows, the share that are different: low where a model repeats itself."""
-    grams = [tuple(row[i : i + n]) for row in generated for i in range(len(row) - n + 1)]
-    return len(set(grams)) / max(1, len(grams))
-
-
-@torch.no_grad()
-def greedy(directory: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy continuations, as the server gives them, of prompts of one length."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.tensor(prompts)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
-    )
-    return out[:, ids.size(1) :].tolist()
-
-
 def save(model: TargetModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     exported = AutoModelForCausalLM.from_config(model.config)
     missing, unexpected = exported.load_state_dict(
@@ -214,14 +152,24 @@ def save(model: TargetModel, tokenizer: PreTrainedTokenizerFast, directory: Path
 
 
 def make(recipe: Recipe, directory: Path) -> None:
-    """Trains a target and puts it at `directory`, whole or not at all."""
+    """Trains a target and puts it at `directory`, whole or not at all; one process at a time, the others wait."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_name(f"{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_ready(recipe, directory):
+            _make(recipe, directory)
+
+
+def _make(recipe: Recipe, directory: Path) -> None:
     started = time.monotonic()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    transformers_logging.disable_progress_bar()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(4, os.cpu_count() or 1))  # more have too little to do at this size
     torch.set_flush_denormal(True)  # exp of very negative logits is otherwise ten times slower
     documents = [d for domain in text.DOMAINS for d in text.documents(domain, "train", recipe.text_bytes)]
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
     documents = [documents[i] for i in order]
-    tokenizer = train_tokenizer(_first_bytes(documents, 4_000_000), recipe.vocab_size)
+    tokenizer = train_tokenizer(documents, recipe.vocab_size)
     stream = token_stream(tokenizer, documents)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -238,7 +186,9 @@ def make(recipe: Recipe, directory: Path) -> None:
         dtype="float32",
     )
     print(f"target: {len(stream):,} training tokens ready after {time.monotonic() - started:.0f} s", flush=True)
-    model = train(recipe, config, stream, started + 0.94 * 60 * recipe.minutes)
+    # A machine so busy that reading took the time still trains for a while.
+    until_s = max(started + 60 * recipe.minutes - recipe.report_s, time.monotonic() + 15 * recipe.minutes)
+    model = train(recipe, config, stream, until_s)
 
     temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -256,15 +206,6 @@ def make(recipe: Recipe, directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
     print(f"target: ready at {directory} after {report['seconds']:.0f} s", flush=True)
-
-
-def _first_bytes(documents: list[str], limit: int) -> list[str]:
-    kept, size = [], 0
-    for document in documents:
-        if size < limit:
-            kept.append(document)
-            size += len(document)
-    return kept
 
 
 def is_ready(recipe: Recipe, directory: Path) -> bool:

@@ -48,4 +48,5 @@ class Muon(torch.optim.Optimizer):
         scale = 0.2 * max(shape) ** 0.5
         updates = orthogonalize(torch.stack(nesterov).to(self.compute_dtype))
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(parameter.dtype), alpha=-group["lr"] * scale)
+            update = update.to(parameter.dtype)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)

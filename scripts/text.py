@@ -176,7 +176,9 @@ def prompts(domain: str, n: int, tokens: int, tokenizer, seed: int, split: str =
     for text, start in starts:
         if len(chosen) == n:
             break
-        # A token is at least one byte and rarely more than twelve characters.
+        if len(text) - start < tokens:
+            continue
+        # A token is rarely more than twelve characters.
         ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens]
         if len(ids) == tokens:
             chosen.append(ids)
