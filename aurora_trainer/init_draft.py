@@ -1,7 +1,8 @@
 """An untrained draft for a given target: random, or started from the target's own last layer and head.
 
-Started from the target, the highest aux feature passes through `fc` unchanged, attention adds nothing at first
-(o_proj is zero), and the target's last MLP, final norm and head read the result.
+Started from the target, the highest aux feature passes through `fc` unchanged, attention adds the embedding of the
+slot's own token (as the residual stream of the next position begins with it), and the target's last MLP, final norm and
+head read the sum.
 """
 
 from __future__ import annotations
@@ -107,12 +108,11 @@ def randomise(draft: Draft, seed: int) -> None:
 
 @torch.no_grad()
 def start_from_target(draft: Draft, target: Target) -> None:
-    """Overwrite what the target's last layer, final norm and head can supply; the rest of attention stays random."""
+    """Overwrite what the target's last layer, final norm and head can supply, and `look_at_own_token`."""
     h, layer = draft.config.hidden_size, draft.layers[0]
     last = f"model.layers.{target.config['num_hidden_layers'] - 1}."
     draft.fc.weight.zero_()
     draft.fc.weight[:, -h:] = torch.eye(h)
-    layer.self_attn.o_proj.weight.zero_()
     layer.hidden_norm.weight.copy_(target.tensor(last + "input_layernorm.weight"))
     layer.input_layernorm.weight.copy_(target.tensor("model.layers.0.input_layernorm.weight"))
     layer.post_attention_layernorm.weight.copy_(target.tensor(last + "post_attention_layernorm.weight"))
@@ -120,3 +120,37 @@ def start_from_target(draft: Draft, target: Target) -> None:
         getattr(layer.mlp, name).weight.copy_(target.tensor(f"{last}mlp.{name}.weight"))
     draft.norm.weight.copy_(target.tensor("model.norm.weight"))
     draft.lm_head.weight.copy_(target.head()[vocab.target_ids(draft.d2t)])
+    look_at_own_token(draft)
+
+
+@torch.no_grad()
+def look_at_own_token(draft: Draft, sharpness: float = 8.0, sample: int = 8192) -> None:
+    """Attention of the first layer that adds, at first, the embedding of the slot's own token to the state.
+
+    In each group of query heads the first one attends to its own slot: its q and the group's k are one random
+    projection of the embedding, so that a slot's score with itself (about `sharpness`) exceeds all others. Values are
+    the embedding's principal components (as many as all key heads hold), and o_proj maps them back, by least squares
+    over `sample` tokens. The other query heads stay random and add nothing yet.
+    """
+    layer, config = draft.layers[0], draft.config
+    attention, h, d, kv_heads = layer.self_attn, config.hidden_size, config.head_dim, config.num_key_value_heads
+    group = config.num_attention_heads // kv_heads
+    tokens = torch.linspace(0, config.vocab_size - 1, min(sample, config.vocab_size)).long()
+    raw = draft.embed[tokens].float()
+    x = layer.input_layernorm(raw)  # what the embedding half of q, k and v reads
+    rank = min(kv_heads * d, h)
+    components = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :rank].T  # [rank, H], largest first
+    attention.v_proj.weight.zero_()
+    attention.v_proj.weight[:rank, :h] = components
+    back = torch.linalg.lstsq(x @ components.T, raw).solution.T  # [H, rank]
+    attention.o_proj.weight.zero_()
+    for head in range(kv_heads):
+        projection = torch.linalg.qr(attention.k_proj.weight[head * d : (head + 1) * d, :h].T).Q.T  # [min(D, H), H]
+        size = (x @ projection.T).square().sum(-1).mean()  # of a slot's product with itself
+        projection = projection * (sharpness * d**0.5 / size).sqrt()
+        query, key = head * group * d, head * d  # first rows of the group's first query head and of its key head
+        for weight, first in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
+            weight[first : first + d] = 0
+            weight[first : first + len(projection), :h] = projection
+        part = back[:, key : key + d]
+        attention.o_proj.weight[:, query : query + part.shape[1]] = part

@@ -29,9 +29,14 @@ def _mixture(distance: dict[str, float]) -> dict[str, float]:
 
 
 class LossConfig(Section):
-    """The objective's terms."""
+    """The objective's terms.
 
-    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {"forward_kl": 1.0}
+    The default distance won for greedy verification: after 200 updates of 4 samples (a small target, greedy text, 50
+    held-out requests) a chain of 4 reached an accept length of 3.86, with forward_kl alone 2.94. Traffic that samples
+    is judged by sum min(p, q), for which forward_kl or tv is the better aim.
+    """
+
+    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {"forward_kl": 0.5, "greedy": 0.5}
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8  # weight of each deeper level relative to the one above
     rejected: Annotated[float, Field(ge=0)] = 0.0  # lambda
     rejected_by: Literal["uniform", "reach"] = "uniform"  # w

@@ -64,9 +64,10 @@ def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, 
     assert draft.config.aux_layer_ids == (0, 1, 2) and draft.config.rope_theta == 5e4
     assert draft.config.head_dim == (4 if kind.get("model_type") == "llama" else 8)
 
+    torch.nn.init.zeros_(draft.layers[0].self_attn.o_proj.weight)  # of attention: the next test
     features = torch.randn(3, 48)
     state, _ = draft.slots(torch.tensor([1, 2, 3]), features, torch.arange(3), torch.zeros(3, dtype=torch.int64))
-    x = features[:, 32:]  # the highest aux feature, untouched by fc and attention
+    x = features[:, 32:]  # the highest aux feature, untouched by fc
 
     def norm(x, name):
         return torch.nn.functional.rms_norm(x, (16,), tensors[name], 1e-5)
@@ -76,6 +77,19 @@ def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, 
     x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
     head = tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"]
     torch.testing.assert_close(draft.logits(state), norm(x, "model.norm.weight") @ head.T)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
+def test_started_from_the_target_a_slot_begins_with_its_own_tokens_embedding(model_type, tmp_path):
+    """Eight slots of one sequence; of llama's 8 value dimensions for 16 of embedding, half must be lost."""
+    write_target(tmp_path, model_type=model_type)
+    draft = init_draft(tmp_path, tmp_path / "d", "target")
+    torch.nn.init.zeros_(draft.layers[0].mlp.down_proj.weight)
+    tokens = torch.arange(8) * 7
+    state, _ = draft.slots(tokens, torch.zeros(8, 48), torch.arange(8), torch.zeros(8, dtype=torch.int64))
+    alike = torch.nn.functional.cosine_similarity(state[:, None], draft.embed[None, tokens], -1)
+    assert alike.diagonal().mean() > (0.9 if model_type == "qwen3" else 0.6)
+    assert (alike.argmax(-1) == torch.arange(8)).sum() >= 6
 
 
 def test_random_is_reproducible_by_seed_and_owes_the_target_nothing(tmp_path):

@@ -42,7 +42,7 @@ def naive_loss(draft, batch, config):
 def test_the_objective_is_its_formula(name, by):
     draft = make(VARIANTS[name])
     batch = double(pack([random_sample(0), random_sample(1, topk=1)], BatchConfig()))
-    config = LossConfig(gamma=0.7, rejected=0.6, rejected_by=by)
+    config = LossConfig(distance={"forward_kl": 1.0}, gamma=0.7, rejected=0.6, rejected_by=by)
     loss, _ = objective(draft, batch, config)
     want = naive_loss(draft, batch, config)
     torch.testing.assert_close(loss, want, atol=1e-6, rtol=1e-6)
