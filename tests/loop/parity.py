@@ -57,6 +57,6 @@ def compare(draft: Draft, samples: Iterable[Sample]) -> Parity:
             if growth.margin[i] < TIE:
                 result.tied += 1
             else:
-                found = (tokens[i].tolist(), parents[i].tolist())
-                result.unexplained.append((sample.request, i, float(growth.margin[i]), *found, growth.tokens[i].tolist()))
+                found = (tokens[i].tolist(), parents[i].tolist(), growth.tokens[i].tolist(), growth.parents[i].tolist())
+                result.unexplained.append((sample.request, i, float(growth.margin[i]), *found))
     return result

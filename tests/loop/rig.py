@@ -111,7 +111,7 @@ class Loop:
 
     # ---- traffic
 
-    def generate(self, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None = None) -> list[dict]:
+    def generate(self, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None = None) -> list:
         """Answers to concurrent requests, each with its `rid`; output token ids are in `output_ids`."""
         return generate(self.server, prompts, params, rids)
 

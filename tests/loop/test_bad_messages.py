@@ -1,4 +1,4 @@
-"""A stranger sends garbage to the trainer's socket while a server publishes: it is counted, and nothing else is lost."""
+"""A stranger sends garbage to the trainer's socket while a server publishes: it is counted, nothing else is lost."""
 
 from __future__ import annotations
 

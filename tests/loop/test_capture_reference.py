@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 from reference import Reference
+from rig import generate
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +35,8 @@ def check_whole(reference, loop, prompt, answer, reason):
 
 
 def chunks_of(loop, rid):
-    return [(m, m.header.requests.index(rid)) for m in loop.messages if m.header.kind == "prefill" and rid in m.header.requests]
+    prefills = [m for m in loop.messages if m.header.kind == "prefill" and rid in m.header.requests]
+    return [(m, m.header.requests.index(rid)) for m in prefills]
 
 
 def prompts(stream, first, lengths):
@@ -94,8 +96,8 @@ def test_stops(name, request, stream, reference, target):
     free = loop.generate(batch, {"max_new_tokens": 48})
     token = [a["output_ids"][9 + i] for i, a in enumerate(free)]
     text = [AutoTokenizer.from_pretrained(target).decode(a["output_ids"][12 + i : 14 + i]) for i, a in enumerate(free)]
-    params = [{"max_new_tokens": 48, "stop_token_ids": [t]} for t in token[:3]]
-    params += [{"max_new_tokens": 48, "stop": t} for t in text[3:]]
+    usual = {"max_new_tokens": 48, "ignore_eos": False}
+    params = [usual | {"stop_token_ids": [t]} for t in token[:3]] + [usual | {"stop": t} for t in text[3:]]
     for prompt, whole, answer in zip(batch, free, loop.generate(batch, params)):
         assert answer["output_ids"] == whole["output_ids"][: len(answer["output_ids"])]
         assert len(answer["output_ids"]) < 48
@@ -109,11 +111,15 @@ def test_stops(name, request, stream, reference, target):
 
 
 def test_end_of_text(chain, stream, reference):
-    """An end-of-text token that a bias forces: it ends the request, and the row is flagged."""
+    """An end-of-text token that a bias brings about: it ends the request, and the row is flagged."""
     prompt = stream[19000:19040]
-    params = {"max_new_tokens": 40, "ignore_eos": False, "logit_bias": {"0": 13.0}}
+    free = chain.generate([prompt], {"max_new_tokens": 60})[0]
+    logits = reference.run(known(prompt, free))[1][len(prompt) - 1 : -1]
+    short = (logits.amax(-1) - logits[:, 0]).tolist()  # what the end of text lacks to be the choice
+    first = next(i for i in range(4, 60) if short[i] < min(short[:i]))
+    params = {"max_new_tokens": 60, "ignore_eos": False, "logit_bias": {"0": (short[first] + min(short[:first])) / 2}}
     answer = chain.generate([prompt], params)[0]
-    assert answer["output_ids"][-1] == 0 and 2 < len(answer["output_ids"]) < 40, answer["output_ids"]
+    assert answer["output_ids"] == free["output_ids"][:first] + [0]
     (sample,) = check_whole(reference, chain, prompt, answer, "stop")
     assert sample.node_altered.all()
 
@@ -130,8 +136,9 @@ def test_penalty_is_flagged_and_raw(chain, stream, reference):
 
 def test_opt_out(chain, stream):
     prompt = stream[21000:21090]
+    params = {"max_new_tokens": 16}
     out, also = chain.generate(
-        [prompt, prompt[:50]], [{"max_new_tokens": 16, "custom_params": {"aurora_capture": False}}, {"max_new_tokens": 16}]
+        [prompt, prompt[:50]], [params | {"custom_params": {"aurora_capture": False}}, params]
     )
     assert chain.taken([also["rid"]])[also["rid"]]
     chain.quiet()
@@ -153,20 +160,24 @@ def test_same_id_again(chain, stream, reference):
 
 def test_several_of_one_prompt(tree, stream, reference):
     prompt = stream[23000:23060]
-    body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "n": 3, "max_new_tokens": 16, "ignore_eos": True}}
-    answers = tree.server.post("/generate", body)
+    params = {"temperature": 0, "n": 3, "max_new_tokens": 16, "ignore_eos": True}
+    answers = tree.server.post("/generate", {"input_ids": prompt, "sampling_params": params})
     assert len(answers) == 3
     for answer in answers:
         answer["rid"] = answer["meta_info"]["id"]
         check_whole(reference, tree, prompt, answer, "length")
 
 
+def post(server, path, body):
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=60)
+
+
 def stream_answer(server, body):
     """The last event of a streamed answer."""
-    data = json.dumps(body | {"stream": True}).encode()
-    request = urllib.request.Request(server.url + "/generate", data, {"Content-Type": "application/json"})
     last = None
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with post(server, "/generate", body | {"stream": True}) as response:
         for line in response:
             if line.startswith(b"data: {"):
                 last = json.loads(line[6:])
@@ -188,10 +199,7 @@ def test_abort(tree, stream, reference):
     client = threading.Thread(target=lambda: answers.append(stream_answer(tree.server, body)))
     client.start()
     time.sleep(1.0)
-    request = urllib.request.Request(
-        tree.server.url + "/abort_request", json.dumps({"rid": "aborted"}).encode(), {"Content-Type": "application/json"}
-    )
-    urllib.request.urlopen(request, timeout=10).read()
+    post(tree.server, "/abort_request", {"rid": "aborted"}).close()
     client.join(30)
     (answer,) = answers
     assert 1 < len(answer["output_ids"]) < 700
@@ -203,9 +211,7 @@ def test_abort(tree, stream, reference):
 
 
 def test_mixed_chunks_retraction_and_long_prompts(mixed, plain, stream, reference):
-    """Everything at once: one token steps within extend batches, re-prefills, and features of the prompt's tail only."""
-    from rig import generate
-
+    """Everything at once: steps of one token in extend batches, re-prefills, and features of a prompt's tail only."""
     lengths = [150, 33, 120, 64, 200, 90, 40, 170, 60, 130]
     batch = prompts(stream, 26000, lengths)
     params = {"max_new_tokens": 60}

@@ -5,6 +5,7 @@ swaps under load, with the receiver up, gone and killed; and the target's parame
 from __future__ import annotations
 
 import signal
+from functools import partial
 
 import pytest
 from drafts import disturb
@@ -29,14 +30,16 @@ def test_swaps_under_load(name, request, plain, stream):
     base = loop.draft(0)
     seen = 0
 
+    def swapped(line):
+        return line in loop.server.log.read_text(errors="replace")
+
     def swap(times):
         """Publish drafts, bad ones among them, each when the one before is served."""
         nonlocal seen
         for i in range(times):
             version = loop.publish(disturb(loop.draft(0), seed=1000 + seen, size=(0.02, 0.5)[i % 2]))
             seen += 1
-            line = f"draft swapped version={version} "
-            wait_until(lambda: line in loop.server.log.read_text(errors="replace"), line, 30)
+            wait_until(partial(swapped, f"draft swapped version={version} "), f"swap to {version}", 30)
 
     with loop.load(batch, PARAMS) as rounds:
         swap(SWAPS)

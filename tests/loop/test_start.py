@@ -18,7 +18,7 @@ def failures(target, taught, tmp_path_factory):
     other = make_random_target(folder / "other-target")
     init_draft(other, folder / "other-draft", "random")
     (folder / "aurora.toml").write_text(
-        '[link]\nendpoint = "tcp://10.0.0.7:5590"\n[plugin.capture]\nsample_rat = 0.5\n[trainer.anything]\nis = "not read"\n'
+        '[link]\nendpoint = "tcp://10.0.0.7:5590"\n[plugin.capture]\nsample_rat = 0.5\n[trainer.x]\nis = "not read"\n'
     )
 
     def fail(name, draft, env):

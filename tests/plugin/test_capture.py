@@ -1,4 +1,4 @@
-"""What is taken of a step, on stand-ins for SGLang's batches; with a real server: tests/loop/test_capture_reference.py."""
+"""What is taken of a step, on stand-ins for SGLang's batches; tests/loop/test_capture_reference.py has real ones."""
 
 from types import SimpleNamespace
 
@@ -124,7 +124,8 @@ def prefill_step(capture, reqs, prefixes, extends, version=2):
         reqs=reqs, prefix_lens=prefixes, extend_lens=extends, input_ids=torch.arange(total) + 101,
         seq_lens=torch.tensor([p + e for p, e in zip(prefixes, extends)]),
     )  # fmt: skip
-    result = SimpleNamespace(logits_output=SimpleNamespace(hidden_states=torch.arange(total * F).view(total, F).float()))
+    hidden = torch.arange(total * F).view(total, F).float()
+    result = SimpleNamespace(logits_output=SimpleNamespace(hidden_states=hidden))
     capture.prefill(batch, torch.arange(total) + 100, result, version)
 
 
