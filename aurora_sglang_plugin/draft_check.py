@@ -101,23 +101,23 @@ def expected_shapes(
         raise ValueError(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
     if config.get("vocab_size") != vocab:
         raise ValueError(f"vocab_size is {config.get('vocab_size')}, the target's is {vocab}: made for another target.")
-    if "draft_vocab_size" not in config:
-        raise ValueError("config.json lacks draft_vocab_size; write the size, or null to draft with the target's head.")
+    vd = config.get("draft_vocab_size")
+    if vd is None:
+        raise ValueError(
+            "config.json has no draft_vocab_size: SGLang would draft with the target's own head, which a swap must never "
+            "write. Expected the size, and the draft's own lm_head.weight."
+        )
     if config.get("tie_word_embeddings"):
         raise ValueError("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
     if num_aux * ht == h:
         raise ValueError(f"one aux layer of the draft's own width {h} never passes through fc; name two or more.")
-    own_head = config["draft_vocab_size"] is not None
-    vd = config["draft_vocab_size"] if own_head else vocab
     if type(vd) is not int or not 0 < vd <= vocab:
         raise ValueError(f"draft_vocab_size is {vd}, expected 1 to {vocab}.")
-    if h != ht and not own_head:
-        raise ValueError(f"draft_vocab_size is null, but the target's head takes {ht}, not {h}.")
 
     shapes = {
         "fc.weight": ((h, num_aux * ht), True),
         "norm.weight": ((h,), True),
-        "lm_head.weight": ((vd, h), own_head),
+        "lm_head.weight": ((vd, h), True),
         "d2t": ((vd,), vd < vocab),
         "t2d": ((vocab,), False),
         "embed_tokens.weight": ((vocab, h), h != ht),  # of the target's width it is the target's own, shared

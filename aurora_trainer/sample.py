@@ -1,8 +1,8 @@
 """The sample: a run of committed slots of one request, and the trees that hung from them.
 
-A slot is what the draft's KV cache has one row of. With `start` = s, slot i stands at absolute (RoPE) position s + i and
-holds token x[s+i+1] with the target's feature of position s + i. A slot proposes depth 1: its logits predict x[s+i+2],
-so its target is the target model's distribution at position s + i + 1.
+A slot is what the draft's KV cache has one row of. With `start` = s, slot i stands at absolute (RoPE) position s + i
+and holds token x[s+i+1] with the target's feature of position s + i. A slot proposes depth 1: its logits predict
+x[s+i+2], so its target is the target model's distribution at position s + i + 1.
 
     position       s      s+1     s+2   ...   s+L-1    s+L
     tokens         [0]    [1]     [2]   ...   [L-1]    [L]      L + 1 tokens, L features
