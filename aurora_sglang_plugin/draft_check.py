@@ -104,8 +104,8 @@ def expected_shapes(
     vd = config.get("draft_vocab_size")
     if vd is None:
         raise ValueError(
-            "config.json has no draft_vocab_size: SGLang would draft with the target's own head, which a swap must never "
-            "write. Expected the size, and the draft's own lm_head.weight."
+            "config.json has no draft_vocab_size: SGLang would draft with the target's own head, which a swap must "
+            "never write. Expected the size, and the draft's own lm_head.weight."
         )
     if config.get("tie_word_embeddings"):
         raise ValueError("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
