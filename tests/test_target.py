@@ -19,7 +19,7 @@ from target_model import NextTokenLoss, TargetModel  # noqa: E402
 from target_rows import batches, looped, token_stream, train_tokenizer  # noqa: E402
 
 TINY = replace(
-    make_target.QUICK, steps=60, vocab_size=512, layers=4, hidden=64, intermediate=160, heads=1,
+    make_target.QUICK, steps=120, vocab_size=512, layers=4, hidden=64, intermediate=160, heads=1,
     batch_tokens=1024, context=512, row_tokens=128, text_bytes=150_000,
 )  # fmt: skip
 
