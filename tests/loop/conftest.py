@@ -10,9 +10,11 @@ time, and only those that the collected tests name.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import subprocess
 import sys
+import typing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,7 +54,10 @@ def model(target):
 def stream(target) -> list[int]:
     """Token ids of real text to cut prompts from; no two tests should cut at the same place, or the cache is hit."""
     tokenizer = AutoTokenizer.from_pretrained(target)
-    return tokenizer(Path(argparse.__file__).read_text(encoding="utf-8"))["input_ids"]
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (argparse, typing, inspect)]
+    tokens = tokenizer("".join(texts))["input_ids"]
+    assert len(tokens) > 40000
+    return tokens
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +92,8 @@ def starts(request, target, taught, tmp_path_factory):
         settings = ["plugin.capture.max_prompt_features=100"]
         return Loop(folder / name, target, draft, topk=1, num_steps=3, args=args, env=env, settings=settings)
 
-    wanted = dict.fromkeys(name for item in request.session.items for name in SERVERS if name in item.fixturenames)
+    named = [n for item in request.session.items for n in (*item.fixturenames, *_parameters(item))]
+    wanted = [name for name in dict.fromkeys(named) if name in SERVERS]
     with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
         futures = {name: pool.submit(start, name) for name in wanted}
         yield futures
@@ -95,6 +101,12 @@ def starts(request, target, taught, tmp_path_factory):
             if future.cancel() or future.exception() is not None:
                 continue
             future.result().stop()
+
+
+def _parameters(item) -> list:
+    """Values of a parametrized test, which may be names of servers."""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return [value for value in values if isinstance(value, str)]
 
 
 @pytest.fixture(scope="session")
