@@ -41,6 +41,17 @@ directory = "{home}/weights"
 [trainer.model]
 target = "{target}"
 draft = "{draft}"
+[trainer.pace]
+new_slots_per_step = 32  # 4 steps a request: a small draft on few requests learns by the step
+[trainer.batch]
+max_slots = 256
+[trainer.buffer]
+max_uses = 8
+[trainer.optimizer]
+kind = "muon"
+lr = 1e-2  # for matrices 200 to 2048 wide; wider ones want less
+[trainer.publish]
+every_s = 5.0
 [trainer.checkpoint]
 directory = "{home}/checkpoints"
 [trainer.metrics]
