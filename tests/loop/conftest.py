@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from drafts import teach
-from rig import Loop
+from rig import START_S, Loop
 from serve import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +79,7 @@ def starts(request, target, taught, tmp_path_factory):
     def start(name: str):
         (folder / name).mkdir()
         if name == "plain":
-            return Server(target, log=folder / "plain.log")
+            return Server(target, log=folder / "plain.log", timeout_s=START_S)
         draft = taught / ("reduced" if name == "tree" else "full")
         if name == "chain":
             args = ["--chunked-prefill-size", "64"]

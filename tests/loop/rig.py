@@ -42,6 +42,7 @@ while True:
     receiver.get(0.1)
 """
 
+START_S = 600  # a busy machine takes minutes over the imports
 FINAL = ("stop", "length", "abort")
 
 
@@ -91,7 +92,7 @@ class Loop:
         self.start()
 
     def start(self) -> None:
-        self.server = Server(self.target, **self._start)
+        self.server = Server(self.target, timeout_s=START_S, **self._start)
 
     def listen(self) -> None:
         """A receiver like the trainer's, with books that survive it."""
@@ -189,9 +190,12 @@ class Loop:
 
         def serving() -> bool:
             self.generate([[5, 6, 7]], {"max_new_tokens": 4})
-            return self.metrics()["aurora_draft_version"] == version
+            return self.version() == version
 
         wait_until(serving, f"version {version}", timeout_s, every_s=0.3)
+
+    def version(self) -> int:
+        return int(self.metrics()["aurora_draft_version"])
 
     def metrics(self) -> dict[str, float]:
         return metrics(self.server)

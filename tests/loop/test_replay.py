@@ -4,7 +4,12 @@ d2t and assembly are all in here, and a mistake in any of them shows.
 
 from __future__ import annotations
 
+import torch
+from conftest import DRAFT_VOCAB
+from drafts import disturb, make_draft
 from parity import compare, eligible
+
+from aurora_trainer.draft import Draft
 
 PARITY = 0.999
 
@@ -30,7 +35,7 @@ def check(loop, samples, version, what, trees=50):
 
 
 def test_chain(chain, stream):
-    version = chain.metrics()["aurora_draft_version"]
+    version = chain.version()
     lengths = [3, 40, 63, 64, 65, 100, 128, 129, 200, 257]
     answers, samples = serve(chain, cut(stream, 0, lengths), {"max_new_tokens": 64})
     chunks = [r for m in chain.messages if m.header.kind == "prefill" for r in m.header.requests]
@@ -44,8 +49,44 @@ def test_chain(chain, stream):
 
 
 def test_tree(tree, stream):
-    version = tree.metrics()["aurora_draft_version"]
+    version = tree.version()
     lengths = [3, 40, 64, 65, 129, 200]
     _, samples = serve(tree, cut(stream, 0, lengths), {"max_new_tokens": 64})
     result = check(tree, samples, version, "tree")
     assert result.strayed > 0  # else growing along true ancestors would have done as well
+
+
+def test_after_a_swap(tree, stream, target, tmp_path):
+    """Requests that started since are the new version's in every level, another draft vocabulary included."""
+    old = tree.version()
+    new = Draft.load(make_draft(tmp_path / "draft", target, draft_vocab=DRAFT_VOCAB, seed=5), tree.embed)
+    assert not torch.equal(new.d2t, tree.draft(old).d2t)
+    version = tree.publish(new)
+    tree.wait_for_version(version)
+    _, samples = serve(tree, cut(stream, 3000, [20, 30, 70, 140]), {"max_new_tokens": 48})
+    check(tree, samples, version, "tree after a swap")
+    other = compare(tree.draft(old), eligible(samples, version))
+    assert other.same < 0.5 * other.nodes
+    back = tree.publish(disturb(tree.draft(0), seed=5, size=0.02))  # one that accepts something
+    tree.wait_for_version(back)
+    _, samples = serve(tree, cut(stream, 6000, [20, 30, 70]), {"max_new_tokens": 48})
+    check(tree, samples, back, "tree swapped back")
+
+
+def test_cache_hits_are_aligned_and_excluded(chain, stream):
+    """Slots of a cached prefix are not known, so these cannot be replayed; where they stand must be right."""
+    version = chain.version()
+    first = stream[8000:8180]
+    hits = [first[:n] + stream[8500 : 8500 + 20 * i] for i, n in enumerate((60, 100, 150, 180))]
+    chain.generate([first], {"max_new_tokens": 2})
+    answers, samples = serve(chain, hits, {"max_new_tokens": 24})
+    assert eligible(samples, version) == [] and len(samples) == len(hits)
+    for prompt, answer, sample in zip(hits, answers, samples):
+        tokens = prompt + answer["output_ids"]
+        cached = answer["meta_info"]["cached_tokens"]
+        assert sample.start == cached >= 50 and sample.prompt_len == len(prompt)
+        assert sample.tokens.tolist() == tokens[cached:]
+        roots = sample.start + sample.node_slot[sample.tree_first] + 1
+        assert sample.node_token[sample.tree_first].tolist() == [tokens[i] for i in roots]
+        assert (sample.slot_node[len(prompt) - cached - 1 : -1] >= 0).all()  # every generated slot has a target
+    print(f"chain: {len(samples)} samples with cache hits excluded, all aligned")

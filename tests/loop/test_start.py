@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from models import make_random_target
+from rig import START_S
 from serve import Server
 
 from aurora_trainer.init_draft import init_draft
@@ -15,7 +16,7 @@ from aurora_trainer.init_draft import init_draft
 def failures(target, taught, tmp_path_factory):
     """The end of the log of each server that must not start."""
     folder = tmp_path_factory.mktemp("start")
-    other = make_random_target(folder / "other-target")
+    other = make_random_target(folder / "other-target", layers=4)
     init_draft(other, folder / "other-draft", "random")
     (folder / "aurora.toml").write_text(
         '[link]\nendpoint = "tcp://10.0.0.7:5590"\n[plugin.capture]\nsample_rat = 0.5\n[trainer.x]\nis = "not read"\n'
@@ -23,7 +24,7 @@ def failures(target, taught, tmp_path_factory):
 
     def fail(name, draft, env):
         with pytest.raises(RuntimeError) as error:
-            Server(target, draft=draft, algorithm="AURORA", env=env, log=folder / f"{name}.log", timeout_s=240)
+            Server(target, draft=draft, algorithm="AURORA", env=env, log=folder / f"{name}.log", timeout_s=START_S)
         return str(error.value)
 
     with ThreadPoolExecutor(2) as pool:
