@@ -22,7 +22,7 @@ class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
     max_bytes: PositiveInt = 2 << 30
-    max_uses: PositiveInt = 4  # of one sample
+    max_uses: PositiveInt = 8  # of one sample
     fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5  # of a batch's slots, never-used samples
     max_age_s: Annotated[float, Field(gt=0)] = 3600.0  # behind the newest sample
 

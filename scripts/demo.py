@@ -45,8 +45,6 @@ draft = "{draft}"
 new_slots_per_step = 32  # 4 steps a request: a small draft on few requests learns by the step
 [trainer.batch]
 max_slots = 256
-[trainer.buffer]
-max_uses = 8
 [trainer.optimizer]
 lr = 3e-3  # for widths of a few hundred; a wider draft wants less
 [trainer.publish]
