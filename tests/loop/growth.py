@@ -27,15 +27,18 @@ class Growth:
 
 
 @torch.no_grad()
-def grow(draft: Draft, sample: Sample, nodes: int) -> Growth:
-    """The trees that hang from the sample's slots, in the order of sample.tree_first. Needs start == 0."""
+def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> Growth:
+    """The trees that `version` drew from the sample's slots, in the order of sample.tree_first. Needs start == 0.
+
+    `drafts` has the draft of every version that wrote a slot's KV or drew a tree.
+    """
     assert sample.start == 0, "slots before the sample's first are not known"
+    draft = drafts[version]
     width, steps = sample.topk, sample.num_steps
-    slots = sample.node_slot[sample.tree_first]  # [G]
-    count, ids = len(sample.features), draft.d2t + torch.arange(len(draft.d2t))
-    start = torch.zeros(count, dtype=torch.int64)
-    state, slot_kv = draft.slots(sample.tokens[1:], sample.features.float(), torch.arange(count), start)
-    state = state[slots]
+    slots = sample.node_slot[sample.tree_first[sample.tree_version == version]]  # [G]
+    ids = draft.d2t + torch.arange(len(draft.d2t))
+    slot_kv = _slot_kv(drafts, sample)
+    state = _slot_states(draft, sample, slots, slot_kv)
     trees = len(slots)
     slot_start = torch.zeros(trees * width, dtype=torch.int64)
     slot_end = (slots + 1).repeat_interleave(width)
@@ -94,6 +97,27 @@ def grow(draft: Draft, sample: Sample, nodes: int) -> Growth:
         strayed,
         queried,
     )
+
+
+def _slot_kv(drafts: dict[int, Draft], sample: Sample) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each slot's keys and values as the version computed them that wrote them on the server."""
+    positions = torch.arange(len(sample.features))
+    mixed = None
+    for version in sample.slot_version.unique().tolist():
+        start = torch.zeros_like(positions)
+        (kv,) = drafts[version].slots(sample.tokens[1:], sample.features.float(), positions, start)[1]  # of one layer
+        mine = (sample.slot_version == version)[:, None, None]
+        mixed = kv if mixed is None else tuple(torch.where(mine, new, old) for new, old in zip(kv, mixed))
+    return [mixed]
+
+
+def _slot_states(draft: Draft, sample: Sample, slots: torch.Tensor, slot_kv: list) -> torch.Tensor:
+    """What the draft's extend left of these slots [G, H], where it may have attended to other versions' KV."""
+    layer = draft.layers[0]
+    state, rope = draft._project(sample.features.float())[slots], draft._rope(slots)
+    x = layer.attention_input(draft._embeds(sample.tokens[1 + slots]), state)
+    o = draft._attend(layer, x, rope, slot_kv[0], None, torch.zeros_like(slots), slots + 1, None)
+    return layer.finish(state, o)
 
 
 def _best(values: torch.Tensor, k: int) -> tuple[torch.return_types.topk, torch.Tensor]:

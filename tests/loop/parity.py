@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -40,23 +40,41 @@ def eligible(samples: Iterable[Sample], version: int) -> list[Sample]:
 
 
 def compare(draft: Draft, samples: Iterable[Sample]) -> Parity:
+    """Samples of one version, which `draft` may or may not be."""
     result = Parity()
     for sample in samples:
-        trees = len(sample.tree_first)
-        tokens = sample.node_token.view(trees, -1)  # SGLang fills every tree
-        parents = sample.node_parent.view(trees, -1)
-        parents = torch.where(parents < 0, -1, parents - sample.tree_first[:, None])
-        growth = grow(draft, sample, tokens.shape[1])
-        same = (tokens == growth.tokens) & (parents == growth.parents)
-        result.trees += trees
-        result.nodes += same.numel() - trees
-        result.same += int(same[:, 1:].sum())
-        result.strayed += growth.strayed
-        result.queried += growth.queried
-        for i in torch.where(~same.all(1))[0].tolist():
-            if growth.margin[i] < TIE:
-                result.tied += 1
-            else:
-                found = (tokens[i].tolist(), parents[i].tolist(), growth.tokens[i].tolist(), growth.parents[i].tolist())
-                result.unexplained.append((sample.request, i, float(growth.margin[i]), *found))
+        version = int(sample.tree_version[0])
+        _compare({version: draft}, sample, version, result)
     return result
+
+
+def compare_across(draft_of: Callable[[int], Draft], samples: Iterable[Sample]) -> Parity:
+    """Samples without a cache hit that ran across swaps: every tree with the version that drew it, every slot's KV
+    with the one that wrote it."""
+    result = Parity()
+    for sample in samples:
+        drafts = {v: draft_of(v) for v in {*sample.slot_version.tolist(), *sample.tree_version.tolist()}}
+        for version in sample.tree_version.unique().tolist():
+            _compare(drafts, sample, version, result)
+    return result
+
+
+def _compare(drafts: dict[int, Draft], sample: Sample, version: int, result: Parity) -> None:
+    drawn = sample.tree_version == version
+    tokens = sample.node_token.view(len(drawn), -1)[drawn]  # SGLang fills every tree
+    parents = sample.node_parent.view(len(drawn), -1)[drawn]
+    parents = torch.where(parents < 0, -1, parents - sample.tree_first[drawn, None])
+    trees = len(tokens)
+    growth = grow(drafts, sample, tokens.shape[1], version)
+    same = (tokens == growth.tokens) & (parents == growth.parents)
+    result.trees += trees
+    result.nodes += same.numel() - trees
+    result.same += int(same[:, 1:].sum())
+    result.strayed += growth.strayed
+    result.queried += growth.queried
+    for i in torch.where(~same.all(1))[0].tolist():
+        if growth.margin[i] < TIE:
+            result.tied += 1
+        else:
+            found = (tokens[i].tolist(), parents[i].tolist(), growth.tokens[i].tolist(), growth.parents[i].tolist())
+            result.unexplained.append((sample.request, i, float(growth.margin[i]), *found))

@@ -4,10 +4,14 @@ d2t and assembly are all in here, and a mistake in any of them shows.
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 import torch
 from conftest import DRAFT_VOCAB
 from drafts import disturb, make_draft
-from parity import compare, eligible
+from parity import compare, compare_across, eligible
 
 from aurora_trainer.draft import Draft
 
@@ -71,6 +75,29 @@ def test_after_a_swap(tree, stream, target, tmp_path):
     tree.wait_for_version(back)
     _, samples = serve(tree, cut(stream, 6000, [20, 30, 70]), {"max_new_tokens": 48})
     check(tree, samples, back, "tree swapped back")
+
+
+@pytest.mark.parametrize("name", ["chain", "tree"])
+def test_across_swaps(name, request, stream):
+    """Requests that ran while versions changed: each tree is of one version in all its levels, the one it names, and
+    each slot's KV is of the version that it names."""
+    loop = request.getfixturevalue(name)
+    with ThreadPoolExecutor(1) as pool:
+        serving = pool.submit(serve, loop, cut(stream, 50000, [20, 30, 40, 80]), {"max_new_tokens": 120})
+        while not serving.done():
+            loop.publish(disturb(loop.draft(0), seed=500 + loop.writer.newest, size=0.15))
+            time.sleep(0.3)
+        _, samples = serving.result()
+    crossed = [s for s in samples if s.start == 0 and len(s.slot_version.unique()) > 1]
+    assert crossed, "no request ran across a swap"
+    result = compare_across(loop.draft, crossed)
+    versions = {int(v) for s in crossed for v in s.tree_version}
+    print(f"{name} across versions {sorted(versions)}: {result.text()}")
+    assert result.same >= PARITY * result.nodes > 0 and not result.unexplained, result.text()
+    for sample in crossed:  # the label matters: one version too late is seen
+        sample.tree_version = sample.tree_version.clamp(max=max(versions) - 1) + 1
+    late = compare_across(loop.draft, crossed)
+    assert late.same < 0.99 * late.nodes
 
 
 def test_cache_hits_are_aligned_and_excluded(chain, stream):
