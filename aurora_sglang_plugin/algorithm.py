@@ -14,6 +14,7 @@ from typing import Any
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
+from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.draft_check import check_draft
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,12 @@ class AuroraAlgorithm(CustomSpecAlgo):
         return hash(SpeculativeAlgorithm.EAGLE3)
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Check the SGLang version and the draft, then resolve arguments as SGLang does for EAGLE3.
+        """Check SGLang's version, the configuration and the draft, then resolve arguments as SGLang does for EAGLE3.
 
         Runs before any model is loaded. Raises ValueError.
         """
         check_sglang_version(version("sglang"))
+        load_server_config()  # the worker reads it again, minutes later: a bad file must not cost the loading
         if server_args.enable_multi_layer_eagle:
             raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
         if getattr(server_args, "enable_attn_tp_input_scattered", False):

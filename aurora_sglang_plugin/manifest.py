@@ -76,6 +76,21 @@ def current_version(directory: Path) -> int | None:
     return int(text[1:])
 
 
+def rejected_versions(directory: Path) -> set[int]:
+    """Versions that a server rolled back: each line of REJECTED is a JSON object with a `version`."""
+    try:
+        lines = (Path(directory) / REJECTED).read_text().splitlines()
+    except FileNotFoundError:
+        return set()
+    rejected = set()
+    for line in lines:
+        try:
+            rejected.add(int(json.loads(line)["version"]))
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that is still being written; it is read again next time
+    return rejected
+
+
 def read_manifest(version_dir: Path) -> Manifest:
     """Read and check manifest.json against its directory's name and files' sizes; hashes are for the loader to check.
 

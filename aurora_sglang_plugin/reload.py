@@ -2,7 +2,7 @@
 
     watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own load_weights
     scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin, hot_token_id
-                               READY <-> OFFERED              while tensor-parallel ranks agree on a step
+                   READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a step
 
 The twin is the draft module once more, with parameters of its own in the very layout of the live ones (fused qkv and
 gate_up, this rank's shard), so that the swap is copies only: same addresses, CUDA graphs stay valid. A READY twin that
@@ -91,9 +91,11 @@ class Reloader:
             self._hand_over(READY, OFFERED)  # what is offered stays staged until the ranks have answered
             self._agreement.offer(self._staged_version if self._state == OFFERED else 0)
         agreed = self._agreement.answer()
-        if self._state == OFFERED and agreed is not None:
-            self._state = READY
-            return self.apply_pending() if agreed else None
+        if self._state != OFFERED or agreed is None:
+            return None
+        if agreed:  # not by way of READY, from where this rank's watcher could take it back after all had agreed
+            return self._apply(OFFERED)
+        self._hand_over(OFFERED, READY)
         return None
 
     def apply_at_start(self) -> int | None:
@@ -116,7 +118,10 @@ class Reloader:
         Never waits: where nothing is staged it costs one comparison. On CUDA the copies are queued on the current
         stream, after the staging stream's.
         """
-        if self._state != READY or not self._hand_over(READY, APPLYING):
+        return self._apply(READY) if self._state == READY else None
+
+    def _apply(self, state: str) -> int | None:
+        if not self._hand_over(state, APPLYING):
             return None
         started = time.perf_counter()
         if self._stream:

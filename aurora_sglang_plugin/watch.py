@@ -4,7 +4,8 @@
 
 All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and tried again only
 when CURRENT names another; only `missing` (a race with the trainer's clean-up, or a slow network file system) is tried
-again at the next poll. This module imports neither torch nor sglang.
+again at the next poll. A version that a server rolled back (REJECTED) gives way to its parent. This module imports
+neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from aurora_sglang_plugin.manifest import (
     ManifestError,
     current_version,
     read_manifest,
+    rejected_versions,
     version_name,
 )
 
@@ -156,8 +158,8 @@ class Watcher:
             identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
             if identity == self._seen_stat:
                 return
-            version = current_version(self.directory) or 0
-            done = version == self.seen_version or self.stage(
+            version = self._wanted()
+            done = version in (0, self.seen_version) or self.stage(
                 read_weights(self.directory / version_name(version), self.expected)
             )
             if done:
@@ -171,6 +173,18 @@ class Watcher:
         except Exception as error:
             self._fail(version, "stage", error)
             self.seen_version = version
+
+    def _wanted(self) -> int:
+        """CURRENT's version, or its first ancestor that no server rolled back; 0 where that is the initial draft."""
+        version = current_version(self.directory) or 0
+        rejected = rejected_versions(self.directory)
+        while version in rejected:
+            error = ManifestError("rejected", f"a server rolled {version_name(version)} back; looking at its parent")
+            if self._logged != (version, error.cause):
+                self._fail(version, error.cause, error)
+            parent = read_manifest(self.directory / version_name(version)).parent
+            version = max(0, min(parent, version - 1))  # whatever the file says, this ends
+        return version
 
     def _fail(self, version: int, cause: str, error: Exception) -> None:
         self.failures[cause] += 1

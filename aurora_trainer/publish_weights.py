@@ -148,20 +148,5 @@ def manifests(directory: Path) -> list[contract.Manifest]:
     return found
 
 
-def rejected_versions(directory: Path) -> set[int]:
-    """Versions that a server rolled back: each line of REJECTED is a JSON object with a `version`."""
-    try:
-        lines = (Path(directory) / contract.REJECTED).read_text().splitlines()
-    except FileNotFoundError:
-        return set()
-    rejected = set()
-    for line in lines:
-        try:
-            rejected.add(int(json.loads(line)["version"]))
-        except (ValueError, KeyError, TypeError):
-            continue  # a line that is still being written; it is read again next time
-    return rejected
-
-
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()

@@ -12,9 +12,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from aurora_sglang_plugin.manifest import ManifestError, current_version, read_manifest, version_name
+from aurora_sglang_plugin.manifest import (
+    ManifestError,
+    current_version,
+    read_manifest,
+    rejected_versions,
+    version_name,
+)
 from aurora_trainer.draft import Draft
-from aurora_trainer.publish_weights import rejected_versions
 
 log = logging.getLogger(__name__)
 

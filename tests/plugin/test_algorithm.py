@@ -92,6 +92,27 @@ def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch
         aurora.handle_server_args(arguments)
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[plugin.capture]\nsample_rate = 2", "plugin.capture.sample_rate"),
+        ("[plugin.captur]\n", "plugin.captur"),
+        ("[link", "aurora.toml"),
+        (None, "aurora.toml"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_is_loaded(algorithm, monkeypatch, tmp_path, text, says):
+    path = tmp_path / "aurora.toml"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("AURORA_CONFIG", str(path))
+    aurora = algorithm.AuroraAlgorithm(name="AURORA", factory=lambda _: object)
+    arguments = SimpleNamespace(enable_multi_layer_eagle=False, speculative_draft_model_path=None)
+    with pytest.raises(ValueError) as error:
+        aurora.handle_server_args(arguments)
+    assert says in str(error.value) and str(path) in str(error.value)
+
+
 # The entry point
 
 

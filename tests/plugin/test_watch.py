@@ -43,6 +43,24 @@ def test_an_unchanged_current_is_not_read_again(tmp_path, monkeypatch):
     assert len(reads) == 1
 
 
+def test_a_rolled_back_version_gives_way_to_its_parent(tmp_path):
+    for fill in (1, 2, 3):
+        publish(tmp_path, fill, parent=fill - 1)
+    rejected = tmp_path / "REJECTED"
+    rejected.write_text('{"version": 2}\n{"version": 3}\n')
+    staged = []
+    restarted = Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True)
+    restarted.poll()
+    restarted.poll()
+    assert staged == [1] and restarted.failures == {"rejected": 2}
+    rejected.write_text('{"version": 1}\n{"version": 2}\n{"version": 3}\n')
+    Watcher(tmp_path, 0.001, EXPECTED, staged.append).poll()  # the initial draft is what the server started with
+    assert staged == [1]
+    publish(tmp_path, 4, parent=1)
+    restarted.poll()
+    assert staged == [1, 4]
+
+
 def test_no_room_is_asked_again(tmp_path):
     answers = iter([False, False, True])
     watcher = Watcher(tmp_path, 0.001, EXPECTED, lambda w: next(answers))

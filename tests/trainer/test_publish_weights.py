@@ -10,8 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
-from aurora_trainer.publish_weights import WeightsWriter, rejected_versions, versions
+from aurora_sglang_plugin.manifest import (
+    current_version,
+    read_manifest,
+    rejected_versions,
+    sha256_file,
+    version_name,
+)
+from aurora_trainer.publish_weights import WeightsWriter, versions
 
 FIELDS = {"target": "t" * 32, "parent": 0, "optimizer_step": 7}
 
