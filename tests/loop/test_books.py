@@ -23,10 +23,13 @@ QUEUE_MESSAGES, QUEUE_BYTES = 60, 4 << 20
 PARAMS = {"max_new_tokens": 32}
 
 
+SIZES = (0.1, 0.1, 0.1, 0.5)  # of the noise in each version; the last one must propose other tokens than the rest
+
+
 @pytest.fixture(scope="module")
 def drafts(taught, target):
     embed = open_target(target).embedding()
-    return [disturb(Draft.load(taught / "full", embed), seed=seed, size=0.1) for seed in range(4)]
+    return [disturb(Draft.load(taught / "full", embed), seed=seed, size=size) for seed, size in enumerate(SIZES)]
 
 
 @pytest.fixture(scope="module")
