@@ -28,6 +28,9 @@ class Snapshot(Protocol):
     def nbytes(self) -> int:
         """Held while it is queued: the measure of the queue."""
 
+    def unload(self) -> None:
+        """Give back what is scarce (pinned memory): the message has to wait. On the publisher thread, before build."""
+
     def build(self) -> Arrays:
         """The frames of the message. Called at most once, on the publisher thread; may raise (cause `build`)."""
 
@@ -40,6 +43,7 @@ class Item:
     captured_seq: int
     time_ns: int
     fields: dict[str, Any]  # of the header, as the scheduler knew them
+    unloaded: bool = False
 
 
 class Outbox:
@@ -93,6 +97,18 @@ class Outbox:
                 self._in_flight = self._queue.popleft()
                 self._queued_bytes -= self._in_flight.nbytes
             return self._in_flight
+
+    def unload(self) -> None:
+        """Nobody takes messages now: have those that came since the last call give back what is scarce."""
+        came = []
+        with self._lock:
+            for item in reversed(self._queue):
+                if item.unloaded:
+                    break
+                item.unloaded = True
+                came.append(item.snapshot)
+        for snapshot in reversed(came):  # one that is dropped meanwhile lives until this is done
+            snapshot.unload()
 
     def settle(self, cause: str, nbytes: int = 0) -> None:
         """The message in flight was sent (nbytes > 0) or is dropped by `cause`."""

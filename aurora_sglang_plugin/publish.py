@@ -25,7 +25,7 @@ from aurora_sglang_plugin.outbox import Arrays, Item, Outbox, Snapshot
 log = logging.getLogger(__name__)
 
 SEND_QUEUE_MESSAGES = 4
-WRITABLE_POLL_MS = 50  # how soon a closing publisher is noticed while nobody takes messages
+WRITABLE_POLL_MS = 10  # while nobody takes messages: how soon a new one is unloaded, or closing is noticed
 REOPEN_S = 1.0
 
 
@@ -147,7 +147,7 @@ class Publisher:
 
     def _send_next(self) -> bool:
         """Send the oldest message if the trainer takes one. The queue goes on dropping its oldest meanwhile."""
-        if not self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT) or (item := self._outbox.take()) is None:
+        if not self._writable() or (item := self._outbox.take()) is None:
             return False
         cause = "closed"
         try:
@@ -156,7 +156,7 @@ class Publisher:
             while not (nbytes := self._send(item, arrays)):
                 if self._close_at is not None and time.monotonic() >= self._close_at:
                     break
-                self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT)
+                self._writable()
             if nbytes < 0:
                 cause = "too_large"
         except zmq.ZMQError:
@@ -167,6 +167,17 @@ class Publisher:
             nbytes, cause = 0, "build"
         self._outbox.settle(cause, nbytes)
         return nbytes > 0
+
+    def _writable(self) -> bool:
+        """Whether the trainer takes a message. Where it does not at once, what is queued gives back its pinned slots:
+        else the few slots would hold the oldest messages, and the newest would be the ones that are dropped."""
+        if self._socket.poll(0, zmq.POLLOUT):
+            return True
+        try:
+            self._outbox.unload()
+        except Exception as error:  # that message fails to build as well, and is counted there
+            self._log_once("unload", error)
+        return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
         """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's bound.

@@ -1,6 +1,7 @@
 """A step's snapshot becomes the arrays of a message (wire.FRAMES), on the publisher's thread.
 
-Each snapshot has `nbytes` (what it holds while it is queued) and `build() -> {frame name: (wire dtype, array)}`.
+Each snapshot has `nbytes` (what it holds while it is queued), `build() -> {frame name: (wire dtype, array)}`, and
+`unload()` for a message that has to wait.
 Dimensions: b sampled requests, N tree nodes, P = S + 1 path columns, K kept target logits, F feature width.
 """
 
@@ -29,6 +30,9 @@ class Prefill:
     def nbytes(self) -> int:
         return self.staged.nbytes
 
+    def unload(self) -> None:
+        self.staged.unload()
+
     def build(self) -> Arrays:
         t = self.staged.fetch()
         lens = torch.tensor(self.lens)
@@ -54,6 +58,9 @@ class Verify:
     @property
     def nbytes(self) -> int:
         return self.staged.nbytes
+
+    def unload(self) -> None:
+        self.staged.unload()
 
     def build(self) -> Arrays:
         t = self.staged.fetch()
@@ -83,6 +90,9 @@ class Verify:
 class End:
     committed_len: int
     nbytes: int = 64
+
+    def unload(self) -> None:
+        pass
 
     def build(self) -> Arrays:
         return {"committed_lens": _int32(torch.tensor([self.committed_len]))}

@@ -3,7 +3,8 @@
 What is staged must be private to the caller: the outputs of a verify step are slices of a CUDA graph's static buffers
 that the next replay overwrites, so the capture copies them on the forward stream (stream order, no synchronisation).
 A side stream then carries the copies to a pinned slot, and the publisher's thread waits for that. No free slot: the
-caller counts a drop. On the CPU the private copies are all there is to do.
+caller counts a drop. Slots are few, so a message that has to wait for the trainer is moved out of its slot
+(`unload`, on the publisher's thread). On the CPU the private copies are all there is to do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,13 @@ class Staged:
         if self.done is not None:
             self.done.synchronize()  # releases the GIL
         return self.tensors
+
+    def unload(self) -> None:
+        """Move what a pinned slot holds to memory of its own, and give the slot back. Waits for the copy, as fetch."""
+        if self.slot is not None:
+            tensors = {name: tensor.clone() for name, tensor in self.fetch().items()}
+            self.release()
+            self.tensors, self.done = tensors, None
 
     def release(self) -> None:
         """Give the pinned slot back. What was fetched must have been copied out by now."""

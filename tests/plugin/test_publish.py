@@ -21,6 +21,10 @@ class End:
 
     def __init__(self, value=0, requests=1, nbytes=64, fail=False):
         self.value, self.count, self.nbytes, self.fail = value, requests, nbytes, fail
+        self.unloaded = 0
+
+    def unload(self):
+        self.unloaded += 1
 
     def build(self):
         if self.fail:
@@ -116,6 +120,18 @@ def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
     assert [int(m.arrays["committed_lens"][0]) for m in got] == list(range(990, 1000))
     assert got[0].header.dropped == {"queue_full": 990}
     assert [m.header.queued for m in got] == list(range(9, -1, -1))
+
+
+def test_messages_that_wait_give_back_what_is_scarce_once(publish, pull):
+    publisher = publish()
+    snapshots = [End(value) for value in range(20)]
+    for snapshot in snapshots:
+        publisher.offer("end", snapshot, requests=["r"], reasons=["stop"])
+        until(lambda: snapshots[0].unloaded)
+    until(lambda: snapshots[-1].unloaded)
+    puller = pull()
+    assert [int(receive(puller).arrays["committed_lens"][0]) for _ in snapshots] == list(range(20))
+    assert [s.unloaded for s in snapshots] == [1] * 20
 
 
 def test_the_queue_is_bounded_in_bytes(publish):

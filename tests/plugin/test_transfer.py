@@ -1,9 +1,11 @@
 """Tensors reach the host whole, and a slot that is not free is a drop and never a wait."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots
+from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots, Staged
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -46,6 +48,18 @@ def test_release_twice_and_when_forgotten(device):
         dropped = pool.stage(tensors(device))  # a message that is dropped unread
         assert dropped is not None
         del dropped
+
+
+def test_unloaded_tensors_outlive_their_slot():
+    buffer, free = torch.arange(6), []
+    staged = Staged({"x": buffer[:4]}, 32, None, "slot", SimpleNamespace(free=free))
+    staged.unload()
+    staged.unload()
+    assert free == ["slot"]
+    buffer.zero_()  # the next step is written there
+    assert staged.fetch()["x"].tolist() == [0, 1, 2, 3] and staged.slot is None
+    staged.release()
+    assert staged.tensors == {} and free == ["slot"]
 
 
 if "cuda" in DEVICES:

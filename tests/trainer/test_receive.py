@@ -23,6 +23,9 @@ class End:
     def __init__(self, value, count=1):
         self.value, self.count = value, count
 
+    def unload(self):
+        pass
+
     def build(self):
         return {"committed_lens": ("int32", np.full(self.count, self.value, np.int32))}
 
