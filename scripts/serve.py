@@ -118,7 +118,8 @@ class Server:
             return response.read().decode()
 
     def log_tail(self, lines: int = 60) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        # SGLang prints all of its arguments in one line of 20,000 characters
+        return "\n".join(line[:1000] for line in self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self, timeout_s: float = 60) -> None:
         """Let the server finish its requests and exit; SIGKILL to what is left after `timeout_s`."""
