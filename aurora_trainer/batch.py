@@ -34,7 +34,7 @@ class BatchConfig(Section):
 
     max_slots: PositiveInt = 4096  # of a packed batch; a longer sample is a batch of its own
     depth: Annotated[int, Field(ge=0, le=16)] = 0  # levels to train; 0: as many as the samples' servers drafted
-    rejected: bool = True  # compute the rejected nodes too
+    rejected: bool = True  # compute the rejected nodes too, where loss.rejected weighs them
 
 
 @dataclass

@@ -59,6 +59,7 @@ class Training:
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
         self.gate = Gate(trainer.gate)
+        self._packing = trainer.batch if trainer.loss.rejected else trainer.batch.model_copy(update={"rejected": False})
         self.parent = 0  # the version that training went on from
         self.earlier_updates = 0  # of optimizers before the last rollback
         self.steps = 0  # batches drawn; the optimizer may have skipped some
@@ -105,7 +106,7 @@ class Training:
         self._trained.update((id(s), s) for s in samples)
         if replay:
             return
-        batch = pack(samples, trainer.batch).to(trainer.model.device)
+        batch = pack(samples, self._packing).to(trainer.model.device)
         served = self._score_served(unseen, batch.depth) if self.steps % trainer.gate.score_every_steps == 0 else None
         loss, score = objective(self.draft, batch, trainer.loss)
         if served is not None:
