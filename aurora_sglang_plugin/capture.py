@@ -72,22 +72,26 @@ class Capture:
             chunks = self._chunks(batch)
             if not chunks:
                 return
-            spans = [(end - n, end) for _, _, n, end in chunks]
             hidden = result.logits_output.hidden_states
-            take = partial(_take, spans=spans)
-            tensors = {
-                "hidden": take(hidden),
-                "input_ids": take(input_ids),
-                "rotated_ids": take(batch.input_ids),  # the last one of a chunk is the token after it
-                "seq_lens": _copy(batch.seq_lens),
-            }
-            host = dict(
-                rows=[row for row, *_ in chunks],
-                lens=[n for _, _, n, _ in chunks],
-                prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in chunks],
-            )
-            requests = [req.rid for _, req, _, _ in chunks]
-            self._offer("prefill", Prefill, tensors, host, requests, draft_version=version, extend_version=version)
+            row_bytes = hidden.shape[1] * hidden.element_size() + 64  # ids, and the padding of a slot
+            for group in _fitting(chunks, self.config.pinned_slot_bytes // row_bytes):
+                if not self.transfer.has_room():
+                    self.publisher.drop("no_slot")
+                    continue
+                take = partial(_take, spans=[(end - n, end) for _, _, n, end in group])
+                tensors = {
+                    "hidden": take(hidden),
+                    "input_ids": take(input_ids),
+                    "rotated_ids": take(batch.input_ids),  # the last one of a chunk is the token after it
+                    "seq_lens": _copy(batch.seq_lens),
+                }
+                host = dict(
+                    rows=[row for row, *_ in group],
+                    lens=[n for _, _, n, _ in group],
+                    prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in group],
+                )
+                requests = [req.rid for _, req, _, _ in group]
+                self._offer("prefill", Prefill, tensors, host, requests, draft_version=version, extend_version=version)
 
     def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
         """(row, request, features to take, end of its rows in the batch) of every chunk that is taken."""
@@ -107,6 +111,9 @@ class Capture:
         with self._boundary("rows"):
             self._size = len(batch.seq_lens)
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
+            if rows and not self.transfer.has_room():  # known before anything is computed or copied for nothing
+                self.publisher.drop("no_slot")
+                return
             cuda = batch.seq_lens.is_cuda
             self._index = torch.tensor(rows, pin_memory=cuda).to(batch.seq_lens.device, non_blocking=True)
             self._rows = rows
@@ -175,7 +182,7 @@ class Capture:
     def _offer(self, kind: str, snapshot_type: type, tensors: dict, host: dict, requests: list, **header: Any) -> None:
         staged = self.transfer.stage(tensors)
         if staged is None:
-            self.publisher.drop("no_slot")
+            self.publisher.drop("too_large" if self.transfer.has_room() else "no_slot")
         else:
             self.publisher.offer(kind, snapshot_type(staged, **host), requests=requests, **header)
 
@@ -190,6 +197,18 @@ class Capture:
             if self.errors == 1:
                 logger.exception("aurora capture failed what=%s: serving goes on, further failures are counted", what)
         self.seconds += time.perf_counter() - start
+
+
+def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
+    """The chunks in order, as many at a time as have `max_rows` features together: what fits a slot and a message."""
+    group, rows = [], 0
+    for chunk in chunks:
+        if group and rows + chunk[2] > max_rows:
+            yield group
+            group, rows = [], 0
+        group.append(chunk)
+        rows += chunk[2]
+    yield group
 
 
 def _take(tensor: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:

@@ -51,6 +51,9 @@ class Staged:
 class HostTensors:
     """The CPU's transfer: nothing to move."""
 
+    def has_room(self) -> bool:
+        return True
+
     def stage(self, tensors: dict[str, torch.Tensor]) -> Staged:
         return Staged(tensors, sum(t.nbytes for t in tensors.values()))
 
@@ -70,6 +73,9 @@ class PinnedSlots:
         )
         self.slot_bytes = slot_bytes
         self.side = torch.cuda.Stream(device)
+
+    def has_room(self) -> bool:
+        return bool(self.free)
 
     def stage(self, tensors: dict[str, torch.Tensor]) -> Staged | None:
         """None where no slot is free or large enough: the caller counts it."""

@@ -129,6 +129,23 @@ def prefill_step(capture, reqs, prefixes, extends, version=2):
     capture.prefill(batch, torch.arange(total) + 100, result, version)
 
 
+def test_a_prefill_that_fits_no_slot_is_sent_in_several_messages():
+    capture = make_capture(pinned_slot_bytes=6 * (F * 4 + 64))
+    reqs = [request(str(i), prompt=range(4)) for i in range(3)] + [request("long", prompt=range(9))]
+    prefill_step(capture, reqs, [0] * 4, [4, 2, 3, 9])
+    assert [fields["requests"] for _, _, fields in capture.publisher.items] == [["0", "1"], ["2"], ["long"]]
+    positions = [s.build()["positions"][1].tolist() for _, s, _ in capture.publisher.items]
+    assert positions == [[0, 0], [0], [0]] and not capture.errors
+
+
+def test_without_a_slot_nothing_is_computed():
+    capture = make_capture()
+    capture.transfer.has_room = lambda: False
+    verify_step(capture, [request("a"), request("b")])
+    prefill_step(capture, [request("a")], [0], [5])
+    assert capture.publisher.drops == ["no_slot", "no_slot"] and not capture.publisher.items and not capture.errors
+
+
 def test_prefill_of_a_batch():
     out = {"aurora_capture": False}
     reqs = [request("a", range(4)), request("b", range(9), custom_params=out), request("c", range(30))]
