@@ -62,8 +62,10 @@ class Reloader:
             self._twin = make_twin(model)
         twin_parameters = dict(trainable(self._twin))
         self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
-        self._previous: list[torch.Tensor] | None = None
-        self._previous_hot: torch.Tensor | None = None
+        # Made now, not at the first swap: memory that is missing must be missed before anything is served.
+        with torch.inference_mode(False):
+            self._previous = [torch.empty_like(live.data) for live, _ in self._pairs]
+            self._previous_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
         self._state = FREE
         self._handoff = threading.Lock()  # held for a comparison and an assignment, never for a copy
         self._staged_version = 0
@@ -178,9 +180,6 @@ class Reloader:
     def _fill(self, weights: Weights) -> None:
         if self._stream:
             self._stream.wait_event(self._applied_event)  # the last swap's copies may still read the twin
-        if self._previous is None:
-            self._previous = [torch.empty_like(p.data) for p, _ in self._pairs]
-            self._previous_hot = None if self._hot is None else torch.empty_like(self._hot)
         for _, staged in self._pairs:
             staged.data.fill_(float("nan"))  # what the loader leaves out is found below
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}

@@ -25,6 +25,14 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if "embed_tokens" not in n]
 
 
+def hold_room(model: nn.Module) -> torch.Tensor | None:
+    """Device memory for the twin and the previous version, to be let go just before they are made; None on the CPU."""
+    parameters = [p for _, p in trainable(model)]
+    if not parameters[0].is_cuda:
+        return None
+    return torch.empty(2 * sum(p.nbytes for p in parameters), dtype=torch.uint8, device=parameters[0].device)
+
+
 def make_twin(model: nn.Module) -> nn.Module:
     """The same module tree with fresh parameters, except the embedding's; everything else is shared.
 

@@ -23,6 +23,7 @@ from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_sglang_plugin.metrics import ServerMetrics
 from aurora_sglang_plugin.publish import Publisher
 from aurora_sglang_plugin.reload import Reloader
+from aurora_sglang_plugin.twin import hold_room
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,11 @@ def on_release(req: Any) -> None:
 
 class AuroraWorker(EAGLEWorkerV2):
     """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of what is made there.
+        self._room = hold_room(self._draft_worker.draft_runner.model) if self._draft_worker is not None else None
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         super().alloc_memory_pool(*args, **kwargs)
@@ -54,6 +60,7 @@ class AuroraWorker(EAGLEWorkerV2):
             return
         tp, model = get_tp_group(), draft.draft_runner.model
         group = tp.cpu_group if tp.world_size > 1 else None
+        self._room = None
         self.reloader = Reloader(model, draft.hot_token_id, config.weights, config.plugin.swap, target, group)
         self.reloader.apply_at_start()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
