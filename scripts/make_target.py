@@ -28,9 +28,10 @@ import torch
 from measure_target import distinct_fraction, greedy, held_out
 from muon import Muon
 from target_model import NextTokenLoss, TargetModel
-from target_rows import batches, looped, token_stream, train_tokenizer
+from target_rows import batches, token_stream, train_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 from transformers.utils import logging as transformers_logging
+from unloop import Unloop
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Recipe:
     matrix_lr: float = 0.01
     other_lr: float = 0.004
     weight_decay: float = 0.02
-    unloop_from: float = 0.6  # share of the time after which some rows are loops to unlearn
-    unloop_rows: float = 0.125  # share of the rows that are, from then on
+    unloop_from: float = 0.65  # share of the time after which the model unlearns its loops, see unloop.py
+    unloop_weight: float = 4.0
     decay_from: float = 0.4  # share of the time after which the learning rates fall to nothing
     text_bytes: int = 1 << 30  # of each domain
     report_s: float = 20.0  # kept for saving and measuring
@@ -108,18 +109,17 @@ def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: fl
 
     generator = torch.Generator().manual_seed(recipe.seed)
     rows = batches(stream, recipe.batch_tokens, recipe.context, row_tokens, generator)
+    unloop = Unloop(model, stream, generator)
     step, recent, shown, seen_tokens = 0, [], started, 0
     for batch in rows:
         done = progress()
         if done >= 1:
             break
-        avoid = torch.zeros(batch[:, 1:].shape, dtype=torch.bool)
-        if done > recipe.unloop_from:
-            for row in (torch.rand(len(batch), generator=generator) < recipe.unloop_rows).nonzero().flatten().tolist():
-                batch[row], avoid[row] = looped(batch[row], generator)
         hidden = model(batch[:, :-1])
-        loss = NextTokenLoss.apply(hidden.flatten(0, 1), model.head, batch[:, 1:].flatten(), avoid.flatten())
+        loss = NextTokenLoss.apply(hidden.flatten(0, 1), model.head, batch[:, 1:].flatten())
         loss.backward()
+        if done > recipe.unloop_from:
+            (recipe.unloop_weight * unloop.loss()).backward()
         rate = min(1.0, (step + 1) / 30) * min(1.0, (1 - done) / (1 - recipe.decay_from))
         for optimizer, lr in optimizers.items():
             optimizer.param_groups[0]["lr"] = lr * rate

@@ -62,15 +62,3 @@ def batches(
             length = row_tokens()
             starts = (chosen[:, None] * cell + torch.arange(0, cell, length)).view(-1, 1) + shift
             yield stream[starts + torch.arange(length + 1)]
-
-
-def looped(row: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row [T + 1] that gets stuck: after some text a span of it repeats; and which of the T labels to avoid.
-
-    Left to itself a small model decodes greedily into such loops. The third round of a span, and every later one, is
-    taught as what must not come next (compare Xu et al., 2022, "Learning to Break the Loop").
-    """
-    lead, span = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((16, 65), (3, 33)))
-    source = torch.arange(len(row))
-    source = torch.where(source < lead, source, lead + (source - lead) % span)
-    return row[source], torch.arange(1, len(row)) >= lead + 2 * span

@@ -34,6 +34,7 @@ _HELDOUT_ONE_IN = 12
 _STDLIB = Path(sysconfig.get_path("stdlib"))
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
+_LISTED = re.compile(r"^\s*(?:[-*+|]|\d+\.)\s", re.MULTILINE)
 _TRIPLE_QUOTED = re.compile(r'"""(.*?)"""', re.DOTALL)
 _COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 _ROLE = re.compile(r":[a-z:]+:`~?\.?([^`<]*?)(?: <[^>]*>)?`")
@@ -103,7 +104,7 @@ def _code_of(source: str) -> str:
 def _paragraphs(text: str) -> Iterator[str]:
     """The English paragraphs of a text, each on one line; what looks like code, a table or a list is left out."""
     for block in re.split(r"\n\s*\n", text):
-        if ">>>" in block or "\n" in block and re.search(r"^\s*(?:[-*+|]|\d+\.)\s", block, re.MULTILINE):
+        if ">>>" in block or "---" in block or "\n" in block and _LISTED.search(block):
             continue
         paragraph = _ROLE.sub(r"\1", " ".join(block.split())).replace("`", "")
         words = _WORD.findall(paragraph)

@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import make_target  # noqa: E402
 import text  # noqa: E402
 from target_model import NextTokenLoss, TargetModel  # noqa: E402
-from target_rows import batches, looped, token_stream, train_tokenizer  # noqa: E402
+from target_rows import batches, token_stream, train_tokenizer  # noqa: E402
+from unloop import Unloop, repeats  # noqa: E402
 
 TINY = replace(
     make_target.QUICK, steps=120, vocab_size=512, layers=4, hidden=64, intermediate=160, heads=1,
-    batch_tokens=1024, context=512, row_tokens=128, text_bytes=150_000,
+    batch_tokens=1024, context=512, row_tokens=128, text_bytes=150_000, unloop_from=0.95,
 )  # fmt: skip
 
 
@@ -79,14 +80,29 @@ def test_batches_cover_the_stream_once_a_pass():
     assert len(batch[:, :-1].unique()) == 16
 
 
-def test_looped_rows_avoid_the_third_round():
-    row, avoid = looped(torch.arange(257), torch.Generator().manual_seed(0))
-    labels = row[1:]
-    start = int(avoid.nonzero()[0])
-    assert avoid[start:].all()
-    # What is to be avoided was said twice before.
-    first = labels[start]
-    assert (labels[:start] == first).sum() == 2 and len(labels[start:].unique()) * 2 <= start
+def test_repeats_are_the_ngrams_seen_before():
+    ids = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3, 4, 5, 6, 7, 8]])
+    assert repeats(ids, start=0, n=2).tolist()[0] == [False] * 4 + [True] * 4
+    assert repeats(ids, start=6, n=2).tolist()[0] == [False] * 6 + [True] * 2
+    assert not repeats(ids, start=0, n=2)[1].any()
+
+
+def test_unloop_lowers_what_was_repeated():
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = TargetModel(config, torch.float32)
+    with torch.no_grad():
+        model.head.mul_(10)  # sure of itself, so that it loops
+    unloop = Unloop(model, torch.arange(200) % 32, torch.Generator().manual_seed(0))
+    before, weights = unloop.loss(), list(model.weights.values())
+    assert unloop.share() > 0.2 and before > 0
+    for weight, gradient in zip(weights, torch.autograd.grad(before, weights, allow_unused=True), strict=True):
+        if gradient is not None:
+            weight.data -= 0.1 * gradient
+    assert unloop.loss() < before
 
 
 def test_loss_and_gradients_against_autograd():
