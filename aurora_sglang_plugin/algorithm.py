@@ -6,6 +6,7 @@ What SGLang decides by comparing the name itself is listed in docs/algorithm.md.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from importlib.metadata import version
 from pathlib import Path
@@ -52,7 +53,9 @@ class AuroraAlgorithm(CustomSpecAlgo):
                 "`aurora-trainer init-draft` makes an untrained one for any target."
             )
         record = _record(server_args)
-        check_draft(_draft_directory(server_args), _target_config(record))
+        draft, target_config = _draft_directory(server_args), _target_config(record)
+        check_draft(draft, target_config)
+        check_dtype(server_args.dtype, json.loads((draft / "config.json").read_text()), target_config)
         _resolve_as_eagle3(record)
 
 
@@ -74,6 +77,23 @@ def check_sglang_version(installed: str) -> None:
         raise ValueError(f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}")
     if installed != TESTED:
         logger.warning("aurora is tested with SGLang %s, this server runs %s", TESTED, installed)
+
+
+def check_dtype(requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]) -> None:
+    """Raises ValueError where `--dtype auto` would give draft and target different dtypes: the draft reads the target's
+    embedding and features as they are, so that SGLang fails in its first forward."""
+
+    def resolved(config: dict[str, Any]) -> str | None:
+        found = config.get("dtype") or config.get("torch_dtype")
+        name = None if found is None else str(found).removeprefix("torch.")
+        return "float16" if name == "float32" else name  # SGLang's choice
+
+    draft, target = resolved(draft_config), resolved(target_config)
+    if requested == "auto" and None not in (draft, target) and draft != target:
+        raise ValueError(
+            f"--dtype auto makes the target {target} and this draft {draft}; expected the same of both: "
+            f"start with --dtype {target}, or make the draft with `aurora-trainer init-draft --dtype {target}`"
+        )
 
 
 def _as_eagle3(name: str) -> Any:

@@ -79,7 +79,7 @@ def init_draft(
         str | None, typer.Option(help="Target layers whose OUTPUT feeds the draft, e.g. 1,17,32. Default: SGLang's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16: the server's draft dtype.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="same (as the target's), float32, bfloat16 or float16.")] = "same",
 ) -> None:
     """Write an untrained draft for a target: config.json and model.safetensors that SGLang loads."""
     with _clear_errors():
@@ -88,10 +88,13 @@ def init_draft(
         import torch
 
         from aurora_trainer import init_draft as init
+        from aurora_trainer.target import open_target
 
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype == "same":
+            dtype = str(open_target(target).embedding().dtype).removeprefix("torch.")
         if dtype not in dtypes:
-            raise ValueError(f"--dtype {dtype}: expected one of {', '.join(dtypes)}")
+            raise ValueError(f"--dtype {dtype}: expected same or one of {', '.join(dtypes)}")
         token_counts = torch.tensor(json.loads(counts.read_text())) if counts else None
         layers = tuple(int(i) for i in aux_layers.split(",")) if aux_layers else None
         draft = init.init_draft(

@@ -93,6 +93,25 @@ def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch
 
 
 @pytest.mark.parametrize(
+    "requested, draft, target, fits",
+    [
+        ("auto", "bfloat16", "bfloat16", True),
+        ("auto", "float32", "bfloat16", False),  # SGLang would run the draft in float16
+        ("auto", "float32", "float16", True),
+        ("auto", "float16", "bfloat16", False),
+        ("auto", "float32", None, True),
+        ("bfloat16", "float32", "float16", True),
+    ],
+)
+def test_draft_and_target_run_in_one_dtype(algorithm, requested, draft, target, fits):
+    configs = {"dtype": draft}, {"torch_dtype": target}
+    if fits:
+        return algorithm.check_dtype(requested, *configs)
+    with pytest.raises(ValueError, match=f"--dtype {target}"):
+        algorithm.check_dtype(requested, *configs)
+
+
+@pytest.mark.parametrize(
     "text, says",
     [
         ("[plugin.capture]\nsample_rate = 2", "plugin.capture.sample_rate"),
