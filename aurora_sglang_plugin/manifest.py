@@ -122,17 +122,26 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def target_fingerprint(model: str) -> str:
+def target_fingerprint(model: str, revision: str | None = None) -> str:
     """Identify a target by its files: config.json, and each weight file's name, size, first and last 64 KiB.
 
     `model` is a directory or the name of a Hugging Face model that is in the local cache. Reads little, so that it is
     cheap for a model of any size; two fine-tunes of one model differ in their weights' bytes, hence in this.
+    Raises ValueError where there is no such directory or cached model.
     """
     directory = Path(model)
     if not directory.is_dir():
         from huggingface_hub import snapshot_download
 
-        directory = Path(snapshot_download(model, local_files_only=True))
+        try:
+            directory = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        except Exception as error:
+            raise ValueError(
+                f"target {model}, revision {revision or 'main'}: neither a directory nor a model in the local Hugging "
+                f"Face cache ({type(error).__name__}); expected one of them: give a directory, or `hf download {model}`"
+            ) from None
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"target {directory} has no config.json; expected a Hugging Face model directory")
     digest = hashlib.sha256(json.dumps(json.loads((directory / "config.json").read_text()), sort_keys=True).encode())
     for path in sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin")):
         size = path.stat().st_size

@@ -52,7 +52,7 @@ class AuroraWorker(EAGLEWorkerV2):
     def _attach(self) -> None:
         global _capture
         config = load_server_config()
-        target = target_fingerprint(self.server_args.model_path)
+        target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
         draft = self._draft_worker
         self.capture = None
         self.reloader = None
