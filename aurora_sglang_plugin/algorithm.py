@@ -53,6 +53,11 @@ class AuroraAlgorithm(CustomSpecAlgo):
                 "`aurora-trainer init-draft` makes an untrained one for any target."
             )
         record = _record(server_args)
+        if _has_dp_attention(record):
+            raise ValueError(
+                "AURORA captures on the first rank of a tensor-parallel group; with attention data parallelism each "
+                "rank has requests of its own: start without it"
+            )
         draft, target_config = _draft_directory(server_args), _target_config(record)
         check_draft(draft, target_config)
         check_dtype(server_args.dtype, json.loads((draft / "config.json").read_text()), target_config)
@@ -143,6 +148,14 @@ def _write_name(record: Any, name: str) -> None:
         record.speculative_algorithm = name
     else:
         declare_resolution(record, "aurora", speculative_algorithm=name)
+
+
+def _has_dp_attention(record: Any) -> bool:
+    try:
+        from sglang.srt.arg_groups.overrides import attn_dp_enabled_of, resolved_view
+    except ImportError:  # SGLang before attention data parallelism was resolved from sizes
+        return bool(getattr(record, "enable_dp_attention", False))
+    return attn_dp_enabled_of(resolved_view(record))
 
 
 def _target_config(record: Any) -> dict[str, Any]:

@@ -34,6 +34,7 @@ FAMILIES = {
     "aurora_queued_bytes": ("gauge", "Bytes waiting for the trainer", None),
     "aurora_capture_seconds": ("counter", "Time of the scheduler's thread spent on capture", None),
     "aurora_capture_errors": ("counter", "Steps whose capture failed", None),
+    "aurora_skipped_prompt_tokens": ("counter", "Prompt tokens left out by plugin.capture.max_prompt_features", None),
 }
 
 
@@ -97,6 +98,7 @@ class ServerMetrics:
             yield "aurora_dropped_messages", cause, count
         yield "aurora_capture_seconds", "", self._capture.seconds
         yield "aurora_capture_errors", "", self._capture.errors
+        yield "aurora_skipped_prompt_tokens", "", self._capture.prompt_tokens_skipped
 
     def _run(self) -> None:
         while not self._stop.wait(REFRESH_S):

@@ -66,6 +66,7 @@ class Reloader:
         with torch.inference_mode(False):
             self._previous = [torch.empty_like(live.data) for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
+        self._failed = 0  # swaps that raised
         self._state = FREE
         self._handoff = threading.Lock()  # held for a comparison and an assignment, never for a copy
         self._staged_version = 0
@@ -84,14 +85,23 @@ class Reloader:
         Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs forbids. With several
         tensor-parallel ranks the swap happens at the same step on all of them (`agree.py`).
         """
+        try:
+            return self._step()
+        except Exception:  # a serving boundary: what is loaded goes on drafting, and no later version is tried
+            self._failed += 1
+            log.exception("draft swap failed: serving goes on with version=%d, no further swaps", self.version)
+            return None
+
+    def _step(self) -> int | None:
         if not self._watching:
             self._watching = True
             self._watcher.start()
         if self._agreement is None:
-            return self.apply_pending()
+            return None if self._failed else self.apply_pending()
         if self._agreement.due():
-            self._hand_over(READY, OFFERED)  # what is offered stays staged until the ranks have answered
-            self._agreement.offer(self._staged_version if self._state == OFFERED else 0)
+            if not self._failed:
+                self._hand_over(READY, OFFERED)  # what is offered stays staged until the ranks have answered
+            self._agreement.offer(self._staged_version if self._state == OFFERED and not self._failed else 0)
         agreed = self._agreement.answer()
         if self._state != OFFERED or agreed is None:
             return None
@@ -175,6 +185,7 @@ class Reloader:
             "swap_seconds_sum": self.swap_seconds_sum,
             "swap_seconds_max": self.swap_seconds_max,
             **{f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())},
+            **({"refused_swap": self._failed} if self._failed else {}),
         }
 
     def _fill(self, weights: Weights) -> None:

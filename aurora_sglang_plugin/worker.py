@@ -15,6 +15,7 @@ import logging
 from typing import Any
 
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.mem_cache import common
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from aurora_sglang_plugin.capture import Capture
@@ -39,6 +40,9 @@ def on_release(req: Any) -> None:
 class AuroraWorker(EAGLEWorkerV2):
     """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
 
+    capture: Capture | None = None  # on the first tensor-parallel rank
+    reloader: Reloader | None = None  # once attached
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of what is made there.
@@ -54,10 +58,9 @@ class AuroraWorker(EAGLEWorkerV2):
         config = load_server_config()
         target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
         draft = self._draft_worker
-        self.capture = None
-        self.reloader = None
         if draft is None:  # a pipeline stage that hosts no draft verifies nothing
             return
+        _check_hook()
         tp, model = get_tp_group(), draft.draft_runner.model
         group = tp.cpu_group if tp.world_size > 1 else None
         self._room = None
@@ -69,7 +72,8 @@ class AuroraWorker(EAGLEWorkerV2):
             self.capture = Capture(config.plugin.capture, publisher, device, self.speculative_num_steps, self.topk)
             self._tell_before_sampling()
             _capture = self.capture
-        ServerMetrics(self.capture, self.reloader).start()
+        if tp.rank_in_group == 0:
+            ServerMetrics(self.capture, self.reloader).start()
         logger.info(
             "aurora attached capture=%s endpoint=%s weights=%s draft_version=%d target=%s",
             self.capture is not None,
@@ -92,6 +96,8 @@ class AuroraWorker(EAGLEWorkerV2):
         self.target_worker.forward_batch_generation = forward_batch_generation
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.reloader is None:  # an SGLang whose scheduler does not allocate through the worker
+            self._attach()
         if batch.forward_mode.is_idle():
             result = super().verify(batch, *args, **kwargs)
             self.reloader.step()  # every rank counts every step
@@ -112,3 +118,12 @@ class AuroraWorker(EAGLEWorkerV2):
         if self.capture is not None and not batch.forward_mode.is_idle():
             self.capture.prefill(batch, input_ids, result, self.reloader.version)
         return result
+
+
+def _check_hook() -> None:
+    """SGLang only logs a hook that it could not apply; without this one no request would ever end for the trainer."""
+    if not hasattr(common.release_kv_cache, "__wrapped__"):
+        raise ValueError(
+            "SGLang did not apply Aurora's hook on sglang.srt.mem_cache.common.release_kv_cache; expected a version "
+            "that has it (tested with 0.5.23): see 'Failed to apply hooks' in this log"
+        )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,8 @@ class TraceWriter:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self._file = open(self.path, "ab+")  # noqa: SIM115, closed by close()
+        # It holds prompts: nobody else's to read. Closed by close().
+        self._file = open(self.path, "ab+", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
         size = self._file.seek(0, 2)
         if size < len(MAGIC):
             self._file.truncate(0)

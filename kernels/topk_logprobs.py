@@ -19,7 +19,16 @@ def topk_logprobs(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def topk_logprobs_ref(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    lowest = torch.finfo(logits.dtype).min
-    top, ids = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    logsumexp = torch.logsumexp(logits.float(), dim=-1).clamp_min(torch.finfo(torch.float32).min)
-    return ids.to(torch.int32), top.clamp_min(lowest), logsumexp
+    """In chunks of rows, so that temporaries stay below about 128 MiB whatever the batch."""
+    rows, vocab = logits.shape
+    k, lowest = min(k, vocab), torch.finfo(logits.dtype).min
+    ids = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+    kept = torch.empty(rows, k, dtype=logits.dtype, device=logits.device)
+    logsumexp = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    chunk = max(1, (1 << 24) // vocab)
+    for at in range(0, rows, chunk):
+        part = slice(at, at + chunk)
+        top, found = logits[part].topk(k, dim=-1)
+        ids[part], kept[part] = found, top.clamp_min(lowest)
+        logsumexp[part] = torch.logsumexp(logits[part].float(), dim=-1).clamp_min(torch.finfo(torch.float32).min)
+    return ids, kept, logsumexp
