@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench-serving learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: $(READY) ## make .venv with everything that the demo and the tests need
 
@@ -40,6 +40,12 @@ demo: setup ## serve, train and swap for real, with live progress and a picture 
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
+	$(BIN)/python scripts/bench_serving.py $(ARGS)
+
+learning-curves: setup ## replay a recorded trace with other settings: ARGS="TRACE --config FILE --try ..."
+	$(BIN)/python scripts/learning_curve.py $(ARGS)
 
 lint: setup ## check the style
 	$(BIN)/ruff check .
