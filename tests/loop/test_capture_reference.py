@@ -51,10 +51,11 @@ def test_batch_of_lengths(name, request, stream, reference):
     answers = loop.generate(batch, params)
     for prompt, answer in zip(batch, answers):
         samples = check_whole(reference, loop, prompt, answer, "length")
-        assert [s.start for s in samples] == [0]
+        cached = answer["meta_info"]["cached_tokens"]  # a token or two that another prompt begins with as well
+        assert [s.start for s in samples] == [cached]
         chunks = chunks_of(loop, answer["rid"])
         spans = [reference.check_prefill(m, row, known(prompt, answer)) for m, row in chunks]
-        assert spans[0][0] == 0 and spans[-1][1] == len(prompt)
+        assert spans[0][0] == cached < 16 and spans[-1][1] == len(prompt)
         assert all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
     assert max(len(chunks_of(loop, a["rid"])) for a in answers) >= 3
     accepted = [int(s.node_accepted.sum()) for a in answers for s in loop.samples[a["rid"]]]
