@@ -24,6 +24,7 @@ def draw(
     live: Sequence[float],
     frozen: Sequence[float],
     *,
+    frozen_every: int = 1,
     swaps: Sequence[int],
     domains: Sequence[tuple[int, str]],
     title: str,
@@ -31,8 +32,12 @@ def draw(
     ceiling: float,
     window: int = 40,
 ) -> None:
-    """Write a PNG. `live`, `frozen`: accept length per request in order of finishing; `swaps`: requests done at each
-    swap; `domains`: (first request, name) of each stretch of traffic; `ceiling`: the largest possible accept length."""
+    """Write a PNG.
+
+    `live`, `frozen`: accept length per request in order of finishing, of every request or of 1 in `frozen_every`.
+    `swaps`: requests done at each swap. `domains`: (first request, name) of each stretch of traffic. `ceiling`: the
+    largest possible accept length.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -45,10 +50,11 @@ def draw(
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(colors=MUTED, length=0)
-    for values, color, name in ((live, LIVE, "Aurora"), (frozen, FROZEN, "frozen initial draft, trainer off")):
+    frozen_name = "frozen initial draft, trainer off" + (f", 1 request in {frozen_every}" if frozen_every > 1 else "")
+    for values, every, color, name in ((live, 1, LIVE, "Aurora"), (frozen, frozen_every, FROZEN, frozen_name)):
         if not len(values):
             continue
-        x = np.arange(1, len(values) + 1)
+        x = np.arange(1, len(values) + 1) * every
         axes.scatter(x, values, s=7, color=color, alpha=0.18, linewidths=0)
         smooth = moving_mean(values, window)
         axes.plot(x, smooth, color=color, linewidth=2, label=f"{name} (mean of the last {window})")

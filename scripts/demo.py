@@ -147,9 +147,10 @@ def main() -> None:
             sys.exit(f"the trainer ended with {trainer.process.returncode}; see {run / 'trainer.log'}")
     frozen: list[float] = []
     if not options.no_frozen:
-        print("\nfrozen: the same requests, the initial draft, no trainer", flush=True)
+        which = f"1 in {options.frozen_every} of " if options.frozen_every > 1 else ""
+        print(f"\nfrozen: {which}the same requests, the initial draft, no trainer", flush=True)
         with Server(target, **serve, env=FROZEN_ENV, log=run / "frozen.log") as server:
-            frozen = serve_frozen(server, prompts, shift, len(replies))
+            frozen = serve_frozen(server, prompts, shift, len(replies), options.frozen_every)
     report(run, options, live, replies, frozen, shift)
 
 
@@ -172,10 +173,10 @@ def serve_live(server: Server, prompts: dict, status: Path, seconds: float) -> t
     return progress, replies, shift
 
 
-def serve_frozen(server: Server, prompts: dict, shift: int, total: int) -> list[float]:
+def serve_frozen(server: Server, prompts: dict, shift: int, total: int, every: int) -> list[float]:
     progress = Progress(server, None, float("nan"))
     for domain, count in (("code", shift), ("prose", total - shift)):
-        for reply in send(server, prompts[domain][:count]):
+        for reply in send(server, prompts[domain][:count:every]):
             progress.add(reply, domain)
     return progress.lengths
 
@@ -215,6 +216,7 @@ def report(run: Path, options: argparse.Namespace, live: Progress, replies: list
         picture,
         lengths,
         frozen,
+        frozen_every=options.frozen_every,
         swaps=live.swaps,
         domains=[(0, "code"), (shift, "prose")],
         title=f"An untrained draft ({options.init} initialisation) learns while SGLang serves",
@@ -236,6 +238,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=4000, help="prompts of each domain to choose from")
     parser.add_argument("--home", type=Path, default=Path(".cache"), help="where everything is kept")
     parser.add_argument("--quick", action="store_true", help="a target that trains in a minute")
+    parser.add_argument(
+        "--frozen-every", type=int, default=4, help="the second pass serves 1 in so many requests: it is slow, and flat"
+    )
     parser.add_argument("--no-frozen", action="store_true", help="leave out the second pass")
     return parser.parse_args()
 
