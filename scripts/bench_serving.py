@@ -45,6 +45,7 @@ def tree_rss_bytes(server: Server) -> int:
 
 
 def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
+    server.get("/flush_cache")  # every turn computes its prompts
     capture = [metric(server, f"aurora_{n}_total") for n in ("capture_seconds", "captured_messages")]
     cpu, began = tree_cpu_s(server), time.monotonic()
     replies = list(send(server, prompts, tokens=96))
