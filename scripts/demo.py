@@ -82,8 +82,9 @@ class Trainer:
 class Progress:
     """One line that tells what happens, and the request at which each swap happened (read from the server's log)."""
 
-    def __init__(self, server: Server, status_file: Path | None, total_s: float):
-        self.server, self.status_file, self.total_s = server, status_file, total_s
+    def __init__(self, server: Server, status_file: Path | None = None, total_s: float = 0):
+        self.server, self.status_file = server, status_file
+        self.of = f" of {total_s:.0f}" if total_s else ""
         self.lengths: list[float] = []
         self.swaps: list[int] = []
         self.tokens = self.version = 0
@@ -104,7 +105,7 @@ class Progress:
         status = json.loads(self.status_file.read_text()) if self.status_file and self.status_file.exists() else {}
         dropped = sum(status.get("dropped", {}).values())
         return (
-            f"  {now - self._began:4.0f} of {self.total_s:.0f} s  {domain:5}  {len(self.lengths):4} requests  "
+            f"  {now - self._began:4.0f} s{self.of}  {domain:5}  {len(self.lengths):4} requests  "
             f"{self.tokens / (now - self._began):5.0f} tokens/s  accept length {sum(recent) / len(recent):.2f}  "
             f"draft v{self.version}  optimizer step {status.get('optimizer_step', 0)}  "
             f"dropped {dropped}  lost {status.get('lost', 0)}   "
@@ -174,7 +175,7 @@ def serve_live(server: Server, prompts: dict, status: Path, seconds: float) -> t
 
 
 def serve_frozen(server: Server, prompts: dict, shift: int, total: int, every: int) -> list[float]:
-    progress = Progress(server, None, float("nan"))
+    progress = Progress(server)
     for domain, count in (("code", shift), ("prose", total - shift)):
         for reply in send(server, prompts[domain][:count:every]):
             progress.add(reply, domain)
