@@ -54,7 +54,7 @@ class CaptureConfig(Section):
 
     enabled: bool = True
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # of requests, by a hash of the request id
-    topk_logits: Annotated[int, Field(ge=1, le=128)] = 64  # kept target logits per node
+    topk_logits: Annotated[int, Field(ge=1, le=128)] = 32  # kept target logits per node
     max_prompt_features: Annotated[int, Field(ge=0)] = 1024  # of a prompt's last tokens; the rest is counted
     pinned_slots: PositiveInt = 4  # CUDA: steps on their way to the host; none free is a counted drop
     pinned_slot_bytes: PositiveInt = 64 << 20

@@ -104,6 +104,10 @@ def parents(next_token: torch.Tensor, next_sibling: torch.Tensor) -> torch.Tenso
     result = torch.full((size, nodes + 1), -2, dtype=torch.int64)  # column N takes the writes of absent links
     result[:, 0] = -1
     rows = torch.arange(size)
+    if not (next_sibling >= 0).any():  # chains: nobody's parent has to be known first
+        child = torch.where(next_token >= 0, next_token, nodes).long()
+        result[rows[:, None], child] = torch.arange(nodes)
+        return result[:, :nodes]
     for node in range(nodes):  # links point forward, so a node's parent is known when it is visited
         child, sibling = next_token[:, node].long(), next_sibling[:, node].long()
         result[rows, torch.where(child >= 0, child, nodes)] = node

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=24, help="of 96 tokens in each turn")
     parser.add_argument("--init", choices=("random", "target"), default="target", help="the untrained draft")
+    parser.add_argument("--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.topk_logits=32")
     parser.add_argument("--home", type=Path, default=Path(".cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -85,8 +86,9 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
     config.write_text(CONFIG.format(port=free_port(), home=home, target=target, draft=draft))
     prompts = make_prompts(target, options.requests * (options.rounds + 1))["code"]
     serve = dict(algorithm="AURORA", num_steps=NUM_STEPS, draft=draft, args=["--enable-metrics"])
-    environment = {"AURORA_CONFIG": str(config), "AURORA_SET": SMALL_QUEUE}
-    off = environment | {"AURORA_SET": SMALL_QUEUE + " plugin.capture.enabled=false"}
+    settings = f"{SMALL_QUEUE} {options.set}"
+    environment = {"AURORA_CONFIG": str(config), "AURORA_SET": settings}
+    off = environment | {"AURORA_SET": settings + " plugin.capture.enabled=false"}
     figures: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     with Server(target, **serve, env=off) as plain, Server(target, **serve, env=environment) as capturing:
         measure(plain, prompts[: options.requests])
