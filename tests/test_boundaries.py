@@ -76,7 +76,6 @@ FORBIDDEN = {
     r"trust-remote-code": "trust_remote_code",
     r"\bshell\s*=\s*True": "a shell",
     r"(?<![.\w])(eval|exec)\(": "eval",
-    r"/work/": "a path of the machine that this was written on",
 }
 
 
