@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench-serving learning-curves lint clean
+.PHONY: help setup demo test test-gpu bench-serving learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +11,9 @@ READY := $(VENV)/ready
 TORCH_PIP_ARGS ?=
 # Words for pytest or for the demo, for example ARGS="-k wire".
 ARGS ?=
+
+# The Python of the targets that need a GPU: it has torch for CUDA, triton, pytest and hypothesis of its own.
+PYTHON ?= python3
 
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -40,6 +43,11 @@ demo: setup ## serve, train and swap for real, with live progress and a picture 
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PYTHON=python3
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU here")'
+	@$(PYTHON) -c 'import aurora_kernels' 2>/dev/null || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	env -u TRITON_INTERPRET $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/test_interpreter.py $(ARGS)
 
 bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
 	$(BIN)/python scripts/bench_serving.py $(ARGS)
