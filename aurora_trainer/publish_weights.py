@@ -85,6 +85,7 @@ class WeightsWriter:
         target: str,
         parent: int,
         optimizer_step: int,
+        trained_until_ns: int = 0,
         gate: dict[str, float | str] | None = None,
     ) -> int | None:
         """Write the next version and make it CURRENT. Returns its number.
@@ -108,6 +109,7 @@ class WeightsWriter:
             d2t_sha256=_sha256(tensors["d2t"]) if "d2t" in tensors else "",
             optimizer_step=optimizer_step,
             created_unix_s=time.time(),
+            trained_until_ns=trained_until_ns,
             files={n: contract.File(len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()},
             tensors={
                 n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), _sha256(t)) for n, t in tensors.items()

@@ -22,7 +22,7 @@ from pydantic import PositiveInt
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, Section
 from aurora_trainer.books import MAX_CAUSES, Books
-from aurora_trainer.trace import TraceWriter
+from aurora_trainer.recording import Recording
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ReceiveConfig(Section):
 class Receiver:
     """Binds link.endpoint and receives until close(). `target`: refuse messages about another one (cause `target`).
 
-    `books_path` is None where the books need not survive. `trace` gets the raw parts of every accepted message.
+    `books_path` is None where the books need not survive. `recording` gets the raw parts of every accepted message.
     Raises ValueError where the endpoint cannot be bound.
     """
 
@@ -50,12 +50,12 @@ class Receiver:
         books_path: Path | None,
         *,
         target: str | None = None,
-        trace: TraceWriter | None = None,
+        recording: Recording | None = None,
     ):
-        self._max_bytes, self._config, self._target, self._trace = link.max_message_bytes, config, target, trace
+        self._max_bytes, self._config, self._target, self._recording = link.max_message_bytes, config, target, recording
         self._books = Books(books_path)
         self._queue: deque[tuple[wire.Message, int]] = deque()
-        self._queued_bytes = 0
+        self._queued_bytes = self._received_bytes = 0
         self._changed = threading.Condition()  # guards queue and books
         self._closing = False
         self._context = zmq.Context()
@@ -76,7 +76,8 @@ class Receiver:
     def books(self) -> dict:
         """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected: {cause: n}, ...}"""
         with self._changed:
-            return self._books.as_dict() | {"queued_bytes": self._queued_bytes}
+            queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}  # since it began
+            return self._books.as_dict() | queue
 
     def balanced(self, epoch: str) -> bool | str:
         """True where both equations of books.py hold after a heartbeat, else what is not equal."""
@@ -147,17 +148,14 @@ class Receiver:
                 return self._books.reject(cause, parts[0] if parts else None)
             if not self._books.accept(message.header):
                 return
+            nbytes = sum(map(len, parts))
+            self._received_bytes += nbytes
             if message.header.kind != "heartbeat":
-                nbytes = sum(map(len, parts))
                 self._queue.append((message, nbytes))
                 self._queued_bytes += nbytes
                 self._changed.notify_all()
-        if self._trace is not None:
-            try:
-                self._trace.write(parts)
-            except OSError as error:
-                log.error("trace ended path=%s error=%s", self._trace.path, error)
-                self._trace = None
+        if self._recording is not None:
+            self._recording.write(parts)
 
 
 def _bind(context: zmq.Context, link: LinkConfig) -> zmq.Socket:
