@@ -1,6 +1,7 @@
 """From samples to the levels that one training step computes.
 
-Dimensions: T slots of all samples, Q queries of a level, P target rows, K kept target logits, F feature width.
+Dimensions: T slots of all samples, Q queries of a level, R of them with a loss, P target rows, K kept target logits,
+F feature width.
 
 Level 0 are the slots that propose (the first holds the first generated token). Level d >= 1 holds, of every sample,
 
@@ -28,6 +29,8 @@ from torch import Tensor
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.sample import Sample
 
+ALIGN_BYTES = 256  # of a tensor in the piece that a batch is sent as
+
 
 class BatchConfig(Section):
     """What goes into one step of training."""
@@ -48,6 +51,7 @@ class Level:
     slot_end: Tensor  # int64 [Q], one past the last slot that the query sees
     ancestors: Tensor  # int64 [Q, d], among the queries of levels 1..d in order, own node last
     target: Tensor  # int64 [Q], row of the batch's target tensors, -1: context only, no loss
+    rows: Tensor  # int64 [R], the queries with a loss
     accepted: Tensor  # bool [Q], dense (True) or rejected
     base: Tensor  # int64 [Q], row of level 0 that the query descends from
     reach: Tensor  # float32 [Q], probability that verification reaches a rejected node; 1 where accepted
@@ -68,21 +72,33 @@ class Batch:
     logsumexp: Tensor  # float32 [P]
     base_sample: Tensor  # int64 [Q of level 0], index of the sample
     base_is_root: Tensor  # bool [Q of level 0], a verify step of the server hung its tree from this slot
+    packed: Batch | None = None  # of a batch on another device: as it was packed, on the CPU
 
     @property
     def depth(self) -> int:
         return len(self.levels)
 
+    @property
+    def on_cpu(self) -> Batch:
+        """This batch as it was packed: what is counted on it waits for no other device."""
+        return self.packed or self
+
     def counts(self) -> Tensor:
-        """float64 [depth, 2]: queries with a loss, accepted and rejected, of each level."""
-        used = [(level.target >= 0, level.accepted) for level in self.levels]
-        return torch.tensor([[(u & a).sum(), (u & ~a).sum()] for u, a in used], dtype=torch.float64)
+        """float64 [depth, 2] on the CPU: queries with a loss, accepted and rejected, of each level."""
+        accepted = [level.accepted[level.rows] for level in self.on_cpu.levels]
+        return torch.tensor([[a.sum(), (~a).sum()] for a in accepted], dtype=torch.float64)
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy on another device."""
-        moved = {f.name: _to(getattr(self, f.name), device) for f in fields(self) if f.name != "levels"}
-        levels = [Level(*(_to(getattr(level, f.name), device) for f in fields(level))) for level in self.levels]
-        return Batch(levels=levels, **moved)
+        """A copy on another device, made while the caller goes on; on the CPU the batch itself."""
+        if torch.device(device).type == "cpu":
+            return self.on_cpu
+        own = [f.name for f in fields(self) if f.name not in ("levels", "packed")]
+        tensors = [getattr(self, name) for name in own]
+        tensors += [getattr(level, f.name) for level in self.levels for f in fields(level)]
+        moved = iter(_upload(tensors, device))
+        batch = {name: next(moved) for name in own}
+        levels = [Level(**{f.name: next(moved) for f in fields(Level)}) for _ in self.levels]
+        return Batch(levels=levels, packed=self.on_cpu, **batch)
 
 
 def group(samples: Iterable[Sample], config: BatchConfig) -> Iterator[list[Sample]]:
@@ -122,6 +138,8 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
             level.ancestors = torch.cat([levels[-1].ancestors[level.parent], own_node], 1)
         levels.append(level)
     targets = _keep_used_targets(samples, levels)
+    for level in levels:
+        level.rows = (level.target >= 0).nonzero()[:, 0]
     return Batch(
         tokens=torch.cat([s.tokens[1:] for s in samples]),
         features=torch.cat([s.features for s in samples]),
@@ -137,7 +155,7 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
 
 
 def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
-    """The levels of one sample, every index local to it, without ancestors."""
+    """The levels of one sample, every index local to it, without `ancestors` and `rows`."""
     length = len(s.features)
     slots = torch.arange(min(max(s.prompt_len - 1 - s.start, 0), length), length)
     slot_target = s.slot_node.clone()
@@ -167,8 +185,8 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
         levels.append(
             Level(
                 tokens=token, parent=parent, positions=s.start + hangs + d, slot_start=torch.zeros_like(hangs),
-                slot_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target, accepted=accepted,
-                base=base, reach=probability,
+                slot_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target, rows=hangs[:0],
+                accepted=accepted, base=base, reach=probability,
             )
         )  # fmt: skip
     return levels
@@ -212,5 +230,15 @@ def _starts(lengths: list[int]) -> list[int]:
     return starts
 
 
-def _to(tensor: Tensor, device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
+def _upload(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:
+    """Copies on `device`, sent as one piece from pinned memory, which nothing waits for."""
+    at = _starts([-(-t.nbytes // ALIGN_BYTES) * ALIGN_BYTES for t in tensors])
+    pin = torch.device(device).type == "cuda"
+    piece = torch.empty(at[-1], dtype=torch.uint8, pin_memory=pin)
+
+    def parts(of: Tensor) -> list[Tensor]:
+        return [of[n : n + t.nbytes].view(t.dtype).view(t.shape) for n, t in zip(at, tensors)]
+
+    for part, tensor in zip(parts(piece), tensors):
+        part.copy_(tensor)
+    return parts(piece.to(device, non_blocking=True))

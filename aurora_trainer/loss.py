@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
-from aurora_trainer.batch import Batch
+from aurora_trainer.batch import Batch, Level
 from aurora_trainer.draft import Draft
 
 
@@ -76,27 +76,31 @@ def states(draft: Draft, batch: Batch) -> list[Tensor]:
 
 
 def objective(draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None) -> tuple[Tensor, Score]:
-    """(L's share of this batch, differentiable, and its Score).
+    """(L's share of this batch, differentiable, and its Score), with `counts` as `losses` takes them."""
+    result = losses(draft, batch, config, counts)
+    return result.loss_sum, score(batch, result)
+
+
+def losses(draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None) -> TreeLoss:
+    """The queries with a loss, level by level; `loss_sum` is L's share of this batch. Waits for no device.
 
     counts: float64 [depth, 2], those of the whole update (None: this batch is all of it). Shares of micro-batches add
     up to L, and so do their gradients.
     """
     counts = batch.counts() if counts is None else counts
     state = states(draft, batch)
-    rows = [(level.target >= 0).nonzero()[:, 0] for level in batch.levels]
-    target = torch.cat([level.target[r] for level, r in zip(batch.levels, rows, strict=True)])
-    result = tree_loss(
-        torch.cat([s[r] for s, r in zip(state, rows, strict=True)]),
+    target = torch.cat([level.target[level.rows] for level in batch.levels])
+    return tree_loss(
+        torch.cat([s[level.rows] for s, level in zip(state, batch.levels, strict=True)]),
         draft.norm.weight,
         draft.lm_head.weight,
         to_draft_ids(draft, batch.topk_ids)[target],
         batch.topk_logits[target],
         batch.logsumexp[target],
-        torch.cat([_weight(batch, d, r, config, counts) for d, r in enumerate(rows)]),
+        torch.cat([_weight(level, d, config, counts) for d, level in enumerate(batch.levels)]),
         config.distance,
         draft.config.rms_norm_eps,
     )
-    return result.loss_sum, _score(batch, rows, result)
 
 
 def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
@@ -104,28 +108,30 @@ def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
     return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
 
 
-def _weight(batch: Batch, depth: int, rows: Tensor, config: LossConfig, counts: Tensor) -> Tensor:
-    level, (accepted, rejected) = batch.levels[depth], counts[depth].clamp_min(1).tolist()
-    w = level.reach[rows] if config.rejected_by == "reach" else 1.0
-    weight = torch.where(level.accepted[rows], 1.0 / accepted, config.rejected / rejected * w)
+def _weight(level: Level, depth: int, config: LossConfig, counts: Tensor) -> Tensor:
+    accepted, rejected = counts[depth].clamp_min(1).tolist()
+    w = level.reach[level.rows] if config.rejected_by == "reach" else 1.0
+    weight = torch.where(level.accepted[level.rows], 1.0 / accepted, config.rejected / rejected * w)
     return weight * config.gamma**depth
 
 
-def _score(batch: Batch, rows: list[Tensor], result: TreeLoss) -> Score:
+def score(batch: Batch, result: TreeLoss) -> Score:
+    """How well the batch's `losses` would have drafted. One transfer, which waits for the device."""
+    loss = result.loss
+    columns = torch.stack([torch.ones_like(loss), loss, result.greedy_match.to(loss.dtype), result.acceptance])
+    columns = columns.cpu().double()
+    batch = batch.on_cpu
     sums = torch.zeros(4, batch.depth, 2, dtype=torch.float64)
     known, match = (torch.zeros(len(batch.levels[0]), batch.depth, dtype=torch.bool) for _ in range(2))
     at = 0
-    for d, (level, r) in enumerate(zip(batch.levels, rows, strict=True)):
-        part = slice(at, at + len(r))
-        at += len(r)
-        accepted = level.accepted[r]
-        columns = torch.stack(
-            [torch.ones_like(result.loss[part]), result.loss[part], result.greedy_match[part], result.acceptance[part]]
-        ).double()
-        sums[:, d, 0], sums[:, d, 1] = columns[:, accepted].sum(-1).cpu(), columns[:, ~accepted].sum(-1).cpu()
-        base = level.base[r][accepted].cpu()
+    for d, level in enumerate(batch.levels):
+        part = columns[:, at : at + len(level.rows)]
+        at += len(level.rows)
+        accepted = level.accepted[level.rows]
+        sums[:, d, 0], sums[:, d, 1] = part[:, accepted].sum(-1), part[:, ~accepted].sum(-1)
+        base = level.base[level.rows][accepted]
         known[base, d] = True
-        match[base, d] = result.greedy_match[part][accepted].cpu()
+        match[base, d] = part[2, accepted].bool()
     run = 1 + match.long().cumprod(1).sum(1)
     run[~known.all(1)] = -1  # also where it ends in a mismatch: keeping only those would bias the mean
     return Score(*sums, run)

@@ -44,11 +44,12 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class Update:
-    """What `Optimizer.step` did, e.g. Update(applied=True, grad_norm=0.7, lr=1e-3)."""
+    """What `Optimizer.step` did, e.g. Update(applied=True, grad_norm=0.7, lr=1e-3, loss=2.1)."""
 
     applied: bool  # False: loss or gradient was not finite, nothing changed
     grad_norm: float  # before clipping
     lr: float
+    loss: float
 
 
 class Optimizer:
@@ -65,23 +66,27 @@ class Optimizer:
         self._first = {n: torch.zeros_like(m) for n, m in self._masters.items()}
         self._second = {n: torch.zeros_like(m) for n, m in self._masters.items() if not self._orthogonal(n)}
 
-    def step(self, loss: float) -> Update:
-        """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them either way."""
+    def step(self, loss: Tensor | float) -> Update:
+        """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them either way.
+
+        Waits for the device once, to read the loss and the gradient's norm.
+        """
         gradients = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
         for p in self.parameters.values():
             p.grad = None
         norms = [g.norm() for g in gradients.values()]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
+        norm = torch.stack(norms).norm() if norms else torch.zeros(())
+        loss, norm = torch.stack([torch.as_tensor(loss).detach().to(norm), norm]).tolist()
         lr = learning_rate(self.config, self.updates)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
-            return Update(False, norm, lr)
+            return Update(False, norm, lr, loss)
         clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
         self.updates += 1
         with torch.no_grad():
             for name, gradient in gradients.items():
                 self._apply(name, gradient.mul_(clip), lr)
-        return Update(True, norm, lr)
+        return Update(True, norm, lr, loss)
 
     def _orthogonal(self, name: str) -> bool:
         matrix = self._masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))

@@ -17,6 +17,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from aurora_kernels.tree_loss import TreeLoss
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.manifest import target_fingerprint
@@ -27,7 +28,7 @@ from aurora_trainer.checkpoint import Checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
 from aurora_trainer.gate import Gate
-from aurora_trainer.loss import Score, objective
+from aurora_trainer.loss import Score, losses, score
 from aurora_trainer.optimize import Optimizer
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
@@ -107,15 +108,18 @@ class Training:
         if replay:
             return
         batch = pack(samples, self._packing).to(trainer.model.device)
-        served = self._score_served(unseen, batch.depth) if self.steps % trainer.gate.score_every_steps == 0 else None
-        loss, score = objective(self.draft, batch, trainer.loss)
+        # Everything is queued on the device before anything is read from it.
+        gated = self.steps % trainer.gate.score_every_steps == 0
+        served = self._losses_served(unseen, batch.depth) if unseen and gated else None
+        result = losses(self.draft, batch, trainer.loss)
+        result.loss_sum.backward()
+        scored = score(batch, result)
         if served is not None:
-            scores = dict(zip(map(id, samples), sample_scores(batch, score, len(samples)), strict=True))
-            self.gate.record(served, [scores[id(s)] for s in unseen])
-        loss.backward()
-        self.optimizer.step(float(loss.detach()))
+            scores = dict(zip(map(id, samples), sample_scores(batch, scored, len(samples)), strict=True))
+            self.gate.record(sample_scores(served[0], score(*served), len(unseen)), [scores[id(s)] for s in unseen])
+        update = self.optimizer.step(result.loss_sum)
         self.slots += sum(len(s.features) for s in samples)
-        self._show(float(loss.detach()), score)
+        self._show(update.loss, scored)
 
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
@@ -249,13 +253,12 @@ class Training:
         return None
 
     @torch.no_grad()
-    def _score_served(self, samples: list[Sample], depth: int) -> list[float] | None:
-        if not samples:
-            return None
+    def _losses_served(self, samples: list[Sample], depth: int) -> tuple[Batch, TreeLoss]:
+        """The forward pass of the served weights."""
         trainer = self.config.trainer
         batch = pack(samples, trainer.batch.model_copy(update={"rejected": False, "depth": depth}))
         batch = batch.to(trainer.model.device)
-        return sample_scores(batch, objective(self.served.draft, batch, trainer.loss)[1], len(samples))
+        return batch, losses(self.served.draft, batch, trainer.loss)
 
     def _show(self, loss: float, score: Score) -> None:
         total, count = score.accept_length()
@@ -263,10 +266,10 @@ class Training:
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
 
 
-def sample_scores(batch: Batch, score: Score, samples: int) -> list[float]:
+def sample_scores(batch: Batch, scored: Score, samples: int) -> list[float]:
     """Each sample's mean accept length over its slots, nan where no slot's chain is known to its end."""
-    known = score.run >= 0
-    owner, run = batch.base_sample.cpu()[known], score.run[known].double()
+    known = scored.run >= 0
+    owner, run = batch.on_cpu.base_sample[known], scored.run[known].double()
     total = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, run)
     count = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, torch.ones_like(run))
     return (total / count).tolist()
