@@ -52,7 +52,7 @@ test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PY
 bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
 	$(BIN)/python scripts/bench_serving.py $(ARGS)
 
-learning-curves: setup ## replay a recorded trace with other settings: ARGS="TRACE --config FILE --try ..."
+learning-curves: setup ## replay a recording with other settings: ARGS="RECORDING --config FILE --try ..."
 	$(BIN)/python scripts/learning_curve.py $(ARGS)
 
 lint: setup ## check the style

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from aurora_trainer.clear_errors import clear_errors as _clear_errors
+from aurora_trainer.cli_weights import app as weights_commands
 
 app = typer.Typer(
     help="Train a server's speculative draft from what it verifies, and send it back.",
@@ -25,6 +26,13 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, e.g. trainer.optimizer.lr=1e-3. Repeatable.")
 ]
 
+RecordingPath = Annotated[Path, typer.Argument(help="Directory of a recording, or one of its files.")]
+
+
+class Pace(StrEnum):
+    fast = "fast"
+    original = "original"
+
 
 class Kind(StrEnum):
     random = "random"
@@ -35,24 +43,64 @@ class Kind(StrEnum):
 def run(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    trace: Annotated[Path | None, typer.Option(help="Train on a recorded trace instead of live traffic.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Append every received message to this trace.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Also record what is received to this directory.")] = None,
 ) -> None:
-    """Receive, train and publish until stopped (SIGTERM, Ctrl-C), or over a trace to its end."""
+    """Receive, train and publish until stopped (SIGTERM, Ctrl-C)."""
     with _clear_errors():
         _log_to_stderr()
         from aurora_trainer.config import load_trainer_config
         from aurora_trainer.daemon import open_daemon
 
-        if trace is not None and record is not None:
-            raise ValueError("--trace and --record: expected one of them; a trace needs no second recording")
+        open_daemon(load_trainer_config(config, overrides or ())).run_live(steps, record)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option(help="Directory of the recording; one that is there goes on.")],
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so long.")] = None,
+) -> None:
+    """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM, Ctrl-C)."""
+    with _clear_errors():
+        _log_to_stderr()
+        from aurora_trainer.config import load_trainer_config
+        from aurora_trainer.record import record
+
+        record(load_trainer_config(config, overrides or ()), out, seconds)
+
+
+@app.command()
+def replay(
+    recording: RecordingPath,
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
+    pace: Annotated[Pace, typer.Option(help="As fast as it can, or as it was recorded.")] = Pace.fast,
+    to: Annotated[
+        str | None, typer.Option(help="Send to the trainer at this endpoint instead of training here.")
+    ] = None,
+) -> None:
+    """Train on a recording instead of live traffic, or send it to a live trainer."""
+    with _clear_errors():
+        _log_to_stderr()
+        from aurora_trainer.config import load_trainer_config
+
+        original = pace is Pace.original
+        if to is not None:
+            from aurora_trainer.replay import push
+
+            if steps is not None:
+                raise ValueError("--steps with --to: expected one of them; the live trainer counts its own steps")
+            settings = load_trainer_config(config, [*(overrides or ()), f"link.endpoint={to}"])
+            counts = push(recording, settings.link, original_pace=original)
+            typer.echo("replayed " + " ".join(f"{name}={count}" for name, count in counts.items()))
+            return
+        from aurora_trainer.daemon import open_daemon
+
         settings = load_trainer_config(config, overrides or ())
-        daemon = open_daemon(settings)
-        if trace is not None:
-            daemon.run_trace(trace, steps)
-        else:
-            daemon.run_live(steps, record)
+        open_daemon(settings).run_recording(recording, steps, original_pace=original)
 
 
 @app.command()
@@ -104,16 +152,6 @@ def init_draft(
         typer.echo(f"draft written directory={out} kind={kind.value} parameters={size} vocabulary={len(draft.d2t)}")
 
 
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What the user can put right is one message and exit code 2; the rest is a defect and keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        typer.echo(f"aurora-trainer: {error}", err=True)
-        raise typer.Exit(2) from None
-
-
 def _log_to_stderr() -> None:
     import logging
 
@@ -121,6 +159,8 @@ def _log_to_stderr() -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s"
     )
 
+
+app.add_typer(weights_commands)
 
 if __name__ == "__main__":
     app()

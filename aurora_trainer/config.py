@@ -19,6 +19,7 @@ from aurora_trainer.metrics import MetricsConfig
 from aurora_trainer.optimize import OptimizerConfig
 from aurora_trainer.publish_weights import PublishConfig
 from aurora_trainer.receive import ReceiveConfig
+from aurora_trainer.recording import RecordConfig
 
 
 class ModelConfig(Section):
@@ -27,6 +28,14 @@ class ModelConfig(Section):
     target: str  # directory of the target model, or its name in the local Hugging Face cache
     draft: Path  # the initial draft, the same that the server starts with
     device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that the draft computes in; masters are float32
+
+    @property
+    def compute_dtype(self) -> Literal["float32", "bfloat16"]:
+        """What "auto" stands for: float32 on the CPU, bfloat16 on CUDA."""
+        if self.dtype == "auto":
+            return "bfloat16" if self.device == "cuda" else "float32"
+        return self.dtype
 
 
 class PaceConfig(Section):
@@ -45,6 +54,7 @@ class TrainerConfig(Section):
     model: ModelConfig
     pace: PaceConfig = PaceConfig()
     receive: ReceiveConfig = ReceiveConfig()
+    record: RecordConfig = RecordConfig()
     assemble: AssembleConfig = AssembleConfig()
     buffer: BufferConfig = BufferConfig()
     batch: BatchConfig = BatchConfig()

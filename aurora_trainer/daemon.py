@@ -1,8 +1,8 @@
-"""The trainer's process: the loop over live traffic or over a recorded trace, its cadences, and its end.
+"""The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
 Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps; SIGTERM or SIGINT
-ends it after the running step, with a checkpoint. Over a trace, everything that changes the weights depends on the
-position in the trace alone, so that a killed run, resumed from its last checkpoint, ends with the same bits.
+ends it after the running step, with a checkpoint. Over a recording, everything that changes the weights depends on the
+position in the recording alone, so that a killed run, resumed from its last checkpoint, ends with the same bits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from aurora_sglang_plugin import wire
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
 from aurora_trainer.config import TrainerFile
+from aurora_trainer.families import EVENTS
 from aurora_trainer.metrics import Metrics
 from aurora_trainer.receive import Receiver
-from aurora_trainer.trace import TraceWriter, read_trace
+from aurora_trainer.recording import Damage, Recording, read_messages
+from aurora_trainer.replay import paced
 from aurora_trainer.train import Training
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.05  # for a message, when nothing is to be done
 MESSAGES_PER_TURN = 256  # taken in between two looks at the rest
 REJECTED_EVERY_S = 1.0
+HEARD_S = 10.0  # a server that was silent for longer does not count as being there
 BOOKS = "books.json"
 LINE = (
     "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s", "published", "buffer",
@@ -54,6 +56,8 @@ class Daemon:
         self.checkpoints = config.trainer.checkpoint.directory
         self.resumed = load_newest(self.checkpoints)
         self.metrics = Metrics(config.trainer.metrics)
+        self.damage = Damage()  # of a recording
+        self._recording: Recording | None = None
         publish, checkpoint = config.trainer.publish, config.trainer.checkpoint
         self._publish = Cadence(publish.every_s, publish.every_steps)
         self._checkpoint = Cadence(checkpoint.every_s, checkpoint.every_steps)
@@ -69,57 +73,74 @@ class Daemon:
             log.info("resumed step=%d damaged=%d", self.resumed.step, self.resumed.damaged)
         else:
             training.go_on_from_published()
-        trace = TraceWriter(record) if record else None
+        recording = self._recording = Recording(record, trainer.record) if record else None
         books = self.checkpoints / BOOKS
-        receiver = Receiver(self.config.link, trainer.receive, books, target=training.target, trace=trace)
+        receiver = Receiver(self.config.link, trainer.receive, books, target=training.target, recording=recording)
+        self.metrics.begin(self.status(receiver))
         last = None if max_steps is None else training.steps + max_steps
         log.info("trainer ready endpoint=%s target=%s", self.config.link.endpoint, training.target)
         self._catch_signals()
-        self._start_cadences()
+        self._start_cadences(time.monotonic())
         try:
             while not self.stopping and (last is None or training.steps < last):
                 self._take_in(receiver, 0.0 if training.due() else WAIT_S)
                 if training.due():
-                    training.step()
-                self._keep_cadences(receiver)
+                    self._step(time.time())
+                self._keep_cadences(receiver, time.monotonic())
         finally:
             receiver.close()
-            if trace is not None:
-                trace.close()
+            if recording is not None:
+                recording.close()
         while (message := receiver.get()) is not None:  # received and in the books: let it count as assembled too
             training.feed(message, time.monotonic())
         self._end(receiver)
 
-    def run_trace(self, path: Path, max_steps: int | None = None) -> None:
-        """Train over a recorded trace up to its end, or to `max_steps` steps in all."""
+    def run_recording(self, path: Path, max_steps: int | None = None, *, original_pace: bool = False) -> None:
+        """Train over a recording up to its end, or to `max_steps` steps in all.
+
+        Versions and checkpoints follow the recording's own clock, and its end offers the last version. Damage is
+        logged, counted and passed over.
+        """
         training, cursor = self.training, 0
         replayed = self.resumed.step if self.resumed else 0
         if self.resumed:
             training.restore(self.resumed, live=False)
+        self.metrics.begin(self.status(None))
         self._catch_signals()
-        self._start_cadences()
         last = max_steps if max_steps is not None else 1 << 62
-        for parts in read_trace(path):
+        now_s, started, ended = 0.0, False, False
+        records = read_messages(path, self.config.link.max_message_bytes, self.damage)
+        if original_pace:
+            records = paced(records, lambda: self.stopping)
+        for _, message in records:
             if self.stopping or training.steps >= last:
                 break
             cursor += 1
-            message = wire.decode(parts, max_bytes=self.config.link.max_message_bytes)
             if message.header.target != training.target:
                 training.samples["wrong_target_messages"] += 1
                 continue
-            training.feed(message, message.header.time_ns / 1e9)  # the trace's own clock
+            now_s = max(now_s, message.header.time_ns / 1e9)
+            if not started:
+                self._start_cadences(now_s)
+                started = True
+            training.feed(message, now_s)
             while training.due() and training.steps < last and not self.stopping:
-                training.step(replay=training.steps < replayed)
+                self._step(now_s, replay=training.steps < replayed)
                 if training.steps == replayed:
                     self._check_replay(path, cursor)
+                    self._start_cadences(now_s)
                 if training.steps > replayed:
-                    self._keep_cadences(None, cursor)
+                    self._keep_cadences(None, now_s, cursor)
+        else:
+            ended = True
         if training.steps < replayed and not self.stopping:
             raise ValueError(
-                f"trace {path} ends after {training.steps} steps, the checkpoint is of step {replayed}; expected the "
-                "trace that it was made from: set trainer.checkpoint.directory to a new directory for another trace"
+                f"recording {path} ends after {training.steps} steps, the checkpoint is of step {replayed}; expected "
+                "the recording that it was made from: set trainer.checkpoint.directory to a new one for another"
             )
         if training.steps > replayed:
+            if ended:
+                self._offer()
             self._save(cursor)
         self._end(None)
 
@@ -145,11 +166,19 @@ class Daemon:
             "published": dict(training.published),
             "gate": dict(training.gate.decisions),
             "samples": dict(training.samples),
+            "unusable": {cause: n for cause, n in training.samples.items() if cause != "assembled"},
             "assembler": dict(training.assembler.counters),
+            "assembly_events": {event: training.assembler.counters[event] for event in EVENTS},
+            "open_requests": training.assembler.open_requests,
+            "open_bytes": training.assembler.nbytes,
             "buffer": training.buffer.stats(),
             "buffer_dropped": dict(training.buffer.dropped),
             "skipped_updates": training.optimizer.skipped,
         }
+        if self.damage.count:
+            status["damaged_records"] = self.damage.count
+        if self._recording is not None:
+            status["recording"] = dict(self._recording.counters)
         if receiver is not None:
             books = receiver.books()
             epochs = books["epochs"].values()
@@ -158,11 +187,17 @@ class Daemon:
             status["lost"] = sum(e["lost"] for e in epochs)
             status["rejected"] = books["rejected"]
             status["dropped"] = _sum_by_cause(e["dropped"] for e in epochs)  # by the publishers
+            heard = [e["last_unix_s"] for e in epochs]
+            status["servers"] = sum(status["time_unix_s"] - at < HEARD_S for at in heard)
+            status["message_age_s"] = max(0.0, status["time_unix_s"] - max(heard)) if heard else None
+            status["received_bytes"], status["receive_queue_bytes"] = books["received_bytes"], books["queued_bytes"]
         return status
 
     def _take_in(self, receiver: Receiver, timeout_s: float) -> None:
         for _ in range(MESSAGES_PER_TURN):
+            self.metrics.clock.turn_to("wait")
             message = receiver.get(timeout_s)
+            self.metrics.clock.turn_to("assemble")
             if message is None:
                 break
             self.training.feed(message, time.monotonic())
@@ -171,35 +206,55 @@ class Daemon:
             return
         self.training.idle(time.monotonic())
 
-    def _keep_cadences(self, receiver: Receiver | None, cursor: int | None = None) -> None:
-        training, now = self.training, time.monotonic()
+    def _step(self, now_s: float, replay: bool = False) -> None:
+        self.metrics.clock.turn_to("train")
+        started = time.monotonic()
+        step = self.training.step(replay)
+        if step is not None:
+            self.metrics.trained(step, time.monotonic() - started, now_s)
+        self.metrics.clock.turn_to("other")
+
+    def _offer(self) -> None:
+        """Publish, if the draft was trained and the gate lets it pass."""
+        self.metrics.clock.turn_to("publish")
+        started = time.monotonic()
+        if self.training.publish() is not None:
+            self.metrics.published(time.monotonic() - started)
+        self.metrics.clock.turn_to("other")
+
+    def _keep_cadences(self, receiver: Receiver | None, now: float, cursor: int | None = None) -> None:
+        """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
+        training = self.training
         if cursor is None and self._rejected.due(now, 0):
             training.heed_rejections()
         if self._publish.due(now, training.steps):
-            training.publish()
+            self._offer()
         if self._checkpoint.due(now, training.steps):
             self._save(cursor)
-        if self._status.due(now, 0):
+        if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
 
     def _save(self, cursor: int | None) -> None:
-        started = time.monotonic()
+        self.metrics.clock.turn_to("checkpoint")
+        started, whole = time.monotonic(), False
         tensors, state = self.training.checkpoint()
         keep = self.config.trainer.checkpoint.keep
         try:
             save_checkpoint(self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep)
+            whole = True
+            log.info("checkpoint step=%d seconds=%.2f", self.training.steps, time.monotonic() - started)
         except OSError as error:  # a full disk: training and publishing are worth going on with
             log.error("checkpoint not written step=%d error=%s", self.training.steps, error)
-            return
-        log.info("checkpoint step=%d seconds=%.2f", self.training.steps, time.monotonic() - started)
+        self.metrics.saved(time.monotonic() - started, whole)
+        self.metrics.clock.turn_to("other")
 
     def _check_replay(self, path: Path, cursor: int) -> None:
-        """The buffer must stand where it stood, or the trace is another one than the checkpoint's."""
+        """The buffer must stand where it stood, or the recording is another one than the checkpoint's."""
         state = self.resumed.state
         if state["cursor"] != cursor or state["buffer"] != _as_json(self.training.buffer.state()):
             raise ValueError(
-                f"trace {path} does not lead to the checkpoint of step {self.resumed.step} (message {cursor}, "
-                f"the checkpoint was at {state['cursor']}); expected the same trace and settings as before"
+                f"recording {path} does not lead to the checkpoint of step {self.resumed.step} (message {cursor}, "
+                f"the checkpoint was at {state['cursor']}); expected the same recording and settings as before"
             )
         log.info("resumed step=%d cursor=%d damaged=%d", self.resumed.step, cursor, self.resumed.damaged)
 
@@ -218,9 +273,10 @@ class Daemon:
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
 
-    def _start_cadences(self) -> None:
-        for cadence in (self._publish, self._checkpoint, self._status, self._rejected):
-            cadence.restart(time.monotonic(), self.training.steps)
+    def _start_cadences(self, now: float) -> None:
+        for cadence in (self._publish, self._checkpoint, self._rejected):
+            cadence.restart(now, self.training.steps)
+        self._status.restart(time.monotonic(), self.training.steps)
 
 
 class Cadence:

@@ -1,11 +1,11 @@
-"""A trace: the raw wire messages of a run in one file, to look at, to replay and to resume on bit for bit.
+"""A trace: raw wire messages in one file, to look at, to replay and to resume on bit for bit.
 
     file     MAGIC, then records
     record   mark, part count, bytes of all parts, CRC-32 of these three (HEAD); each part's length (u64);
              the parts; CRC-32 of the lengths and the parts (TAIL). Little endian.
 
-A record is written with one flush, so a killed writer leaves at most a torn last record, which the next writer cuts
-off. Damage in the middle is reported by record and byte offset; reading can go on at the next mark.
+A killed writer leaves at most a torn last record, which the next writer cuts off. Damage in the middle is reported by
+record and byte offset; reading can go on at the next mark. `recording.py` has many such files in a directory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ MAGIC = b"AURORA-TRACE-1\n\0"
 MARK = b"\xa5\x5aMSG\xa5\x5a\n"
 HEAD = struct.Struct("<8sIQI")
 TAIL = struct.Struct("<I")
-MAX_PARTS = 1024
+MAX_PARTS = 1000  # of a record, below what one system call takes
 
 
 class TraceError(ValueError):
@@ -35,75 +36,118 @@ class TraceError(ValueError):
         self.record, self.offset = record, offset
 
 
+class Record(NamedTuple):
+    """A whole record and where it is: `record` counts from 0 in its file, a damaged stretch counts as one."""
+
+    path: Path
+    record: int
+    offset: int
+    parts: list[bytes]
+
+
 class TraceWriter:
     """Appends messages to a trace, a new one or one that is there. One writer at a time.
 
-    Raises TraceError where the file is not a trace.
+    Raises TraceError where the file is not a trace, OSError where it cannot be written.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        # It holds prompts: nobody else's to read. Closed by close().
-        self._file = open(self.path, "ab+", opener=lambda path, flags: os.open(path, flags, 0o600))  # noqa: SIM115
-        size = self._file.seek(0, 2)
-        if size < len(MAGIC):
-            self._file.truncate(0)
-            self._file.write(MAGIC)
-            self._file.flush()
-        elif (end := _whole_end(self.path)) < size:
-            log.warning("trace: torn last record cut off path=%s bytes=%d", self.path, size - end)
-            self._file.truncate(end)
+        # It holds prompts: nobody else's to read. Not buffered, so that a failed write leaves nothing behind.
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(self._fd).st_size
+            if size < len(MAGIC):
+                os.ftruncate(self._fd, 0)
+                _write_all(self._fd, [MAGIC])
+                self.nbytes = len(MAGIC)
+            else:
+                self.nbytes = _whole_end(self.path)
+                if self.nbytes < size:
+                    log.warning("trace: torn last record cut off path=%s bytes=%d", self.path, size - self.nbytes)
+                    os.ftruncate(self._fd, self.nbytes)
+        except BaseException:
+            os.close(self._fd)
+            raise
 
     def write(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Append one record. Raises OSError, and leaves the trace as it was: on a full disk, for example."""
         lens = struct.pack(f"<{len(parts)}Q", *map(len, parts))
         crc = zlib.crc32(lens)
         for part in parts:
             crc = zlib.crc32(part, crc)
-        self._file.write(_head(len(parts), sum(map(len, parts))) + lens)
-        for part in parts:
-            self._file.write(part)
-        self._file.write(TAIL.pack(crc))
-        self._file.flush()
+        try:
+            _write_all(self._fd, [_head(len(parts), sum(map(len, parts))) + lens, *parts, TAIL.pack(crc)])
+        except OSError:
+            os.ftruncate(self._fd, self.nbytes)
+            raise
+        self.nbytes += record_bytes(parts)
 
     def close(self) -> None:
-        self._file.close()
+        """Sync and close: a finished file is worth the wait. Idempotent."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
-def read_trace(path: Path, on_damage: Callable[[TraceError], None] | None = None) -> Iterator[list[bytes]]:
-    """Each message's parts, in order. A torn last record ends the trace with a warning.
+def record_bytes(parts: Sequence[bytes | memoryview]) -> int:
+    """What a message takes in a file."""
+    return HEAD.size + 8 * len(parts) + sum(map(len, parts)) + TAIL.size
 
-    Damage raises TraceError, or is handed to `on_damage` and skipped up to the next whole head.
+
+def read_trace(
+    path: Path, on_damage: Callable[[TraceError], None] | None = None, *, may_be_torn: bool = True
+) -> Iterator[Record]:
+    """Each whole record, in order. A torn last record ends the trace with a warning, or is damage too.
+
+    Damage raises TraceError, or is handed to `on_damage` and skipped up to the next whole head. A file without a single
+    head is no trace and raises.
     """
     path = Path(path)
     with open(path, "rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise TraceError(path, 0, 0, f"not a trace, expected the file to begin with {MAGIC!r}")
-        if path.stat().st_size == len(MAGIC):
+        begins = file.read(len(MAGIC))
+        not_a_trace = TraceError(path, 0, 0, f"not a trace, expected the file to begin with {MAGIC!r}")
+        if len(begins) < len(MAGIC) or (begins != MAGIC and on_damage is None):
+            raise not_a_trace
+        if path.stat().st_size == len(MAGIC) and begins == MAGIC:
             return
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             offset, record = len(MAGIC), 0
+            if begins != MAGIC:
+                offset = _next_head(data, 0)
+                if offset < 0:
+                    raise not_a_trace
+                on_damage(not_a_trace)
             while offset < len(data):
                 try:
                     parts, end = _record(data, offset)
-                except EOFError:
-                    if _next_head(data, offset + 1) < 0:
+                except (EOFError, ValueError) as error:
+                    torn = isinstance(error, EOFError)
+                    end = _next_head(data, offset + 1)
+                    if torn and end < 0 and may_be_torn:
                         log.warning("trace: torn last record path=%s record=%d offset=%d", path, record, offset)
                         return
-                    parts, end = None, -1
-                    error = TraceError(path, record, offset, "its length runs past the end of the file")
-                except ValueError as damage:
-                    parts, end = None, -1
-                    error = TraceError(path, record, offset, str(damage))
-                if parts is None:
+                    damage = TraceError(path, record, offset, "the file ends within it" if torn else str(error))
                     if on_damage is None:
-                        raise error
-                    on_damage(error)
-                    end = _next_head(data, offset + 1)
+                        raise damage from None
+                    on_damage(damage)
                     if end < 0:
                         return
                 else:
-                    yield parts
+                    yield Record(path, record, offset, parts)
                 offset, record = end, record + 1
+
+
+def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
+    written = os.writev(fd, pieces)
+    if written < sum(map(len, pieces)):  # a nearly full disk takes what fits, and refuses the rest
+        rest = memoryview(b"".join(pieces))[written:]
+        while rest:
+            rest = rest[os.write(fd, rest) :]
 
 
 def _record(data: mmap.mmap, offset: int) -> tuple[list[bytes], int]:

@@ -1,11 +1,11 @@
-"""How fast would a draft have learned with other settings? Replays a recorded trace offline, one setting after another.
+"""How fast would a draft have learned with other settings? Replays a recording offline, one setting after another.
 
-    aurora-trainer run --config demo.toml --record trace.bin          # record while a server serves
-    python scripts/learning_curve.py trace.bin --config demo.toml --try "" --try "optimizer.lr=1e-3 loss.gamma=1"
+    aurora-trainer run --config demo.toml --record recording      # record while a server serves
+    python scripts/learning_curve.py recording --config demo.toml --try "" --try "optimizer.lr=1e-3 loss.gamma=1"
 
 Every sample is scored before it is trained on, with the weights that would have been served then, by walking it as
 greedy verification does. That is exact for greedy traffic and a chain, because its tokens do not depend on the draft.
-The rejected nodes of the trace, however, are those of the draft that served while it was recorded.
+The rejected nodes of the recording, however, are those of the draft that served while it was recorded.
 """
 
 from __future__ import annotations
@@ -18,23 +18,21 @@ from pathlib import Path
 
 import torch
 
-from aurora_sglang_plugin import wire
 from aurora_trainer.assemble import Assembler
 from aurora_trainer.batch import pack
 from aurora_trainer.config import TrainerFile, load_trainer_config
 from aurora_trainer.loss import objective
+from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.sample import Sample
-from aurora_trainer.trace import read_trace
 from aurora_trainer.train import Training
 
 
-def replay(trace: Path, config: TrainerFile, publish_every: int, requests: int) -> tuple[list[float], float, int]:
+def replay(recording: Path, config: TrainerFile, publish_every: int, requests: int) -> tuple[list[float], float, int]:
     """(accept length of each request, CPU seconds of training, steps); weights swap every `publish_every` requests."""
     torch.set_num_threads(config.trainer.pace.threads)
     training, lengths, waiting, cpu_s = Training(config), [], [], 0.0
     assembler = Assembler(config.trainer.assemble)  # a second one, to see samples before they are trained on
-    for parts in read_trace(trace):
-        message = wire.decode(parts, max_bytes=config.link.max_message_bytes)
+    for _, message in read_messages(recording, config.link.max_message_bytes, Damage()):
         waiting += assembler.add(message)
         if len(waiting) >= publish_every:
             lengths += accept_lengths(training, waiting)
@@ -70,7 +68,7 @@ def accept_lengths(training: Training, samples: list[Sample]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("trace", type=Path)
+    parser.add_argument("recording", type=Path)
     parser.add_argument("--config", type=Path, required=True, help="with trainer.model.target and .draft to start from")
     parser.add_argument("--try", dest="tries", action="append", help="settings below [trainer], apart by spaces")
     parser.add_argument("--publish-every", type=int, default=15, help="requests between two swaps")
@@ -82,7 +80,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as weights:
             own = [f"weights.directory={weights}", "trainer.gate.enabled=false"]
             config = load_trainer_config(options.config, own + [f"trainer.{s}" for s in shlex.split(text)])
-            lengths, cpu_s, steps = replay(options.trace, config, options.publish_every, options.requests)
+            lengths, cpu_s, steps = replay(options.recording, config, options.publish_every, options.requests)
         bins = [lengths[i : i + options.bin] for i in range(0, len(lengths), options.bin)]
         means = " ".join(f"{sum(b) / len(b):.2f}" for b in bins)
         print(f"{text or 'as configured':60} {means} | {cpu_s / max(len(lengths), 1):.3f} s, {steps}", flush=True)

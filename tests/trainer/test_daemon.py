@@ -62,9 +62,9 @@ def overrides(models, site: Path, **more) -> list[str]:
     return [f"{k}={v}" for k, v in settings.items()]
 
 
-def command(models, site: Path, *arguments: str, **more) -> list[str]:
+def command(models, site: Path, name: str, *arguments: str, **more) -> list[str]:
     sets = [a for o in overrides(models, site, **more) for a in ("--set", o)]
-    return [sys.executable, "-m", "aurora_trainer.cli", "run", *sets, *arguments]
+    return [sys.executable, "-m", "aurora_trainer.cli", name, *sets, *arguments]
 
 
 def config(models, site: Path, **more):
@@ -87,7 +87,7 @@ def assert_same_end(a: Path, b: Path):
 
 
 def test_a_trace_is_learnt_and_published(models, trace, tmp_path):
-    Daemon(config(models, tmp_path)).run_trace(trace)
+    Daemon(config(models, tmp_path)).run_recording(trace)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["samples"] == {"assembled": 40} and status["skipped_updates"] == 0
     assert status["steps"] > 40 and status["published"]["published"] == current_version(tmp_path / "weights") > 2
@@ -101,10 +101,10 @@ def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for site in (whole, killed):
         site.mkdir()
-    subprocess.run(command(models, whole, "--trace", str(trace)), check=True, capture_output=True)
+    subprocess.run(command(models, whole, "replay", str(trace)), check=True, capture_output=True)
     kills = 0
     for at in (7, 21):  # kill -9 some time after checkpoints of these steps, between and within steps
-        process = subprocess.Popen(command(models, killed, "--trace", str(trace)), stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(models, killed, "replay", str(trace)), stderr=subprocess.DEVNULL)
         while process.poll() is None and (steps(killed / "checkpoints") or [0])[-1] < at:
             time.sleep(0.001)
         time.sleep(0.003)
@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
             kills += 1
         process.wait()
     assert kills == 2
-    run = subprocess.run(command(models, killed, "--trace", str(trace)), capture_output=True, text=True, check=True)
+    run = subprocess.run(command(models, killed, "replay", str(trace)), capture_output=True, text=True, check=True)
     assert "resumed step=" in run.stderr
     assert_same_end(whole, killed)
 
@@ -121,16 +121,16 @@ def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
 def test_steps_of_a_trace_can_be_taken_in_two_runs(models, trace, tmp_path):
     for site in ("whole", "parts"):
         (tmp_path / site).mkdir()
-    Daemon(config(models, tmp_path / "whole")).run_trace(trace, 30)
+    Daemon(config(models, tmp_path / "whole")).run_recording(trace, 30)
     for count in (11, 30):
         daemon = Daemon(config(models, tmp_path / "parts"))
-        daemon.run_trace(trace, count)
+        daemon.run_recording(trace, count)
         assert daemon.training.steps == count
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_another_trace_than_the_checkpoints_is_refused(models, trace, tmp_path):
-    Daemon(config(models, tmp_path)).run_trace(trace, 20)
+    Daemon(config(models, tmp_path)).run_recording(trace, 20)
     fingerprint = target_fingerprint(models / "target")
     for name, requests in (("other", 40), ("short", 3)):
         write_trace(
@@ -138,7 +138,7 @@ def test_another_trace_than_the_checkpoints_is_refused(models, trace, tmp_path):
         )
         daemon = Daemon(config(models, tmp_path))
         with pytest.raises(ValueError, match="expected the"):
-            daemon.run_trace(tmp_path / name)
+            daemon.run_recording(tmp_path / name)
         daemon.training.close()
 
 
@@ -161,7 +161,7 @@ class Server:
 
 @contextlib.contextmanager
 def live(models, site: Path, **more):
-    process = subprocess.Popen(command(models, site, **more), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(models, site, "run", **more), stderr=subprocess.PIPE, text=True)
     server = Server(site)
     try:
         yield process, server
@@ -223,7 +223,7 @@ def test_receiving_without_training(models, tmp_path):
 def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
     daemon = Daemon(config(models, tmp_path))
     training = daemon.training
-    daemon.run_trace(trace, 45)
+    daemon.run_recording(trace, 45)
     newest = training.served.version
     training.heed_rejections()
     assert training.parent == newest >= 3
@@ -240,7 +240,7 @@ def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
 
 def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_path):
     first = Daemon(config(models, tmp_path))
-    first.run_trace(trace, 45)
+    first.run_recording(trace, 45)
     daemon = Daemon(config(models, tmp_path, trainer__checkpoint__directory=tmp_path / "new"))
     daemon.training.go_on_from_published()
     assert daemon.training.parent == first.training.served.version

@@ -14,7 +14,7 @@ from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.publish import Publisher
 from aurora_trainer.receive import ReceiveConfig, Receiver
-from aurora_trainer.trace import TraceWriter, read_trace
+from aurora_trainer.recording import RecordConfig, Recording, read_messages
 
 
 class End:
@@ -94,8 +94,8 @@ def both_sides(publisher, receiver):
 
 
 def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, tmp_path):
-    trace = TraceWriter(tmp_path / "t.trace")
-    receiver, publisher = receive(target="target", trace=trace), publish()
+    recording = Recording(tmp_path / "recording", RecordConfig())
+    receiver, publisher = receive(target="target", recording=recording), publish()
     for value in range(200):
         offer(publisher, value)
     assert values(receiver, 200) == list(range(200))
@@ -104,8 +104,8 @@ def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, 
     assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
     publisher.close()
     receiver.close()
-    trace.close()
-    recorded = [wire.decode(parts, max_bytes=1 << 20) for parts in read_trace(tmp_path / "t.trace")]
+    recording.close()
+    recorded = [message for _, message in read_messages(tmp_path / "recording", 1 << 20)]
     kept = [int(m.arrays["committed_lens"][0]) for m in recorded if m.header.kind == "end"]
     assert kept == list(range(200))
 
