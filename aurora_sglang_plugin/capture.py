@@ -21,14 +21,16 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots
-from aurora_sglang_plugin.wire import FLAG_ALTERED_DISTRIBUTION
+from aurora_sglang_plugin.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.publish import Publisher
 
 logger = logging.getLogger(__name__)
 
-OPT_OUT = "aurora_capture"  # sampling_params.custom_params = {"aurora_capture": false}
+# sampling_params.custom_params of a request
+OPT_OUT = "aurora_capture"  # false: nothing of it leaves the server
+DOMAIN_LABEL = "aurora_domain"  # wire.DOMAIN: a label that travels with it, for `aurora-trainer eval`
 
 HEALTH_CHECK = "HEALTH_CHECK"  # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX)
 
@@ -90,8 +92,9 @@ class Capture:
                     lens=[n for _, _, n, _ in group],
                     prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in group],
                 )
-                requests = [req.rid for _, req, _, _ in group]
-                self._offer("prefill", Prefill, tensors, host, requests, draft_version=version, extend_version=version)
+                reqs = [req for _, req, _, _ in group]
+                about = dict(domains=_domains(reqs), draft_version=version, extend_version=version)
+                self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
 
     def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
         """(row, request, features to take, end of its rows in the batch) of every chunk that is taken."""
@@ -173,7 +176,7 @@ class Capture:
                 return
             length = len(req.output_ids) if req.finished_len is None else req.finished_len
             end = End(len(req.origin_input_ids) + length)
-            self.publisher.offer("end", end, requests=[req.rid], reasons=[_reason(req)])
+            self.publisher.offer("end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req]))
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """A private copy of the sampled rows of [B, ...]."""
@@ -233,6 +236,13 @@ def _flags(req: Any) -> int:
         or getattr(p, "watermark", None) is not None
     )
     return FLAG_ALTERED_DISTRIBUTION if altered else 0
+
+
+def _domains(reqs: list[Any]) -> list[str]:
+    """Their labels, "" where there is none that is fit to travel; nothing where no request has one."""
+    labels = [(req.sampling_params.custom_params or {}).get(DOMAIN_LABEL) for req in reqs]
+    labels = [label if isinstance(label, str) and DOMAIN.fullmatch(label) else "" for label in labels]
+    return labels if any(labels) else []
 
 
 def _reason(req: Any) -> str:

@@ -21,6 +21,7 @@ This module imports neither torch nor sglang, so that both sides can read it che
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import msgspec
@@ -40,6 +41,9 @@ DTYPES = {
 
 # Per-request flags of a verify message.
 FLAG_ALTERED_DISTRIBUTION = 1  # penalties, logit bias, grammar or watermark judged this row, not the raw target
+
+# A label that the client gave its request, to tell kinds of traffic apart: short and harmless wherever it is printed.
+DOMAIN = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 Kind = Literal["prefill", "verify", "end", "heartbeat"]
 EndReason = Literal["stop", "length", "abort", "retract"]
@@ -103,6 +107,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     requests: list[str] = []  # B request ids
     flags: list[int] = []  # B bit sets (verify)
     reasons: list[EndReason] = []  # B (end)
+    domains: list[str] = []  # B labels, "" for a request without one (prefill, end); empty where none has one
     num_steps: int = 0
     topk: int = 0
     frames: list[Frame] = []
@@ -185,6 +190,10 @@ def _check_values(message: Message, sizes: dict[str, int]) -> None:
         raise WireError("values", "counters out of bounds")
     if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
         raise WireError("values", "version out of bounds")
+    if header.domains and len(header.domains) != sizes["B"]:
+        raise WireError("values", f"{len(header.domains)} domains for {sizes['B']} requests")
+    if any(domain and not DOMAIN.fullmatch(domain) for domain in header.domains):
+        raise WireError("values", f"a domain is not {DOMAIN.pattern}")
     if not 0 <= header.time_ns < 1 << 63:
         raise WireError("values", "time out of bounds")
     if header.kind in ("prefill", "verify"):

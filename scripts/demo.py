@@ -167,7 +167,7 @@ def serve_live(server: Server, prompts: dict, status: Path, seconds: float) -> t
         timer = threading.Timer(seconds * share, over.set)
         timer.daemon = True
         timer.start()
-        for reply in send(server, prompts[domain], until=over):
+        for reply in send(server, prompts[domain], until=over, domain=domain):
             replies.append(reply)
             progress.add(reply, domain)
         timer.cancel()

@@ -29,8 +29,10 @@ def send(
     tokens: int = 128,
     concurrency: int = 8,
     until: threading.Event | None = None,
+    domain: str | None = None,
 ) -> Iterator[Reply]:
     """Yield a Reply for every prompt, in the order in which they finish. `until`: send no more once it is set.
+    `domain`: a label that the requests carry, for `aurora-trainer eval`.
 
     Output always has `tokens` tokens: the end of text is ignored, so that every request weighs the same.
     Raises the first error of any request.
@@ -40,6 +42,9 @@ def send(
     lock = threading.Lock()
     began = time.monotonic()
     stop = until or threading.Event()
+    params = {"max_new_tokens": tokens, "ignore_eos": True}
+    if domain:
+        params["custom_params"] = {"aurora_domain": domain}
 
     def worker() -> None:
         try:
@@ -49,7 +54,7 @@ def send(
                 if number is None:
                     break
                 start = time.monotonic()
-                answer = server.generate(prompts[number], {"max_new_tokens": tokens, "ignore_eos": True})
+                answer = server.generate(prompts[number], params)
                 now, meta = time.monotonic(), answer["meta_info"]
                 steps = meta.get("spec_verify_ct") or 0
                 length = 1 + meta["spec_num_correct_drafts"] / steps if steps else 1.0

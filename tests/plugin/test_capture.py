@@ -208,6 +208,20 @@ def test_end(finished, reason):
     assert snapshot.build()["committed_lens"][1].tolist() == [12]
 
 
+@pytest.mark.parametrize(
+    ("label", "travels"),
+    [("code", True), ("a-b_C.9", True), ("x" * 33, False), ("a b", False), ("a\n", False), ("é", False), (7, False)],
+)
+def test_a_requests_label_travels_where_it_is_short_and_harmless(label, travels):
+    reqs = [request("a"), request("b", custom_params={"aurora_domain": label}, finished="stop")]
+    capture = make_capture()
+    prefill_step(capture, reqs, [0, 0], [5, 5])
+    capture.ended(reqs[1])
+    capture.ended(reqs[0])
+    domains = [fields["domains"] for _, _, fields in capture.publisher.items]
+    assert domains == ([["", label], [label], []] if travels else [[], [], []]) and not capture.errors
+
+
 def test_end_within_an_accepted_path():
     """output_ids may hold more than the client gets; finished_len is what it gets."""
     req = request("a", range(5), output=range(7), finished="stop")

@@ -64,7 +64,7 @@ def prefill_arrays():
 MESSAGES = {
     "prefill": lambda: (header("prefill"), prefill_arrays()),
     "verify": lambda: (header(), verify_arrays()),
-    "end": lambda: (header("end", reasons=["stop", "abort"]), {"committed_lens": i32(5, 6)}),
+    "end": lambda: (header("end", reasons=["stop", "abort"], domains=["", "code"]), {"committed_lens": i32(5, 6)}),
     "heartbeat": lambda: (header("heartbeat", requests=[]), {}),
 }
 
@@ -125,6 +125,9 @@ REFUSED = {
     "request missing": ("verify", head(requests=["a"]), "shape"),
     "flag missing": ("verify", head(flags=[0]), "values"),
     "reason missing": ("end", head(reasons=["stop"]), "values"),
+    "domain missing": ("end", head(domains=["code"]), "values"),
+    "domain too long": ("end", head(domains=["", "x" * 33]), "values"),
+    "domain with a control character": ("end", head(domains=["", "a\x1b[2J"]), "values"),
     "float64 ids": ("verify", change(positions=("float32", np.zeros(2, np.float32))), "dtype"),
     "mismatched B": ("verify", change(positions=i32(1, 2, 3)), "shape"),
     "mismatched N": ("verify", change(draft_tokens=i32([1] * 8, [1] * 8)), "shape"),
