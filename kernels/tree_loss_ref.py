@@ -1,14 +1,15 @@
-"""Final norm, draft head and the distance to the target's kept distribution, fused over chunks of rows.
+"""Final norm, draft head and the distance to the target's distribution in plain PyTorch, chunk by chunk of rows.
 
-Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, K kept target logits.
+Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, K kept target logits.
 
-Gradients are computed in the forward pass, chunk by chunk, so that no [R, VD] tensor is ever kept. Everything beyond
-the kept logits is one bucket, the tail. With a reduced draft vocabulary the target is restricted to it and
-renormalised. Formulas are in README.md of this folder.
+Gradients are computed in the forward pass, so that no [R, VD] tensor is ever kept. Of a top-K target everything beyond
+the kept logits is one bucket, the tail; an exact target has none. With a reduced draft vocabulary the target is
+restricted to it and renormalised. Formulas are in README.md of this folder.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -31,22 +32,73 @@ class TreeLoss(NamedTuple):
 
 def tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps):
     """`tree_loss` in plain PyTorch, on any device. Computes in float32, or in float64 if state is."""
+    shares = shares_of(distance)
+
+    def score(part: slice, z: Tensor, row_weight: Tensor, grads: bool):
+        targets = topk_ids[part], topk_logits[part].to(z.dtype), logsumexp[part].to(z.dtype)
+        return _topk_distance_(z, *targets, row_weight, shares, grads)
+
+    return _chunked(state, norm_weight, head_weight, weight, eps, score)
+
+
+def tree_loss_exact_ref(
+    state, norm_weight, head_weight, target_state, target_head, target_ids, weight, distance, eps
+) -> TreeLoss:
+    """`tree_loss_exact` in plain PyTorch, on any device. Computes in float32, or in float64 if state is."""
+    shares = shares_of(distance)
+    check_vocabularies(head_weight, target_head, target_ids)
+    dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+    target_head = target_head.detach().to(dtype)
+    if target_ids is None:
+        target_ids = torch.arange(len(target_head), device=state.device)
+    draft_ids = draft_ids_of(target_ids, len(target_head))
+
+    def score(part: slice, z: Tensor, row_weight: Tensor, grads: bool):
+        t = target_state[part].detach().to(z.dtype) @ target_head.T
+        return _exact_distance_(z, t, target_ids, draft_ids, row_weight, shares, grads)
+
+    return _chunked(state, norm_weight, head_weight, weight, eps, score)
+
+
+def shares_of(distance: str | Mapping[str, float]) -> tuple[float, float, float, float]:
+    """Shares of DISTANCES, in their order. Raises ValueError for a distance that does not exist."""
     mixture = {distance: 1.0} if isinstance(distance, str) else dict(distance)
     if not mixture or not set(mixture) <= set(DISTANCES):
         raise ValueError(f"distance {distance!r}: expected one of {DISTANCES}, or a weight for some of them")
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (state, norm_weight, head_weight))
-    targets = topk_ids, topk_logits, logsumexp, weight
-    return TreeLoss(*_TreeLoss.apply(state, norm_weight, head_weight, *targets, mixture, eps, differentiate))
+    return tuple(float(mixture.get(name, 0)) for name in DISTANCES)
+
+
+def check_vocabularies(head_weight: Tensor, target_head: Tensor, target_ids: Tensor | None) -> None:
+    """Raises ValueError where target_ids does not name a target token for every draft token."""
+    named = len(target_head) if target_ids is None else len(target_ids)
+    if named != len(head_weight):
+        raise ValueError(
+            f"target_ids: the draft head has {len(head_weight)} tokens, expected as many target ids, got {named}"
+            + (" (None: the target's whole vocabulary)" if target_ids is None else "")
+        )
+
+
+def draft_ids_of(target_ids: Tensor, vocab: int) -> Tensor:
+    """int64 [V]: the draft's id of every target id, -1 where it has none."""
+    draft_ids = torch.full((vocab,), -1, dtype=torch.int64, device=target_ids.device)
+    return draft_ids.scatter_(0, target_ids, torch.arange(len(target_ids), device=target_ids.device))
+
+
+def _chunked(state, norm_weight, head_weight, weight, eps, score: Callable) -> TreeLoss:
+    """score(part, z, weight, grads) -> (argmax, loss, acceptance, the target's first choice as a draft id or -1) of
+    the rows `part` from their logits z [r, VD], which become weight * d(loss) / dz where `grads`, else waste."""
+    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (state, norm_weight, head_weight))
+    return TreeLoss(*_TreeLoss.apply(state, norm_weight, head_weight, weight, eps, score, grads))
 
 
 class _TreeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, mixture, eps, grads):
+    def forward(ctx, state, norm_weight, head_weight, weight, eps, score, grads):
         dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
         g, w = norm_weight.to(dtype), head_weight.to(dtype)
         rows, chunk = len(state), max(32, CHUNK_LOGITS // len(w))
         loss, acceptance = state.new_empty(rows, dtype=dtype), state.new_empty(rows, dtype=dtype)
-        argmax = topk_ids.new_empty(rows)
+        argmax, label = (state.new_empty(rows, dtype=torch.int64) for _ in range(2))
         if grads:
             dstate = torch.empty_like(state, dtype=dtype)
             dg, dw = torch.zeros_like(g), torch.zeros_like(w)
@@ -57,10 +109,7 @@ class _TreeLoss(torch.autograd.Function):
             x_hat = x * scale
             y = x_hat * g
             z = y @ w.T
-            argmax[part], loss[part], acceptance[part] = _distance_(
-                z, topk_ids[part], topk_logits[part].to(dtype), logsumexp[part].to(dtype), weight[part].to(dtype),
-                mixture, grads,
-            )  # fmt: skip
+            argmax[part], loss[part], acceptance[part], label[part] = score(part, z, weight[part].to(dtype), grads)
             if grads:  # z now holds d(loss_sum) / d(logits)
                 dw.addmm_(z.T, y)
                 dy = z @ w
@@ -70,14 +119,14 @@ class _TreeLoss(torch.autograd.Function):
         if grads:
             ctx.save_for_backward(dstate, dg, dw)
             ctx.dtypes = state.dtype, norm_weight.dtype, head_weight.dtype
-        match = argmax == topk_ids[:, 0]
+        match = argmax == label
         ctx.mark_non_differentiable(loss, match, acceptance, argmax)
         return (loss * weight.to(dtype)).sum(), loss, match, acceptance, argmax
 
     @staticmethod
     def backward(ctx, grad, *_):
         grads = (g.mul(grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None, None, None, None
+        return *grads, None, None, None, None
 
 
 def target_distribution(
@@ -99,53 +148,90 @@ def target_distribution(
     return kept / floor[:, None], tail / floor, kept, tail, covered
 
 
-def _distance_(z, topk_ids, topk_logits, logsumexp, weight, mixture, grads) -> tuple[Tensor, Tensor, Tensor]:
-    """(argmax, loss, acceptance) of logits z [R, VD], which become weight * d(loss) / dz where `grads`, else waste."""
+def _topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
+    """What `_chunked` asks for, from K kept target logits and one bucket for the rest."""
+    forward_kl, reverse_kl, tv, greedy = shares
+    lowest = torch.finfo(z.dtype).min
     real = topk_ids >= 0
     ids = topk_ids.clamp_min(0)
     p, p_tail, raw_p, raw_tail, covered = target_distribution(topk_ids, topk_logits, logsumexp, z.shape[1])
-    top, argmax = z.max(-1)
-    z_kept = z.gather(1, ids)
-    e = z.sub_(top[:, None]).exp_()
-    e_kept = e.gather(1, ids) * real
-    e.scatter_add_(1, ids, -e_kept)  # e is now the tail alone, whose sum loses nothing to cancellation
-    e_tail = e.sum(-1)
-    total = e_kept.sum(-1) + e_tail
-    e_tail = e_tail.clamp_min(torch.finfo(z.dtype).tiny)
-    log_q = z_kept - (top + total.log())[:, None]
-    log_q_tail = e_tail.log() - total.log()
-    q, q_tail = e_kept / total[:, None], e_tail / total
-    has_tail = real.sum(-1) < z.shape[1]
-    q_tail = q_tail * has_tail
+    argmax = z.argmax(-1)
+    z_kept = z.gather(1, ids).masked_fill_(~real, -torch.inf)
+    z.scatter_add_(1, ids, z.new_zeros(()).expand_as(p).masked_fill(real, -torch.inf))
+    # z is now the tail alone. It has its own maximum: it loses nothing to cancellation, nor where it is tiny.
+    tail_top = z.amax(-1).clamp_min_(lowest)
+    e = z.sub_(tail_top[:, None]).exp_()
+    e_sum = e.sum(-1)
+    has_tail = e_sum != 0  # not > 0: NaN is to show
+    log_tail = tail_top + e_sum.clamp_min(1).log()  # a sum holds its maximum's own 1
+    log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
+    lse = torch.logaddexp(z_kept.logsumexp(-1), log_tail)
+    log_q, log_q_tail = z_kept - lse[:, None], log_tail - lse
+    q, q_tail = log_q.exp(), log_q_tail.exp()
+    log_q, log_q_tail = log_q.masked_fill(~real, 0), log_q_tail.masked_fill(~has_tail, 0)
     acceptance = torch.minimum(raw_p, q).sum(-1) + torch.minimum(raw_tail, q_tail)
 
     # a = d(loss) / d(log q) with the log q taken as independent; README.md turns it into d(loss) / dz
-    loss, a, a_tail = torch.zeros_like(total), torch.zeros_like(q), torch.zeros_like(total)
-    for name, share in mixture.items():
-        if name == "forward_kl":
-            entropy = torch.xlogy(p, p).sum(-1) + torch.xlogy(p_tail, p_tail)
-            loss += share * (entropy - (p * log_q).sum(-1) - p_tail * log_q_tail)
-            a -= share * p
-            a_tail -= share * p_tail
-        elif name == "reverse_kl":
-            log_p = (topk_logits - logsumexp[:, None]).clamp_min(LOG_P_FLOOR)
-            log_p = log_p - covered.clamp_min(MIN_COVERED).log()[:, None]
-            part, part_tail = q * (log_q - log_p), q_tail * (log_q_tail - p_tail.clamp_min(P_TAIL_FLOOR).log())
-            loss += share * (part.sum(-1) + part_tail)
-            a += share * part
-            a_tail += share * part_tail
-        elif name == "tv":
-            loss += share * (1 - torch.minimum(p, q).sum(-1) - torch.minimum(p_tail, q_tail))
-            a -= share * q * (q < p)
-            a_tail -= share * q_tail * (q_tail < p_tail)
-        else:  # greedy: the target's first choice as a hard label
-            loss -= share * log_q[:, 0] * real[:, 0]
-            a[:, 0] -= share * real[:, 0]
+    loss, a, a_tail = torch.zeros_like(lse), torch.zeros_like(q), torch.zeros_like(lse)
+    if forward_kl:
+        entropy = torch.xlogy(p, p).sum(-1) + torch.xlogy(p_tail, p_tail)
+        loss += forward_kl * (entropy - (p * log_q).sum(-1) - p_tail * log_q_tail)
+        a -= forward_kl * p
+        a_tail -= forward_kl * p_tail
+    if reverse_kl:
+        log_p = (topk_logits - logsumexp[:, None]).clamp_min(LOG_P_FLOOR)
+        log_p = log_p - covered.clamp_min(MIN_COVERED).log()[:, None]
+        part, part_tail = q * (log_q - log_p), q_tail * (log_q_tail - p_tail.clamp_min(P_TAIL_FLOOR).log())
+        loss += reverse_kl * (part.sum(-1) + part_tail)
+        a += reverse_kl * part
+        a_tail += reverse_kl * part_tail
+    if tv:
+        loss += tv * (1 - torch.minimum(p, q).sum(-1) - torch.minimum(p_tail, q_tail))
+        a -= tv * q * (q < p)
+        a_tail -= tv * q_tail * (q_tail < p_tail)
+    if greedy:  # the target's first choice as a hard label
+        loss -= greedy * log_q[:, 0] * real[:, 0]
+        a[:, 0] -= greedy * real[:, 0]
     taught = covered > MIN_COVERED
     loss.masked_fill_(~taught, 0)
     if grads:
         row = weight * taught
         sum_a = a.sum(-1) + a_tail
-        e.mul_((row * (a_tail / e_tail - sum_a / total))[:, None])
+        e.mul_((row * (a_tail - q_tail * sum_a) / e_sum.clamp_min(1))[:, None])
         e.scatter_add_(1, ids, (a - q * sum_a[:, None]) * real * row[:, None])
-    return argmax, loss, acceptance.clamp_max(1)
+    return argmax, loss, acceptance.clamp_max(1), topk_ids[:, 0]
+
+
+def _exact_distance_(z, t, target_ids, draft_ids, weight, shares, grads):
+    """What `_chunked` asks for, from the target's logits t [r, V]."""
+    forward_kl, reverse_kl, tv, greedy = shares
+    argmax = z.argmax(-1)
+    label = draft_ids[t.argmax(-1)]
+    known = label >= 0
+    lse = t.logsumexp(-1)
+    t = t.index_select(1, target_ids)
+    restricted = t.logsumexp(-1)
+    covered = (restricted - lse).exp()
+    log_p, log_q = t.sub_(restricted[:, None]), z.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    log_q_label = log_q.gather(1, label.clamp_min(0)[:, None])[:, 0]
+    acceptance = torch.minimum(covered[:, None] * p, q).sum(-1)
+    loss, a = torch.zeros_like(lse), torch.zeros_like(q)
+    if forward_kl:
+        loss += forward_kl * (p * (log_p - log_q)).sum(-1)
+        a -= forward_kl * p
+    if reverse_kl:
+        part = q * (log_q - log_p)
+        loss += reverse_kl * part.sum(-1)
+        a += reverse_kl * part
+    if tv:
+        loss += tv * (p - q).clamp_min(0).sum(-1)
+        a -= tv * q * (q < p)
+    if greedy:
+        loss -= greedy * log_q_label * known
+        a.scatter_add_(1, label.clamp_min(0)[:, None], -greedy * known.to(a.dtype)[:, None])
+    taught = covered > MIN_COVERED
+    loss.masked_fill_(~taught, 0)
+    if grads:
+        torch.mul((a - q * a.sum(-1, keepdim=True)), (weight * taught)[:, None], out=z)
+    return argmax, loss, acceptance.clamp_max(1), label
