@@ -1,7 +1,8 @@
 """Does this EAGLE3 draft fit this target? Answered from config.json and the safetensors headers, in milliseconds.
 
 SGLang skips unknown tensors silently, keeps random weights where one is missing, and fails on a wrong shape only deep
-inside a forward pass; so a draft is checked before any model is loaded. This module imports neither torch nor sglang.
+inside a forward pass; so a draft is checked before any model is loaded, and everything that is wrong is said at once.
+This module imports neither torch nor sglang.
 
 H draft hidden size, Ht target hidden size, V target vocabulary, VD draft vocabulary, L target layers, A aux layers.
 """
@@ -10,46 +11,44 @@ from __future__ import annotations
 
 import array
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from aurora_sglang_plugin.draft_files import LEGACY_NAMES, Entry, read_entries
+
+__all__ = ["LEGACY_NAMES", "aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", "read_entries"]
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-MAX_HEADER_BYTES = 16 << 20
-# Older names that SGLang still reads, and the prefix that it does not need.
-LEGACY_NAMES = {
-    "midlayer.": "layers.0.",
-    "aux_norm_low.": "fc_norm.0.",
-    "aux_norm_mid.": "fc_norm.1.",
-    "aux_norm_high.": "fc_norm.2.",
-}
 REMEDY = "`aurora-trainer init-draft` makes an untrained draft that fits any target."
+SHAPED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")  # what shapes follow from
+FLOATS = ("F32", "F16", "BF16")
+NAMED = 5  # tensors named in one problem, of which there may be hundreds
 
-
-class Entry(NamedTuple):
-    """Where a tensor lies in its file, e.g. Entry(path, "I64", (32000,), 8, 256008)."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
-    stop: int
+Shapes = dict[str, tuple[tuple[int, ...], bool]]
 
 
 def check_draft(draft_dir: Path | str, target_config: dict[str, Any]) -> None:
     """Check the draft in `draft_dir` against its target's (text) config.
 
-    Raises ValueError, which names the draft, what was found, what was expected and what to do.
+    Raises ValueError, which names the draft and everything that does not fit, and what to do.
     """
-    directory = Path(draft_dir)
+    problems = draft_problems(Path(draft_dir), target_config)
+    if problems:
+        raise ValueError(f"draft {draft_dir}: {' '.join(problems)} {REMEDY}")
+
+
+def draft_problems(directory: Path, target_config: dict[str, Any]) -> list[str]:
+    """Everything that keeps SGLang from serving this draft for this target, a sentence or two each."""
     try:
         config = _read_config(directory)
-        aux = aux_layer_ids(config, target_config["num_hidden_layers"])
-        shapes = expected_shapes(config, target_config, len(aux))
-        _check_tensors(read_entries(directory), shapes, config)
     except ValueError as error:
-        raise ValueError(f"draft {directory}: {error} {REMEDY}") from None
+        return [str(error)]
+    try:
+        entries = read_entries(directory)
+    except ValueError as error:
+        return [*config_problems(config, target_config), str(error)]
+    return config_problems(config, target_config) + tensor_problems(entries, config, target_config)
 
 
 def aux_layer_ids(draft_config: dict[str, Any], num_target_layers: int) -> list[int]:
@@ -86,34 +85,47 @@ def aux_layer_ids(draft_config: dict[str, Any], num_target_layers: int) -> list[
     return ids
 
 
-def expected_shapes(
-    config: dict[str, Any], target_config: dict[str, Any], num_aux: int
-) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Tensor name -> (shape, must be there), for a draft of this config. Raises ValueError where it cannot fit."""
-    h, heads, inner = (_positive(config, k) for k in ("hidden_size", "num_attention_heads", "intermediate_size"))
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or h // heads
-    ht, vocab = target_config["hidden_size"], target_config["vocab_size"]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} attention heads, {kv_heads} key-value heads: expected a divisor.")
+def config_problems(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """What config.json alone says against this draft for this target."""
+    problems = []
+    try:
+        aux_layer_ids(config, target_config["num_hidden_layers"])
+    except ValueError as error:
+        problems.append(str(error))
+    for key in SHAPED:
+        if type(config.get(key)) is not int or config[key] < 1:
+            problems.append(f"config.json has {key} = {config.get(key)!r}, expected a positive integer.")
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if type(heads) is int and type(kv_heads) is int and (kv_heads < 1 or heads % kv_heads):
+        problems.append(f"{heads} attention heads, {kv_heads} key-value heads: expected a divisor.")
+    h, ht, vocab = config.get("hidden_size"), target_config["hidden_size"], target_config["vocab_size"]
     if config.get("target_hidden_size", h) != ht:
         key = "target_hidden_size" if "target_hidden_size" in config else "hidden_size"
-        raise ValueError(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
+        problems.append(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
     if config.get("vocab_size") != vocab:
-        raise ValueError(f"vocab_size is {config.get('vocab_size')}, the target's is {vocab}: made for another target.")
+        problems.append(f"vocab_size is {config.get('vocab_size')}, the target's is {vocab}: made for another target.")
+    if config.get("tie_word_embeddings"):
+        problems.append("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
+    if _num_aux(config) * ht == h:
+        problems.append(f"one aux layer of the draft's own width {h} never passes through fc; name two or more.")
     vd = config.get("draft_vocab_size")
     if vd is None:
-        raise ValueError(
+        problems.append(
             "config.json has no draft_vocab_size: SGLang would draft with the target's own head, which a swap must "
             "never write. Expected the size, and the draft's own lm_head.weight."
         )
-    if config.get("tie_word_embeddings"):
-        raise ValueError("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
-    if num_aux * ht == h:
-        raise ValueError(f"one aux layer of the draft's own width {h} never passes through fc; name two or more.")
-    if type(vd) is not int or not 0 < vd <= vocab:
-        raise ValueError(f"draft_vocab_size is {vd}, expected 1 to {vocab}.")
+    elif type(vd) is not int or not 0 < vd <= vocab:
+        problems.append(f"draft_vocab_size is {vd}, expected 1 to {vocab}.")
+    return problems
 
+
+def expected_shapes(config: dict[str, Any], target_config: dict[str, Any], num_aux: int) -> Shapes:
+    """Tensor name -> (shape, must be there), for a draft whose config fits the target."""
+    h, heads, inner, layers = (config[k] for k in SHAPED)
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_dim = config.get("head_dim") or h // heads
+    ht, vocab = target_config["hidden_size"], target_config["vocab_size"]
+    vd = config.get("draft_vocab_size") or vocab
     shapes = {
         "fc.weight": ((h, num_aux * ht), True),
         "norm.weight": ((h,), True),
@@ -128,7 +140,7 @@ def expected_shapes(
         shapes |= {f"fc_norm.{i}.weight": ((ht,), True) for i in range(num_aux)}
     if (config.get("eagle_config") or {}).get("norm_before_fc", config.get("norm_before_fc", False)):
         shapes["input_norm.weight"] = ((num_aux * ht,), True)
-    for i in range(_positive(config, "num_hidden_layers")):
+    for i in range(layers):
         width = 2 * h if i == 0 else h  # only the first layer sees embedding and state side by side
         layer = {
             "self_attn.q_proj": (heads * head_dim, width),
@@ -148,24 +160,28 @@ def expected_shapes(
     return shapes
 
 
-def read_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor in the directory's safetensors files by its present-day name. Reads headers only.
-
-    Raises ValueError for no file, a damaged header, or a tensor that is there twice.
-    """
-    entries: dict[str, Entry] = {}
-    paths = sorted(directory.glob("*.safetensors"))
-    if not paths:
-        raise ValueError("holds no *.safetensors; other formats are not read.")
-    for path in paths:
-        for name, entry in _read_header(path):
-            name = name.removeprefix("model.")
-            for old, new in LEGACY_NAMES.items():
-                name = re.sub(f"^{re.escape(old)}", new, name)
-            if name in entries:
-                raise ValueError(f"{name} is there twice.")
-            entries[name] = entry
-    return entries
+def tensor_problems(entries: dict[str, Entry], config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """What the files' headers, and d2t, say against this draft."""
+    if any(type(config.get(key)) is not int or config[key] < 1 for key in SHAPED):
+        return []  # config_problems said so; without them there is nothing to compare with
+    shapes = expected_shapes(config, target_config, _num_aux(config))
+    problems = []
+    unknown = sorted(entries.keys() - shapes.keys())
+    if unknown:
+        problems.append(f"holds tensors that SGLang would skip silently: {_some(unknown)}.")
+    missing = sorted(name for name, (_, needed) in shapes.items() if needed and name not in entries)
+    if missing:
+        problems.append(f"lacks {_some(missing)}.")
+    known = {name: entry for name, entry in entries.items() if name in shapes}
+    for name, entry in known.items():
+        if entry.shape != shapes[name][0]:
+            wanted = list(shapes[name][0])
+            problems.append(f"{name} is {list(entry.shape)}, config.json and the target want {wanted}.")
+        elif name not in ("d2t", "t2d") and entry.dtype not in FLOATS:
+            problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOATS)}.")
+    if "d2t" in known and known["d2t"].shape == shapes["d2t"][0]:
+        problems += _d2t_problems(known["d2t"], target_config["vocab_size"])
+    return problems
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -181,43 +197,15 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_header(path: Path) -> list[tuple[str, Entry]]:
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):
-                raise ValueError
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        entries = []
-        for name, field in header.items():
-            start, stop = (8 + length + offset for offset in field["data_offsets"])
-            if not 8 + length <= start <= stop <= size:
-                raise ValueError
-            entries.append((name, Entry(path, field["dtype"], tuple(field["shape"]), start, stop)))
-        return entries
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path.name} is damaged or not a safetensors file.") from None
+def _num_aux(config: dict[str, Any]) -> int:
+    """A, as SGLang counts it."""
+    ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    return config.get("num_aux_hidden_states") or (len(ids) if ids else 3)
 
 
-def _check_tensors(entries: dict[str, Entry], shapes: dict[str, tuple[tuple[int, ...], bool]], config: dict) -> None:
-    unknown = sorted(entries.keys() - shapes.keys())
-    if unknown:
-        raise ValueError(f"holds tensors that SGLang would skip silently: {', '.join(unknown[:5])}.")
-    missing = sorted(name for name, (_, needed) in shapes.items() if needed and name not in entries)
-    if missing:
-        raise ValueError(f"lacks {', '.join(missing[:5])}.")
-    for name, entry in entries.items():
-        if entry.shape != shapes[name][0]:
-            raise ValueError(f"{name} is {list(entry.shape)}, config.json and the target want {list(shapes[name][0])}.")
-    if "d2t" in entries:
-        _check_d2t(entries["d2t"], config["vocab_size"])
-
-
-def _check_d2t(entry: Entry, vocab: int) -> None:
+def _d2t_problems(entry: Entry, vocab: int) -> list[str]:
     if entry.dtype != "I64":
-        raise ValueError(f"d2t is {entry.dtype}, expected I64 offsets (target id minus draft id).")
+        return [f"d2t is {entry.dtype}, expected I64 offsets (target id minus draft id)."]
     offsets = array.array("q")
     with open(entry.path, "rb") as file:
         file.seek(entry.start)
@@ -226,14 +214,15 @@ def _check_d2t(entry: Entry, vocab: int) -> None:
         offsets.byteswap()
     ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= vocab:
-        raise ValueError(f"d2t maps draft ids outside 0..{vocab - 1} or two of them to one target id.")
+        absolute = len(set(offsets)) == len(offsets) and min(offsets) >= 0 and max(offsets) < vocab
+        hint = " It seems to hold the target ids themselves; expected target id minus draft id." if absolute else ""
+        return [f"d2t maps draft ids outside 0..{vocab - 1} or two of them to one target id.{hint}"]
+    return []
 
 
-def _positive(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"config.json has {key} = {value!r}, expected a positive integer.")
-    return value
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
 def _spread(num_layers: int) -> list[int]:

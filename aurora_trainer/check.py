@@ -14,11 +14,11 @@ from pathlib import Path
 import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
-from aurora_sglang_plugin.draft_check import check_draft
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
+from aurora_trainer.import_draft import explain
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.target import open_target
 
@@ -64,7 +64,14 @@ def _draft(model: str, directory: Path) -> str:
             f"{directory} is not a directory; expected the draft that the server starts with. "
             f"`aurora-trainer init-draft {model} {directory}` makes an untrained one"
         )
-    check_draft(directory, target.config)
+    explained = explain(directory, target)
+    if explained.problems:
+        raise ValueError(explained.text())
+    if explained.conversions:
+        raise ValueError(
+            f"{directory} is not in the form that a server loads ({'; '.join(explained.conversions)}); "
+            f"`aurora-trainer import {directory} NEW_DIRECTORY --target {model}` writes it"
+        )
     draft = Draft.load(directory, target.embedding())
     size = sum(p.numel() for p in draft.parameters())
     return f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"

@@ -95,6 +95,14 @@ def load_newest(directory: Path) -> Checkpoint | None:
     return None
 
 
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of one checkpoint, e.g. DIRECTORY/step-00000123. Raises ValueError where it is damaged."""
+    try:
+        return _read(Path(path), int(Path(path).name[5:]))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error}; take another one") from None
+
+
 def steps(directory: Path) -> list[int]:
     """Steps of the checkpoints on disk, ascending, damaged ones included."""
     return sorted(int(p.name[5:]) for p in Path(directory).glob("step-*") if p.name[5:].isdigit())

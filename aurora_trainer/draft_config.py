@@ -53,7 +53,8 @@ class DraftConfig:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any]) -> DraftConfig:
-        _refuse(raw)
+        if refused := not_computed(raw):
+            raise ValueError("; ".join(refused))
         eagle = raw.get("eagle_config") or {}
         missing = [k for k in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size") if k not in raw]
         if missing:
@@ -143,7 +144,8 @@ class DraftConfig:
         return raw
 
 
-def _refuse(raw: dict[str, Any]) -> None:
+def not_computed(raw: dict[str, Any]) -> list[str]:
+    """What a config.json asks for that this trainer does not compute as the server would; one text for each."""
     expected = {
         "model_type": ("llama",),
         "hidden_act": ("silu",),
@@ -154,15 +156,24 @@ def _refuse(raw: dict[str, Any]) -> None:
         "partial_rotary_factor": (1, None),
         "rope_is_neox_style": (True,),
         "quantization_config": (None,),
+        "norm_before_residual": (False, None),  # of speculators: SGLang's draft adds the state as it came
     }
-    for key, allowed in expected.items():
+    refused = [
+        f"draft config has {key} = {raw[key]!r}; this trainer computes only {allowed[0]!r}"
+        for key, allowed in expected.items()
         # an absent tie_word_embeddings is false for Llama; an absent model_type would not load in the server at all
-        if key in raw and raw[key] not in allowed:
-            raise ValueError(f"draft config has {key} = {raw[key]!r}; this trainer computes only {allowed[0]!r}")
+        if key in raw and raw[key] not in allowed
+    ]
     if raw.get("architectures") != [ARCHITECTURE]:
-        raise ValueError(f"draft config has architectures {raw.get('architectures')!r}, expected [{ARCHITECTURE!r}]")
+        found = raw.get("architectures")
+        refused.append(f"draft config has architectures {found!r}, expected [{ARCHITECTURE!r}]")
     if not (raw.get("eagle_config") or {}).get("use_aux_hidden_state", True):
-        raise ValueError("draft config has eagle_config.use_aux_hidden_state = false; EAGLE3 drafts read aux features")
+        refused.append("draft config has eagle_config.use_aux_hidden_state = false; EAGLE3 drafts read aux features")
+    try:
+        _rope(raw)
+    except ValueError as error:
+        refused.append(str(error))
+    return refused
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, dict[str, float] | None]:

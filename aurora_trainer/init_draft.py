@@ -15,10 +15,11 @@ from torch import Tensor
 
 from aurora_trainer import vocab
 from aurora_trainer.draft import Draft
-from aurora_trainer.draft_config import DraftConfig
+from aurora_trainer.draft_config import ARCHITECTURE, DraftConfig, not_computed
 from aurora_trainer.target import Target, open_target
 
 Kind = Literal["random", "target"]
+LLAMA = {"architectures": [ARCHITECTURE], "model_type": "llama"}
 
 
 def init_draft(
@@ -65,8 +66,19 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
 
 
 def draft_config(target: Target, draft_vocab_size: int, aux_layer_ids: tuple[int, ...] | None = None) -> DraftConfig:
-    """One layer with the target's widths and heads. Raises ValueError."""
-    raw = target.config
+    """One layer with the target's widths and heads. Raises ValueError.
+
+    Where the target has none of its own to go by: an MLP of 3 H where the target's experts are narrower than that is
+    useful, 8 key heads for latent attention, and no rope scaling for a scaling that the trainer does not compute.
+    """
+    raw = dict(target.config)
+    if target.is_mixture and raw["intermediate_size"] < 2 * raw["hidden_size"]:
+        raw["intermediate_size"] = 3 * raw["hidden_size"]
+    if "kv_lora_rank" in raw:
+        raw["num_key_value_heads"] = min(8, raw["num_attention_heads"])
+    if not_computed({k: raw[k] for k in ("rope_theta", "rope_scaling", "rope_parameters") if k in raw} | LLAMA):
+        theta = (raw.get("rope_parameters") or {}).get("rope_theta", raw.get("rope_theta", 10000.0))
+        raw |= {"rope_theta": theta, "rope_scaling": None, "rope_parameters": None}
     layers = raw["num_hidden_layers"]
     ids = tuple(aux_layer_ids or default_aux_layer_ids(layers))
     if len(ids) < 2 or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] > layers - 2:
@@ -76,8 +88,7 @@ def draft_config(target: Target, draft_vocab_size: int, aux_layer_ids: tuple[int
         )
     return DraftConfig.from_json(
         {
-            "architectures": ["LlamaForCausalLMEagle3"],
-            "model_type": "llama",
+            **LLAMA,
             "num_hidden_layers": 1,
             "head_dim": target.head_dim,
             "draft_vocab_size": draft_vocab_size,
@@ -111,6 +122,11 @@ def start_from_target(draft: Draft, target: Target) -> None:
     """Overwrite what the target's last layer, final norm and head can supply, and `look_at_own_token`."""
     h, layer = draft.config.hidden_size, draft.layers[0]
     last = f"model.layers.{target.config['num_hidden_layers'] - 1}."
+    if target.stored(f"{last}mlp.gate_proj.weight") is None:
+        raise ValueError(
+            f"{target.directory}: its last layer has no dense MLP that a draft could start from (a mixture of experts?)"
+            "; expected one, or --kind random"
+        )
     draft.fc.weight.zero_()
     draft.fc.weight[:, -h:] = torch.eye(h)
     layer.hidden_norm.weight.copy_(target.tensor(last + "input_layernorm.weight"))
