@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -154,6 +155,13 @@ class Draft(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
 
+    def compute_in(self, device: torch.device | str, dtype: torch.dtype) -> Draft:
+        """Itself, moved to `device` with weights and embedding in `dtype`; the rotary frequencies stay float32."""
+        inv_freq = self.inv_freq
+        self.to(device, dtype)
+        self.inv_freq = inv_freq.to(device)
+        return self
+
     def slots(
         self, tokens: Tensor, features: Tensor, positions: Tensor, slot_start: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, KV]:
@@ -264,9 +272,15 @@ class Draft(nn.Module):
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
 
-    def checkpoint(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-        """Copies of what model.safetensors holds, on the CPU; with d2t and t2d where the vocabulary is reduced."""
-        tensors = {n: p.detach().to("cpu", dtype, copy=True).contiguous() for n, p in self.named_parameters()}
+    def checkpoint(
+        self, dtype: torch.dtype = torch.float32, masters: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Copies of what model.safetensors holds, on the CPU; with d2t and t2d where the vocabulary is reduced.
+
+        masters: by name, what parameters are the rounding of and what is copied in their stead.
+        """
+        weights = {n: p.detach() for n, p in self.named_parameters()} | dict(masters or {})
+        tensors = {n: w.to("cpu", dtype, copy=True).contiguous() for n, w in weights.items()}
         if self.d2t.any() or len(self.d2t) < self.config.vocab_size:
             tensors["d2t"] = self.d2t.cpu().clone()
             tensors["t2d"] = vocab.mask(self.d2t, self.config.vocab_size).cpu()

@@ -8,6 +8,7 @@ small JSON-able dict, and resuming from them is bit-exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -53,18 +54,23 @@ class Update:
 
 
 class Optimizer:
-    """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones."""
+    """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones.
 
-    def __init__(self, draft: nn.Module, config: OptimizerConfig):
+    `masters` are float32, by name; the draft's parameters are their rounding, or they themselves. Given are those to
+    start from, None: the draft's own values.
+    """
+
+    def __init__(self, draft: nn.Module, config: OptimizerConfig, masters: Mapping[str, Tensor] | None = None):
         self.config = config
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.updates = 0
         self.skipped = 0
-        self._masters = {
-            n: p.data if p.dtype == torch.float32 else p.detach().float() for n, p in self.parameters.items()
+        self.masters = {
+            n: p.data if p.dtype == torch.float32 else (masters or {}).get(n, p).detach().to(p.device, torch.float32)
+            for n, p in self.parameters.items()
         }
-        self._first = {n: torch.zeros_like(m) for n, m in self._masters.items()}
-        self._second = {n: torch.zeros_like(m) for n, m in self._masters.items() if not self._orthogonal(n)}
+        self._first = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if not self._orthogonal(n)}
 
     def step(self, loss: Tensor | float) -> Update:
         """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them either way.
@@ -89,11 +95,11 @@ class Optimizer:
         return Update(True, norm, lr, loss)
 
     def _orthogonal(self, name: str) -> bool:
-        matrix = self._masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))
+        matrix = self.masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))
         return self.config.kind == "muon" and matrix
 
     def _apply(self, name: str, gradient: Tensor, lr: float) -> None:
-        c, master, first = self.config, self._masters[name], self._first[name]
+        c, master, first = self.config, self.masters[name], self._first[name]
         if master.dim() == 2:
             master.mul_(1 - lr * c.weight_decay)
         if self._orthogonal(name):
@@ -113,14 +119,17 @@ class Optimizer:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, rest): copies of masters and moments on the CPU, for safetensors, and a JSON-able dict."""
-        parts = {"master": self._masters, "first": self._first, "second": self._second}
-        tensors = {f"{part}.{name}": t.to("cpu", copy=True) for part, held in parts.items() for name, t in held.items()}
+        tensors = {name: t.to("cpu", copy=True) for name, t in self._tensors().items()}
         return tensors, {"kind": self.config.kind, "updates": self.updates, "skipped": self.skipped}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        parts = {"master": self.masters, "first": self._first, "second": self._second}
+        return {f"{part}.{name}": t for part, held in parts.items() for name, t in held.items()}
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         """Restore in place, the draft's parameters included. Raises ValueError for the state of something else."""
-        own, _ = self.state_dict()
+        own = self._tensors()
         if rest["kind"] != self.config.kind or own.keys() != tensors.keys():
             raise ValueError(
                 f"optimizer state is of kind {rest['kind']} with {len(tensors)} tensors, this run's is "
@@ -129,12 +138,11 @@ class Optimizer:
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(f"optimizer state: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        for name, held in own.items():
+            held.copy_(tensors[name])
         for name, parameter in self.parameters.items():
-            for part, held in (("master", self._masters), ("first", self._first), ("second", self._second)):
-                if name in held:
-                    held[name].copy_(tensors[f"{part}.{name}"])
             if parameter.dtype != torch.float32:
-                parameter.copy_(self._masters[name])
+                parameter.copy_(self.masters[name])
         self.updates, self.skipped = rest["updates"], rest["skipped"]
 
 

@@ -27,7 +27,10 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Served:
-    """`version` 0 is the initial draft. `dtype` is the one that servers hold. Raises ValueError for bad drafts."""
+    """`version` 0 is the initial draft. Raises ValueError for bad drafts.
+
+    `dtype` is the one that servers hold; the draft is scored where `embed` is and in its dtype.
+    """
 
     def __init__(self, directory: Path, initial: Path, target: str, embed: torch.Tensor, dtype: str):
         self._directory, self._initial, self._target, self._embed = Path(directory), Path(initial), target, embed
@@ -40,9 +43,10 @@ class Served:
         self.version = version
         self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Copies, for Draft.load_checkpoint."""
-        return {n: p.detach().clone() for n, p in self.draft.named_parameters()}
+    def to_train(self) -> Draft:
+        """A draft of its own, in float32 on the CPU, with the weights as they were published."""
+        path = self._directory / version_name(self.version) if self.version else self._initial
+        return Draft.load(path, self._embed)
 
     def roll_back(self) -> int | None:
         """Where the version was rejected: load the newest that was not, and return it. Else None."""
@@ -71,7 +75,8 @@ class Served:
         return 0, self._load(self._initial)
 
     def _load(self, path: Path) -> Draft:
-        return Draft.load(path, self._embed).to(self._embed.device).requires_grad_(False)
+        draft = Draft.load(path, self._embed)
+        return draft.compute_in(self._embed.device, self._embed.dtype).requires_grad_(False)
 
 
 def _initial_dtype(directory: Path) -> torch.dtype:

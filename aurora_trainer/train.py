@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
 from aurora_trainer.gate import Gate
 from aurora_trainer.loss import Score, losses, score
-from aurora_trainer.optimize import Optimizer
+from aurora_trainer.optimize import Optimizer, Update
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
 from aurora_trainer.served import Served
@@ -38,6 +39,20 @@ from aurora_trainer.target import open_target
 log = logging.getLogger(__name__)
 
 SMOOTH = 0.9  # of what the status shows, per step
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step saw and did, for the figures. Accept lengths are (sum, count) over slots that were never trained on
+    before: of the draft before this step, and after it (every metrics.rescore_every_steps-th step)."""
+
+    update: Update
+    score: Score
+    slots: int
+    before: tuple[float, int]
+    after: tuple[float, int] | None
+    time_ns: list[int]  # of each sample
+    staleness: list[int]  # of each sample that had a tree: newest version minus the one that drew its last tree
 
 
 class Training:
@@ -50,12 +65,11 @@ class Training:
         self.config, trainer = config, config.trainer
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
-        embed = target.embedding().float().to(trainer.model.device)
-        self.draft = Draft.load(trainer.model.draft, embed).to(trainer.model.device)
+        embed = target.embedding().to(trainer.model.device, getattr(torch, trainer.model.compute_dtype))
+        self._train(Draft.load(trainer.model.draft, embed))
         self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
         model = trainer.model
         self.served = Served(config.weights.directory, model.draft, self.target, embed, trainer.publish.dtype)
-        self.optimizer = Optimizer(self.draft, trainer.optimizer)
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
@@ -65,6 +79,7 @@ class Training:
         self.earlier_updates = 0  # of optimizers before the last rollback
         self.steps = 0  # batches drawn; the optimizer may have skipped some
         self.slots = 0  # trained on, repetitions included
+        self.trained_until_ns = 0  # when the newest step that the draft was trained on was captured
         self.samples: Counter[str] = Counter()  # by what became of them before the buffer
         self.published: Counter[str] = Counter()  # by outcome
         self.traffic = {"steps": 0, "tokens": 0}  # verify steps of requests, and tokens that they committed
@@ -97,8 +112,8 @@ class Training:
         pace = self.config.trainer.pace
         return pace.enabled and self._credit >= pace.new_slots_per_step and len(self.buffer) > 0
 
-    def step(self, replay: bool = False) -> None:
-        """Train on one batch. `replay`: only draw it."""
+    def step(self, replay: bool = False) -> Step | None:
+        """Train on one batch. `replay`: only draw it, and return None."""
         trainer = self.config.trainer
         samples = self.buffer.take(trainer.batch.max_slots)
         self._credit -= trainer.pace.new_slots_per_step
@@ -106,7 +121,7 @@ class Training:
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
-            return
+            return None
         batch = pack(samples, self._packing).to(trainer.model.device)
         # Everything is queued on the device before anything is read from it.
         gated = self.steps % trainer.gate.score_every_steps == 0
@@ -118,15 +133,30 @@ class Training:
             scores = dict(zip(map(id, samples), sample_scores(batch, scored, len(samples)), strict=True))
             self.gate.record(sample_scores(served[0], score(*served), len(unseen)), [scores[id(s)] for s in unseen])
         update = self.optimizer.step(result.loss_sum)
-        self.slots += sum(len(s.features) for s in samples)
+        if update.applied:
+            self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
+        slots = sum(len(s.features) for s in samples)
+        self.slots += slots
         self._show(update.loss, scored)
+        rows = _slots_of(batch, samples, unseen)
+        every = trainer.metrics.rescore_every_steps
+        rescored = unseen and every and self.steps % every == 0
+        return Step(
+            update=update,
+            score=scored,
+            slots=slots,
+            before=scored.accept_length(rows),
+            after=self._rescore(batch).accept_length(rows) if rescored else None,
+            time_ns=[s.time_ns for s in samples],
+            staleness=[self.served.version - int(s.tree_version[-1]) for s in samples if len(s.tree_version)],
+        )
 
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
         if self.updates == self._offered_at:
             return None
         self._offered_at = self.updates
-        tensors = self.draft.checkpoint(self.served.dtype)
+        tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite)
         if not decision.passed:
@@ -138,6 +168,7 @@ class Training:
             target=self.target,
             parent=self.parent,
             optimizer_step=self.updates,
+            trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
         if version is None:
@@ -184,6 +215,7 @@ class Training:
             "published": dict(self.published),
             "traffic": self.traffic,
             "earlier_updates": self.earlier_updates,
+            "trained_until_ns": self.trained_until_ns,
             "optimizer": optimizer_state,
             "gate": self.gate.state(),
             "buffer": self.buffer.state(),
@@ -210,6 +242,7 @@ class Training:
         )
         torch.set_rng_state(tensors["random/torch"])
         self.parent, self.slots, self.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
+        self.trained_until_ns = state.get("trained_until_ns", 0)
         self.published = Counter(state["published"])
         self.served.rolled_back = set(state["rolled_back"])
         self.gate.restore(state["gate"])
@@ -227,9 +260,14 @@ class Training:
 
     def _take_served(self) -> None:
         self.parent = self.served.version
-        self.draft.load_checkpoint(self.served.weights())
         self.earlier_updates = self.updates
-        self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer)
+        self._train(self.served.to_train())
+
+    def _train(self, draft: Draft) -> None:
+        """Train `draft` from here on: its float32 weights become the masters of what computes."""
+        model, masters = self.config.trainer.model, {n: p.detach() for n, p in draft.named_parameters()}
+        self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
+        self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer, masters)
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
@@ -260,10 +298,20 @@ class Training:
         batch = batch.to(trainer.model.device)
         return batch, losses(self.served.draft, batch, trainer.loss)
 
+    @torch.no_grad()
+    def _rescore(self, batch: Batch) -> Score:
+        return score(batch, losses(self.draft, batch, self.config.trainer.loss))
+
     def _show(self, loss: float, score: Score) -> None:
         total, count = score.accept_length()
         for name, value in (("loss", loss), ("accept_length", total / max(count, 1))):
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
+
+
+def _slots_of(batch: Batch, samples: list[Sample], some: list[Sample]) -> torch.Tensor:
+    """bool [R]: the level-0 slots of `some` of the batch's samples."""
+    chosen = {id(s) for s in some}
+    return torch.tensor([id(s) in chosen for s in samples])[batch.on_cpu.base_sample]
 
 
 def sample_scores(batch: Batch, scored: Score, samples: int) -> list[float]:

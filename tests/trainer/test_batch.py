@@ -5,7 +5,7 @@ import torch
 from naive_draft import CONFIG, VARIANTS, Naive, make
 from random_sample import random_sample
 
-from aurora_trainer.batch import BatchConfig, group, pack
+from aurora_trainer.batch import BatchConfig, _upload, group, pack
 from aurora_trainer.loss import states
 
 
@@ -175,6 +175,18 @@ def test_roots_are_the_slots_that_trees_hang_from():
 
 
 def test_to_moves_every_tensor():
-    batch = pack([random_sample(0)], BatchConfig()).to("meta")
+    packed = pack([random_sample(0)], BatchConfig())
+    batch = packed.to("meta")
     assert batch.features.is_meta and all(level.reach.is_meta and level.tokens.is_meta for level in batch.levels)
+    assert batch.on_cpu is packed and torch.equal(batch.counts(), packed.counts()) and batch.to("cpu") is packed
     assert CONFIG.feature_size == batch.features.shape[1]
+
+
+def test_what_is_uploaded_in_one_piece_arrives_as_it_was():
+    tensors = [
+        torch.arange(5), torch.empty(0, 3, dtype=torch.int64), torch.rand(7, 3).bfloat16(), torch.rand(3) > 0.5,
+        torch.rand(2, 2), torch.arange(6).view(2, 3).T, torch.empty(4, 0),
+    ]  # fmt: skip
+    for tensor, copy in zip(tensors, _upload(tensors, "cpu"), strict=True):
+        assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+        assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()

@@ -134,3 +134,21 @@ def test_the_state_of_another_run_is_refused():
     with pytest.raises(ValueError, match="expected"):
         other = make(VARIANTS["reduced vocabulary"], torch.float32)
         Optimizer(other, OptimizerConfig(kind="adamw")).load_state_dict(*state)
+
+
+def test_steps_too_small_for_bfloat16_add_up():
+    """Beside 1.0 bfloat16 knows 0.996: a norm's weight that steps by 1e-3 would never leave 1.0 without its master."""
+    norm = torch.nn.Module()
+    norm.weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer(norm, OptimizerConfig(lr=1e-3, warmup_updates=0))
+    for _ in range(10):
+        norm.weight.grad = torch.ones_like(norm.weight)
+        optimizer.step(0.0)
+    torch.testing.assert_close(optimizer.masters["weight"], torch.full((4,), 0.99), atol=1e-5, rtol=0)
+    assert torch.equal(norm.weight, optimizer.masters["weight"].bfloat16()) and (norm.weight < 1).all()
+
+
+def test_given_masters_are_taken_unrounded():
+    norm = torch.nn.Module()
+    norm.weight = torch.nn.Parameter(torch.full((4,), 1.001).bfloat16())
+    assert (Optimizer(norm, OptimizerConfig(), {"weight": torch.full((4,), 1.001)}).masters["weight"] == 1.001).all()
