@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 
+from aurora_sglang_plugin.acceptance import Acceptance
 from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.families import Tally
 from aurora_sglang_plugin.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots
 from aurora_sglang_plugin.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
@@ -31,6 +33,9 @@ logger = logging.getLogger(__name__)
 # sampling_params.custom_params of a request
 OPT_OUT = "aurora_capture"  # false: nothing of it leaves the server
 DOMAIN_LABEL = "aurora_domain"  # wire.DOMAIN: a label that travels with it, for `aurora-trainer eval`
+
+KINDS = ("prefill", "verify", "end")
+SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # buckets
 
 HEALTH_CHECK = "HEALTH_CHECK"  # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX)
 
@@ -50,9 +55,11 @@ class Capture:
             self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
         else:
             self.transfer = HostTensors()
-        self.seconds = 0.0  # spent on the scheduler's thread
+        self.seconds = {kind: Tally(SECONDS) for kind in KINDS}  # of the scheduler's thread, for each message
+        self.acceptance = Acceptance(num_steps)
         self.errors = 0
         self.prompt_tokens_skipped = 0  # beyond max_prompt_features
+        self._seconds = 0.0  # for the message that is being made
         self._size = 0  # B of the verify step that is running
         self._rows: list[int] = []  # of the verify step that is running: which of its requests are sampled
         self._index: torch.Tensor | None = None  # the same on the device
@@ -112,7 +119,7 @@ class Capture:
     def before_verify(self, batch: Any) -> None:
         self._rows, self._logits = [], {}
         with self._boundary("rows"):
-            self._size = len(batch.seq_lens)
+            self._seconds, self._size = 0.0, len(batch.seq_lens)
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
             if rows and not self.transfer.has_room():  # known before anything is computed or copied for nothing
                 self.publisher.drop("no_slot")
@@ -160,7 +167,7 @@ class Capture:
                 "verify",
                 Verify,
                 tensors,
-                dict(k=self.config.topk_logits),
+                dict(k=self.config.topk_logits, version=draft_version, acceptance=self.acceptance),
                 [req.rid for req in reqs],
                 flags=[_flags(req) for req in reqs],
                 draft_version=draft_version,
@@ -199,7 +206,10 @@ class Capture:
             self.errors += 1
             if self.errors == 1:
                 logger.exception("aurora capture failed what=%s: serving goes on, further failures are counted", what)
-        self.seconds += time.perf_counter() - start
+        self._seconds += time.perf_counter() - start
+        if what in KINDS:
+            self.seconds[what].observe(self._seconds)
+            self._seconds = 0.0
 
 
 def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:

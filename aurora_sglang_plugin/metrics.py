@@ -1,16 +1,25 @@
 """The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the books by a thread of its own.
 
 SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory, which it names in the
-environment before it starts them: hence the late import, and nothing else to set up here. The scheduler thread only
-counts in plain attributes, as it does without metrics.
+environment before it starts them: hence the late import in families.py, and nothing else to set up here. Scheduler and
+publisher only count in plain attributes, as they do without metrics.
+
+Every series has the labels tp_rank and dp_rank of its scheduler. Each tensor-parallel rank exports what each rank does
+(attached, version, swaps); capture is rank 0's alone, so its sums count nothing twice. docs/metrics.md explains all.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from aurora_sglang_plugin.acceptance import ROLES, accepted, mean_length
+from aurora_sglang_plugin.capture import KINDS, SECONDS
+from aurora_sglang_plugin.families import Exported, Family, counter, gauge, histogram
+from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.capture import Capture
@@ -19,45 +28,81 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
+MODES = ("live", "shadow")
+DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
+REFUSALS = (
+    "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name", "names", "rejected",
+    "shape", "size", "stage", "swap", "target", "values",
+)  # fmt: skip
 
-# name -> (kind, help, label)
-FAMILIES = {
-    "aurora_attached": ("gauge", "1 where AURORA runs in this server", None),
-    "aurora_draft_version": ("gauge", "Version of the draft's weights that drafts now, 0 for the initial one", None),
-    "aurora_swaps": ("counter", "Swaps of the draft's weights, rollbacks included", None),
-    "aurora_swap_seconds": ("counter", "Time of the scheduler's thread spent on swaps", None),
-    "aurora_weights_refused": ("counter", "Published versions that were not loaded", "cause"),
-    "aurora_captured_messages": ("counter", "Messages captured: sent, dropped or queued", None),
-    "aurora_sent_messages": ("counter", "Captured messages sent to the trainer", None),
-    "aurora_sent_bytes": ("counter", "Bytes sent to the trainer", None),
-    "aurora_dropped_messages": ("counter", "Captured messages dropped", "cause"),
-    "aurora_queued_bytes": ("gauge", "Bytes waiting for the trainer", None),
-    "aurora_capture_seconds": ("counter", "Time of the scheduler's thread spent on capture", None),
-    "aurora_capture_errors": ("counter", "Steps whose capture failed", None),
-    "aurora_skipped_prompt_tokens": ("counter", "Prompt tokens left out by plugin.capture.max_prompt_features", None),
+# Of every tensor-parallel rank.
+OF_RANK: dict[str, Family] = {
+    "aurora_attached": gauge("1 where AURORA runs in this scheduler process"),
+    "aurora_mode": gauge("1 for the present mode: live drafts, shadow only collects and follows", mode=MODES),
+    "aurora_draft_version": gauge("Version of the draft's weights that drafts now, 0: those the server started with"),
+    "aurora_weights_age_seconds": gauge("Time since the weights that draft now were published, or the server started"),
+    "aurora_swaps": counter("Swaps of the draft's weights, rollbacks included"),
+    "aurora_swap_stall_seconds": histogram("Time that the scheduler's thread spent on a swap", STALL_S),
+    "aurora_swap_seconds": histogram("Time from noticing a new version to drafting with it", SWAP_S),
+    "aurora_freshness_seconds": histogram(
+        "At each swap: age of the newest verify step that the new weights were trained on", FRESHNESS_S
+    ),
+    "aurora_weights_refused": counter("Published versions that were not loaded, or not swapped in", cause=REFUSALS),
 }
 
 
-class ServerMetrics:
-    """Copies the counters of capture, publisher and reloader to prometheus once a second."""
+def of_capture(num_steps: int) -> dict[str, Family]:
+    """Of the first tensor-parallel rank, which captures; trees have `num_steps` levels."""
+    positions = [str(position) for position in range(1, num_steps + 1)]
+    return {
+        "aurora_captured_messages": counter("Messages captured: sent, dropped or still queued"),
+        "aurora_sent_messages": counter("Captured messages sent to the trainer"),
+        "aurora_sent_bytes": counter("Bytes sent to the trainer, heartbeats included"),
+        "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
+        "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
+        "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
+        "aurora_link_blocked_seconds": gauge("Time since the link took a message or a heartbeat: whether a trainer is there"),
+        "aurora_capture_seconds": histogram(
+            "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
+        ),
+        "aurora_capture_errors": counter("Steps whose capture failed; they were served as usual"),
+        "aurora_skipped_prompt_tokens": counter("Prompt tokens left out by plugin.capture.max_prompt_features"),
+        "aurora_accept_length_tokens": histogram(
+            "Tokens committed by a verify step of a captured request, bonus included", range(1, num_steps + 2)
+        ),
+        "aurora_accepted_drafts": counter("Draft tokens accepted, by position in the draft", position=positions),
+        "aurora_version_accept_length_tokens": gauge(
+            "Mean accept length of all steps drafted by the current and by the previous version", role=ROLES
+        ),
+        "aurora_version_acceptance_ratio": gauge(
+            "Share of the version's verify steps that accepted this position", role=ROLES, position=positions
+        ),
+        "aurora_version_verify_steps": gauge("Verify steps that the two figures above rest on", role=ROLES),
+    }
 
-    def __init__(self, capture: Capture | None, reloader: Reloader):
-        self._capture = capture
-        self._reloader = reloader
-        self._families: dict[str, object] = {}
-        self._last: dict[tuple[str, str], float] = {}
+
+class ServerMetrics:
+    """Copies the counters of capture (None: off, or another rank's) and reloader to prometheus once a second."""
+
+    def __init__(
+        self,
+        capture: Capture | None,
+        reloader: Reloader,
+        mode: Callable[[], str] = lambda: "live",
+        tp_rank: int = 0,
+        dp_rank: int = 0,
+    ):
+        self._capture, self._reloader, self._mode = capture, reloader, mode
+        self._labels = {"tp_rank": str(tp_rank), "dp_rank": str(dp_rank)}
         self._stop = threading.Event()
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="aurora-metrics", daemon=True)
 
     def start(self) -> None:
-        from prometheus_client import Counter, Gauge
-
-        for name, (kind, text, label) in FAMILIES.items():
-            labels = [label] if label else []
-            if kind == "gauge":
-                self._families[name] = Gauge(name, text, labels, multiprocess_mode="mostrecent")
-            else:
-                self._families[name] = Counter(name, text, labels)
+        families = dict(OF_RANK)
+        if self._capture is not None:
+            families |= of_capture(self._capture.num_steps)
+        self._exported = Exported(families, constant=self._labels)
         self.refresh()
         self._thread.start()
 
@@ -67,43 +112,60 @@ class ServerMetrics:
             self._thread.join(timeout=5)
 
     def refresh(self) -> None:
-        """Bring every family up to date; a counter moves by what its source moved."""
-        for name, cause, value in self._values():
-            family = self._families[name]
-            if cause:
-                family = family.labels(cause)
-            if FAMILIES[name][0] == "gauge":
-                family.set(value)
-            else:
-                family.inc(value - self._last.get((name, cause), 0.0))
-                self._last[name, cause] = value
+        """Bring every family up to date."""
+        self._refresh_rank()
+        if self._capture is not None:
+            self._refresh_link()
+            self._refresh_acceptance()
 
-    def _values(self) -> Iterator[tuple[str, str, float]]:
-        yield "aurora_attached", "", 1
-        swaps = self._reloader.counters()
-        yield "aurora_draft_version", "", swaps["draft_version"]
-        yield "aurora_swaps", "", swaps["swaps"]
-        yield "aurora_swap_seconds", "", swaps["swap_seconds_sum"]
-        for name, count in swaps.items():
-            if name.startswith("refused_"):
-                yield "aurora_weights_refused", name.removeprefix("refused_"), count
-        if self._capture is None:
-            return
-        books = self._capture.publisher.counters()
-        yield "aurora_captured_messages", "", books["captured"]
-        yield "aurora_sent_messages", "", books["sent"]
-        yield "aurora_sent_bytes", "", books["bytes_sent"]
-        yield "aurora_queued_bytes", "", books["queued_bytes"]
-        for cause, count in books["dropped"].items():
-            yield "aurora_dropped_messages", cause, count
-        yield "aurora_capture_seconds", "", self._capture.seconds
-        yield "aurora_capture_errors", "", self._capture.errors
-        yield "aurora_skipped_prompt_tokens", "", self._capture.prompt_tokens_skipped
+    def _refresh_rank(self) -> None:
+        exported, reloader = self._exported, self._reloader
+        swaps = reloader.counters()
+        exported.set("aurora_attached", 1)
+        mode = self._mode()
+        for name in MODES:
+            exported.set("aurora_mode", name == mode, name)
+        exported.set("aurora_draft_version", swaps["draft_version"])
+        exported.set("aurora_weights_age_seconds", max(0.0, time.time() - reloader.created_unix_s))
+        exported.count_to("aurora_swaps", swaps["swaps"])
+        exported.load("aurora_swap_stall_seconds", reloader.stalls)
+        exported.load("aurora_swap_seconds", reloader.durations)
+        exported.load("aurora_freshness_seconds", reloader.freshness)
+        refused = {n.removeprefix("refused_"): count for n, count in swaps.items() if n.startswith("refused_")}
+        exported.count_to("aurora_weights_refused", refused)
+
+    def _refresh_link(self) -> None:
+        exported, capture = self._exported, self._capture
+        books = capture.publisher.counters()
+        exported.count_to("aurora_captured_messages", books["captured"])
+        exported.count_to("aurora_sent_messages", books["sent"])
+        exported.count_to("aurora_sent_bytes", books["bytes_sent"])
+        exported.count_to("aurora_dropped_messages", books["dropped"])
+        exported.set("aurora_queued_messages", books["queued"])
+        exported.set("aurora_queued_bytes", books["queued_bytes"])
+        exported.set("aurora_link_blocked_seconds", books["blocked_s"])
+        for kind, tally in capture.seconds.items():
+            exported.load("aurora_capture_seconds", tally, kind)
+        exported.count_to("aurora_capture_errors", capture.errors)
+        exported.count_to("aurora_skipped_prompt_tokens", capture.prompt_tokens_skipped)
+
+    def _refresh_acceptance(self) -> None:
+        exported, acceptance = self._exported, self._capture.acceptance
+        exported.load("aurora_accept_length_tokens", acceptance.lengths())
+        by_position = {str(n): count for n, count in enumerate(accepted(acceptance.by_length), 1)}
+        exported.count_to("aurora_accepted_drafts", by_position)
+        for role, by_length in acceptance.of_role.items():
+            steps = int(by_length.sum())
+            exported.set("aurora_version_verify_steps", steps, role)
+            exported.set("aurora_version_accept_length_tokens", mean_length(by_length), role)
+            for position, count in enumerate(accepted(by_length), 1):
+                exported.set("aurora_version_acceptance_ratio", count / steps if steps else 0.0, role, str(position))
 
     def _run(self) -> None:
         while not self._stop.wait(REFRESH_S):
             try:
                 self.refresh()
             except Exception:  # a full disk under the multiprocess directory must not end anything
-                log.exception("aurora metrics failed")
-                return
+                if not self._failed:
+                    log.exception("aurora metrics failed: serving goes on, further failures are not logged")
+                self._failed = True

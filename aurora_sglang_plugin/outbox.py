@@ -58,6 +58,7 @@ class Outbox:
         self._captured = self._sent = self._heartbeats = self._bytes_sent = 0
         self._dropped: dict[str, int] = {}
         self._sealed = False
+        self._taken_at = time.monotonic()
         self._draft_version = 0
 
     def __len__(self) -> int:
@@ -117,6 +118,7 @@ class Outbox:
             if nbytes > 0:
                 self._sent += 1
                 self._bytes_sent += nbytes
+                self._taken_at = time.monotonic()
             else:
                 self._drop(cause)
 
@@ -125,6 +127,7 @@ class Outbox:
         with self._lock:
             self._heartbeats += 1
             self._bytes_sent += nbytes
+            self._taken_at = time.monotonic()
 
     def seal(self) -> None:
         """Take no more: what comes is dropped, cause `closed`."""
@@ -168,6 +171,7 @@ class Outbox:
                 "queued_bytes": self._queued_bytes + (in_flight.nbytes if in_flight else 0),
                 "bytes_sent": self._bytes_sent,
                 "heartbeats": self._heartbeats,
+                "blocked_s": time.monotonic() - self._taken_at,  # since anything was taken, a heartbeat included
             }
 
     def _drop(self, cause: str) -> None:

@@ -23,7 +23,8 @@ from torch.distributed import ProcessGroup
 
 from aurora_sglang_plugin.agree import Agreement
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.manifest import ManifestError
+from aurora_sglang_plugin.families import Tally
+from aurora_sglang_plugin.manifest import Manifest, ManifestError
 from aurora_sglang_plugin.twin import expected_weights, make_twin, trainable
 from aurora_sglang_plugin.watch import Watcher, Weights
 
@@ -31,6 +32,11 @@ log = logging.getLogger(__name__)
 
 FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
 START_TRIES = 5
+
+# buckets, in seconds
+STALL_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+SWAP_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 
 
 class Reloader:
@@ -55,6 +61,10 @@ class Reloader:
         self.swaps = 0
         self.swap_seconds_sum = 0.0
         self.swap_seconds_max = 0.0
+        self.stalls = Tally(STALL_S)  # of the scheduler's thread
+        self.durations = Tally(SWAP_S)  # from noticing a version to drafting with it
+        self.freshness = Tally(FRESHNESS_S)  # from the capture of the newest step that it was trained on
+        self.created_unix_s = self._previous_created = time.time()  # when what drafts was published
         self._model = model
         self._hot = hot_token_id
         with torch.inference_mode(False):  # the watcher's thread must be able to write to what is made here
@@ -70,6 +80,7 @@ class Reloader:
         self._state = FREE
         self._handoff = threading.Lock()  # held for a comparison and an assignment, never for a copy
         self._staged_version = 0
+        self._staged: tuple[Manifest, float] | None = None  # and when it was noticed
         device = self._pairs[0][0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
@@ -136,6 +147,7 @@ class Reloader:
         if not self._hand_over(state, APPLYING):
             return None
         started = time.perf_counter()
+        manifest, noticed_at = self._staged
         if self._stream:
             torch.cuda.current_stream().wait_event(self._staged_event)
         live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
@@ -147,8 +159,13 @@ class Reloader:
         if self._stream:
             self._applied_event.record()
         self.previous_version, self.version = self.version, self._staged_version
+        self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._measure(started)
+        if self._watching:  # a version that lay there when the server started says nothing about either
+            self.durations.observe(time.monotonic() - noticed_at)
+            if manifest.trained_until_ns:
+                self.freshness.observe(max(0.0, time.time() - manifest.trained_until_ns / 1e9))
         return self.version
 
     def rollback(self) -> int | None:
@@ -160,6 +177,7 @@ class Reloader:
         if self._hot is not None:
             self._hot.copy_(self._previous_hot)
         self.version, self.previous_version = self.previous_version, None
+        self.created_unix_s = self._previous_created
         self._measure(started)
         return self.version
 
@@ -173,7 +191,7 @@ class Reloader:
         except Exception:
             self._state = FREE
             raise
-        self._staged_version = weights.manifest.version
+        self._staged_version, self._staged = weights.manifest.version, (weights.manifest, weights.noticed_at)
         self._state = READY
         return True
 
@@ -217,6 +235,7 @@ class Reloader:
         self.swaps += 1
         self.swap_seconds_sum += seconds
         self.swap_seconds_max = max(self.swap_seconds_max, seconds)
+        self.stalls.observe(seconds)
         log.info("draft swapped version=%d previous=%s seconds=%.4f", self.version, self.previous_version, seconds)
 
 

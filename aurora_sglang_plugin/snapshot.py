@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 
+from aurora_sglang_plugin.acceptance import Acceptance
 from aurora_sglang_plugin.transfer import Staged
 
 WIRE_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -54,6 +55,8 @@ class Prefill:
 class Verify:
     staged: Staged
     k: int  # kept target logits
+    version: int = 0  # that drew the trees
+    acceptance: Acceptance | None = None  # where its accept lengths are counted, once
 
     @property
     def nbytes(self) -> int:
@@ -61,9 +64,11 @@ class Verify:
 
     def unload(self) -> None:
         self.staged.unload()
+        self._count(self.staged.tensors)
 
     def build(self) -> Arrays:
         t = self.staged.fetch()
+        self._count(t)
         size, nodes = t["draft_tokens"].shape
         if "logits" in t:
             k = min(self.k, t["logits"].shape[1])
@@ -84,6 +89,11 @@ class Verify:
         }
         self.staged.release()
         return arrays
+
+    def _count(self, tensors: dict[str, torch.Tensor]) -> None:
+        if self.acceptance is not None:
+            self.acceptance.add(self.version, tensors["accept_lens"])
+            self.acceptance = None
 
 
 @dataclass(slots=True)

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Weights:
     manifest: Manifest
     config: dict
     tensors: dict[str, tuple[str, np.ndarray]]  # canonical name -> (safetensors dtype, array; bfloat16 as uint16)
+    noticed_at: float  # monotonic seconds
 
 
 def canonical_name(name: str) -> str:
@@ -96,6 +98,7 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
 
     Raises ManifestError with a cause of `read_manifest` or `check_manifest`, or: hash, header, values, d2t, config.
     """
+    noticed_at = time.monotonic()
     manifest = read_manifest(version_dir)
     check_manifest(manifest, expected)
     data = {}
@@ -116,7 +119,7 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
     if "d2t" in tensors:
         _check_d2t(tensors["d2t"][1], expected.target_vocab)
     config = _check_config(data["config.json"], expected.config)
-    return Weights(manifest, config, tensors)
+    return Weights(manifest, config, tensors, noticed_at)
 
 
 class Watcher:

@@ -16,6 +16,7 @@ from typing import Any
 
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.mem_cache import common
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from aurora_sglang_plugin.capture import Capture
@@ -72,8 +73,8 @@ class AuroraWorker(EAGLEWorkerV2):
             self.capture = Capture(config.plugin.capture, publisher, device, self.speculative_num_steps, self.topk)
             self._tell_before_sampling()
             _capture = self.capture
-        if tp.rank_in_group == 0:
-            ServerMetrics(self.capture, self.reloader).start()
+        ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
+        ServerMetrics(self.capture, self.reloader, self._mode, **ranks).start()
         logger.info(
             "aurora attached capture=%s endpoint=%s weights=%s draft_version=%d target=%s",
             self.capture is not None,
@@ -82,6 +83,9 @@ class AuroraWorker(EAGLEWorkerV2):
             self.reloader.version,
             target,
         )
+
+    def _mode(self) -> str:
+        return "live" if self.speculative_num_steps else "shadow"
 
     def _tell_before_sampling(self) -> None:
         """Sampling edits verify's logits in place, and has no seam before it: wrap the target's forward."""

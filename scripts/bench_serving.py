@@ -46,11 +46,11 @@ def tree_rss_bytes(server: Server) -> int:
 
 def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
     server.get("/flush_cache")  # every turn computes its prompts
-    capture = [metric(server, f"aurora_{n}_total") for n in ("capture_seconds", "captured_messages")]
+    capture = [metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")]
     cpu, began = tree_cpu_s(server), time.monotonic()
     replies = list(send(server, prompts, tokens=96))
     wall = time.monotonic() - began
-    after = [metric(server, f"aurora_{n}_total") for n in ("capture_seconds", "captured_messages")]
+    after = [metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")]
     return {
         "tokens_per_s": sum(len(r.tokens) for r in replies) / wall,
         "latency_p95_s": sorted(r.latency_s for r in replies)[int(0.95 * len(replies))],

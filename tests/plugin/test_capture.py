@@ -109,7 +109,7 @@ def test_verify_takes_the_sampled_rows():
     expected = raw.view(3, N, V)[[0, 2]].topk(5)  # of the raw logits, before they were edited
     assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
     assert abs(arrays["aux_hidden_states"]).min() > 0
-    assert capture.errors == 0 and capture.seconds > 0
+    assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
 
 
 def test_nothing_is_offered_where_nobody_is_sampled():
