@@ -86,8 +86,8 @@ def coverage(counts: Tensor, sizes: Sequence[int], target: Target) -> list[Cover
     for size in sizes:
         kept = _mask(total, size, keep)
         others = [(counts[n] * _mask(counts[1 - n], size, keep)).sum() for n in range(HALVES)]
-        held_out = float(sum(others)) / float(total.sum())
-        found.append(Coverage(size, float((total * kept).sum() / total.sum()), held_out, size * row))
+        held_out = int(sum(others)) / int(total.sum())
+        found.append(Coverage(size, int((total * kept).sum()) / int(total.sum()), held_out, size * row))
     return found
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from aurora_trainer import vocab
 from aurora_trainer.draft import Draft
@@ -129,3 +129,40 @@ def test_a_directory_without_safetensors_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="safetensors"):
         open_target(tmp_path)
+
+
+def nest(target, **more):
+    """Rewrite a target as the language model of a larger one, as Kimi K2.5 and others are saved."""
+    raw = json.loads((target / "config.json").read_text())
+    eos = raw.pop("eos_token_id")
+    config = {"architectures": ["Other"], "eos_token_id": eos, "text_config": raw | more, "vision_config": {"x": 1}}
+    (target / "config.json").write_text(json.dumps(config))
+    tensors = load_file(target / "model.safetensors")
+    save_file({f"language_model.{n}": t for n, t in tensors.items()}, target / "model.safetensors")
+    return tensors
+
+
+def test_the_language_model_of_a_larger_model(tmp_path):
+    write_target(tmp_path)
+    tensors = nest(tmp_path)
+    target = open_target(tmp_path)
+    assert target.eos_token_ids == (59,) and torch.equal(target.head(), tensors["lm_head.weight"])
+    draft = init_draft(tmp_path, tmp_path / "d", "target")
+    assert torch.equal(draft.norm.weight, tensors["model.norm.weight"])
+
+
+def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
+    """As in Kimi K2.5: what the target has none of is chosen, and its sparse last layer is nothing to start from."""
+    write_target(tmp_path)
+    tensors = nest(
+        tmp_path, kv_lora_rank=4, v_head_dim=6, n_routed_experts=8, num_key_value_heads=4, num_attention_heads=4,
+        rope_scaling={"type": "yarn", "factor": 64.0}, intermediate_size=8,
+    )  # fmt: skip
+    draft = init_draft(tmp_path, tmp_path / "d", "random")
+    config = draft.config
+    assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (6, 4, 48)
+    assert config.rope_scaling is None and config.rope_theta == 5e4
+    kept = {f"language_model.{n}": t for n, t in tensors.items() if "layers.3.mlp" not in n}
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="--kind random"):
+        init_draft(tmp_path, tmp_path / "e", "target")
