@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from aurora_sglang_plugin.endpoint import check_endpoint, stays_here
 
 ENV_CONFIG = "AURORA_CONFIG"
 ENV_SET = "AURORA_SET"
@@ -26,21 +28,39 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _loopback(endpoint: str) -> str:
-    local = ("ipc://", "tcp://127.0.0.1:", "tcp://localhost:", "tcp://[::1]:")
-    if not endpoint.startswith(local):
-        raise ValueError(
-            f"endpoint {endpoint!r} leaves this machine and the link is not encrypted; "
-            "expected ipc://... or tcp://127.0.0.1:PORT"
-        )
-    return endpoint
-
-
 class LinkConfig(Section):
     """The ZeroMQ link. The trainer binds, every server connects."""
 
-    endpoint: Annotated[str, AfterValidator(_loopback)] = "tcp://127.0.0.1:5590"
+    endpoint: str = "tcp://127.0.0.1:5590"  # where servers connect, and the trainer binds unless `bind` says otherwise
+    bind: str | None = None  # where the trainer binds, e.g. tcp://0.0.0.0:5590
+    trainer_keys: Path | None = None  # read by the trainer (keys.py); both or neither
+    server_keys: Path | None = None  # read by servers
+    insecure_plaintext_beyond_loopback: bool = False
     max_message_bytes: PositiveInt = 64 << 20
+
+    @property
+    def bound(self) -> str:
+        """Where the trainer binds."""
+        return self.bind or self.endpoint
+
+    @model_validator(mode="after")
+    def _private(self) -> LinkConfig:
+        check_endpoint("link.endpoint", self.endpoint, wildcard=False)
+        check_endpoint("link.bind", self.bound, wildcard=True)
+        if (self.trainer_keys is None) != (self.server_keys is None):
+            raise ValueError(
+                "link.trainer_keys and link.server_keys: expected both or neither, in the one file of both sides "
+                "(each side reads its own directory only)"
+            )
+        for name, endpoint in (("endpoint", self.endpoint), ("bind", self.bound)):
+            if self.trainer_keys or self.insecure_plaintext_beyond_loopback or stays_here(endpoint):
+                continue
+            raise ValueError(
+                f"link.{name} {endpoint!r} leaves this machine and nothing would be encrypted; expected ipc://PATH or "
+                "tcp://127.0.0.1:PORT, or keys in link.trainer_keys and link.server_keys (aurora-trainer keygen). Who "
+                "trusts the network with every prompt says link.insecure_plaintext_beyond_loopback = true"
+            )
+        return self
 
 
 class WeightsConfig(Section):

@@ -5,7 +5,8 @@
 
 Delivery is at most once. ZeroMQ's own queue would keep the oldest messages, count them in messages and fill while
 nobody is connected; it is kept at SEND_QUEUE_MESSAGES and unused while unconnected. A message that ZeroMQ took and the
-trainer never got is `sent` here and `lost` in the trainer's books.
+trainer never got is `sent` here and `lost` in the trainer's books. With link.server_keys nothing is sent to a peer that
+does not have the trainer's secret key.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ import logging
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import zmq
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
+from aurora_sglang_plugin.endpoint import EXPECTED, check_ipc_directory
+from aurora_sglang_plugin.handshakes import HANDSHAKE_S, Connected
+from aurora_sglang_plugin.keys import load_server_keys
 from aurora_sglang_plugin.outbox import Arrays, Item, Outbox, Snapshot
 
 log = logging.getLogger(__name__)
@@ -27,12 +32,19 @@ log = logging.getLogger(__name__)
 SEND_QUEUE_MESSAGES = 4
 WRITABLE_POLL_MS = 10  # while nobody takes messages: how soon a new one is unloaded, or closing is noticed
 REOPEN_S = 1.0
+REMEDIES = {
+    "key": "the trainer does not list this server's key; add it to servers/ in link.trainer_keys, restart the trainer",
+    "protocol": "who listens there does not encrypt as this side does; expected a trainer with the same [link]",
+    "unfinished": "who listens there ends the handshake; expected the trainer whose key link.server_keys holds",
+    "garbage": "who listens there is no trainer; expected one, or another link.endpoint",
+}
 
 
 class Publisher:
     """One server's end of the link. Create it once per process; `offer` and `drop` are for one thread.
 
-    Raises ValueError where the endpoint cannot be connected to at all (an absent trainer is not an error).
+    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used (an absent trainer is
+    not an error).
     """
 
     def __init__(self, link: LinkConfig, config: PublishConfig, target: str):
@@ -42,8 +54,11 @@ class Publisher:
         self._logged: set[str] = set()
         self._wake = threading.Event()
         self._close_at: float | None = None  # monotonic; set once by close()
+        self._keys = load_server_keys(link.server_keys) if link.server_keys else None
+        check_ipc_directory(link.endpoint, keys=self._keys is not None)
+        self._refused: Counter[str] = Counter()
         self._context = zmq.Context()
-        self._socket = self._connect()
+        self._connect()
         self._thread = threading.Thread(target=self._run, name="aurora-publish", daemon=True)
         self._thread.start()
 
@@ -86,9 +101,10 @@ class Publisher:
     def counters(self) -> dict:
         """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes, bytes_sent; heartbeats.
 
-        Causes: queue_full, too_large, build, publish, closed, and those of drop().
+        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `refused` {cause: n} counts attempts
+        to connect that failed at the handshake, by the causes of handshakes.py.
         """
-        return self._outbox.counters()
+        return self._outbox.counters() | {"refused": dict(self._refused)}
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Send what the trainer takes within `timeout_s`, count the rest as dropped by cause `closed`. Idempotent."""
@@ -100,20 +116,41 @@ class Publisher:
 
     # ---- the publisher's thread
 
-    def _connect(self) -> zmq.Socket:
-        socket = self._context.socket(zmq.PUSH)
+    def _connect(self) -> None:
+        self._socket = socket = self._context.socket(zmq.PUSH)
         socket.sndhwm = SEND_QUEUE_MESSAGES
         socket.linger = 0
         socket.immediate = 1  # nothing is queued for a peer that is not there
         socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000  # ms
+        socket.handshake_ivl = int(HANDSHAKE_S * 1000)
+        socket.ipv6 = self._link.endpoint.startswith("tcp://[")
+        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20  # s
+        if self._keys is not None:
+            self._keys.encrypt(socket)
+        self._connected = Connected(socket, self._refused)
         try:
             socket.connect(self._link.endpoint)
         except zmq.ZMQError as error:
-            socket.close()
-            raise ValueError(
-                f"link.endpoint {self._link.endpoint!r}: {error}; expected ipc:///PATH or tcp://127.0.0.1:PORT"
-            ) from None
-        return socket
+            self._disconnect()
+            raise ValueError(f"link.endpoint {self._link.endpoint!r}: {error}; {EXPECTED}") from None
+
+    def _disconnect(self, linger_ms: int = 0) -> None:
+        self._connected.monitor.close()
+        self._socket.close(linger=linger_ms)
+
+    def _mind(self) -> None:
+        """Nobody takes messages: try again where libzmq would not, and say why, once for each cause."""
+        self._connected.turn()
+        for cause in self._refused.keys() - self._logged:
+            self._logged.add(cause)
+            key = f" public_key={self._keys.public.decode()}" if self._keys else ""
+            log.warning(
+                "aurora link refused cause=%s endpoint=%s%s (counted, logged once): %s",
+                cause, self._link.endpoint, key, REMEDIES[cause],
+            )  # fmt: skip
+        if self._connected.stuck is not None and time.monotonic() > self._connected.stuck + REOPEN_S:
+            self._disconnect()
+            self._connect()
 
     def _run(self) -> None:
         heartbeat_at = time.monotonic()  # the first one tells the trainer that this epoch began
@@ -121,17 +158,18 @@ class Publisher:
             self._wake.clear()
             try:
                 if self._socket.closed:
-                    self._socket = self._connect()
+                    self._connect()
                 if self._outbox:
                     if self._send_next():
                         heartbeat_at = time.monotonic() + self._heartbeat_s
                     continue
                 if time.monotonic() >= heartbeat_at:
-                    self._send_heartbeat()
+                    if not self._send_heartbeat():
+                        self._mind()
                     heartbeat_at = time.monotonic() + self._heartbeat_s
             except Exception as error:  # serving goes on without publishing until the socket works again
                 self._log_once("publish", error)
-                self._socket.close(linger=0)
+                self._disconnect()
                 heartbeat_at = time.monotonic() + REOPEN_S
             self._wake.wait(max(0.0, heartbeat_at - time.monotonic()))
         self._finish()
@@ -144,7 +182,7 @@ class Publisher:
                 self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
         except Exception as error:
             self._log_once("publish", error)
-        self._socket.close(linger=max(0, int((self._close_at - time.monotonic()) * 1000)))
+        self._disconnect(max(0, int((self._close_at - time.monotonic()) * 1000)))
         self._context.term()
 
     def _send_next(self) -> bool:
@@ -179,6 +217,7 @@ class Publisher:
             self._outbox.unload()
         except Exception as error:  # that message fails to build as well, and is counted there
             self._log_once("unload", error)
+        self._mind()
         return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
@@ -196,8 +235,8 @@ class Publisher:
                 self._socket.send(part, zmq.DONTWAIT | more, copy=False)
             except zmq.Again:
                 if i:  # the peer went away within a message: a fresh socket is the way to be rid of the rest
-                    self._socket.close(linger=0)
-                    self._socket = self._connect()
+                    self._disconnect()
+                    self._connect()
                 return 0
         return nbytes
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
+from aurora_sglang_plugin.endpoint import stays_here
+from aurora_sglang_plugin.keys import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import TrainerFile
@@ -31,6 +33,7 @@ def check_all(config: TrainerFile) -> bool:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("target", lambda: _target(model.target)),
         ("draft", lambda: _draft(model.target, model.draft)),
+        ("keys", lambda: _keys(config.link)),
         ("endpoint", lambda: _endpoint(config.link)),
         ("weights directory", lambda: _weights(config.weights.directory)),
         ("checkpoint directory", lambda: _checkpoints(config.trainer.checkpoint.directory)),
@@ -77,9 +80,30 @@ def _draft(model: str, directory: Path) -> str:
     return f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"
 
 
+def _keys(link: LinkConfig) -> str:
+    if link.trainer_keys is None or link.server_keys is None:
+        here = stays_here(link.endpoint) and stays_here(link.bound)
+        return "none, the link stays on this machine" if here else "none: PLAINTEXT BEYOND LOOPBACK, as is set"
+    found = []
+    trainer = load_trainer_keys(link.trainer_keys) if link.trainer_keys.is_dir() else None
+    if trainer is not None:
+        found.append(f"the trainer lets in {', '.join(sorted(trainer.servers.values()))}")
+    server = load_server_keys(link.server_keys) if link.server_keys.is_dir() else None
+    if server is not None:
+        found.append(f"the server's public key is {server.public.decode()}")
+    if trainer is not None and server is not None:
+        check_pair(trainer, server)
+        found.append("they fit")
+    if not found:
+        raise ValueError(f"neither {link.trainer_keys} nor {link.server_keys} is here; expected what keygen wrote")
+    return "; ".join(found)
+
+
 def _endpoint(link: LinkConfig) -> str:
+    if link.trainer_keys is not None and not link.trainer_keys.is_dir():
+        return f"{link.endpoint} is not bound here: link.trainer_keys {link.trainer_keys} is on another machine"
     Receiver(link, ReceiveConfig(), books_path=None).close()
-    return f"{link.endpoint} can be bound"
+    return f"{link.bound} can be bound"
 
 
 def _weights(directory: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,8 @@ from typing import Annotated
 import typer
 
 from aurora_trainer.clear_errors import clear_errors as _clear_errors
+from aurora_trainer.cli_options import ConfigPath, Overrides, log_to_stderr
+from aurora_trainer.cli_recordings import app as recording_commands
 from aurora_trainer.cli_weights import app as weights_commands
 
 app = typer.Typer(
@@ -18,20 +19,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ConfigPath = Annotated[
-    Path | None, typer.Option("--config", "-c", help="TOML file, the same as the server's.", envvar="AURORA_CONFIG")
-]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="One setting, e.g. trainer.optimizer.lr=1e-3. Repeatable.")
-]
-
-RecordingPath = Annotated[Path, typer.Argument(help="Directory of a recording, or one of its files.")]
-
-
-class Pace(StrEnum):
-    fast = "fast"
-    original = "original"
 
 
 class Kind(StrEnum):
@@ -48,59 +35,11 @@ def run(
 ) -> None:
     """Receive, train and publish until stopped (SIGTERM, Ctrl-C)."""
     with _clear_errors():
-        _log_to_stderr()
+        log_to_stderr()
         from aurora_trainer.config import load_trainer_config
         from aurora_trainer.daemon import open_daemon
 
         open_daemon(load_trainer_config(config, overrides or ())).run_live(steps, record)
-
-
-@app.command()
-def record(
-    out: Annotated[Path, typer.Option(help="Directory of the recording; one that is there goes on.")],
-    config: ConfigPath = None,
-    overrides: Overrides = None,
-    seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so long.")] = None,
-) -> None:
-    """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM, Ctrl-C)."""
-    with _clear_errors():
-        _log_to_stderr()
-        from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.record import record
-
-        record(load_trainer_config(config, overrides or ()), out, seconds)
-
-
-@app.command()
-def replay(
-    recording: RecordingPath,
-    config: ConfigPath = None,
-    overrides: Overrides = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
-    pace: Annotated[Pace, typer.Option(help="As fast as it can, or as it was recorded.")] = Pace.fast,
-    to: Annotated[
-        str | None, typer.Option(help="Send to the trainer at this endpoint instead of training here.")
-    ] = None,
-) -> None:
-    """Train on a recording instead of live traffic, or send it to a live trainer."""
-    with _clear_errors():
-        _log_to_stderr()
-        from aurora_trainer.config import load_trainer_config
-
-        original = pace is Pace.original
-        if to is not None:
-            from aurora_trainer.replay import push
-
-            if steps is not None:
-                raise ValueError("--steps with --to: expected one of them; the live trainer counts its own steps")
-            settings = load_trainer_config(config, [*(overrides or ()), f"link.endpoint={to}"])
-            counts = push(recording, settings.link, original_pace=original)
-            typer.echo("replayed " + " ".join(f"{name}={count}" for name, count in counts.items()))
-            return
-        from aurora_trainer.daemon import open_daemon
-
-        settings = load_trainer_config(config, overrides or ())
-        open_daemon(settings).run_recording(recording, steps, original_pace=original)
 
 
 @app.command()
@@ -112,6 +51,20 @@ def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
 
         if not check_all(load_trainer_config(config, overrides or ())):
             raise typer.Exit(1)
+
+
+@app.command()
+def keygen(
+    directory: Annotated[Path, typer.Argument(help="Directory of the keys; made where it is not there.")],
+    server: Annotated[
+        list[str] | None, typer.Option(help="Name of a server to make keys for. Repeatable. Default: server.")
+    ] = None,
+) -> None:
+    """Make the keys of the link: the trainer's, unless they are there, and each named server's. Overwrites nothing."""
+    with _clear_errors():
+        from aurora_trainer.keygen import keygen
+
+        typer.echo(keygen(directory, server or ["server"]))
 
 
 @app.command("init-draft")
@@ -152,14 +105,7 @@ def init_draft(
         typer.echo(f"draft written directory={out} kind={kind.value} parameters={size} vocabulary={len(draft.d2t)}")
 
 
-def _log_to_stderr() -> None:
-    import logging
-
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(name)s %(message)s"
-    )
-
-
+app.add_typer(recording_commands)
 app.add_typer(weights_commands)
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Receive messages from the servers: the right end of the wire.
 
-    PULL socket -> check (wire.decode) -> books -> bounded queue -> get()
+    PULL socket (guard.py) -> check (wire.decode) -> books -> bounded queue -> get()
 
 One thread receives. When the queue is full it stops, so that the pressure reaches the publishers' queues, where the
 oldest messages are dropped and counted. Nothing that a peer sends ends it; what cannot be used is counted by cause:
@@ -21,7 +21,10 @@ from pydantic import PositiveInt
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, Section
+from aurora_sglang_plugin.endpoint import check_ipc_directory
+from aurora_sglang_plugin.keys import load_trainer_keys
 from aurora_trainer.books import MAX_CAUSES, Books
+from aurora_trainer.guard import Guard
 from aurora_trainer.recording import Recording
 
 log = logging.getLogger(__name__)
@@ -37,10 +40,10 @@ class ReceiveConfig(Section):
 
 
 class Receiver:
-    """Binds link.endpoint and receives until close(). `target`: refuse messages about another one (cause `target`).
+    """Binds link.bound and receives until close(). `target`: refuse messages about another one (cause `target`).
 
     `books_path` is None where the books need not survive. `recording` gets the raw parts of every accepted message.
-    Raises ValueError where the endpoint cannot be bound.
+    Raises ValueError where the endpoint cannot be bound, or its keys cannot be used.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Receiver:
         self._changed = threading.Condition()  # guards queue and books
         self._closing = False
         self._context = zmq.Context()
-        self._socket = _bind(self._context, link)
+        self._socket, self._guard = _bind(self._context, link)
         self._thread = threading.Thread(target=self._run, name="aurora-receive", daemon=True)
         self._thread.start()
 
@@ -74,10 +77,13 @@ class Receiver:
             return message
 
     def books(self) -> dict:
-        """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected: {cause: n}, ...}"""
+        """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected: {cause: n}, ...}
+
+        `rejected` is in messages; `refused_peers` {cause: n} in connections, since this receiver began (guard.py).
+        """
         with self._changed:
             queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}  # since it began
-            return self._books.as_dict() | queue
+            return self._books.as_dict() | queue | {"refused_peers": self._guard.refused()}
 
     def balanced(self, epoch: str) -> bool | str:
         """True where both equations of books.py hold after a heartbeat, else what is not equal."""
@@ -96,7 +102,9 @@ class Receiver:
     def _run(self) -> None:
         while not self._closing:
             try:
-                if self._has_room() and self._socket.poll(POLL_MS):
+                if not self._has_room():
+                    self._guard.turn()
+                elif self._guard.wait(POLL_MS):
                     self._accept(*self._receive())
             except Exception:  # whatever it was, the next message may be well
                 log.exception("receiver failed on a message, going on")
@@ -107,6 +115,7 @@ class Receiver:
                 with self._changed:
                     self._books.write()
         self._books.write()
+        self._guard.close()
         self._socket.close(linger=0)
         self._context.term()
 
@@ -158,23 +167,30 @@ class Receiver:
             self._recording.write(parts)
 
 
-def _bind(context: zmq.Context, link: LinkConfig) -> zmq.Socket:
+def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, Guard]:
+    endpoint = link.bound
+    keys = load_trainer_keys(link.trainer_keys) if link.trainer_keys else None
+    check_ipc_directory(endpoint, keys=keys is not None)
     socket = context.socket(zmq.PULL)
     socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
     socket.maxmsgsize = link.max_message_bytes  # of a part: a peer that sends a larger one is disconnected
     socket.linger = 0
+    socket.ipv6 = endpoint.startswith("tcp://[")
+    socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20  # s; a server that vanished
+    guard = Guard(socket, keys)
     try:
-        if _ipc_is_served(link.endpoint):  # libzmq would take the path away from whoever serves it
+        if _ipc_is_served(endpoint):  # libzmq would take the path away from whoever serves it
             raise zmq.ZMQError(zmq.EADDRINUSE)
-        socket.bind(link.endpoint)
+        socket.bind(endpoint)
     except zmq.ZMQError as error:
+        guard.close()
         socket.close()
         context.term()
-        remedy = "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://127.0.0.1:PORT"
+        remedy = "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://OWN-ADDRESS:PORT (link.bind, where it is set)"
         if error.errno == zmq.EADDRINUSE:
             remedy = "another trainer runs there: stop it, or set link.endpoint for this trainer and its servers"
-        raise ValueError(f"link.endpoint {link.endpoint!r} cannot be bound: {error}; {remedy}") from None
-    return socket
+        raise ValueError(f"link.endpoint {endpoint!r} cannot be bound: {error}; {remedy}") from None
+    return socket, guard
 
 
 def _ipc_is_served(endpoint: str) -> bool:

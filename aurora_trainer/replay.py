@@ -18,6 +18,7 @@ import zmq
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig
+from aurora_sglang_plugin.keys import load_server_keys
 from aurora_sglang_plugin.publish import SEND_QUEUE_MESSAGES
 from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.trace import Record
@@ -76,6 +77,8 @@ def push(
 def _connect(context: zmq.Context, link: LinkConfig) -> zmq.Socket:
     socket = context.socket(zmq.PUSH)
     socket.sndhwm, socket.immediate = SEND_QUEUE_MESSAGES, 1
+    if link.server_keys:
+        load_server_keys(link.server_keys).encrypt(socket)
     try:
         socket.connect(link.endpoint)
     except zmq.ZMQError as error:
