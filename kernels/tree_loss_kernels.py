@@ -26,8 +26,8 @@ _MIN_COVERED = tl.constexpr(MIN_COVERED)
 def blocks(kernel: JITFunction, capability: tuple[int, int] | None) -> dict[str, int]:
     """Launch parameters on a GPU of this capability; None: the interpreter, with small tiles so that tests cross them.
 
-    No measurement on a GPU stands behind the sizes yet. By the compiler's count of registers four programs of a row's
-    kernel fit on a multiprocessor (two for exact targets), each with 8 kB of loads in flight (16 kB).
+    No measurement on a GPU stands behind the sizes yet. By the compiler's count of registers at least four programs
+    that read a row's logits fit on a multiprocessor, each with 8 kB of loads in flight.
     """
     name = kernel.__name__
     if name == "norm_weight_bwd_kernel":
@@ -36,7 +36,7 @@ def blocks(kernel: JITFunction, capability: tuple[int, int] | None) -> dict[str,
         return {"BLOCK": 16}
     if name.startswith("norm"):
         return {"BLOCK": 2048, "num_warps": 4}
-    return {"BLOCK": 2048, "num_warps": 8}
+    return {"BLOCK": 2048 if name == "topk_loss_kernel" else 1024, "num_warps": 8}
 
 
 @triton.jit
@@ -96,19 +96,10 @@ def norm_weight_bwd_kernel(dy, x, scale, dg, R, H, rows_each, BLOCK_R: tl.conste
 
 
 @triton.jit
-def _fold(x, cols, top, total, first):
-    """Running maximum, sum of exp(x - maximum) and column of the maximum, each column of a tile for itself."""
-    higher = x > top
+def _fold(x, top, total):
+    """Running maximum and sum of exp(x - maximum), each column of a tile for itself."""
     e = tl.exp(-tl.abs(x - top))
-    total = tl.where(higher, total * e + 1.0, total + e)
-    return tl.where(higher, x, top), total, tl.where(higher, cols, first)
-
-
-@triton.jit
-def _join(top, total, first, n):
-    """The same of the whole row: (maximum, sum of exp(x - maximum), first column that holds it)."""
-    best = tl.max(top, 0)
-    return best, tl.sum(total * tl.exp(top - best), 0), tl.min(tl.where(top == best, first, n), 0)
+    return tl.maximum(x, top), tl.where(x > top, total * e + 1.0, total + e)
 
 
 @triton.jit
@@ -120,8 +111,10 @@ def _row_statistics(row, n, BLOCK: tl.constexpr):
     for start in range(0, n, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         x = tl.load(row + cols, mask=cols < n, other=-float("inf"))
-        top, total, first = _fold(x, cols, top, total, first)
-    return _join(top, total, first, n)
+        first = tl.where(x > top, cols, first)
+        top, total = _fold(x, top, total)
+    best = tl.max(top, 0)
+    return best, tl.sum(total * tl.exp(top - best), 0), tl.min(tl.where(top == best, first, n), 0)
 
 
 @triton.jit
@@ -224,15 +217,12 @@ def exact_loss_kernel(
     if REDUCED:
         p_top = tl.full([BLOCK], _LOWEST, tl.float32)
         p_sum = tl.zeros([BLOCK], tl.float32)
-        unused = tl.zeros([BLOCK], tl.int32)
         for start in range(0, VD, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             ids = tl.load(target_ids + cols, mask=cols < VD, other=0)
-            p_top, p_sum, unused = _fold(
-                tl.load(t + ids, mask=cols < VD, other=-float("inf")), cols, p_top, p_sum, unused
-            )
-        p_best, p_sum, unused_too = _join(p_top, p_sum, unused, VD)
-        p_lse = p_best + tl.log(p_sum)
+            p_top, p_sum = _fold(tl.load(t + ids, mask=cols < VD, other=-float("inf")), p_top, p_sum)
+        best = tl.max(p_top, 0)
+        p_lse = best + tl.log(tl.sum(p_sum * tl.exp(p_top - best), 0))
         covered = tl.exp(p_lse - t_lse)
         label = tl.load(draft_ids + label)
     tl.store(argmax_out + row, argmax)
@@ -306,12 +296,12 @@ def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunct
         rows = {"dy": "*fp32", "dg": "*fp32", "R": "i32", "rows_each": "i32"}
         yield of(f"norm weight bwd {dtype}", norm_weight_bwd_kernel, norm | rows)
         outputs = {"loss_out": "*fp32", "acceptance_out": "*fp32", "argmax_out": "*i64", "weight": "*fp32"}
-        logits = outputs | {"z": "*fp32", "dz": f"*{dtype}", "VD": "i32", "z_stride": "i32", "dz_stride": "i32"}
+        logits = outputs | {"z": "*fp32", "dz": f"*{dtype}", "VD": "i32", "z_stride": "i32:16", "dz_stride": "i32:16"}
         logits |= dict.fromkeys(("forward_kl", "reverse_kl", "tv", "greedy"), "fp32")
         kept = {"topk_ids": "*i64", "topk_logits": "*fp32", "logsumexp": "*fp32", "K": "i32"}
         for k in (16, 32, 64, 128) if dtype == "bf16" else (32,):
             yield of(f"topk {dtype} KP={k}", topk_loss_kernel, logits | kept, GRADS=True, KP=k)
-        exact = {"t": "*fp32", "label_out": "*i64", "V": "i32", "t_stride": "i32"}
+        exact = {"t": "*fp32", "label_out": "*i64", "V": "i32", "t_stride": "i32:16"}
         exact |= {"target_ids": None, "draft_ids": None}
         for reduced, sums in ((0, 0), (0, 1), (1, 0), (1, 1)) if dtype == "bf16" else ((1, 1),):
             ids = dict.fromkeys(("target_ids", "draft_ids"), "*i32") if reduced else {}
