@@ -20,7 +20,8 @@ STEP_NS = 1_000_000
 
 
 def messages(
-    *, target: str, vocab: int, features: int, requests: int, epoch: str = "e", seed: int = 0, outputs: int = 24
+    *, target: str, vocab: int, features: int, requests: int, epoch: str = "e", seed: int = 0, outputs: int = 24,
+    domain: str = "",
 ) -> Iterator[list[bytes]]:
     """Parts of prefill, verify and end messages of `requests` requests of about `outputs` tokens, one after another."""
     rng = random.Random(seed)
@@ -34,7 +35,7 @@ def messages(
         header = wire.Header(
             schema=wire.SCHEMA_VERSION, kind=kind, epoch=epoch, captured_seq=sent, sent_seq=sent, heartbeats=0,
             dropped={}, queued=0, target=target, draft_version=0, extend_version=0, time_ns=sent * STEP_NS,
-            requests=[request], **fields,
+            requests=[request], domains=[domain] if domain and kind != "verify" else [], **fields,
         )  # fmt: skip
         return [bytes(part) for part in wire.encode(header, arrays)]
 

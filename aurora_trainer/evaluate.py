@@ -1,0 +1,274 @@
+"""Evaluate drafts on a recording: what a server's accept length would have been, had it drafted with them.
+
+Speculation is lossless, so the committed tokens of a recorded request do not depend on the draft that served it: any
+draft can be walked along them. A step at a slot proposes the chain of the draft's first choices; as many are accepted
+as agree with the committed tokens, and the walk goes on behind the bonus token, as the server would.
+
+    accept length        tokens per step of that walk. Exact for greedy traffic and a chain (topk 1). For sampled
+                         traffic it is unbiased for SGLang's default rule, which accepts a drafted token with the
+                         probability that the target gives it: the committed token is a draw from just that.
+    rejection sampling   1 + sum_d prod_{j<=d} sum min(p, q), at every position along the committed tokens, p the raw
+                         target at temperature 1 (beyond its kept logits an upper bound): what a verifier would accept
+                         that has drafts drawn from q. Exact for one draft step, an estimate for deeper ones.
+    live                 what the server's own steps accepted with the drafts that served. With topk > 1 it is that of
+                         trees; the drafts given here are walked as chains, which accept less than their trees would.
+
+Only steps are counted whose chain is known to its end, live ones too: a request's last steps run past what was
+committed. Intervals are bootstraps over requests, because samples of one request are alike.
+
+Dimensions: S draft steps, R level-0 slots of a batch, n requests, D drafts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aurora_sglang_plugin.manifest import current_version, target_fingerprint, version_name
+from aurora_trainer.assemble import AssembleConfig, Assembler
+from aurora_trainer.batch import Batch, BatchConfig, group, pack
+from aurora_trainer.draft import Draft
+from aurora_trainer.loss import LossConfig, losses
+from aurora_trainer.recording import Damage, read_messages
+from aurora_trainer.sample import Sample
+from aurora_trainer.target import open_target
+
+log = logging.getLogger(__name__)
+
+NO_DOMAIN = "(none)"
+MAX_MESSAGE_BYTES = 1 << 30
+PART_SLOTS = 1 << 14  # requests are walked whole up to here
+PROGRESS_S = 5.0
+WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")  # each [S]; `reached` of the walk with S drafts
+
+
+@dataclass
+class Request:
+    """Sums of one request. `walks` float64 [D, len(WALK), S]; `sampling` [D, 2] is (sum, positions)."""
+
+    domain: str
+    walks: np.ndarray
+    sampling: np.ndarray
+    live: np.ndarray = field(default_factory=lambda: np.zeros(2))  # steps, tokens
+
+
+@dataclass
+class Evaluation:
+    """What was computed, one entry per request; `report` makes figures of it (evaluation_report.py)."""
+
+    recording: Path
+    drafts: list[str]
+    target: str
+    depth: int
+    topk: int = 0
+    num_steps: set[int] = field(default_factory=set)  # of the recorded trees
+    versions: set[int] = field(default_factory=set)  # that drew them
+    requests: list[Request] = field(default_factory=list)
+    samples: Counter[str] = field(default_factory=Counter)  # evaluated, and left out by cause
+    damaged_records: int = 0
+
+
+def evaluate(
+    drafts: Sequence[Path],
+    recording: Path,
+    target: str,
+    *,
+    depth: int = 0,
+    device: str = "cpu",
+    max_requests: int = 0,
+) -> Evaluation:
+    """Walk every draft (its directory, or a weights directory: the version to serve) along a recording of `target`.
+
+    depth: draft steps, 0 for as many as were recorded. Raises ValueError for drafts or recordings that do not fit.
+    """
+    files = open_target(target)
+    embed = files.embedding().float().to(device)
+    loaded = [Draft.load(_directory(path), embed).to(device).eval() for path in drafts]
+    fingerprint = target_fingerprint(target)
+    result = Evaluation(Path(recording), _names(drafts), fingerprint, depth)
+    assembler = Assembler(AssembleConfig(part_slots=PART_SLOTS, eos_token_ids=files.eos_token_ids))
+    requests: dict[tuple[str, str], Request] = {}
+    domains: dict[tuple[str, str], str] = {}
+    held: list[Sample] = []
+    damage, now_s, said = Damage(), 0.0, time.monotonic()
+
+    def take(samples: list[Sample], flush: bool = False) -> None:
+        held.extend(s for s in samples if _usable(s, loaded, result))
+        while held and (flush or sum(len(s.features) for s in held) >= BatchConfig().max_slots):
+            if not result.depth:
+                result.depth = held[0].num_steps
+            some = next(group(held, BatchConfig()))
+            del held[: len(some)]
+            _evaluate(some, loaded, device, result, requests)
+
+    for _, message in read_messages(recording, MAX_MESSAGE_BYTES, damage):
+        header = message.header
+        if header.target != fingerprint:
+            result.samples["messages_of_another_target"] += 1
+            continue
+        for request, domain in zip(header.requests, header.domains):
+            if domain:
+                domains[header.epoch, request] = domain
+        now_s = max(now_s, header.time_ns / 1e9)
+        take(assembler.add(message) + assembler.idle(now_s))
+        if max_requests and len(requests) >= max_requests:
+            break
+        if time.monotonic() - said > PROGRESS_S:
+            said = time.monotonic()
+            log.info("evaluating requests=%d", len(requests))
+    take(assembler.idle(float("inf")), flush=True)
+    for key, request in requests.items():
+        request.domain = domains.get(key, NO_DOMAIN)
+    result.requests = list(requests.values())[: max_requests or None]
+    result.damaged_records = damage.count
+    if not result.requests:
+        raise ValueError(
+            f"recording {recording} has no request to evaluate on, left out: {dict(result.samples) or 'nothing'}; "
+            f"expected traffic of target {fingerprint} (--target {target}) with trees"
+        )
+    return result
+
+
+@torch.no_grad()
+def _evaluate(
+    samples: list[Sample], drafts: list[Draft], device: str, result: Evaluation, requests: dict[tuple, Request]
+) -> None:
+    batch = pack(samples, BatchConfig(depth=result.depth, rejected=False))
+    chains = [_chains(draft, batch, device) for draft in drafts]
+    roots, owner = batch.base_is_root, batch.base_sample
+    for n, sample in enumerate(samples):
+        mine = (owner == n).nonzero()[:, 0]
+        known = chains[0].known[mine]
+        key = (sample.epoch, sample.request)
+        if key not in requests:
+            empty = np.zeros((len(drafts), len(WALK), result.depth))
+            requests[key] = Request(NO_DOMAIN, empty, np.zeros((len(drafts), 2)))
+        request = requests[key]
+        is_root = roots[mine]
+        for d, chain in enumerate(chains):
+            request.walks[d] += _walks(chain.match[mine], chain.overlap[mine], known, is_root)
+            request.sampling[d] += _sampling(chain.overlap[mine], known)
+        request.live += _live(sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1))
+        result.samples["evaluated"] += 1
+        result.versions.update(sample.tree_version.unique().tolist())
+        result.num_steps.add(sample.num_steps)
+        result.topk = max(result.topk, sample.topk)
+
+
+@dataclass
+class _Chains:
+    """Of one draft, [R, S]: the query is known, its first choice is the committed token, its sum min(p, q)."""
+
+    known: Tensor
+    match: Tensor
+    overlap: Tensor
+
+
+def _chains(draft: Draft, batch: Batch, device: str) -> _Chains:
+    """The dense queries of every level-0 slot; the same slots are known for every draft."""
+    found = losses(draft, batch.to(device), LossConfig())
+    first_choice = (found.argmax + draft.d2t[found.argmax]).cpu()
+    overlap_of = found.acceptance.cpu().float()
+    slots = len(batch.tokens)
+    sample_end = torch.full((slots,), slots)  # one past the last slot of each slot's sample
+    starts = batch.slot_start.unique()
+    sample_end = torch.cat([starts[1:], torch.tensor([slots])])[torch.bucketize(batch.slot_start, starts)]
+    shape = len(batch.levels[0]), batch.depth
+    known, match, overlap = torch.zeros(shape, dtype=bool), torch.zeros(shape, dtype=bool), torch.zeros(shape)
+    at, slot = 0, batch.levels[0].parent
+    for d, level in enumerate(batch.levels):
+        part = slice(at, at + len(level.rows))
+        at += len(level.rows)
+        base = level.base[level.rows]
+        follows = slot[base] + d + 1  # the slot that holds the token which the query predicts
+        there = follows < sample_end[slot[base]]  # the last slot's own is not committed yet
+        token = batch.tokens[follows.clamp_max(slots - 1)]
+        known[base, d] = there
+        match[base, d] = there & (first_choice[part] == token)
+        overlap[base, d] = overlap_of[part]
+    return _Chains(known, match, overlap)
+
+
+def _walks(match: Tensor, overlap: Tensor, known: Tensor, is_root: Tensor) -> np.ndarray:
+    """float64 [len(WALK), S] of one sample; column k is of a walk with k + 1 draft steps, or of level k."""
+    size = match.shape[1]
+    out = np.zeros((len(WALK), size))
+    known_to = known.long().cumprod(1).bool()
+    run_to = 1 + match.long().cumprod(1).cumsum(1)
+    for k in range(size):
+        runs, to = run_to[:, k].tolist(), known_to[:, k]
+        starts = (is_root & to).nonzero()[:, 0].tolist()
+        to, at, visited = to.tolist(), 0, []
+        for start in starts:  # the first one, and where the walk stopped at something unknown, the next
+            if start < at:
+                continue
+            at = start
+            while at < len(runs) and to[at]:
+                visited.append(runs[at])
+                at += runs[at]
+        out[0, k], out[1, k] = len(visited), sum(visited)
+        if k == size - 1:
+            out[2] = [sum(run > d + 1 for run in visited) for d in range(size)]
+    out[3], out[4] = known.sum(0), (match & known).sum(0)
+    out[5] = (overlap.double() * known).sum(0)
+    return out
+
+
+def _sampling(overlap: Tensor, known: Tensor) -> np.ndarray:
+    whole = overlap[known.all(1)].double()
+    return np.array([float((1 + whole.cumprod(1).sum(1)).sum()), len(whole)])
+
+
+def _live(sample: Sample, slots: Tensor, counted: Tensor) -> np.ndarray:
+    """(steps, tokens) of the sample's trees that hang from the level-0 `slots` that are `counted`."""
+    tree = torch.bucketize(torch.arange(len(sample.node_token)), sample.tree_first, right=True) - 1
+    lengths = torch.zeros(len(sample.tree_first), dtype=torch.int64).index_add(0, tree, sample.node_accepted.long())
+    take = torch.isin(sample.node_slot[sample.tree_first], slots[counted])
+    return np.array([float(take.sum()), float(lengths[take].sum())])
+
+
+def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
+    cause = None
+    if any(sample.features.shape[1] != draft.config.feature_size for draft in drafts):
+        cause = "wrong_feature_width"
+    elif any(int(t.max()) >= len(drafts[0].embed) for t in (sample.tokens, sample.node_token, sample.topk_ids)):
+        cause = "token_out_of_vocabulary"
+    elif sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
+        cause = "without_trees"
+    elif bool(sample.node_altered.all()):
+        cause = "altered_distribution"
+    if cause:
+        result.samples[cause] += 1
+    elif sample.start > 0:
+        result.samples["without_whole_prompt"] += 1  # evaluated, but with less context than the server had
+    return cause is None
+
+
+def _first_slot(samples: list[Sample], n: int) -> int:
+    return sum(len(s.features) for s in samples[:n])
+
+
+def _directory(path: Path) -> Path:
+    """The directory of a draft; of a weights directory, the version that servers serve."""
+    version = current_version(path) if Path(path).is_dir() else None
+    return Path(path) / version_name(version) if version is not None else Path(path)
+
+
+def _names(drafts: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart."""
+    paths = [Path(path).resolve() for path in drafts]
+    if len(set(paths)) < len(paths):
+        raise ValueError("a draft is given twice; expected different ones")
+    for parts in range(1, max(len(p.parts) for p in paths)):
+        names = ["/".join(p.parts[-parts:]) for p in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(p) for p in paths]
