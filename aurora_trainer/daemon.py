@@ -186,6 +186,7 @@ class Daemon:
             status["received"] = sum(e["received"] for e in epochs)
             status["lost"] = sum(e["lost"] for e in epochs)
             status["rejected"] = books["rejected"]
+            status["refused_peers"] = books["refused_peers"]
             status["dropped"] = _sum_by_cause(e["dropped"] for e in epochs)  # by the publishers
             heard = [e["last_unix_s"] for e in epochs]
             status["servers"] = sum(status["time_unix_s"] - at < HEARD_S for at in heard)
