@@ -61,7 +61,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
         "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
         "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
-        "aurora_link_blocked_seconds": gauge("Time since the link took a message or a heartbeat: whether a trainer is there"),
+        "aurora_link_blocked_seconds": gauge("Time since the link to the trainer took a message or a heartbeat"),
         "aurora_capture_seconds": histogram(
             "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
         ),
