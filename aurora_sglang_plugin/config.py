@@ -41,7 +41,7 @@ class LinkConfig(Section):
     @property
     def bound(self) -> str:
         """Where the trainer binds."""
-        return self.bind or self.endpoint
+        return self.endpoint if self.bind is None else self.bind
 
     @model_validator(mode="after")
     def _private(self) -> LinkConfig:

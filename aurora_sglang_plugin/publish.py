@@ -20,10 +20,9 @@ from collections.abc import Sequence
 
 import zmq
 
-from aurora_sglang_plugin import wire
+from aurora_sglang_plugin import handshakes, wire
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.endpoint import EXPECTED, check_ipc_directory
-from aurora_sglang_plugin.handshakes import HANDSHAKE_S, Connected
 from aurora_sglang_plugin.keys import load_server_keys
 from aurora_sglang_plugin.outbox import Arrays, Item, Outbox, Snapshot
 
@@ -122,12 +121,12 @@ class Publisher:
         socket.linger = 0
         socket.immediate = 1  # nothing is queued for a peer that is not there
         socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000  # ms
-        socket.handshake_ivl = int(HANDSHAKE_S * 1000)
+        socket.handshake_ivl = int(handshakes.HANDSHAKE_S * 1000)
         socket.ipv6 = self._link.endpoint.startswith("tcp://[")
         socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20  # s
         if self._keys is not None:
             self._keys.encrypt(socket)
-        self._connected = Connected(socket, self._refused)
+        self._connected = handshakes.Connected(socket, self._refused)
         try:
             socket.connect(self._link.endpoint)
         except zmq.ZMQError as error:
