@@ -243,7 +243,7 @@ def activation_bytes(draft: DraftConfig, slots: int, rows: int, depth: int, c: i
     A slot: its features F and, behind fc, the state, both norms' inputs and outputs (6 H), keys and values.
     A row of a level: state in, both halves of the attention's input, its norm's output, state out (8 H), queries and
     attention's output (2 Hq D), the MLP's gate, up, their product and what silu keeps (4 I), keys and values of its
-    level and of those above it (they are concatenated level by level). What the norms keep (4 H of a slot, 6 H of a row)
+    level and of those above it (they are concatenated level by level). What norms keep (4 H of a slot, 6 H of a row)
     and attention's output are float32 whatever the dtype: so they are in PyTorch's norm on the CPU and in the reference
     of tree attention, and a fused kernel keeps less.
     """
