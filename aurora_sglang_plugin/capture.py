@@ -133,13 +133,11 @@ class Capture:
         if not self._rows:
             return
         with self._boundary("logits"):
-            rows = logits.view(self._size, -1, logits.shape[-1])
             if logits.is_cuda:
-                rows = rows if len(self._rows) == self._size else self._select(rows)
-                k = min(self.config.topk_logits, rows.shape[-1])
-                ids, kept, logsumexp = topk_logprobs(rows.flatten(0, 1), k)
+                ids, kept, logsumexp = topk_logprobs(logits, self.config.topk_logits, self._node_rows(len(logits)))
                 self._logits = {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
             else:  # a copy is cheaper here than top-K, which the publisher's thread can do as well
+                rows = logits.view(self._size, -1, logits.shape[-1])
                 self._logits = {"logits": self._select(rows).flatten(0, 1)}
 
     def verify(self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int) -> None:
@@ -188,6 +186,14 @@ class Capture:
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """A private copy of the sampled rows of [B, ...]."""
         return _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
+
+    def _node_rows(self, rows: int) -> torch.Tensor | None:
+        """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are. Read where they lie:
+        a copy of the logits would cost as much as the top-K."""
+        if len(self._rows) == self._size:
+            return None
+        nodes = rows // self._size
+        return (self._index[:, None] * nodes + torch.arange(nodes, device=self._index.device)).flatten()
 
     def _offer(self, kind: str, snapshot_type: type, tensors: dict, host: dict, requests: list, **header: Any) -> None:
         staged = self.transfer.stage(tensors)

@@ -74,9 +74,10 @@ def _launches(logits: Tensor, rows: Tensor | None, ids: Tensor, kept: Tensor, lo
     """(kernel, grid, arguments, constexprs, options) of both kernels."""
     vocab, (count, k) = logits.shape[1], ids.shape
     k_pow2 = max(2, triton.next_power_of_2(k))
-    group = group_size(vocab, k_pow2)
-    groups, block = triton.cdiv(vocab, group), min(BLOCK, max(512, triton.next_power_of_2(vocab)))
-    splits, groups_pow2 = triton.cdiv(vocab, block), max(k_pow2, triton.next_power_of_2(groups))
+    block, group = min(BLOCK, max(512, triton.next_power_of_2(vocab))), group_size(vocab, k_pow2)
+    splits = triton.cdiv(vocab, block)
+    groups = splits * (block // group)  # those beyond the vocabulary have a maximum of -inf and come last
+    groups_pow2 = max(k_pow2, triton.next_power_of_2(groups))
     group_max = torch.empty(count, groups, dtype=logits.dtype, device=logits.device)
     share = torch.empty(2, count, splits, dtype=torch.float32, device=logits.device)  # the maximum, the sum
     shared = dict(logits=logits, row_stride=logits.stride(0), rows=rows, vocab=vocab, group_max=group_max)
@@ -101,7 +102,7 @@ def topk_groups_kernel(
     logits, row_stride, rows, vocab, group_max, share_max, share_sum, BLOCK: tl.constexpr, GROUP: tl.constexpr
 ):
     """Program: one BLOCK of one row."""
-    splits, groups = tl.cdiv(vocab, BLOCK), tl.cdiv(vocab, GROUP)
+    splits = tl.cdiv(vocab, BLOCK)
     pid = tl.program_id(0).to(tl.int64)
     row, split = pid // splits, (pid % splits).to(tl.int32)
     source = row if rows is None else tl.load(rows + row)
@@ -110,7 +111,7 @@ def topk_groups_kernel(
     x = tl.load(logits + source * row_stride + column, mask=column < vocab, other=-float("inf")).to(tl.float32)
     # a maximum ignores NaN; the sum below does not
     top = tl.max(tl.where(x != x, float("inf"), x), axis=1)
-    tl.store(group_max + row * groups + group, top.to(group_max.dtype.element_ty), mask=group < groups)
+    tl.store(group_max + row * (splits * (BLOCK // GROUP)) + group, top.to(group_max.dtype.element_ty))
     most: tl.constexpr = 3.4028234663852886e38
     top = tl.minimum(tl.maximum(tl.max(top, axis=0), -most), most)  # finite: inf - inf would be NaN
     tl.store(share_max + pid, top)
@@ -125,7 +126,8 @@ def topk_select_kernel(
 ):  # fmt: skip
     """Program: one row. Its outputs `ids` and `kept` are also where its threads hand each other what they chose."""
     most: tl.constexpr = 3.4028234663852886e38
-    splits, groups = tl.cdiv(vocab, BLOCK), tl.cdiv(vocab, GROUP)
+    splits = tl.cdiv(vocab, BLOCK)
+    groups = splits * (BLOCK // GROUP)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS_POW2)
     part_max = tl.load(share_max + row * splits + split, mask=split < splits, other=-most)
@@ -137,8 +139,8 @@ def topk_select_kernel(
     group = tl.arange(0, GROUPS_POW2)
     x = tl.load(group_max + row * groups + group, mask=group < groups, other=0.0).to(tl.float32)
     key = tl.where(group < groups, _ordered(x, KEY_SHIFT), 0)
-    chosen = _largest(key, K, KEY_SHIFT)
-    tl.store(ids + row * K + tl.cumsum(chosen.to(tl.int32)) - 1, group, mask=chosen)
+    chosen, place = _largest(key, K, KEY_SHIFT)
+    tl.store(ids + row * K + place, group, mask=chosen)
     tl.debug_barrier()
 
     source = row if rows is None else tl.load(rows + row)
@@ -148,8 +150,8 @@ def topk_select_kernel(
     real &= column < vocab
     x = tl.load(logits + source * row_stride + column, mask=real, other=0.0).to(tl.float32)
     key = tl.where(real, _ordered(x, KEY_SHIFT), 0)
-    chosen = _largest(key, K, KEY_SHIFT)
-    place = row * K + tl.cumsum(chosen.to(tl.int32)) - 1
+    chosen, place = _largest(key, K, KEY_SHIFT)
+    place += row * K
     lowest: tl.constexpr = -65504.0 if KEY_SHIFT == 13 else (-3.3895313892515355e38 if KEY_SHIFT == 16 else -most)
     x = tl.where(x < lowest, lowest, x)
     tl.debug_barrier()  # the groups were read
@@ -180,8 +182,8 @@ def _ordered(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _largest(key, K: tl.constexpr, SHIFT: tl.constexpr):
-    """Which K of the keys are the largest; of equal ones, the first. Keys of 0 are chosen only if nothing else is
-    left."""
+    """(whether it is one of the K largest; of equal ones, the first, how many of those stand before it) of every key.
+    Keys of 0 are chosen only if nothing else is left."""
     threshold = tl.full((), 0, tl.uint32)  # the largest number that K keys reach
     one = tl.full((), 1, tl.uint32)
     bit, count = 31 - SHIFT, 0
@@ -192,9 +194,11 @@ def _largest(key, K: tl.constexpr, SHIFT: tl.constexpr):
         count = tl.where(reach >= K, reach, count)
         bit -= 1
     above, equal = key > threshold, key == threshold
-    # with exactly K found early the threshold lies at or below the smallest of them, and none that is not chosen is above
     room = K - tl.sum(above.to(tl.int32))
-    return above | (equal & (tl.cumsum(equal.to(tl.int32)) <= room))
+    counts = tl.cumsum(above.to(tl.int32) * 65536 + equal.to(tl.int32))  # both in one scan: there are fewer keys
+    n_equal = counts % 65536
+    chosen = above | (equal & (n_equal <= room))
+    return chosen, counts // 65536 + tl.minimum(n_equal, room) - 1
 
 
 def specialisations(capability: tuple[int, int]) -> Iterator[tuple]:

@@ -112,6 +112,15 @@ def test_verify_takes_the_sampled_rows():
     assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
 
 
+def test_on_a_gpu_the_logits_of_sampled_rows_are_read_where_they_lie():
+    out, capture = {"aurora_capture": False}, make_capture()
+    reqs = [request("a"), request("b", custom_params=out), request("c")]
+    capture.before_verify(SimpleNamespace(reqs=reqs, seq_lens=torch.zeros(3)))
+    assert capture._node_rows(3 * N).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    capture.before_verify(SimpleNamespace(reqs=reqs[:1], seq_lens=torch.zeros(1)))
+    assert capture._node_rows(N) is None
+
+
 def test_nothing_is_offered_where_nobody_is_sampled():
     capture = make_capture(sample_rate=0.0)
     verify_step(capture, [request("a"), request("b")])
