@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, start_http_server
 from pydantic import Field
 
 from aurora_sglang_plugin.config import Section
@@ -60,6 +60,7 @@ class Metrics:
     def __init__(self, config: MetricsConfig):
         self.config = config
         self.clock = Clock()
+        disable_created_metrics()  # one more series for each, which says what process_start_time_seconds says
         self.registry = CollectorRegistry()
         self._exported = Exported(FAMILIES, self.registry)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
@@ -83,11 +84,6 @@ class Metrics:
         """Publish a status record; `line` names the keys that make the log line."""
         fields = {k: status[k] for k in line if status.get(k) is not None}
         log.info("trainer %s", " ".join(f"{k}={_short(v)}" for k, v in fields.items()))
-        if self.config.status_file is not None:
-            try:
-                replace_file(self.config.status_file, json.dumps(status, sort_keys=True).encode())
-            except OSError as error:  # a full disk must not end training
-                log.warning("status file not written error=%s", error)
         for name, path in COUNTED.items():
             self._count(name, status, path)
         for name, path in SHOWN.items():
@@ -99,6 +95,11 @@ class Metrics:
         now = time.monotonic()
         self._exported.set("aurora_trainer_publication_age_seconds", now - self._published_at)
         self._exported.set("aurora_trainer_checkpoint_age_seconds", now - self._saved_at)
+        if self.config.status_file is not None:
+            try:
+                replace_file(self.config.status_file, json.dumps(status, sort_keys=True).encode())
+            except OSError as error:  # a full disk must not end training
+                log.warning("status file not written error=%s", error)
 
     def trained(self, step: Step, seconds: float, now_s: float) -> None:
         """After a step that took `seconds`; `now_s` is the wall clock, or a recording's own."""

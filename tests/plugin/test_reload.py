@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
+from aurora_sglang_plugin.manifest import read_manifest, version_name
 from aurora_sglang_plugin.reload import Reloader
 from aurora_sglang_plugin.twin import make_twin
 from aurora_trainer.publish_weights import WeightsWriter
@@ -402,3 +403,25 @@ def test_rollback_is_exact_after_many_swaps(site):
         assert site.step()
         site.reloader.rollback()
         assert all(torch.equal(a, b) for a, b in zip(before, site.model.parameters(), strict=True))
+
+
+def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
+    site = Site(tmp_path)
+    site.publish(checkpoint(1))
+    site.reloader.apply_at_start()  # an old version that lay there says nothing about either
+    assert sum(site.reloader.durations.counts) == sum(site.reloader.freshness.counts) == 0
+    site.reloader.step()  # serving begins
+    seen_ns = time.time_ns() - 20 * 10**9
+    site.writer.publish(
+        checkpoint(2), {"hidden_size": H}, target=TARGET, parent=1, optimizer_step=2, trained_until_ns=seen_ns
+    )
+    deadline = time.monotonic() + 20
+    while site.reloader.step() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    site.reloader.close()
+    assert sum(site.reloader.stalls.counts) == 2 and sum(site.reloader.durations.counts) == 1
+    assert 20 <= site.reloader.freshness.sum < 45 and 0 < site.reloader.durations.sum < 25
+    created = [read_manifest(tmp_path / version_name(version)).created_unix_s for version in (1, 2)]
+    assert site.reloader.created_unix_s == created[1]
+    site.reloader.rollback()
+    assert site.reloader.created_unix_s == created[0]

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 import zmq
+from metric_pages import values
 from models import make_random_target
 from safetensors.torch import load_file
+from serve import free_port
 from traffic import messages, write_trace
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, target_fingerprint, version_name
@@ -212,9 +215,17 @@ def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
 
 
 def test_receiving_without_training(models, tmp_path):
-    with live(models, tmp_path, trainer__pace__enabled="false") as (process, server):
+    port = free_port()
+    with live(models, tmp_path, trainer__pace__enabled="false", trainer__metrics__port=port) as (process, server):
         sent = server.send(traffic(models, 5, "e"))
-        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent)
+        server.send([[b"garbage"], [b""]])
+        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent and sum(s["rejected"].values()) == 2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+            found = values(response.read().decode())
+        assert found["aurora_trainer_received_messages_total"] == sent and found["aurora_trainer_servers"] == 1
+        assert found['aurora_trainer_rejected_messages_total{cause="header"}'] == 2
+        assert found["aurora_trainer_received_bytes_total"] > 1000 and found["aurora_trainer_message_age_seconds"] < 10
+        assert found['aurora_trainer_time_seconds_total{activity="wait"}'] > 0
         assert status["steps"] == 0 and status["buffer"]["samples"] == 5
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
