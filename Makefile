@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-serving learning-curves lint clean
+.PHONY: help setup demo test test-gpu bench-serving bench-trainer-cpu learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,6 +51,9 @@ test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PY
 
 bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
 	$(BIN)/python scripts/bench_serving.py $(ARGS)
+
+bench-trainer-cpu: setup ## a training step on the CPU against dense PyTorch: tokens per second and peak memory
+	$(BIN)/python scripts/bench_trainer_cpu.py $(ARGS)
 
 learning-curves: setup ## replay a recording with other settings: ARGS="RECORDING --config FILE --try ..."
 	$(BIN)/python scripts/learning_curve.py $(ARGS)
