@@ -1,0 +1,113 @@
+"""The examples are configurations that both sides take, differ only where they must, and their figures are `plan`'s."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from aurora_sglang_plugin.config import ServerConfig, load
+from aurora_trainer import plan
+from aurora_trainer.config import TrainerFile
+from aurora_trainer.target import read_config
+
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
+FILES = sorted(EXAMPLES.glob("*.toml"))
+MODELS = {  # name in the table -> (file, tensor-parallel ranks)
+    "Qwen3-4B": ("qwen3-4b", 1),
+    "Qwen3-8B": ("qwen3-8b", 1),
+    "Llama 3.1 8B": ("llama-3.1-8b", 1),
+    "Qwen3-Coder-Next": ("qwen3-coder-next", 4),
+    "MiniMax M2.1": ("minimax-m2.1", 4),
+    "Kimi K2.5": ("kimi-k2.5", 8),
+}
+SMALL_VOCAB = 32768
+
+
+def planned(stem: str, tp: int, draft_vocab: int | None = None) -> dict:
+    config = load(TrainerFile, EXAMPLES / f"{stem}.toml")
+    target = read_config(EXAMPLES / "models" / f"{stem}.json")
+    return plan.plan(target, config, plan.Load(tp=tp), draft_vocab)
+
+
+def row(name: str) -> str:
+    """A line of the table: the full vocabulary / the small one where it makes a difference."""
+    stem, tp = MODELS[name]
+    full, small = planned(stem, tp), planned(stem, tp, SMALL_VOCAB)
+
+    def both(section: str, key: str, unit: float, form: str) -> str:
+        return " / ".join(f"{found[section][key] / unit:{form}}" for found in (full, small))
+
+    cells = [
+        f"[{name}]({stem}.toml)",
+        str(tp),
+        both("draft", "parameters", 1e6, ",.0f"),
+        f"{full['link']['bytes_per_generated_token'] / 1e3:.1f}",
+        f"{full['link']['bytes_per_s'] / 1e6:.0f}",
+        both("server", "extra_device_bytes_per_rank", 1e9, ".2f"),
+        both("trainer_device", "total_bytes", 1e9, ".1f"),
+        f"{full['trainer_host']['seconds_of_traffic_in_the_buffer']:.0f}",
+        both("weights", "version_bytes", 1e9, ".2f"),
+        both("weights", "checkpoint_bytes", 1e9, ".1f"),
+        both("training", "flops_per_s", 1e12, ".0f"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_both_sides_take_it(path):
+    config = load(TrainerFile, path)
+    assert load(ServerConfig, path).link == config.link
+    assert config.trainer.model.compute_dtype == "bfloat16"
+    assert f"docs/examples/{path.name}" in path.read_text()  # the commands in its header name it
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_is_what_plan_says(name):
+    assert row(name) in (EXAMPLES / "README.md").read_text().splitlines(), f"expected\n{row(name)}"
+
+
+def test_every_model_has_its_numbers_and_its_place_in_the_table():
+    models = {path.stem for path in (EXAMPLES / "models").glob("*.json")}
+    assert models == {stem for stem, _ in MODELS.values()} <= {path.stem for path in FILES}
+
+
+def leaves(data: dict, prefix: str = ""):
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_models_differ_only_where_they_must():
+    base = tomllib.loads((EXAMPLES / "qwen3-8b.toml").read_text())
+    allowed = {"trainer.checkpoint.every_s", "trainer.publish.every_s"}
+    for stem, _ in MODELS.values():
+        other = set(leaves(tomllib.loads((EXAMPLES / f"{stem}.toml").read_text())))
+        extra = other ^ set(leaves(base))
+        assert extra <= allowed or stem == "kimi-k2.5" and extra <= allowed | {
+            "plugin.publish.queue_bytes", "trainer.buffer.max_bytes"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", [stem for stem, _ in MODELS.values()])
+def test_sglang_captures_features_for_it(stem):
+    """By reading the installed SGLang: the class of the target's architecture has EAGLE3's hook."""
+    (architecture,) = json.loads((EXAMPLES / "models" / f"{stem}.json").read_text())["architectures"]
+    models = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
+    found = [p.read_text() for p in models.glob("*.py") if re.search(rf"^class {architecture}\b", p.read_text(), re.M)]
+    assert len(found) == 1
+    body = re.split(rf"^class {architecture}\b", found[0], maxsplit=1, flags=re.M)[1]
+    body = re.split(r"^class ", body, maxsplit=1, flags=re.M)[0]
+    assert "def set_eagle3_layers_to_capture" in body
+
+
+def test_nothing_here_is_of_this_machine():
+    for path in FILES:
+        assert os.environ.get("HOME", "/root") not in path.read_text()
