@@ -36,7 +36,7 @@ def tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsum
 
     def score(part: slice, z: Tensor, row_weight: Tensor, grads: bool):
         targets = topk_ids[part], topk_logits[part].to(z.dtype), logsumexp[part].to(z.dtype)
-        return _topk_distance_(z, *targets, row_weight, shares, grads)
+        return topk_distance_(z, *targets, row_weight, shares, grads)
 
     return _chunked(state, norm_weight, head_weight, weight, eps, score)
 
@@ -55,7 +55,7 @@ def tree_loss_exact_ref(
 
     def score(part: slice, z: Tensor, row_weight: Tensor, grads: bool):
         t = target_state[part].detach().to(z.dtype) @ target_head.T
-        return _exact_distance_(z, t, target_ids, draft_ids, row_weight, shares, grads)
+        return exact_distance_(z, t, target_ids, draft_ids, row_weight, shares, grads)
 
     return _chunked(state, norm_weight, head_weight, weight, eps, score)
 
@@ -148,8 +148,8 @@ def target_distribution(
     return kept / floor[:, None], tail / floor, kept, tail, covered
 
 
-def _topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
-    """What `_chunked` asks for, from K kept target logits and one bucket for the rest."""
+def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
+    """What `_chunked` asks of a score, in place of z: from K kept target logits and one bucket for the rest."""
     forward_kl, reverse_kl, tv, greedy = shares
     lowest = torch.finfo(z.dtype).min
     real = topk_ids >= 0
@@ -202,8 +202,8 @@ def _topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
     return argmax, loss, acceptance.clamp_max(1), topk_ids[:, 0]
 
 
-def _exact_distance_(z, t, target_ids, draft_ids, weight, shares, grads):
-    """What `_chunked` asks for, from the target's logits t [r, V]."""
+def exact_distance_(z, t, target_ids, draft_ids, weight, shares, grads):
+    """What `_chunked` asks of a score, in place of z: from the target's logits t [r, V]."""
     forward_kl, reverse_kl, tv, greedy = shares
     argmax = z.argmax(-1)
     label = draft_ids[t.argmax(-1)]

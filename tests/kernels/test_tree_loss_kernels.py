@@ -204,7 +204,7 @@ def test_chunks_of_any_size_agree(chunk_logits, device, monkeypatch, poison):
 @pytest.mark.parametrize("kind", ["topk", "exact"])
 def test_memory_grows_with_rows_not_with_rows_times_vocabulary(kind, device, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", 1 << 7)
-    rows, vocab, biggest = 24, 64, 0
+    rows, vocab, biggest = 32, 64, 0
     if kind == "topk":
         function, (weights, rest) = tree_loss, case(0, rows, 4, vocab, vocab, 3)
     else:
