@@ -30,7 +30,8 @@ def test_figures_of_a_server(chain, stream):
     chain.quiet()
     assert grown("aurora_accept_length_tokens_count") == steps
     assert grown("aurora_accept_length_tokens_sum") == steps + correct
-    by_position = [grown("aurora_accepted_drafts_total", f'dp_rank="0",position="{p}",tp_rank="0"') for p in range(1, 5)]
+    positions = [f'dp_rank="0",position="{p}",tp_rank="0"' for p in range(1, 5)]
+    by_position = [grown("aurora_accepted_drafts_total", labels) for labels in positions]
     assert sum(by_position) == correct and by_position == sorted(by_position, reverse=True)
     verify = 'dp_rank="0",kind="verify",tp_rank="0"'
     assert 0 < grown("aurora_capture_seconds_count", verify) <= steps

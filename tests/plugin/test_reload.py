@@ -6,6 +6,7 @@ Every file goes through the real directory, watcher and checks.
 import json
 import multiprocessing
 import socket
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -425,3 +426,15 @@ def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     assert site.reloader.created_unix_s == created[1]
     site.reloader.rollback()
     assert site.reloader.created_unix_s == created[0]
+
+
+def test_an_operator_takes_a_version_back(site):
+    """The runbook's two commands: a line in REJECTED and a touch of CURRENT."""
+    site.publish(checkpoint(1))
+    site.step()
+    site.writer.publish(checkpoint(2), {"hidden_size": H}, target=TARGET, parent=1, optimizer_step=2)
+    assert site.step() == 2
+    subprocess.run("""echo '{"version": 2}' >> REJECTED && touch CURRENT""", shell=True, check=True, cwd=site.directory)
+    assert site.step() == 1
+    site.assert_whole(1)
+    assert site.reloader.counters()["refused_rejected"] == 1
