@@ -1,10 +1,13 @@
-"""The commands about recordings: record, replay, eval. `cli.py` adds them to the others.
+"""The commands about recordings, and the one that looks into everything: record, replay, eval, inspect.
+
+`cli.py` adds them to the others.
 
 As there, nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +71,38 @@ def replay(
 
         settings = load_trainer_config(config, overrides or ())
         open_daemon(settings).run_recording(recording, steps, original_pace=original)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A recording, a weights directory or a version, checkpoints, a draft.")],
+    message: Annotated[int | None, typer.Option(min=0, help="Show this message of a recording: its trees.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Directory with the target's tokenizer.json: tokens as text, not as ids.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=0, help="The target's likeliest tokens to show beside each node.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Look into what Aurora wrote. Exit code 1 where something of it is damaged."""
+    with clear_errors():
+        log_to_stderr()
+        import json
+
+        from aurora_trainer.describe import describe, problems
+        from aurora_trainer.describe_recording import describe_message, message_at, message_text, token_names
+
+        if message is None:
+            found, text = describe(path)
+        else:
+            found = describe_message(*message_at(path, message), token_names(tokenizer), top)
+            text = message_text(found)
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:  # a terminal that cannot show a character shows a question mark
+            encoding = sys.stdout.encoding or "utf-8"
+            typer.echo(text.encode(encoding, "replace").decode(encoding))
+        if problems(found):
+            raise typer.Exit(1)
 
 
 @app.command("eval")

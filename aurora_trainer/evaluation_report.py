@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from aurora_trainer.evaluate import NO_DOMAIN, WALK, Evaluation, Request
+from aurora_trainer.terminal import columns, ranges
 
 RESAMPLES = 1000
 CHUNK = 50  # resamples at a time: counts of [CHUNK, n requests] are alive
@@ -54,7 +55,7 @@ def table(figures: dict[str, Any]) -> str:
     lines = [
         f"accept length: tokens per verify step, chains of {figures['draft_steps']} draft steps; {figures['interval']}",
         "",
-        *_columns(
+        *columns(
             ["domain", "requests", *drafts, *pairs, "live"],
             [
                 [
@@ -68,7 +69,7 @@ def table(figures: dict[str, Any]) -> str:
             ],
         ),
         "",
-        f"live: the server's own steps, draft versions {_ranges(figures['recorded']['draft_versions'])}, "
+        f"live: the server's own steps, draft versions {ranges(figures['recorded']['draft_versions'])}, "
         + ("chains" if topk == 1 else f"trees of topk {topk}: not what a chain accepts")
         + f" of {', '.join(map(str, figures['recorded']['num_steps']))} steps",
     ]
@@ -78,7 +79,7 @@ def table(figures: dict[str, Any]) -> str:
         lines += [
             "",
             f"{draft}, all domains; with rejection sampling (estimate) {_interval(sampling)}",
-            *_columns(
+            *columns(
                 ["draft steps", "accept length", "reached", "agrees", "sum min(p, q)"],
                 [
                     [
@@ -217,22 +218,6 @@ def _interval(value: dict[str, float | None], sign: str = "") -> str:
         return "-"
     text = f"{value['mean']:{sign}.3f}"
     return text if value["low"] is None else f"{text} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
-
-
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _bars(values: Sequence[dict[str, float | None]]) -> np.ndarray:

@@ -49,7 +49,10 @@ def run(*arguments: str):
     return CliRunner().invoke(app, list(arguments))
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["record"], ["replay"], ["eval"], ["check"], ["init-draft"]])
+COMMANDS = ("run", "record", "replay", "eval", "inspect", "check", "init-draft")
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
 def test_help_is_instant(arguments):
     """In processor time, which a busy machine does not stretch much; an import of torch alone takes over a second."""
     code = (
