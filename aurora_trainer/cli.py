@@ -67,6 +67,34 @@ def keygen(
         typer.echo(keygen(directory, server or ["server"]))
 
 
+@app.command()
+def top(
+    server: Annotated[
+        list[str], typer.Option(help="Address of a server started with --enable-metrics. Repeatable.")
+    ] = ("http://127.0.0.1:30000",),
+    trainer: Annotated[str | None, typer.Option(help="Address of trainer.metrics.port.")] = None,
+    status: Annotated[Path | None, typer.Option(help="The trainer's status file, where it has no port.")] = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two frames; rates are over them.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame; exit code 1 where a side is absent.")] = False,
+    config: ConfigPath = None,
+) -> None:
+    """Show what server and trainer do, live, on one screen. --trainer or --status default to what --config says."""
+    with _clear_errors():
+        from aurora_trainer.top import show
+
+        if config is not None and trainer is None and status is None:
+            from aurora_trainer.config import load_trainer_config
+
+            metrics = load_trainer_config(config).trainer.metrics
+            trainer = f"http://127.0.0.1:{metrics.port}" if metrics.port else None
+            status = metrics.status_file
+        try:
+            if not show(server, trainer, status, every, once):
+                raise typer.Exit(1)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None
+
+
 @app.command("init-draft")
 def init_draft(
     target: Annotated[str, typer.Argument(help="Directory of the target model, or its name in the local HF cache.")],
