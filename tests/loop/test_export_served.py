@@ -1,0 +1,82 @@
+"""A published version, exported, is served: by SGLang's own EAGLE3 as it is, by AURORA pruned, and the output is the
+target's. Unpruned it accepts exactly what the server that it was published to accepts.
+"""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from drafts import disturb
+from rig import START_S, generate
+from serve import Server
+from typer.testing import CliRunner
+
+from aurora_trainer import plan
+from aurora_trainer.cli import app
+
+ARGS = ["--chunked-prefill-size", "64"]  # as chain has them
+PARAMS = {"max_new_tokens": 40}
+KEPT = 300
+
+
+@pytest.fixture(scope="module")
+def served(chain, target, stream, tmp_path_factory):
+    """EAGLE3 with the export of what chain serves now, AURORA with its pruned export."""
+    folder = tmp_path_factory.mktemp("exported")
+    version = chain.publish(disturb(chain.draft(0), seed=4242, size=0.001))  # bits that nobody published before
+    chain.wait_for_version(version)
+    counts = torch.tensor(stream).bincount(minlength=chain.draft(0).config.vocab_size).tolist()
+    (folder / "counts.json").write_text(json.dumps(counts))
+    pruned = ["--draft-vocab", str(KEPT), "--counts", str(folder / "counts.json")]
+    for name, more in (("full", []), ("pruned", pruned)):
+        result = CliRunner().invoke(app, ["export", str(chain.weights), str(folder / name), *more])
+        assert result.exit_code == 0, result.output
+    quiet = {"AURORA_SET": f"plugin.capture.enabled=false plugin.swap.enabled=false weights.directory={folder}/none"}
+
+    def start(name: str, algorithm: str) -> Server:
+        env = quiet if algorithm == "AURORA" else {}
+        log = folder / f"{algorithm}.log"
+        draft = folder / name
+        return Server(target, draft=draft, algorithm=algorithm, args=ARGS, env=env, log=log, timeout_s=START_S)
+
+    with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
+        started = {n: pool.submit(start, n, a) for n, a in (("full", "EAGLE3"), ("pruned", "AURORA"))}
+        try:
+            yield {name: future.result() for name, future in started.items()}
+        finally:
+            for future in started.values():
+                if future.exception() is None:
+                    future.result().kill()
+
+
+def test_exports_are_served(served, chain, plain, stream):
+    prompts = [stream[36000 + 211 * i : 36000 + 211 * i + 20 + 11 * i] for i in range(6)]
+    expected = [answer["output_ids"] for answer in generate(plain, prompts, PARAMS, None)]
+    accepted = {}
+    for name, server in {"published": chain.server, **served}.items():
+        answers = [generate(server, [prompt], PARAMS, None)[0] for prompt in prompts]  # one by one: the same batches
+        assert [answer["output_ids"] for answer in answers] == expected, name
+        accepted[name] = [answer["meta_info"]["spec_accept_length"] for answer in answers]
+    print({name: round(sum(lengths) / len(lengths), 3) for name, lengths in accepted.items()})
+    assert accepted["full"] == accepted["published"]
+    mean = {name: sum(lengths) / len(lengths) for name, lengths in accepted.items()}
+    assert mean["full"] > 1.3  # an untrained draft has 1.0
+    assert mean["pruned"] > 1 + 0.5 * (mean["full"] - 1)
+
+
+def test_messages_are_as_large_as_planned(chain, target, stream):
+    """What a real server sent, frame for frame."""
+    config = chain.draft(0).config
+    before = len(chain.messages)
+    chain.taken([a["rid"] for a in chain.generate([stream[39000:39020], stream[39100:39150]], PARAMS)])
+    found = [m for m in chain.messages[before:] if m.header.kind == "verify"]
+    assert len(found) > 10
+    for message in found:
+        lens = message.arrays["feature_lens"]
+        load = plan.Load(running=len(lens), num_steps=4, accept_length=float(lens.mean()))
+        kept = message.arrays["topk_ids"].shape[2]
+        planned = plan.verify_bytes(config, load, 4, kept) - plan.header_bytes("verify", load, kept)
+        assert sum(array.nbytes for array in message.arrays.values()) == round(planned)
