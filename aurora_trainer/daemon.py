@@ -109,7 +109,7 @@ class Daemon:
         self._catch_signals()
         last = max_steps if max_steps is not None else 1 << 62
         now_s, started, ended = 0.0, False, False
-        records = read_messages(path, self.config.link.max_message_bytes, self.damage)
+        records = read_messages(path, self.damage)
         if original_pace:
             records = paced(records, lambda: self.stopping)
         for _, message in records:

@@ -17,7 +17,6 @@ from aurora_trainer.recording import Damage, read_messages, recording_files
 from aurora_trainer.terminal import columns, escape, moment, ranges, size
 from aurora_trainer.trace import Record
 
-MAX_MESSAGE_BYTES = 1 << 30
 Name = Callable[[int], str]
 
 
@@ -46,7 +45,7 @@ def describe_recording(path: Path) -> dict[str, Any]:
     lengths: Counter[int] = Counter()  # steps by accept length
     shapes: set[str] = set()
     domains: dict[tuple[str, str], str] = {}
-    for record, message in read_messages(path, MAX_MESSAGE_BYTES, damage):
+    for record, message in read_messages(path, damage):
         header, arrays = message.header, message.arrays
         kinds[header.kind] += 1
         nbytes[header.kind] += sum(map(len, record.parts))
@@ -159,7 +158,7 @@ def recording_text(found: dict[str, Any]) -> str:
 def message_at(path: Path, number: int) -> tuple[Record, wire.Message]:
     """The message `number`, counted from 0 over all files, whole ones only. Raises ValueError where there is none."""
     count = 0
-    for record, message in read_messages(path, MAX_MESSAGE_BYTES, Damage()):
+    for record, message in read_messages(path, Damage()):
         if count == number:
             return record, message
         count += 1

@@ -44,7 +44,6 @@ from aurora_trainer.target import open_target
 log = logging.getLogger(__name__)
 
 NO_DOMAIN = "(none)"
-MAX_MESSAGE_BYTES = 1 << 30
 PART_SLOTS = 1 << 14  # requests are walked whole up to here
 PROGRESS_S = 5.0
 WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")  # each [S]; `reached` of the walk with S drafts
@@ -109,7 +108,7 @@ def evaluate(
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
 
-    for _, message in read_messages(recording, MAX_MESSAGE_BYTES, damage):
+    for _, message in read_messages(recording, damage):
         header = message.header
         if header.target != fingerprint:
             result.samples["messages_of_another_target"] += 1

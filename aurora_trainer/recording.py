@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = ".trace"
 RETRY_S = 1.0  # after the disk refused a message
+MAX_MESSAGE_BYTES = 1 << 30  # that is read back; what is written passed link.max_message_bytes
 OnDamage = Callable[[TraceError], None]
 
 
@@ -202,13 +203,11 @@ def read_recording(path: Path, on_damage: OnDamage | None = None) -> Iterator[Re
             report(TraceError(file, 0, 0, "removed while the recording was read"))
 
 
-def read_messages(
-    path: Path, max_bytes: int, on_damage: OnDamage | None = None
-) -> Iterator[tuple[Record, wire.Message]]:
+def read_messages(path: Path, on_damage: OnDamage | None = None) -> Iterator[tuple[Record, wire.Message]]:
     """Each record and its message. One that is whole and yet no valid message counts as damage."""
     for record in read_recording(path, on_damage):
         try:
-            message = wire.decode(record.parts, max_bytes=max_bytes)
+            message = wire.decode(record.parts, max_bytes=MAX_MESSAGE_BYTES)
         except wire.WireError as error:
             damage = TraceError(record.path, record.record, record.offset, f"not a message of this version: {error}")
             if on_damage is None:

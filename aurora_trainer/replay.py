@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SLEEP_S = 0.1  # at most at a time, so that stopping is noticed
 LINGER_S = 30.0  # for the last messages to leave
+SETTLE_S = 1.0  # for the trainer to read them: what a closed connection still holds is lost to one that is busy
 
 Messages = Iterator[tuple[Record, wire.Message]]
 
@@ -48,10 +49,11 @@ def push(
 ) -> Counter[str]:
     """Send a recording to the trainer at link.endpoint; returns counts of messages, bytes and damaged records.
 
-    Waits for a trainer that is not there yet, until `stopping`. Raises ValueError for a bad endpoint or recording.
+    Waits for a trainer that is not there yet, until `stopping`. With keys it is the server of link.server_keys. Raises
+    ValueError for a bad endpoint, recording or key.
     """
     damage, counts, epochs = Damage(), Counter(), {}
-    messages = read_messages(path, link.max_message_bytes, damage)
+    messages = read_messages(path, damage)
     if original_pace:
         messages = paced(messages, stopping)
     with zmq.Context() as context, _connect(context, link) as socket:
@@ -69,6 +71,8 @@ def push(
                 counts["bytes"] += sum(map(len, parts))
             if stopping():
                 break
+        if not stopping():
+            time.sleep(SETTLE_S)
         socket.close(linger=0 if stopping() else int(LINGER_S * 1000))
     counts["damaged_records"] = damage.count
     return counts
@@ -77,6 +81,9 @@ def push(
 def _connect(context: zmq.Context, link: LinkConfig) -> zmq.Socket:
     socket = context.socket(zmq.PUSH)
     socket.sndhwm, socket.immediate = SEND_QUEUE_MESSAGES, 1
+    socket.ipv6 = link.endpoint.startswith("tcp://[")
+    if link.server_keys is not None:
+        load_server_keys(link.server_keys).encrypt(socket)
     if link.server_keys:
         load_server_keys(link.server_keys).encrypt(socket)
     try:

@@ -32,7 +32,7 @@ def replay(recording: Path, config: TrainerFile, publish_every: int, requests: i
     torch.set_num_threads(config.trainer.pace.threads)
     training, lengths, waiting, cpu_s = Training(config), [], [], 0.0
     assembler = Assembler(config.trainer.assemble)  # a second one, to see samples before they are trained on
-    for _, message in read_messages(recording, config.link.max_message_bytes, Damage()):
+    for _, message in read_messages(recording, Damage()):
         waiting += assembler.add(message)
         if len(waiting) >= publish_every:
             lengths += accept_lengths(training, waiting)

@@ -161,7 +161,7 @@ def test_damage_is_reported_by_file_and_position_and_the_rest_is_read(tmp_path, 
 def test_a_record_that_is_no_message_is_damage(tmp_path):
     write(tmp_path / "r")
     errors = []
-    assert list(read_messages(tmp_path / "r", 1 << 20, errors.append)) == []
+    assert list(read_messages(tmp_path / "r", errors.append)) == []
     assert len(errors) == 20 and "not a message" in str(errors[0])
 
 
