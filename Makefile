@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu bench-serving bench-trainer-cpu learning-curves lint clean
+.PHONY: help setup demo dashboards test test-dashboards test-gpu bench-serving bench-trainer-cpu learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -43,6 +43,13 @@ demo: setup ## serve, train and swap for real, with live progress and a picture 
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+dashboards: ## say how to load the dashboard and the rules into Grafana and Prometheus
+	@cat docs/dashboards/README.md
+
+test-dashboards: setup ## every panel, rule and alert against a real Prometheus that scrapes a real server and trainer
+	$(BIN)/python -m pytest tests/test_dashboards.py
+	$(BIN)/python scripts/check_dashboards.py $(ARGS)
 
 test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PYTHON=python3
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU here")'
