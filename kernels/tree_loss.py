@@ -61,7 +61,7 @@ def tree_loss(
     if not (use_kernels(state) and use_kernels(head_weight)):
         return tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps)
     shares = shares_of(distance)
-    topk_ids, topk_logits, logsumexp = topk_ids.contiguous(), topk_logits.contiguous(), logsumexp.float()
+    topk_ids, topk_logits, logsumexp = (t.contiguous() for t in (topk_ids, topk_logits, logsumexp.float()))
     k = topk_ids.shape[1]
 
     def score(part: slice, z: Tensor, dz: Tensor, row_weight: Tensor, out: TreeLoss, grads: bool) -> None:

@@ -33,16 +33,17 @@ def run(function, weights, *rest) -> tuple[TreeLoss, tuple]:
     return result, torch.autograd.grad(result.loss_sum * 3, weights)
 
 
-def compare(have, want, atol=2e-5, rtol=2e-4):
+def compare(have, want, atol=2e-5, rtol=2e-4, near_ties=0.0):
+    """near_ties: share of the rows whose two best draft tokens may be closer than rounding."""
     (result, grads), (expected, expected_grads) = have, want
     for name in ("loss_sum", "loss", "acceptance"):
         h, w = getattr(result, name), getattr(expected, name)
-        torch.testing.assert_close(h.cpu().double(), w, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
-    assert torch.equal(result.argmax.cpu(), expected.argmax)
-    assert torch.equal(result.greedy_match.cpu(), expected.greedy_match)
+        torch.testing.assert_close(h.double(), w, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
+    for name in ("argmax", "greedy_match"):
+        assert (getattr(result, name) != getattr(expected, name)).sum() <= near_ties * len(expected.argmax), name
     for name, h, w in zip(("state", "norm", "head"), grads, expected_grads, strict=True):
         scale = float(w.abs().max()) or 1.0 if w.numel() else 1.0
-        torch.testing.assert_close(h.cpu().double() / scale, w / scale, atol=atol, rtol=rtol,
+        torch.testing.assert_close(h.double() / scale, w / scale, atol=atol, rtol=rtol,
                                    msg=lambda m, name=name: f"d{name}: {m}")  # fmt: skip
 
 
@@ -51,19 +52,17 @@ def check_topk(weights, targets, mixture, device, dtype=torch.float32, **toleran
     weights, targets = on(device, dtype, weights), on(device, torch.float32, targets)
     have = run(tree_loss, weights, *targets, mixture)
     assert [g.dtype for g in have[1]] == [dtype] * 3
-    compare(have, run(tree_loss_ref, *on2(weights, targets), mixture), **tolerance)
+    compare(have, run(tree_loss_ref, double(weights), *double(targets), mixture), **tolerance)
 
 
 def check_exact(weights, target, weight, mixture, device, dtype=torch.float32, **tolerance):
     weights, target, weight = on(device, dtype, weights), on(device, dtype, target), weight.to(device, torch.float32)
     have = run(tree_loss_exact, weights, *target, weight, mixture)
-    (weights, target), (weight,) = on2(weights, target, split=True), on("cpu", torch.float64, [weight])
-    compare(have, run(tree_loss_exact_ref, weights, *target, weight, mixture), **tolerance)
+    compare(have, run(tree_loss_exact_ref, double(weights), *double(target), weight.double(), mixture), **tolerance)
 
 
-def on2(weights, rest, split=False):
-    weights, rest = on("cpu", torch.float64, weights), on("cpu", torch.float64, rest)
-    return (weights, rest) if split else (weights, *rest)
+def double(tensors):
+    return on(tensors[0].device, torch.float64, tensors)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -122,10 +121,10 @@ def test_a_head_of_another_dtype_than_the_state(device):
     weights, targets = case(4, 4, 9, 37, 45, 6, spread=0.5)
     targets = on(device, torch.float32, targets)
     for state, head in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        mixed = weights[0].to(state), weights[1].to(state), weights[2].to(head)
-        have = run(tree_loss, tuple(w.to(device) for w in mixed), *targets, "forward_kl")
+        mixed = tuple(w.to(device, dtype) for w, dtype in zip(weights, (state, state, head), strict=True))
+        have = run(tree_loss, mixed, *targets, "forward_kl")
         assert [g.dtype for g in have[1]] == [state, state, head]
-        compare(have, run(tree_loss_ref, *on2(mixed, targets), "forward_kl"), atol=2e-2, rtol=2e-2)
+        compare(have, run(tree_loss_ref, double(mixed), *double(targets), "forward_kl"), atol=2e-2, rtol=2e-2)
 
 
 def test_rows_that_teach_nothing(device, poison):
@@ -194,9 +193,21 @@ def test_without_gradients_none_are_computed(device, monkeypatch):
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
+def test_the_first_of_equal_logits_is_the_argmax(device):
+    (state, norm, head), (ids, kept, lse, weight) = case(0, 3, 4, 40, 40, 3, dtype=torch.float32)
+    ids[0], ids[1] = torch.tensor([3, 2, 1]), torch.tensor([0, 20, 39])  # the first is kept in the second row alone
+    inputs = on(device, torch.float32, (state, norm, torch.zeros_like(head)))
+    result = tree_loss(*inputs, *on(device, torch.float32, (ids, kept, lse, weight)), "tv", EPS)
+    assert result.argmax.tolist() == [0, 0, 0]
+    target = on(device, torch.float32, (state, torch.zeros_like(head), None, weight))
+    result = tree_loss_exact(*inputs, *target, "tv", EPS)
+    assert result.argmax.tolist() == [0, 0, 0] and result.greedy_match.all()
+
+
 @pytest.mark.parametrize("chunk_logits", [1, 3 * 40])
 def test_chunks_of_any_size_agree(chunk_logits, device, monkeypatch, poison):
     monkeypatch.setattr(module, "CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(module, "WEIGHT_GROUPS", 3)
     check_topk(*case(1, 8, 6, 33, 40, 5), ALL, device)
     check_exact(*exact_case(1, 4, 6, 17, 20), ALL, device)
 
@@ -230,11 +241,32 @@ def test_memory_grows_with_rows_not_with_rows_times_vocabulary(kind, device, mon
 @pytest.mark.parametrize("kind", ["topk", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_full_size(kind, dtype, gpu):
-    """A vocabulary of Qwen3's size that is no multiple of a tile, several chunks; fp32 products are exact only without
-    TF32, which is torch's default."""
-    tolerance = {"atol": 1e-4, "rtol": 1e-3} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 5e-2}
-    rows, vocab = 1500, 151_929
+    """A vocabulary of Qwen3's size, but odd, in several chunks; fp32 means without TF32, which is torch's default."""
+    tolerance = {"atol": 1e-4, "rtol": 1e-3, "near_ties": 0.005}
+    if dtype == torch.bfloat16:
+        tolerance = {"atol": 2e-2, "rtol": 5e-2, "near_ties": 0.1}
+    rows, vocab = 2000, 151_929
     if kind == "topk":
         check_topk(*case(0, rows, 64, vocab, vocab, 32, spread=0.3), ALL, gpu, dtype, **tolerance)
     else:
         check_exact(*exact_case(0, rows, 64, 32_001, vocab, spread=0.3), ALL, gpu, dtype, **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["topk", "exact"])
+def test_peak_memory_at_full_size(kind, gpu):
+    """Above the inputs: two bytes for the gradient and four for the logits of a chunk, d(head), and little else."""
+    rows, hidden, vocab = 4096, 64, 151_936
+    weights = tuple(torch.randn(*shape, device=gpu, dtype=torch.bfloat16, requires_grad=True)
+                    for shape in ((rows, hidden), (hidden,), (vocab, hidden)))  # fmt: skip
+    weight = torch.ones(rows, device=gpu)
+    if kind == "topk":
+        ids = torch.arange(32, device=gpu).expand(rows, 32).contiguous()
+        function, target = tree_loss, (ids, torch.randn(rows, 32, device=gpu), torch.full((rows,), 9.0, device=gpu))
+    else:
+        function, target = tree_loss_exact, (weights[0].detach(), weights[2].detach(), None)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function(*weights, *target, weight, ALL, EPS).loss_sum.backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < module.CHUNK_LOGITS * 6 + vocab * hidden * 6 + rows * hidden * 16 + (64 << 20)
+    assert peak < rows * vocab * 2  # not even the logits in bf16
