@@ -319,8 +319,12 @@ def test_without_a_guard_libzmq_lets_every_key_in(link, tmp_path):
         other.destroy(linger=0)
 
 
-def test_a_guard_that_does_not_answer_lets_nobody_in(link, monkeypatch):
-    monkeypatch.setattr(guard.Guard, "turn", lambda self: None)
+@pytest.mark.parametrize("how", ["silent", "absent"])
+def test_a_guard_that_does_not_answer_lets_nobody_in(link, monkeypatch, how):
+    if how == "silent":
+        monkeypatch.setattr(guard.Guard, "turn", lambda self: None)
+    else:
+        monkeypatch.setattr(guard, "ZAP_ENDPOINT", "inproc://elsewhere")
     receiver = Receiver(link, ReceiveConfig(), None)
     context, push = client(link, load_server_keys(link.server_keys))
     assert not push.poll(700, zmq.POLLOUT)
