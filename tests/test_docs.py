@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import pytest
 from models import make_random_draft, make_random_target
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from aurora_sglang_plugin import metrics as server_metrics
 from aurora_sglang_plugin.config import ServerConfig
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_trainer import families
+from aurora_trainer.cli import app
 from aurora_trainer.recording import RecordConfig, Recording
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +34,7 @@ SOURCES = sorted([*(ROOT / "aurora_sglang_plugin").glob("*.py"), *(ROOT / "auror
 MARK = re.compile(r"#.*\b(needs? (a GPU|the weights|the network|a trainer|a server|Prometheus|Grafana)|minutes)\b")
 SHELL = ("bash", "sh", "console")
 OURS = "aurora-trainer"
+OWN_PROCESS = ("run", "record", "replay", "top")  # they take signals, threads and their niceness
 
 
 def blocks(page: Path):
@@ -90,7 +95,7 @@ def place(tmp_path_factory):
         f'[link]\nendpoint = "ipc://{folder}/link"\n[weights]\ndirectory = "{folder}/weights"\n'
         f'[trainer.model]\ntarget = "{target}"\ndraft = "{folder}/draft"\n'
         f'[trainer.checkpoint]\ndirectory = "{folder}/checkpoints"\n[trainer.pace]\nnew_slots_per_step = 40\n'
-        "[trainer.publish]\nevery_steps = 2\n[trainer.gate]\nenabled = false\n"
+        "[trainer.publish]\nevery_steps = 2\nkeep = 100\n[trainer.gate]\nenabled = false\n"
     )
     recording = Recording(folder / "recording", RecordConfig())
     about = dict(vocab=290, features=96, requests=12, outputs=30)
@@ -102,25 +107,31 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(folder: Path, command: str) -> str:
-    """The command by this Python, without a shell."""
+def run(folder: Path, command: str) -> None:
+    """The command, without a shell: here, or in a process of its own where it changes its process."""
     words = shlex.split(command)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     while "=" in words[0]:
-        name, _, value = words.pop(0).partition("=")
-        environment[name] = value
+        name, _, environment[name] = words.pop(0).partition("=")
     assert words[0] == OURS, command
-    code = "from aurora_trainer.cli import app; app()"
-    result = subprocess.run(
-        [sys.executable, "-c", code, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
-    return result.stdout
+    if words[1] in OWN_PROCESS:
+        code = "from aurora_trainer.cli import app; app()"
+        result = subprocess.run(
+            [sys.executable, "-c", code, *words[1:]], cwd=folder, env={**os.environ, **environment}, timeout=120,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        status, output = result.returncode, result.stdout + result.stderr
+    else:
+        with contextlib.chdir(folder):
+            result = CliRunner().invoke(app, words[1:], env=environment)
+        status, output = result.exit_code, f"{result.output}\n{result.exception or ''}"
+    assert status == 0, f"{command}\n{output[-3000:]}"
 
 
 @pytest.mark.parametrize(("page", "command"), FOUND)
-def test_commands_run(page, command, place):
+def test_commands_run(page, command, place, tmp_path):
+    if "replay" in command:  # each begins at the beginning
+        command += f" --set trainer.checkpoint.directory={tmp_path}/c --set weights.directory={tmp_path}/w"
     run(place, command)
 
 
@@ -145,10 +156,6 @@ def test_every_other_command_is_known_or_marked():
 
 
 def known_commands() -> set[str]:
-    from typer.main import get_command
-
-    from aurora_trainer.cli import app
-
     return set(get_command(app).commands)
 
 
