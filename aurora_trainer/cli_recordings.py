@@ -75,7 +75,9 @@ def replay(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A recording, a weights directory or a version, checkpoints, a draft.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Recordings, weights directories or versions, checkpoints, drafts.")
+    ],
     message: Annotated[int | None, typer.Option(min=0, help="Show this message of a recording: its trees.")] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Directory with the target's tokenizer.json: tokens as text, not as ids.")
@@ -91,17 +93,20 @@ def inspect(
         from aurora_trainer.describe import describe, problems
         from aurora_trainer.describe_recording import describe_message, message_at, message_text, token_names
 
-        if message is None:
-            found, text = describe(path)
-        else:
-            found = describe_message(*message_at(path, message), token_names(tokenizer), top)
-            text = message_text(found)
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:  # a terminal that cannot show a character shows a question mark
-            encoding = sys.stdout.encoding or "utf-8"
-            typer.echo(text.encode(encoding, "replace").decode(encoding))
-        if problems(found):
+        damaged = 0
+        for number, path in enumerate(paths):
+            if message is None:
+                found, text = describe(path)
+            else:
+                found = describe_message(*message_at(path, message), token_names(tokenizer), top)
+                text = message_text(found)
+            if as_json:  # an object a line
+                typer.echo(json.dumps(found))
+            else:  # a terminal that cannot show a character shows a question mark
+                encoding = sys.stdout.encoding or "utf-8"
+                typer.echo(("\n" if number else "") + text.encode(encoding, "replace").decode(encoding))
+            damaged += problems(found)
+        if damaged:
             raise typer.Exit(1)
 
 

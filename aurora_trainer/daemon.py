@@ -133,7 +133,7 @@ class Daemon:
                     self._keep_cadences(None, now_s, cursor)
         else:
             ended = True
-        if training.steps < replayed and not self.stopping:
+        if training.steps < min(replayed, last) and not self.stopping:
             raise ValueError(
                 f"recording {path} ends after {training.steps} steps, the checkpoint is of step {replayed}; expected "
                 "the recording that it was made from: set trainer.checkpoint.directory to a new one for another"

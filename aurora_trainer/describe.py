@@ -12,6 +12,7 @@ tensors are not loaded.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +22,12 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from aurora_sglang_plugin import manifest as contract
-from aurora_trainer.checkpoint import FORMAT, steps
 from aurora_trainer.describe_recording import describe_recording, recording_text
-from aurora_trainer.publish_weights import versions
 from aurora_trainer.recording import SUFFIX
 from aurora_trainer.terminal import columns, escape, moment, size, value
 from aurora_trainer.trace import MAGIC
 
+CHECKPOINT_FORMAT = 1
 SHOWN_STATE = ("target", "parent", "served", "rolled_back", "steps", "slots", "earlier_updates", "traffic", "published",
                "samples", "optimizer", "cursor", "open_requests")  # fmt: skip
 
@@ -51,9 +51,9 @@ def _kind(path: Path) -> tuple[Callable[[Path], dict[str, Any]], Callable[[dict[
         return describe_recording, recording_text
     if path.is_file() and path.suffix == SUFFIX:  # its beginning is damaged
         return describe_recording, recording_text
-    if contract.CURRENT in names or (names and versions(path)):
+    if contract.CURRENT in names or any(re.fullmatch(r"v\d+", name) for name in names):
         return describe_weights, weights_text
-    if {"manifest.json", "state.safetensors"} <= names or (names and steps(path)):
+    if {"manifest.json", "state.safetensors"} <= names or any(re.fullmatch(r"step-\d+", name) for name in names):
         return describe_checkpoints, checkpoints_text
     if {"manifest.json", "model.safetensors"} <= names:
         return describe_version, version_text
@@ -70,6 +70,8 @@ def _kind(path: Path) -> tuple[Callable[[Path], dict[str, Any]], Callable[[dict[
 
 def describe_weights(path: Path) -> dict[str, Any]:
     """Every version on disk, what CURRENT and REJECTED say, and whether files are what their manifests bind."""
+    from aurora_trainer.publish_weights import versions  # which brings torch
+
     found: dict[str, Any] = {"kind": "weights", "path": str(path), "problems": []}
     rejected = contract.rejected_versions(path)
     try:
@@ -136,6 +138,8 @@ def version_text(found: dict[str, Any]) -> str:
 
 def describe_checkpoints(path: Path) -> dict[str, Any]:
     """Every checkpoint of a directory, or the one that `path` is."""
+    from aurora_trainer.checkpoint import steps  # which brings torch
+
     one = (path / "manifest.json").exists()
     folders = [path] if one else [path / f"step-{step:08d}" for step in steps(path)]
     found = [_checkpoint(folder) for folder in folders]
@@ -147,8 +151,8 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path), "problems": []}
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        if manifest["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {manifest['format']}, this version reads {CHECKPOINT_FORMAT}")
         found |= {"step": int(manifest["step"]), "bytes": 0}
         for name in ("state.safetensors", "state.json"):
             described = manifest["files"][name]

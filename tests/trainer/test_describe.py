@@ -145,6 +145,8 @@ def test_checkpoints(tmp_path):
 def test_a_draft_and_what_is_none(models, tmp_path):
     found, text = describe(models / "draft")
     assert found["kind"] == "draft" and "lm_head.weight" in found["tensors"] and "fc.weight" in text
+    both = run(models / "draft", models / "draft", "--json").stdout.splitlines()
+    assert [json.loads(line)["kind"] for line in both] == ["draft", "draft"]
     for path in (tmp_path, tmp_path / "nowhere", models):
         result = run(path)
         assert result.exit_code == 2 and "neither a recording" in result.output
