@@ -25,7 +25,7 @@ from aurora_trainer.durable import replace_file
 from aurora_trainer.families import ACTIVITIES, COUNTED, FAMILIES, NODES, SHOWN, WHEN
 
 if TYPE_CHECKING:
-    from aurora_trainer.train import Step
+    from aurora_trainer.step import Step
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,29 +29,16 @@ from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
 from aurora_trainer.gate import Gate
 from aurora_trainer.loss import Score, losses, score
-from aurora_trainer.optimize import Optimizer, Update
+from aurora_trainer.optimize import Optimizer
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
 from aurora_trainer.served import Served
+from aurora_trainer.step import Step, sample_scores, slots_of
 from aurora_trainer.target import open_target
 
 log = logging.getLogger(__name__)
 
 SMOOTH = 0.9  # of what the status shows, per step
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one step saw and did, for the figures. Accept lengths are (sum, count) over slots that were never trained on
-    before: of the draft before this step, and after it (every metrics.rescore_every_steps-th step)."""
-
-    update: Update
-    score: Score
-    slots: int
-    before: tuple[float, int]
-    after: tuple[float, int] | None
-    time_ns: list[int]  # of each sample
-    staleness: list[int]  # of each sample that had a tree: newest version minus the one that drew its last tree
 
 
 class Training:
@@ -138,7 +124,7 @@ class Training:
         slots = sum(len(s.features) for s in samples)
         self.slots += slots
         self._show(update.loss, scored)
-        rows = _slots_of(batch, samples, unseen)
+        rows = slots_of(batch, samples, unseen)
         every = trainer.metrics.rescore_every_steps
         rescored = unseen and every and self.steps % every == 0
         return Step(
@@ -306,18 +292,3 @@ class Training:
         total, count = score.accept_length()
         for name, value in (("loss", loss), ("accept_length", total / max(count, 1))):
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
-
-
-def _slots_of(batch: Batch, samples: list[Sample], some: list[Sample]) -> torch.Tensor:
-    """bool [R]: the level-0 slots of `some` of the batch's samples."""
-    chosen = {id(s) for s in some}
-    return torch.tensor([id(s) in chosen for s in samples])[batch.on_cpu.base_sample]
-
-
-def sample_scores(batch: Batch, scored: Score, samples: int) -> list[float]:
-    """Each sample's mean accept length over its slots, nan where no slot's chain is known to its end."""
-    known = scored.run >= 0
-    owner, run = batch.on_cpu.base_sample[known], scored.run[known].double()
-    total = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, run)
-    count = torch.zeros(samples, dtype=torch.float64).index_add(0, owner, torch.ones_like(run))
-    return (total / count).tolist()

@@ -18,7 +18,7 @@ from aurora_trainer.families import COUNTED, FAMILIES, SHOWN
 from aurora_trainer.init_draft import init_draft
 from aurora_trainer.metrics import Clock, Metrics, MetricsConfig
 from aurora_trainer.optimize import Update
-from aurora_trainer.train import Step
+from aurora_trainer.step import Step
 
 VOCAB, HIDDEN = 64, 32
 
