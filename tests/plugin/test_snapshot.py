@@ -6,6 +6,7 @@ import torch
 from trees import NAMED_TREES
 
 from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.acceptance import Acceptance
 from aurora_sglang_plugin.snapshot import End, Prefill, Verify, parents
 from aurora_sglang_plugin.transfer import HostTensors
 
@@ -144,3 +145,15 @@ def test_prefill():
 def test_end():
     a = decoded(header("end", ["a"], reasons=["stop"]), End(17).build()).arrays
     assert a["committed_lens"].tolist() == [17]
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["it waits for a trainer first", "it is sent at once"])
+def test_accept_lengths_are_counted_once(waits):
+    tensors, _ = verify_tensors()
+    acceptance = Acceptance(num_steps=2)
+    snapshot = Verify(HostTensors().stage(tensors), k=4, version=5, acceptance=acceptance)
+    if waits:
+        snapshot.unload()
+        assert acceptance.by_length.tolist() == [0, 1, 0, 1]  # though it may never be sent
+    snapshot.build()
+    assert acceptance.by_length.tolist() == acceptance.of_role["current"].tolist() == [0, 1, 0, 1]
