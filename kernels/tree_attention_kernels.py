@@ -1,0 +1,350 @@
+"""Triton kernels of tree_attention.
+
+Dimensions: Q queries, T slots, M nodes, A ancestors (`width`), Hq query heads, Hkv key heads, D head, G = Hq / Hkv.
+
+A row is one sorted query and one of the G heads that read key head h, so that a block of rows shares the keys that it
+loads: row r of h is sorted query r // G, head h * G + r % G. Blocks are cut from the sorted rows wherever they fall;
+one that spans several sequences masks. `key` and `order` are tree_attention.sort_queries', `lse` and `delta` are
+[Q, Hq], lse to base 2. Whatever a row of the data is multiplied with is addressed in int64. Formulas are in README.md
+of this folder. Nothing is summed by atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from aurora_kernels.dispatch import DTYPES
+from aurora_kernels.tree_attention_launch import arguments
+from triton.runtime.jit import JITFunction
+
+_SIZES = ["queries", "slots", "nodes", "width", "kv_heads"]  # of the data: they must not choose what is compiled
+_PRECISION = tl.constexpr("ieee")
+
+
+@triton.jit
+def _load(pointer, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BLOCK_D] from `offset` [rows]; if MASKED, zeros where not `there`. Zeros in columns from D on."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = pointer + offset[:, None] + d[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    elif BLOCK_D == D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(pointer, offset, value, there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    tl.store(pointer + offset[:, None] + d[None, :], value, mask=there[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _slots(pointer, at, stop, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+           MASKED: tl.constexpr):  # fmt: skip
+    """[BLOCK_N, BLOCK_D] slots from `at` on, of one head; if MASKED, zeros from `stop` on."""
+    n = tl.arange(0, BLOCK_N)
+    pointer += (tl.cast(at, tl.int64) * kv_heads + kv_head) * D
+    return _load(pointer, n * (kv_heads * D), at + n < stop, D, BLOCK_D, MASKED)
+
+
+@triton.jit
+def _rows(block, kv_head, key, order, queries, kv_heads, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(row, it exists, its query and head in [Q, Hq], first slot, end of slots), each [BLOCK_M].
+
+    A row that sees no slots has the bounds 2^31 - 1 and 0, which no minimum or maximum notices.
+    """
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < queries * G
+    query = tl.load(order + row // G, mask=live, other=0)
+    bounds = tl.load(key + row // G, mask=live, other=0)
+    start, end = (bounds >> 32).to(tl.int32), (bounds & 0xFFFFFFFF).to(tl.int32)
+    sees = end > start
+    index = query * (kv_heads * G) + kv_head * G + row % G
+    return row, live, index, tl.where(sees, start, 2147483647), tl.where(sees, end, 0)
+
+
+@triton.jit
+def _walk(start, end, BLOCK_N: tl.constexpr):
+    """(lo, whole, whole_end, hi): the slots that a block of rows sees are in lo : hi, and every row that sees any sees
+    whole : whole_end, a number of blocks."""
+    lo, hi = tl.min(start, 0), tl.max(end, 0)
+    whole = tl.max(tl.where(end > start, start, 0), 0)
+    seen_by_all = tl.min(tl.where(end > start, end, hi), 0)
+    length = tl.maximum(seen_by_all - whole, 0) // BLOCK_N * BLOCK_N
+    whole = tl.where(length > 0, whole, lo)
+    return lo, whole, whole + length, hi
+
+
+@triton.jit
+def _next(at, start, end, whole, whole_end, hi):
+    """The first slot from `at` on that some row sees, outside of whole : whole_end; hi if there is none."""
+    at = tl.min(tl.where(end > at, tl.maximum(start, at), hi), 0)
+    return tl.where((at >= whole) & (at < whole_end), whole_end, at)
+
+
+@triton.jit
+def _count(at, start, end, whole, whole_end, hi, BLOCK_N: tl.constexpr):
+    """How many blocks of slots _next leads through from `at` on. Known ahead, loads of the next block can be early."""
+    count = 0
+    while at < hi:
+        at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
+        count += 1
+    return count
+
+
+@triton.jit
+def _visible(at, stop, start, end, BLOCK_N: tl.constexpr):
+    """bool [BLOCK_M, BLOCK_N]"""
+    slot = (at + tl.arange(0, BLOCK_N))[None, :]
+    return (slot >= start[:, None]) & (slot < end[:, None]) & (slot < stop)
+
+
+@triton.jit
+def _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N: tl.constexpr):
+    """(node and key head in [M, Hkv], it exists), each [BLOCK_N], of a block of columns.
+
+    A column is one ancestor of one sorted query. All rows of a block meet the columns of all of its queries on tensor
+    cores, which costs less than products of their own outside of them, and G rows share what is gathered.
+    """
+    column = at + tl.arange(0, BLOCK_N)
+    node = tl.load(ancestors + column, mask=column < stop, other=-1)
+    return node * kv_heads + kv_head, node >= 0
+
+
+@triton.jit
+def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constexpr):
+    """One step of the online softmax: (top, total, acc) after these keys."""
+    scores = tl.dot(q_rows, tl.trans(k), input_precision=_PRECISION)
+    if MASKED:
+        scores = tl.where(visible, scores * qk_scale, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: no -inf minus -inf
+        p = tl.exp2(scores - shift[:, None])
+    else:
+        higher = tl.maximum(top, tl.max(scores, 1) * qk_scale)
+        shift = higher
+        p = tl.exp2(scores * qk_scale - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=_PRECISION)
+    return higher, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def tree_attention_fwd_kernel(
+    q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse,
+    qk_scale, queries, width, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of rows: o and lse. The last blocks of a sequence see most, so they start first."""
+    kv_head = tl.program_id(0) % kv_heads
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
+    row, live, index, start, end = _rows(block, kv_head, key, order, queries, kv_heads, G, BLOCK_M)
+    q_rows = _load(q, index * D, live, D, BLOCK_D, True)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    lo, whole, whole_end, hi = _walk(start, end, BLOCK_N)
+    for at in range(whole, whole_end, BLOCK_N):
+        k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        top, total, acc = _attend(q_rows, k, v, None, top, total, acc, qk_scale, False)
+    sees = end > start  # the others took part in the loop above
+    top, total = tl.where(sees, top, float("-inf")), tl.where(sees, total, 0.0)
+    acc = tl.where(sees[:, None], acc, 0.0)
+    at = _next(lo, start, end, whole, whole_end, hi)
+    for _ in range(_count(at, start, end, whole, whole_end, hi, BLOCK_N)):
+        stop = tl.where(at < whole, whole, hi)
+        k = _slots(slot_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        v = _slots(slot_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        visible = _visible(at, stop, start, end, BLOCK_N)
+        top, total, acc = _attend(q_rows, k, v, visible, top, total, acc, qk_scale, True)
+        at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
+
+    column = row // G * width  # the first of each row's
+    stop = tl.minimum(tl.max(column, 0) + width, queries * width)
+    for at in range(tl.min(column, 0), stop, BLOCK_N):
+        node, there = _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N)
+        k = _load(node_k, node * D, there, D, BLOCK_D, True)
+        v = _load(node_v, node * D, there, D, BLOCK_D, True)
+        visible = _visible(at, stop, column, column + width, BLOCK_N) & there[None, :]
+        top, total, acc = _attend(q_rows, k, v, visible, top, total, acc, qk_scale, True)
+
+    nothing = total == 0.0
+    acc /= tl.where(nothing, 1.0, total)[:, None]
+    _store(o, index * D, acc.to(o.dtype.element_ty), live, D, BLOCK_D)
+    tl.store(lse + index, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=live)
+
+
+@triton.jit
+def _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, MASKED: tl.constexpr):
+    """acc + dS K, dS without the scale."""
+    exponent = tl.dot(q_rows, tl.trans(k), input_precision=_PRECISION) * qk_scale - lse_rows[:, None]
+    if MASKED:
+        exponent = tl.where(visible, exponent, float("-inf"))
+    dp = tl.dot(do_rows, tl.trans(v), input_precision=_PRECISION)
+    ds = tl.exp2(exponent) * (dp - delta_rows[:, None])
+    return tl.dot(ds.to(k.dtype), k, acc, input_precision=_PRECISION)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def tree_attention_bwd_q_kernel(
+    q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse, do, delta, dq,
+    scale, qk_scale, queries, width, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of rows: dq, and delta for the kernels after this one. Walks as the forward kernel does."""
+    kv_head = tl.program_id(0) % kv_heads
+    block = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
+    row, live, index, start, end = _rows(block, kv_head, key, order, queries, kv_heads, G, BLOCK_M)
+    do_rows = _load(do, index * D, live, D, BLOCK_D, True)
+    o_rows = _load(o, index * D, live, D, BLOCK_D, True)
+    delta_rows = tl.sum(o_rows.to(tl.float32) * do_rows.to(tl.float32), 1)
+    tl.store(delta + index, delta_rows, mask=live)
+    q_rows = _load(q, index * D, live, D, BLOCK_D, True)
+    lse_rows = tl.load(lse + index, mask=live, other=float("inf"))
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    lo, whole, whole_end, hi = _walk(start, end, BLOCK_N)
+    slot_lse = tl.where(end > start, lse_rows, float("inf"))  # no slots: their probabilities are 0
+    for at in range(whole, whole_end, BLOCK_N):
+        k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        acc = _q_gradient(q_rows, do_rows, k, v, None, slot_lse, delta_rows, acc, qk_scale, False)
+    at = _next(lo, start, end, whole, whole_end, hi)
+    for _ in range(_count(at, start, end, whole, whole_end, hi, BLOCK_N)):
+        stop = tl.where(at < whole, whole, hi)
+        k = _slots(slot_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        v = _slots(slot_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        visible = _visible(at, stop, start, end, BLOCK_N)
+        acc = _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, True)
+        at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
+
+    column = row // G * width  # the first of each row's
+    stop = tl.minimum(tl.max(column, 0) + width, queries * width)
+    for at in range(tl.min(column, 0), stop, BLOCK_N):
+        node, there = _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N)
+        k = _load(node_k, node * D, there, D, BLOCK_D, True)
+        v = _load(node_v, node * D, there, D, BLOCK_D, True)
+        visible = _visible(at, stop, column, column + width, BLOCK_N) & there[None, :]
+        acc = _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, True)
+    _store(dq, index * D, (acc * scale).to(dq.dtype.element_ty), live, D, BLOCK_D)
+
+
+@triton.jit
+def _slot_gradients(
+    row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries, kv_head, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """dk + dS^T Q (dS without the scale) and dv + P^T dO of a block of slots, over the rows from `row` on."""
+    row += tl.arange(0, BLOCK_M)
+    live = row < queries * G if MASKED else None
+    index = tl.load(order + row // G, mask=live, other=0 if MASKED else None) * (kv_heads * G) + kv_head * G + row % G
+    q_rows = _load(q, index * D, live, D, BLOCK_D, MASKED)
+    lse_rows = tl.load(lse + index, mask=live)
+    exponent = tl.dot(k, tl.trans(q_rows), input_precision=_PRECISION) * qk_scale - lse_rows[None, :]
+    if MASKED:
+        bounds = tl.load(key + row // G, mask=live, other=0)
+        start, end = (bounds >> 32).to(tl.int32), (bounds & 0xFFFFFFFF).to(tl.int32)
+        visible = (slot[:, None] >= start[None, :]) & (slot[:, None] < end[None, :])
+        exponent = tl.where(visible, exponent, float("-inf"))
+    p = tl.exp2(exponent)  # [BLOCK_N, BLOCK_M]
+    do_rows = _load(do, index * D, live, D, BLOCK_D, MASKED)
+    dv = tl.dot(p.to(do_rows.dtype), do_rows, dv, input_precision=_PRECISION)
+    dp = tl.dot(v, tl.trans(do_rows), input_precision=_PRECISION)
+    ds = p * (dp - tl.load(delta + index, mask=live, other=0.0 if MASKED else None)[None, :])
+    return tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision=_PRECISION), dv
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def tree_attention_bwd_slots_kernel(
+    q, slot_k, slot_v, do, lse, delta, key, order, ranges, dslot_k, dslot_v,
+    scale, qk_scale, queries, slots, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A block of slots: dk and dv, over the sorted rows that may see it (`ranges`, see rows_of_slots)."""
+    kv_head = tl.program_id(0) % kv_heads
+    ranges += tl.program_id(0) // kv_heads * 5
+    at = tl.load(ranges).to(tl.int32) * BLOCK_N
+    lo, hi = (tl.load(ranges + 1) * G).to(tl.int32), (tl.load(ranges + 4) * G).to(tl.int32)
+    whole, whole_end = (tl.load(ranges + 2) * G).to(tl.int32), (tl.load(ranges + 3) * G).to(tl.int32)
+    whole = lo + tl.cdiv(tl.maximum(whole - lo, 0), BLOCK_M) * BLOCK_M
+    length = tl.maximum(whole_end - whole, 0) // BLOCK_M * BLOCK_M
+    whole = tl.where(length > 0, whole, lo)
+    whole_end = whole + length
+    slot = at + tl.arange(0, BLOCK_N)
+    k = _slots(slot_k, at, slots, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+    v = _slots(slot_v, at, slots, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    before = (whole - lo) // BLOCK_M
+    for i in range(before + tl.cdiv(tl.maximum(hi - whole_end, 0), BLOCK_M)):
+        row = tl.where(i < before, lo, whole_end - before * BLOCK_M) + i * BLOCK_M
+        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries,
+                                 kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    for row in range(whole, whole_end, BLOCK_M):
+        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries,
+                                 kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, False)  # fmt: skip
+    offset = (slot.to(tl.int64) * kv_heads + kv_head) * D
+    _store(dslot_k, offset, (dk * scale).to(dslot_k.dtype.element_ty), slot < slots, D, BLOCK_D)
+    _store(dslot_v, offset, dv.to(dslot_v.dtype.element_ty), slot < slots, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def tree_attention_bwd_nodes_kernel(
+    q, node_k, node_v, do, lse, delta, first, query, dnode_k, dnode_v,
+    scale, qk_scale, nodes, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A block of nodes: dk and dv, each over the queries that name it (see queries_of_nodes)."""
+    kv_head = tl.program_id(0) % kv_heads
+    node = tl.program_id(0) // kv_heads * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = node < nodes
+    entry = tl.load(first + node, mask=real, other=0)
+    end = tl.load(first + node + 1, mask=real, other=0)
+    offset = (node.to(tl.int64) * kv_heads + kv_head) * D
+    k = _load(node_k, offset, real, D, BLOCK_D, True).to(tl.float32)
+    v = _load(node_v, offset, real, D, BLOCK_D, True).to(tl.float32)
+    dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for _ in range(tl.max(end - entry, 0)):
+        there = entry < end
+        index = tl.load(query + entry, mask=there, other=0) * (kv_heads * G) + kv_head * G
+        for _g in range(G):
+            q_rows = _load(q, index * D, there, D, BLOCK_D, True).to(tl.float32)
+            do_rows = _load(do, index * D, there, D, BLOCK_D, True).to(tl.float32)
+            lse_rows = tl.load(lse + index, mask=there, other=float("inf"))
+            p = tl.exp2(tl.sum(q_rows * k, 1) * qk_scale - lse_rows)
+            ds = p * (tl.sum(do_rows * v, 1) - tl.load(delta + index, mask=there, other=0.0))
+            dk += ds[:, None] * q_rows
+            dv += p[:, None] * do_rows
+            index += 1
+        entry += 1
+    _store(dnode_k, offset, (dk * scale).to(dnode_k.dtype.element_ty), real, D, BLOCK_D)
+    _store(dnode_v, offset, dv.to(dnode_v.dtype.element_ty), real, D, BLOCK_D)
+
+
+def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
+    """(name, kernel, arguments, constexprs, options) of what is launched on a device of `capability`, to compile it
+    without one: four query heads for each key head, head sizes 64, 96, 128, 256. 16 bits compile alike, whichever."""
+    kernels = (tree_attention_fwd_kernel, tree_attention_bwd_q_kernel,
+               tree_attention_bwd_slots_kernel, tree_attention_bwd_nodes_kernel)  # fmt: skip
+    head_dims = {torch.bfloat16: (64, 96, 128, 256), torch.float16: (128,), torch.float32: (64, 128, 256)}
+    for dtype in DTYPES:
+        for head_dim in head_dims[dtype]:
+            rows, index = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
+                           (((8, 4, head_dim), dtype), ((8, 1), torch.int64)))  # fmt: skip
+            floats = dict.fromkeys(("q", "o", "do", "dq"), rows)
+            floats |= dict.fromkeys([d + x for d in ("", "d") for x in ("slot_k", "slot_v", "node_k", "node_v")],
+                                    rows[:, :1])  # fmt: skip
+            floats |= dict.fromkeys(("lse", "delta"), rows.float())
+            indices = dict.fromkeys(("key", "order", "ancestors", "ranges", "first", "query"), index)
+            for kernel in kernels:
+                name = kernel.__name__.removeprefix("tree_attention_").removesuffix("_kernel")
+                yield (f"{name} {str(dtype).removeprefix('torch.')} D={head_dim}", kernel,
+                       *arguments(kernel, 1.0, floats | indices, capability))  # fmt: skip
