@@ -20,7 +20,7 @@ from aurora_sglang_plugin.keys import TrainerKeys
 log = logging.getLogger(__name__)
 
 ZAP_ENDPOINT, ZAP_DOMAIN = "inproc://zeromq.zap.01", b"aurora"
-ANSWERS_PER_TURN = 16
+ANSWERS_PER_TURN = 64
 TURN_EVERY_S = 1.0  # at least, however many messages come
 BACKLOG = 1024
 FILES = 65536  # open at once: without free ones nobody can connect and no checkpoint can be written
