@@ -23,6 +23,7 @@ from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.families import Exported
 from aurora_trainer.durable import replace_file
 from aurora_trainer.families import ACTIVITIES, COUNTED, FAMILIES, NODES, SHOWN, WHEN
+from aurora_trainer.log_to import TensorBoard
 
 if TYPE_CHECKING:
     from aurora_trainer.step import Step
@@ -37,6 +38,7 @@ class MetricsConfig(Section):
 
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # of http://127.0.0.1:PORT/metrics; 0: none
     status_file: Path | None = None  # JSON, replaced whole
+    tensorboard: Path | None = None  # directory of event files; needs the package
     every_s: Annotated[float, Field(gt=0)] = 2.0
     rescore_every_steps: Annotated[int, Field(ge=0)] = 16  # score every n-th batch once more after training; 0: never
 
@@ -65,6 +67,7 @@ class Metrics:
         self._exported = Exported(FAMILIES, self.registry)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
         self._published_at = self._saved_at = time.monotonic()
+        self._board = None if config.tensorboard is None else TensorBoard(config.tensorboard)
         if config.status_file is not None:
             config.status_file.parent.mkdir(parents=True, exist_ok=True)
         if config.port:
@@ -100,6 +103,8 @@ class Metrics:
                 replace_file(self.config.status_file, json.dumps(status, sort_keys=True).encode())
             except OSError as error:  # a full disk must not end training
                 log.warning("status file not written error=%s", error)
+        if self._board is not None:
+            self._board.write(status)
 
     def trained(self, step: Step, seconds: float, now_s: float) -> None:
         """After a step that took `seconds`; `now_s` is the wall clock, or a recording's own."""
