@@ -39,7 +39,8 @@ def topk_logprobs(logits: Tensor, k: int, rows: Tensor | None = None) -> tuple[T
 
 
 def topk_logprobs_ref(logits: Tensor, k: int, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """In chunks of rows, so that temporaries stay below about 128 MiB whatever the batch."""
+    """In chunks of rows: temporaries stay below about 128 MiB whatever the batch, and on a CPU, where each new page of
+    memory costs more than the sum over it, below 32."""
     if rows is not None:
         logits = logits.index_select(0, rows)
     count, vocab = logits.shape
@@ -47,7 +48,7 @@ def topk_logprobs_ref(logits: Tensor, k: int, rows: Tensor | None = None) -> tup
     ids = torch.empty(count, k, dtype=torch.int32, device=logits.device)
     kept = torch.empty(count, k, dtype=logits.dtype, device=logits.device)
     logsumexp = torch.empty(count, dtype=torch.float32, device=logits.device)
-    chunk = max(1, (1 << 24) // vocab)
+    chunk = max(1, (1 << (24 if logits.is_cuda else 22)) // vocab)
     for at in range(0, count, chunk):
         part = slice(at, at + chunk)
         top, found = logits[part].topk(k, dim=-1)
