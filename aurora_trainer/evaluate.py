@@ -1,17 +1,18 @@
 """Evaluate drafts on a recording: what a server's accept length would have been, had it drafted with them.
 
 Speculation is lossless, so the committed tokens of a recorded request do not depend on the draft that served it: any
-draft can be walked along them. A step at a slot proposes the chain of the draft's first choices; as many are accepted
-as agree with the committed tokens, and the walk goes on behind the bonus token, as the server would.
+draft can be walked along them. A step at a slot proposes what the server would have drawn there, a chain of the draft's
+first choices or with topk > 1 a tree (grow_tree.py); as much is accepted as agrees with the committed tokens, and the
+walk goes on behind the bonus token, as the server would.
 
-    accept length        tokens per step of that walk. Exact for greedy traffic and a chain (topk 1). For sampled
-                         traffic it is unbiased for SGLang's default rule, which accepts a drafted token with the
-                         probability that the target gives it: the committed token is a draw from just that.
+    accept length        tokens per step of that walk. Exact for greedy traffic. For sampled traffic it is unbiased for
+                         SGLang's default rule, which accepts a drafted token with the probability that the target gives
+                         it: the committed token is a draw from just that.
+    as chains            the same with chains of 1, 2, ... draft steps, whatever the server drew
     rejection sampling   1 + sum_d prod_{j<=d} sum min(p, q), at every position along the committed tokens, p the raw
                          target at temperature 1 (beyond its kept logits an upper bound): what a verifier would accept
                          that has drafts drawn from q. Exact for one draft step, an estimate for deeper ones.
-    live                 what the server's own steps accepted with the drafts that served. With topk > 1 it is that of
-                         trees; the drafts given here are walked as chains, which accept less than their trees would.
+    live                 what the server's own steps accepted with the drafts that served
 
 Only steps are counted whose chain is known to its end, live ones too: a request's last steps run past what was
 committed. Intervals are bootstraps over requests, because samples of one request are alike.
@@ -36,6 +37,7 @@ from aurora_sglang_plugin.manifest import current_version, target_fingerprint, v
 from aurora_trainer.assemble import AssembleConfig, Assembler
 from aurora_trainer.batch import Batch, BatchConfig, group, pack
 from aurora_trainer.draft import Draft
+from aurora_trainer.grow_tree import tree_runs
 from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.sample import Sample
@@ -51,10 +53,12 @@ WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")  # each [
 
 @dataclass
 class Request:
-    """Sums of one request. `walks` float64 [D, len(WALK), S]; `sampling` [D, 2] is (sum, positions)."""
+    """Sums of one request, float64: `served` [D, 2] (steps, tokens) of the walk with what the server would have drawn;
+    `chains` [D, len(WALK), S]; `sampling` [D, 2] (positions, sum)."""
 
     domain: str
-    walks: np.ndarray
+    served: np.ndarray
+    chains: np.ndarray
     sampling: np.ndarray
     live: np.ndarray = field(default_factory=lambda: np.zeros(2))  # steps, tokens
 
@@ -67,8 +71,7 @@ class Evaluation:
     drafts: list[str]
     target: str
     depth: int
-    topk: int = 0
-    num_steps: set[int] = field(default_factory=set)  # of the recorded trees
+    shape: tuple[int, int, int] = (0, 0, 0)  # (num_steps, topk, nodes) of the recorded trees
     versions: set[int] = field(default_factory=set)  # that drew them
     requests: list[Request] = field(default_factory=list)
     samples: Counter[str] = field(default_factory=Counter)  # evaluated, and left out by cause
@@ -86,7 +89,8 @@ def evaluate(
 ) -> Evaluation:
     """Walk every draft (its directory, or a weights directory: the version to serve) along a recording of `target`.
 
-    depth: draft steps, 0 for as many as were recorded. Raises ValueError for drafts or recordings that do not fit.
+    depth: draft steps of chains, 0 for as many as were recorded. Raises ValueError for drafts or recordings that do not
+    fit.
     """
     files = open_target(target)
     embed = files.embedding().float().to(device)
@@ -100,10 +104,14 @@ def evaluate(
     damage, now_s, said = Damage(), 0.0, time.monotonic()
 
     def take(samples: list[Sample], flush: bool = False) -> None:
-        held.extend(s for s in samples if _usable(s, loaded, result))
+        for sample in samples:
+            result.shape = result.shape if any(result.shape) else _shape(sample)
+            result.depth = result.depth or sample.num_steps
+            if result.shape[1] > 1 and result.depth < result.shape[0]:
+                raise ValueError(f"depth {depth}: the recording has trees of {result.shape[0]} steps; expected no less")
+            if _usable(sample, loaded, result):
+                held.append(sample)
         while held and (flush or sum(len(s.features) for s in held) >= BatchConfig().max_slots):
-            if not result.depth:
-                result.depth = held[0].num_steps
             some = next(group(held, BatchConfig()))
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
@@ -141,7 +149,12 @@ def _evaluate(
     samples: list[Sample], drafts: list[Draft], device: str, result: Evaluation, requests: dict[tuple, Request]
 ) -> None:
     batch = pack(samples, BatchConfig(depth=result.depth, rejected=False))
-    chains = [_chains(draft, batch, device) for draft in drafts]
+    on_device = batch.to(device)
+    chains = [_chains(draft, batch, on_device) for draft in drafts]
+    if result.shape[1] > 1:
+        runs = [tree_runs(draft, on_device, *result.shape) for draft in drafts]
+    else:
+        runs = [1 + chain.match.long().cumprod(1).sum(1) for chain in chains]
     roots, owner = batch.base_is_root, batch.base_sample
     for n, sample in enumerate(samples):
         mine = (owner == n).nonzero()[:, 0]
@@ -149,17 +162,17 @@ def _evaluate(
         key = (sample.epoch, sample.request)
         if key not in requests:
             empty = np.zeros((len(drafts), len(WALK), result.depth))
-            requests[key] = Request(NO_DOMAIN, empty, np.zeros((len(drafts), 2)))
+            requests[key] = Request(NO_DOMAIN, np.zeros((len(drafts), 2)), empty, np.zeros((len(drafts), 2)))
         request = requests[key]
         is_root = roots[mine]
         for d, chain in enumerate(chains):
-            request.walks[d] += _walks(chain.match[mine], chain.overlap[mine], known, is_root)
+            visited = _walk(runs[d][mine], known.all(1), is_root)
+            request.served[d] += (len(visited), sum(visited))
+            request.chains[d] += _walks(chain.match[mine], chain.overlap[mine], known, is_root)
             request.sampling[d] += _sampling(chain.overlap[mine], known)
         request.live += _live(sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1))
         result.samples["evaluated"] += 1
         result.versions.update(sample.tree_version.unique().tolist())
-        result.num_steps.add(sample.num_steps)
-        result.topk = max(result.topk, sample.topk)
 
 
 @dataclass
@@ -171,15 +184,14 @@ class _Chains:
     overlap: Tensor
 
 
-def _chains(draft: Draft, batch: Batch, device: str) -> _Chains:
+def _chains(draft: Draft, batch: Batch, on_device: Batch) -> _Chains:
     """The dense queries of every level-0 slot; the same slots are known for every draft."""
-    found = losses(draft, batch.to(device), LossConfig())
+    found = losses(draft, on_device, LossConfig())
     first_choice = (found.argmax + draft.d2t[found.argmax]).cpu()
     overlap_of = found.acceptance.cpu().float()
     slots = len(batch.tokens)
-    sample_end = torch.full((slots,), slots)  # one past the last slot of each slot's sample
     starts = batch.slot_start.unique()
-    sample_end = torch.cat([starts[1:], torch.tensor([slots])])[torch.bucketize(batch.slot_start, starts)]
+    sample_end = torch.cat([starts[1:], torch.tensor([slots])])[torch.bucketize(batch.slot_start, starts)]  # of a slot
     shape = len(batch.levels[0]), batch.depth
     known, match, overlap = torch.zeros(shape, dtype=bool), torch.zeros(shape, dtype=bool), torch.zeros(shape)
     at, slot = 0, batch.levels[0].parent
@@ -203,16 +215,7 @@ def _walks(match: Tensor, overlap: Tensor, known: Tensor, is_root: Tensor) -> np
     known_to = known.long().cumprod(1).bool()
     run_to = 1 + match.long().cumprod(1).cumsum(1)
     for k in range(size):
-        runs, to = run_to[:, k].tolist(), known_to[:, k]
-        starts = (is_root & to).nonzero()[:, 0].tolist()
-        to, at, visited = to.tolist(), 0, []
-        for start in starts:  # the first one, and where the walk stopped at something unknown, the next
-            if start < at:
-                continue
-            at = start
-            while at < len(runs) and to[at]:
-                visited.append(runs[at])
-                at += runs[at]
+        visited = _walk(run_to[:, k], known_to[:, k], is_root)
         out[0, k], out[1, k] = len(visited), sum(visited)
         if k == size - 1:
             out[2] = [sum(run > d + 1 for run in visited) for d in range(size)]
@@ -221,9 +224,26 @@ def _walks(match: Tensor, overlap: Tensor, known: Tensor, is_root: Tensor) -> np
     return out
 
 
+def _walk(runs: Tensor, known: Tensor, is_root: Tensor) -> list[int]:
+    """Accept lengths of the steps that a server would take over the slots, each [R of a sample].
+
+    It begins at the first root of the server's own, and again at the next one where it came to something unknown.
+    """
+    starts = (is_root & known).nonzero()[:, 0].tolist()
+    lengths, there, at, visited = runs.tolist(), known.tolist(), 0, []
+    for start in starts:
+        if start < at:
+            continue
+        at = start
+        while at < len(lengths) and there[at]:
+            visited.append(lengths[at])
+            at += lengths[at]
+    return visited
+
+
 def _sampling(overlap: Tensor, known: Tensor) -> np.ndarray:
     whole = overlap[known.all(1)].double()
-    return np.array([float((1 + whole.cumprod(1).sum(1)).sum()), len(whole)])
+    return np.array([len(whole), float((1 + whole.cumprod(1).sum(1)).sum())])
 
 
 def _live(sample: Sample, slots: Tensor, counted: Tensor) -> np.ndarray:
@@ -244,11 +264,19 @@ def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
         cause = "without_trees"
     elif bool(sample.node_altered.all()):
         cause = "altered_distribution"
+    elif _shape(sample)[1:] != result.shape[1:] or (result.shape[1] > 1 and _shape(sample) != result.shape):
+        cause = "another_tree_shape"
     if cause:
         result.samples[cause] += 1
     elif sample.start > 0:
         result.samples["without_whole_prompt"] += 1  # evaluated, but with less context than the server had
     return cause is None
+
+
+def _shape(sample: Sample) -> tuple[int, int, int]:
+    """(num_steps, topk, nodes); a chain's nodes follow from its steps and are not told apart."""
+    nodes = len(sample.node_token) // len(sample.tree_first)  # SGLang fills every tree
+    return sample.num_steps, sample.topk, nodes if sample.topk > 1 else 0
 
 
 def _first_slot(samples: list[Sample], n: int) -> int:

@@ -36,8 +36,7 @@ def report(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
         "drafts": evaluation.drafts,
         "draft_steps": evaluation.depth,
         "recorded": {
-            "num_steps": sorted(evaluation.num_steps),
-            "topk": evaluation.topk,
+            **dict(zip(("num_steps", "topk", "nodes"), evaluation.shape)),  # nodes 0: a chain
             "draft_versions": sorted(evaluation.versions),
         },
         "samples": dict(evaluation.samples),
@@ -51,9 +50,12 @@ def table(figures: dict[str, Any]) -> str:
     """The record for people."""
     drafts, domains = figures["drafts"], figures["domains"]
     pairs = list(domains[ALL]["differences"])
-    topk = figures["recorded"]["topk"]
+    drawn = f"chains of {figures['draft_steps']} draft steps"
+    if figures["recorded"]["topk"] > 1:
+        drawn = "trees of {num_steps} draft steps, topk {topk}, {nodes} nodes".format(**figures["recorded"])
     lines = [
-        f"accept length: tokens per verify step, chains of {figures['draft_steps']} draft steps; {figures['interval']}",
+        f"accept length: tokens per verify step, with {drawn}",
+        figures["interval"],
         "",
         *columns(
             ["domain", "requests", *drafts, *pairs, "live"],
@@ -69,16 +71,14 @@ def table(figures: dict[str, Any]) -> str:
             ],
         ),
         "",
-        f"live: the server's own steps, draft versions {ranges(figures['recorded']['draft_versions'])}, "
-        + ("chains" if topk == 1 else f"trees of topk {topk}: not what a chain accepts")
-        + f" of {', '.join(map(str, figures['recorded']['num_steps']))} steps",
+        f"live: the server's own steps, with draft versions {ranges(figures['recorded']['draft_versions'])}",
     ]
     for draft in drafts:
-        by_depth = domains[ALL]["drafts"][draft]["by_depth"]
+        by_depth = domains[ALL]["drafts"][draft]["as_chains"]
         sampling = domains[ALL]["drafts"][draft]["rejection_sampling"]
         lines += [
             "",
-            f"{draft}, all domains; with rejection sampling (estimate) {_interval(sampling)}",
+            f"{draft} as chains, all domains; with rejection sampling (estimate) {_interval(sampling)}",
             *columns(
                 ["draft steps", "accept length", "reached", "agrees", "sum min(p, q)"],
                 [
@@ -114,7 +114,7 @@ def picture(figures: dict[str, Any], path: Path) -> None:
         values = [domains[name]["drafts"][draft]["accept_length"] for name in names]
         style = dict(fmt="o", capsize=3, color=f"C{number}", label=draft)
         left.errorbar(np.arange(len(names)) + shift, [v["mean"] for v in values], yerr=_bars(values), **style)
-        values = [row["accept_length"] for row in domains[ALL]["drafts"][draft]["by_depth"]]
+        values = [row["accept_length"] for row in domains[ALL]["drafts"][draft]["as_chains"]]
         steps = np.arange(1, len(values) + 1)
         right.errorbar(steps, [v["mean"] for v in values], yerr=_bars(values), **(style | {"fmt": "o-"}))
     live = [domains[name]["live"]["accept_length"]["mean"] for name in names]
@@ -123,7 +123,7 @@ def picture(figures: dict[str, Any], path: Path) -> None:
     left.set_xlim(-0.6, len(names) - 0.4)
     left.set_ylabel("accept length")
     left.legend(frameon=False, fontsize=8)
-    right.set_xlabel("draft steps")
+    right.set_xlabel("draft steps, as chains")
     right.set_xticks(range(1, figures["draft_steps"] + 1))
     for axes in (left, right):
         axes.grid(axis="y", linewidth=0.5)
@@ -140,28 +140,26 @@ def picture(figures: dict[str, Any], path: Path) -> None:
 
 
 def _domain(requests: list[Request], evaluation: Evaluation, seed: int) -> dict[str, Any]:
-    walks = np.stack([r.walks for r in requests])  # [n, D, WALK, S]
-    sampling, live = np.stack([r.sampling for r in requests]), np.stack([r.live for r in requests])
-    # Numerators and denominators side by side, so that one pass over the resamples serves all.
-    over = np.concatenate([walks[:, :, TOKENS].reshape(len(requests), -1), sampling[:, :, 0], live[:, 1:]], 1)
-    under = np.concatenate([walks[:, :, STEPS].reshape(len(requests), -1), sampling[:, :, 1], live[:, :1]], 1)
+    chains = np.stack([r.chains for r in requests])  # [n, D, WALK, S]
+    served, sampling, live = (np.stack([getattr(r, name) for r in requests]) for name in ("served", "sampling", "live"))
+    # Denominators and numerators side by side, so that one pass over the resamples serves all.
+    under = [served[:, :, 0], sampling[:, :, 0], chains[:, :, STEPS].reshape(len(requests), -1), live[:, :1]]
+    over = [served[:, :, 1], sampling[:, :, 1], chains[:, :, TOKENS].reshape(len(requests), -1), live[:, 1:]]
+    over, under = np.concatenate(over, 1), np.concatenate(under, 1)
     resampled = _resample(over, under, seed)  # [RESAMPLES, columns]
     means = _ratio(over.sum(0), under.sum(0))
     count, depth = len(evaluation.drafts), evaluation.depth
-
-    def column(draft: int, k: int) -> int:
-        return draft * depth + k
 
     def interval(column: int) -> dict[str, float | None]:
         return _bounds(means[column], resampled[:, column])
 
     drafts = {}
     for d, name in enumerate(evaluation.drafts):
-        sums = walks[:, d].sum(0)
+        sums = chains[:, d].sum(0)
         rows = [
             {
                 "draft_steps": k + 1,
-                "accept_length": interval(column(d, k)),
+                "accept_length": interval(2 * count + d * depth + k),
                 "reached": _number(sums[REACHED, k] / max(sums[STEPS, depth - 1], 1)),
                 "agreement": _number(sums[MATCHES, k] / max(sums[QUERIES, k], 1)),
                 "overlap": _number(sums[OVERLAP, k] / max(sums[QUERIES, k], 1)),
@@ -169,17 +167,16 @@ def _domain(requests: list[Request], evaluation: Evaluation, seed: int) -> dict[
             for k in range(depth)
         ]
         drafts[name] = {
-            "accept_length": interval(column(d, depth - 1)),
-            "steps": int(sums[STEPS, depth - 1]),
-            "tokens": int(sums[TOKENS, depth - 1]),
-            "rejection_sampling": interval(count * depth + d),
-            "by_depth": rows,
+            "accept_length": interval(d),
+            "steps": int(served[:, d, 0].sum()),
+            "tokens": int(served[:, d, 1].sum()),
+            "rejection_sampling": interval(count + d),
+            "as_chains": rows,
         }
     differences = {}
     for d in range(1, count):
-        a, b = column(0, depth - 1), column(d, depth - 1)
         label = f"{evaluation.drafts[d]} - {evaluation.drafts[0]}"
-        differences[label] = _bounds(means[b] - means[a], resampled[:, b] - resampled[:, a])
+        differences[label] = _bounds(means[d] - means[0], resampled[:, d] - resampled[:, 0])
     own = {"accept_length": interval(-1), "steps": int(live[:, 0].sum()), "tokens": int(live[:, 1].sum())}
     return {"requests": len(requests), "drafts": drafts, "differences": differences, "live": own}
 

@@ -78,10 +78,13 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     assert {n: d["requests"] for n, d in figures["domains"].items()} == {"all": 12, "even": 6, "odd": 6}
     assert figures["recorded"]["draft_versions"] == [version]
     assert rows == steps and abs(tokens - steps - correct) <= 4 * REQUESTS  # a last path may run past max_tokens
-    if name == "chain":  # the very steps: the same tokens, but for ties
-        assert (walk["steps"], walk["tokens"]) == pytest.approx((live["steps"], live["tokens"]), rel=0.005)
-        # What is left out, the last steps, is the only difference to SGLang's own figure.
-        assert live["steps"] >= rows - 5 * REQUESTS
-        assert walk["tokens"] / walk["steps"] == pytest.approx(1 + correct / steps, rel=0.03)
+    # The very steps: the same tokens, but for ties of probabilities and a prompt that hit the cache by chance.
+    assert (walk["steps"], walk["tokens"]) == pytest.approx((live["steps"], live["tokens"]), rel=0.005)
+    # What is left out, the last steps, is the only difference to SGLang's own figure.
+    assert live["steps"] >= rows - 5 * REQUESTS
+    assert walk["tokens"] / walk["steps"] == pytest.approx(1 + correct / steps, rel=0.03)
+    chain = walk["as_chains"][-1]["accept_length"]["mean"]
+    if name == "tree":
+        assert chain < 0.95 * walk["accept_length"]["mean"]  # a chain of it accepts less
     else:
-        assert walk["tokens"] / walk["steps"] < live["tokens"] / live["steps"]  # a chain accepts less than the tree
+        assert chain == walk["accept_length"]["mean"]

@@ -112,8 +112,9 @@ def test_walks_are_those_of_the_draft_computed_token_by_token(name):
             while at in runs:
                 steps, tokens, at = steps + 1, tokens + runs[at], at + runs[at]
                 seen.add(runs.get(at))
-        walk = requests["e", sample.request].walks[0]
-        assert (walk[0, -1], walk[1, -1]) == (steps, tokens) and steps > 0
+        request = requests["e", sample.request]
+        assert (request.chains[0, 0, -1], request.chains[0, 1, -1]) == (steps, tokens) and steps > 0
+        assert request.served[0].tolist() == [steps, tokens]
     assert {1, 2} <= seen
 
 
@@ -140,11 +141,11 @@ def test_live_counts_the_servers_steps_and_not_the_last_ones():
 
 def made_up(pairs, drafts=("a", "b")):
     """An evaluation of depth 1 from (domain, steps, tokens of a, tokens of b)."""
-    found = Evaluation(Path("r"), list(drafts), "t", 1, topk=1)
+    found = Evaluation(Path("r"), list(drafts), "t", 1, (1, 1, 0))
     for domain, steps, *tokens in pairs:
-        walks = np.zeros((len(tokens), 6, 1))
-        walks[:, 0], walks[:, 1, 0] = steps, tokens
-        found.requests.append(Request(domain, walks, np.ones((len(tokens), 2)), np.array([steps, tokens[0]])))
+        chains, served = np.zeros((len(tokens), 6, 1)), np.array([[steps, of] for of in tokens])
+        chains[:, 0], chains[:, 1, 0] = steps, tokens
+        found.requests.append(Request(domain, served, chains, np.ones((len(tokens), 2)), np.array([steps, tokens[0]])))
     return found
 
 
@@ -192,7 +193,7 @@ def test_eval_compares_drafts_by_domain(models, recording, trained, tmp_path):
     for domain in figures["domains"].values():
         assert domain["drafts"][new]["accept_length"]["low"] > 2 > domain["drafts"][old]["accept_length"]["high"]
         assert domain["differences"][f"{new} - {old}"]["low"] > 0.5
-    depths = [row["accept_length"]["mean"] for row in figures["domains"]["all"]["drafts"][new]["by_depth"]]
+    depths = [row["accept_length"]["mean"] for row in figures["domains"]["all"]["drafts"][new]["as_chains"]]
     assert depths == sorted(depths) and len(depths) == 2 == figures["draft_steps"]
     assert all(word in result.output for word in ("prose", "live", "rejection sampling", f"{depths[-1]:.3f}"))
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
