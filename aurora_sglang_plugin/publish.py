@@ -34,7 +34,7 @@ REOPEN_S = 1.0
 REMEDIES = {
     "key": "the trainer does not list this server's key; add it to servers/ in link.trainer_keys, restart the trainer",
     "protocol": "who listens there does not encrypt as this side does; expected a trainer with the same [link]",
-    "unfinished": "who listens there ends the handshake; expected the trainer whose key link.server_keys holds",
+    "unfinished": "who listens there is stopped, or is not the trainer whose key link.server_keys holds",
     "garbage": "who listens there is no trainer; expected one, or another link.endpoint",
 }
 
