@@ -38,7 +38,7 @@ def tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsum
         targets = topk_ids[part], topk_logits[part].to(z.dtype), logsumexp[part].to(z.dtype)
         return topk_distance_(z, *targets, row_weight, shares, grads)
 
-    return _chunked(state, norm_weight, head_weight, weight, eps, score)
+    return _chunked(state, norm_weight, head_weight, weight, eps, score, len(head_weight))
 
 
 def tree_loss_exact_ref(
@@ -57,7 +57,7 @@ def tree_loss_exact_ref(
         t = target_state[part].detach().to(z.dtype) @ target_head.T
         return exact_distance_(z, t, target_ids, draft_ids, row_weight, shares, grads)
 
-    return _chunked(state, norm_weight, head_weight, weight, eps, score)
+    return _chunked(state, norm_weight, head_weight, weight, eps, score, len(head_weight) + len(target_head))
 
 
 def shares_of(distance: str | Mapping[str, float]) -> tuple[float, float, float, float]:
@@ -84,19 +84,19 @@ def draft_ids_of(target_ids: Tensor, vocab: int) -> Tensor:
     return draft_ids.scatter_(0, target_ids, torch.arange(len(target_ids), device=target_ids.device))
 
 
-def _chunked(state, norm_weight, head_weight, weight, eps, score: Callable) -> TreeLoss:
+def _chunked(state, norm_weight, head_weight, weight, eps, score: Callable, logits_per_row: int) -> TreeLoss:
     """score(part, z, weight, grads) -> (argmax, loss, acceptance, the target's first choice as a draft id or -1) of
     the rows `part` from their logits z [r, VD], which become weight * d(loss) / dz where `grads`, else waste."""
     grads = torch.is_grad_enabled() and any(t.requires_grad for t in (state, norm_weight, head_weight))
-    return TreeLoss(*_TreeLoss.apply(state, norm_weight, head_weight, weight, eps, score, grads))
+    return TreeLoss(*_TreeLoss.apply(state, norm_weight, head_weight, weight, eps, score, logits_per_row, grads))
 
 
 class _TreeLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, state, norm_weight, head_weight, weight, eps, score, grads):
+    def forward(ctx, state, norm_weight, head_weight, weight, eps, score, logits_per_row, grads):
         dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
         g, w = norm_weight.to(dtype), head_weight.to(dtype)
-        rows, chunk = len(state), max(32, CHUNK_LOGITS // len(w))
+        rows, chunk = len(state), max(32, CHUNK_LOGITS // logits_per_row)
         loss, acceptance = state.new_empty(rows, dtype=dtype), state.new_empty(rows, dtype=dtype)
         argmax, label = (state.new_empty(rows, dtype=torch.int64) for _ in range(2))
         if grads:
@@ -126,7 +126,7 @@ class _TreeLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         grads = (g.mul(grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def target_distribution(

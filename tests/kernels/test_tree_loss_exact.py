@@ -6,7 +6,7 @@ import torch
 from aurora_kernels.tree_loss import DISTANCES, tree_loss, tree_loss_exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree_loss import EPS, mixtures
+from test_tree_loss import EPS, Biggest, mixtures
 
 SHARED = 6  # hidden size of the targets
 
@@ -116,3 +116,12 @@ def test_vocabularies_that_do_not_fit_are_refused(ids):
     weights, (state, head, _), weight = exact_case(0, 3, 4, 5, 6)
     with pytest.raises(ValueError, match="target_ids"):
         tree_loss_exact(*weights, state, head, ids, weight, "tv", EPS)
+
+
+def test_memory_grows_with_rows_not_with_rows_times_vocabulary(monkeypatch):
+    """The target's logits are a chunk's too, however much larger than the draft's its vocabulary is."""
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 1 << 12)
+    weights, target, weight = exact_case(0, 4096, 4, 16, 128, dtype=torch.float32)
+    with Biggest() as biggest:
+        tree_loss_exact(*weights, *target, weight, {"forward_kl": 1.0, "tv": 1.0}, EPS).loss_sum.backward()
+    assert biggest.nbytes < 4096 * 128 * 4 / 16
