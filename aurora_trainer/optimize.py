@@ -77,10 +77,10 @@ class Optimizer:
 
         Waits for the device once, to read the loss and the gradient's norm.
         """
-        gradients = {n: p.grad.float() for n, p in self.parameters.items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         for p in self.parameters.values():
             p.grad = None
-        norms = [g.norm() for g in gradients.values()]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
         norm = torch.stack(norms).norm() if norms else torch.zeros(())
         loss, norm = torch.stack([torch.as_tensor(loss).detach().to(norm), norm]).tolist()
         lr = learning_rate(self.config, self.updates)
@@ -90,8 +90,8 @@ class Optimizer:
         clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
         self.updates += 1
         with torch.no_grad():
-            for name, gradient in gradients.items():
-                self._apply(name, gradient.mul_(clip), lr)
+            for name in list(gradients):  # one float32 gradient at a time
+                self._apply(name, gradients.pop(name).float().mul_(clip), lr)
         return Update(True, norm, lr, loss)
 
     def _orthogonal(self, name: str) -> bool:
