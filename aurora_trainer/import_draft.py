@@ -59,6 +59,12 @@ def explain(directory: Path, target: Target) -> Explained:
             said = tensor_problems(checked, found.config, target.config)
             problems += [p for p in said if not ("d2t" in integers and p == "lacks d2t.")]
             problems += _value_problems(found, target, notes)
+        ids = (found.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        if "kv_lora_rank" in target.config and ids and ids[0] != 1:
+            notes.append(
+                f"SGLang reads the layers {ids} of a DeepSeek model as what ENTERS them, because the first is not 1; "
+                "of other models, and where it is 1, as outputs: make sure that the draft was trained so"
+            )
     return Explained(found, tuple(problems), tuple(found.conversions), tuple(notes))
 
 

@@ -1,6 +1,7 @@
 """Drafts made elsewhere: what is only naming is converted, what does not fit is explained, all of it at once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_another_dtype_and_defaults_said_aloud(tmp_path):
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 5, 8] and config["dtype"] == "bfloat16"
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
     assert any("--dtype float32" in note for note in explain(tmp_path / "out", open_target(target)).notes)
+
+
+def test_layers_of_a_deepseek_model_are_ambiguous(source, target, tmp_path):
+    """SGLang 0.5.23, models/deepseek_v2.py: ids are outputs only where the first is 1."""
+    latent = tmp_path / "latent"
+    shutil.copytree(target, latent)
+    config = json.loads((latent / "config.json").read_text()) | {"kv_lora_rank": 4}
+    (latent / "config.json").write_text(json.dumps(config))
+    assert any("ENTERS" in note for note in explain(source[0], open_target(latent)).notes)
+    assert not any("ENTERS" in note for note in explain(source[0], open_target(target)).notes)
 
 
 def test_check_gives_the_same_explanation(source, target, tmp_path):

@@ -164,8 +164,8 @@ print(status("VmHWM:") - before, len(batch.tokens))
 
 
 def test_memory_of_a_real_trainers_step(tmp_path):
-    """The process' peak over what the libraries take: a draft of 8M parameters in float32, two steps on the CPU."""
-    target = make_random_target(tmp_path / "t", vocab=8192, hidden=512, layers=5, heads=8, kv_heads=4)
+    """The process' peak over what the libraries take: a draft of 6M parameters in float32, two steps on the CPU."""
+    target = make_random_target(tmp_path / "t", vocab=4096, hidden=512, layers=5, heads=8, kv_heads=4)
     draft = init_draft(target, tmp_path / "d", "random")
     command = [sys.executable, "-c", PEAK, str(target), str(tmp_path / "d"), str(Path(__file__).parent)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
