@@ -67,6 +67,17 @@ def test_both_sides_take_it(path):
     assert f"docs/examples/{path.name}" in path.read_text()  # the commands in its header name it
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_its_commands_say_what_they_need(path):
+    """None of them can run here."""
+    lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#   ")]
+    commands = [c for c in "\n".join(lines).replace("\\\n", "").splitlines() if not c.endswith(":")]
+    assert len(commands) >= 3
+    for command in commands:
+        assert re.search(r"# needs (a GPU|the weights)$", command), command
+        assert re.search(r"\b(aurora-trainer (init-draft|import|check|run)|sglang.launch_server) ", command), command
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_table_is_what_plan_says(name):
     assert row(name) in (EXAMPLES / "README.md").read_text().splitlines(), f"expected\n{row(name)}"
