@@ -1,13 +1,9 @@
 """Attention of draft queries over a prefix of their sequence's slots and over their ancestors in the tree.
 
-Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key heads, D head,
-G = Hq / Hkv query heads of one key head.
+Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key heads, D head.
 
-Queries are sorted by (slot_start, slot_end). A row is one query and one of the G heads that read key head h, so that
-a block of rows shares the keys it loads: row r of h is sorted query r // G, query head h * G + r % G. Blocks are cut
-from the sorted rows wherever they fall, hence the grid is known without asking the device; a block that spans several
-sequences masks. `lse` [Q, Hq] is base 2. Formulas are in README.md of this folder. Nothing is summed by atomics:
-the same inputs give the same bits.
+On a GPU, Triton kernels (tree_attention_kernels.py) over queries that are sorted by what they see. The indices are
+built on the device and never read from it; every sum has one order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Dimensions: Q queries, T slots, M nodes, A ancestors (`width`), Hq query heads, 
 
 A row is one sorted query and one of the G heads that read key head h, so that a block of rows shares the keys that it
 loads: row r of h is sorted query r // G, head h * G + r % G. Blocks are cut from the sorted rows wherever they fall;
-one that spans several sequences masks. `key` and `order` are tree_attention.sort_queries', `lse` and `delta` are
-[Q, Hq], lse to base 2. Whatever a row of the data is multiplied with is addressed in int64. Formulas are in README.md
-of this folder. Nothing is summed by atomics: the same inputs give the same bits.
+one that spans several sequences masks. `key` and `order` are tree_attention.sort_queries', `ancestors` those of the
+sorted queries; `lse` (to base 2) and `delta` are [Q, Hq]. Offsets of rows are int64, within a block int32. Nothing is
+summed by atomics: the same inputs give the same bits. Formulas are in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ from aurora_kernels.tree_attention_launch import arguments
 from triton.runtime.jit import JITFunction
 
 _SIZES = ["queries", "slots", "nodes", "width", "kv_heads"]  # of the data: they must not choose what is compiled
-_PRECISION = tl.constexpr("ieee")
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, acc=None):
+    """acc + a @ b in float32; float32 inputs are not rounded."""
+    if _INTERPRETED:  # which multiplies the bits of bfloat16 as if they were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -119,7 +127,7 @@ def _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N: tl.constexpr):
 @triton.jit
 def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constexpr):
     """One step of the online softmax: (top, total, acc) after these keys."""
-    scores = tl.dot(q_rows, tl.trans(k), input_precision=_PRECISION)
+    scores = _dot(q_rows, tl.trans(k))
     if MASKED:
         scores = tl.where(visible, scores * qk_scale, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
@@ -130,7 +138,7 @@ def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constex
         shift = higher
         p = tl.exp2(scores * qk_scale - shift[:, None])
     shrink = tl.exp2(top - shift)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=_PRECISION)
+    acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
     return higher, total * shrink + tl.sum(p, 1), acc
 
 
@@ -176,20 +184,20 @@ def tree_attention_fwd_kernel(
         top, total, acc = _attend(q_rows, k, v, visible, top, total, acc, qk_scale, True)
 
     nothing = total == 0.0
-    acc /= tl.where(nothing, 1.0, total)[:, None]
-    _store(o, index * D, acc.to(o.dtype.element_ty), live, D, BLOCK_D)
+    total = tl.where(nothing, 1.0, total)
+    _store(o, index * D, (acc / total[:, None]).to(o.dtype.element_ty), live, D, BLOCK_D)
     tl.store(lse + index, tl.where(nothing, float("inf"), top + tl.log2(total)), mask=live)
 
 
 @triton.jit
 def _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, MASKED: tl.constexpr):
     """acc + dS K, dS without the scale."""
-    exponent = tl.dot(q_rows, tl.trans(k), input_precision=_PRECISION) * qk_scale - lse_rows[:, None]
+    exponent = _dot(q_rows, tl.trans(k)) * qk_scale - lse_rows[:, None]
     if MASKED:
         exponent = tl.where(visible, exponent, float("-inf"))
-    dp = tl.dot(do_rows, tl.trans(v), input_precision=_PRECISION)
+    dp = _dot(do_rows, tl.trans(v))
     ds = tl.exp2(exponent) * (dp - delta_rows[:, None])
-    return tl.dot(ds.to(k.dtype), k, acc, input_precision=_PRECISION)
+    return _dot(ds.to(k.dtype), k, acc)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -247,7 +255,7 @@ def _slot_gradients(
     index = tl.load(order + row // G, mask=live, other=0 if MASKED else None) * (kv_heads * G) + kv_head * G + row % G
     q_rows = _load(q, index * D, live, D, BLOCK_D, MASKED)
     lse_rows = tl.load(lse + index, mask=live)
-    exponent = tl.dot(k, tl.trans(q_rows), input_precision=_PRECISION) * qk_scale - lse_rows[None, :]
+    exponent = _dot(k, tl.trans(q_rows)) * qk_scale - lse_rows[None, :]
     if MASKED:
         bounds = tl.load(key + row // G, mask=live, other=0)
         start, end = (bounds >> 32).to(tl.int32), (bounds & 0xFFFFFFFF).to(tl.int32)
@@ -255,10 +263,10 @@ def _slot_gradients(
         exponent = tl.where(visible, exponent, float("-inf"))
     p = tl.exp2(exponent)  # [BLOCK_N, BLOCK_M]
     do_rows = _load(do, index * D, live, D, BLOCK_D, MASKED)
-    dv = tl.dot(p.to(do_rows.dtype), do_rows, dv, input_precision=_PRECISION)
-    dp = tl.dot(v, tl.trans(do_rows), input_precision=_PRECISION)
+    dv = _dot(p.to(do_rows.dtype), do_rows, dv)
+    dp = _dot(v, tl.trans(do_rows))
     ds = p * (dp - tl.load(delta + index, mask=live, other=0.0 if MASKED else None)[None, :])
-    return tl.dot(ds.to(q_rows.dtype), q_rows, dk, input_precision=_PRECISION), dv
+    return _dot(ds.to(q_rows.dtype), q_rows, dk), dv
 
 
 @triton.jit(do_not_specialize=_SIZES)
