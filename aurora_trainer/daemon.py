@@ -18,7 +18,7 @@ import torch
 
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.families import EVENTS
+from aurora_trainer.families import EVENTS, UNRECORDED
 from aurora_trainer.metrics import Metrics
 from aurora_trainer.receive import Receiver
 from aurora_trainer.recording import Damage, Recording, read_messages
@@ -177,8 +177,10 @@ class Daemon:
         }
         if self.damage.count:
             status["damaged_records"] = self.damage.count
-        if self._recording is not None:
-            status["recording"] = dict(self._recording.counters)
+        if (recording := self._recording) is not None:
+            counters = recording.counters
+            status["recording"] = {"messages": counters["messages"], "bytes": recording.nbytes}
+            status["unrecorded"] = {cause: counters[cause] for cause in UNRECORDED}
         if receiver is not None:
             books = receiver.books()
             epochs = books["epochs"].values()

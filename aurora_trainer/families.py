@@ -11,12 +11,14 @@ DEPTHS = tuple(str(d) for d in range(1, 17))  # trainer.batch.depth is at most 1
 REJECTIONS = (
     "header", "schema", "frames", "dtype", "shape", "size", "values", "target", "order", "failed",
 )  # fmt: skip
+HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")  # causes of handshakes.py and guard.py
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
 EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "dropped_tree", "dropped_values", "duplicate",
     "evicted", "holes", "quarantined", "rootless_trees",
 )  # fmt: skip
 UNUSABLE = ("wrong_feature_width", "token_out_of_vocabulary", "without_targets", "wrong_target_messages", "lost_open")
+UNRECORDED = ("disk", "full")
 LEFT = ("used_up", "evicted", "replaced", "stale", "lost")
 DECISIONS = ("better", "not_worse", "off", "worse", "few_samples", "not_finite")
 OUTCOMES = ("published", "unchanged", "rolled_back", "refused_worse", "refused_few_samples", "refused_not_finite")
@@ -33,12 +35,17 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_received_bytes": counter("Bytes of the messages accepted from servers"),
     "aurora_trainer_lost_messages": counter("Messages that a server sent and that never arrived (gaps in its count)"),
     "aurora_trainer_rejected_messages": counter("Messages that arrived and could not be used", cause=REJECTIONS),
+    "aurora_trainer_refused_peers": counter("Connections that were refused at the handshake", cause=HANDSHAKES),
     "aurora_trainer_reported_drops": counter("Messages that servers dropped, as they report it", cause=DROPS),
     "aurora_trainer_receive_queue_bytes": gauge("Received messages that wait for the training loop"),
     "aurora_trainer_servers": gauge("Servers that were heard within the last 10 s"),
     "aurora_trainer_message_age_seconds": gauge("Time since the last message or heartbeat of any server"),
     "aurora_trainer_verify_steps": counter("Verify steps received, one for each request in a step"),
     "aurora_trainer_committed_tokens": counter("Tokens that the received verify steps committed, bonus included"),
+    # the recording (run --record)
+    "aurora_trainer_recorded_messages": counter("Messages written to the recording"),
+    "aurora_trainer_unrecorded_messages": counter("Messages that were not written to the recording", cause=UNRECORDED),
+    "aurora_trainer_recording_bytes": gauge("Size of the recording on disk, 0 where there is none"),
     # samples
     "aurora_trainer_samples": counter("Samples put together from messages"),
     "aurora_trainer_unusable_samples": counter("Samples or messages that training could not use", cause=UNUSABLE),
@@ -108,9 +115,12 @@ COUNTED = {
     "aurora_trainer_received_bytes": "received_bytes",
     "aurora_trainer_lost_messages": "lost",
     "aurora_trainer_rejected_messages": "rejected",
+    "aurora_trainer_refused_peers": "refused_peers",
     "aurora_trainer_reported_drops": "dropped",
     "aurora_trainer_verify_steps": "traffic.steps",
     "aurora_trainer_committed_tokens": "traffic.tokens",
+    "aurora_trainer_recorded_messages": "recording.messages",
+    "aurora_trainer_unrecorded_messages": "unrecorded",
     "aurora_trainer_samples": "samples.assembled",
     "aurora_trainer_unusable_samples": "unusable",
     "aurora_trainer_assembly_events": "assembly_events",
@@ -126,6 +136,7 @@ SHOWN = {
     "aurora_trainer_receive_queue_bytes": "receive_queue_bytes",
     "aurora_trainer_servers": "servers",
     "aurora_trainer_message_age_seconds": "message_age_s",
+    "aurora_trainer_recording_bytes": "recording.bytes",
     "aurora_trainer_open_requests": "open_requests",
     "aurora_trainer_open_bytes": "open_bytes",
     "aurora_trainer_buffer_bytes": "buffer.bytes",

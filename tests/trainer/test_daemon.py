@@ -24,6 +24,7 @@ from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Cadence, Daemon
 from aurora_trainer.init_draft import init_draft
+from aurora_trainer.recording import read_messages
 
 VOCAB, HIDDEN = 64, 32
 
@@ -163,8 +164,8 @@ class Server:
 
 
 @contextlib.contextmanager
-def live(models, site: Path, **more):
-    process = subprocess.Popen(command(models, site, "run", **more), stderr=subprocess.PIPE, text=True)
+def live(models, site: Path, *arguments: str, **more):
+    process = subprocess.Popen(command(models, site, "run", *arguments, **more), stderr=subprocess.PIPE, text=True)
     server = Server(site)
     try:
         yield process, server
@@ -215,8 +216,9 @@ def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
 
 
 def test_receiving_without_training(models, tmp_path):
-    port = free_port()
-    with live(models, tmp_path, trainer__pace__enabled="false", trainer__metrics__port=port) as (process, server):
+    port, recorded = free_port(), ("--record", str(tmp_path / "recording"))
+    settings = dict(trainer__pace__enabled="false", trainer__metrics__port=port)
+    with live(models, tmp_path, *recorded, **settings) as (process, server):
         sent = server.send(traffic(models, 5, "e"))
         server.send([[b"garbage"], [b""]])
         status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent and sum(s["rejected"].values()) == 2)
@@ -224,6 +226,10 @@ def test_receiving_without_training(models, tmp_path):
             found = values(response.read().decode())
         assert found["aurora_trainer_received_messages_total"] == sent and found["aurora_trainer_servers"] == 1
         assert found['aurora_trainer_rejected_messages_total{cause="header"}'] == 2
+        recording = list(read_messages(tmp_path / "recording"))
+        assert found["aurora_trainer_recorded_messages_total"] == sent == len(recording)
+        assert found['aurora_trainer_unrecorded_messages_total{cause="disk"}'] == 0
+        assert found["aurora_trainer_recording_bytes"] > found["aurora_trainer_received_bytes_total"]
         assert found["aurora_trainer_received_bytes_total"] > 1000 and found["aurora_trainer_message_age_seconds"] < 10
         assert found['aurora_trainer_time_seconds_total{activity="wait"}'] > 0
         assert status["steps"] == 0 and status["buffer"]["samples"] == 5
