@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboards test test-dashboards test-gpu bench-serving bench-trainer-cpu learning-curves lint clean
+.PHONY: help setup demo dashboards test test-dashboards test-gpu bench-kernels bench-serving bench-trainer-cpu learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,10 @@ test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PY
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU here")'
 	@$(PYTHON) -c 'import aurora_kernels' 2>/dev/null || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
 	env -u TRITON_INTERPRET $(PYTHON) -m pytest tests/kernels --ignore tests/kernels/test_interpreter.py $(ARGS)
+
+bench-kernels: ## kernels and what one would use instead, one table, on this machine's GPU with PYTHON=python3
+	@$(PYTHON) -c 'import aurora_kernels' 2>/dev/null || $(PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	env -u TRITON_INTERPRET $(PYTHON) scripts/bench_kernels.py --out docs/results/$$(date +%F)-bench-kernels.json $(ARGS)
 
 bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
 	$(BIN)/python scripts/bench_serving.py $(ARGS)
