@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 REFRESH_S = 1.0
 MODES = ("live", "shadow")
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
+HANDSHAKES = ("key", "protocol", "unfinished")  # causes of handshakes.py
 REFUSALS = (
     "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name", "names", "rejected",
     "shape", "size", "stage", "swap", "target", "values",
@@ -62,6 +63,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
         "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
         "aurora_link_blocked_seconds": gauge("Time since the link to the trainer took a message or a heartbeat"),
+        "aurora_link_refused": counter("Attempts to connect that failed at the trainer's handshake", cause=HANDSHAKES),
         "aurora_capture_seconds": histogram(
             "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
         ),
@@ -144,6 +146,7 @@ class ServerMetrics:
         exported.set("aurora_queued_messages", books["queued"])
         exported.set("aurora_queued_bytes", books["queued_bytes"])
         exported.set("aurora_link_blocked_seconds", books["blocked_s"])
+        exported.count_to("aurora_link_refused", books["refused"])
         for kind, tally in capture.seconds.items():
             exported.load("aurora_capture_seconds", tally, kind)
         exported.count_to("aurora_capture_errors", capture.errors)

@@ -35,7 +35,8 @@ reloader = SimpleNamespace(
 capture = None
 if rank == 0:
     outbox = Outbox(PublishConfig(queue_messages=2))
-    outbox.counters()
+    books = outbox.counters
+    outbox.counters = lambda: books() | {"refused": {"key": 2}}  # as the publisher's are
     capture = Capture(CaptureConfig(), outbox, torch.device("cpu"), num_steps=3, topk=1)
     for n in range(5):
         outbox.put("end", End(7), {"draft_version": 3})
@@ -78,6 +79,7 @@ def test_every_rank_is_right_and_nothing_counts_twice(page):
     assert [v for k, v in found.items() if k.startswith("aurora_captured_messages")] == [5]
     assert found['aurora_dropped_messages_total{cause="queue_full",dp_rank="0",tp_rank="0"}'] == 3
     assert found['aurora_dropped_messages_total{cause="no_slot",dp_rank="0",tp_rank="0"}'] == 0
+    assert found['aurora_link_refused_total{cause="key",dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_queued_messages{dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_mode{dp_rank="0",mode="live",tp_rank="1"}'] == 1
     assert found['aurora_weights_refused_total{cause="other",dp_rank="0",tp_rank="1"}'] == 4
