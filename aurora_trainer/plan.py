@@ -65,6 +65,10 @@ def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | Non
     prompt = min(load.prompt_tokens, capture.max_prompt_features)
     per_prompt = prefill_bytes(draft, prompt, size)
     link = rate * (load.tokens_per_s * per_token + load.requests_per_s * per_prompt)
+    row = queued_row_bytes(draft, load, size, capture.topk_logits)
+    queued = capture.sample_rate * (
+        load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
+    )  # of one server, a second
     slots = rate * load.tokens_per_s
     version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)
     every_s = trainer.publish.every_s
@@ -85,9 +89,9 @@ def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | Non
             "bytes_per_generated_token": per_token,
             "bytes_per_prompt_token": per_prompt / max(1, prompt),
             "bytes_per_s": link,
-            "seconds_of_traffic_in_the_publishers_queue": config.plugin.publish.queue_bytes * load.servers / link
-            if link
-            else math.inf,
+            "seconds_of_traffic_in_the_publishers_queue": (
+                config.plugin.publish.queue_bytes / queued if queued else math.inf
+            ),
             "recording_bytes_per_hour": 3600 * link,
         },
         "server": {
@@ -137,6 +141,18 @@ def verify_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
     n, p, k = load.nodes, load.num_steps + 1, min(kept, draft.vocab_size)
     row = 4 * (2 + 3 * n + 2 * p) + 8 * n * k
     return load.running * (row + load.accept_length * draft.feature_size * size) + header_bytes("verify", load, k)
+
+
+def queued_row_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> int:
+    """One request's verify step while it waits in the publisher's queue on CUDA, as capture.Capture.verify stages it.
+
+    Not packed yet: features of all P rows. topk_ids (int32) and topk_logits (the server's dtype) N K each, logsumexp,
+    draft_tokens and two links (int64) N each, accept_index and next_tokens (int32) P each, position and length (int64).
+    On the CPU the raw logits (V a node) wait instead of the kept ones.
+    """
+    n, p = load.nodes, load.num_steps + 1
+    kept = min(kept, draft.vocab_size)
+    return p * draft.feature_size * size + n * kept * (4 + size) + n * (4 + 3 * 8) + p * 2 * 4 + 2 * 8
 
 
 def prefill_bytes(draft: DraftConfig, tokens: int, size: int) -> float:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from aurora_kernels.topk_logprobs import topk_logprobs
 from models import make_random_target
 from random_sample import random_sample
 from typer.testing import CliRunner
 
 from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.transfer import HostTensors
 from aurora_trainer import plan
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.checkpoint import save_checkpoint
@@ -60,6 +62,21 @@ def test_bytes_of_a_verify_message(load, target):
     planned = plan.verify_bytes(draft, load, 2, k)
     assert planned - plan.header_bytes("verify", load, k) == frames
     assert plan.header_bytes("verify", load, k) == pytest.approx(len(parts[0]), rel=0.1)
+
+
+def test_bytes_that_wait_in_the_queue(target):
+    """What a CUDA server stages of a step, staged here."""
+    draft, load, b, k = draft_of(target), plan.Load(num_steps=3, topk=2, draft_tokens=7), 5, 6
+    n, p = load.nodes, load.num_steps + 1
+    ids, kept, logsumexp = topk_logprobs(torch.randn(b * n, V, dtype=torch.bfloat16), k)
+    nodes, path = torch.zeros(b, n, dtype=torch.int64), torch.zeros(b, p, dtype=torch.int32)
+    staged = HostTensors().stage({
+        "topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp,
+        "hidden": torch.zeros(b, p, draft.feature_size, dtype=torch.bfloat16), "draft_tokens": nodes,
+        "next_token": nodes.clone(), "next_sibling": nodes.clone(), "positions": nodes[:, 0].clone(),
+        "accept_index": path, "accept_lens": nodes[:, 1].clone(), "next_tokens": path.clone(),
+    })  # fmt: skip
+    assert staged.nbytes == b * plan.queued_row_bytes(draft, load, 2, k)
 
 
 @pytest.mark.parametrize("draft_vocab", [None, 100])
