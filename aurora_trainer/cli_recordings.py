@@ -1,8 +1,6 @@
 """The commands about recordings, and the one that looks into everything: record, replay, eval, inspect.
 
-`cli.py` adds them to the others.
-
-As there, nothing heavy is imported before a command runs.
+`cli.py` adds them to the others. As there, nothing heavy is imported before a command runs.
 """
 
 from __future__ import annotations

@@ -31,24 +31,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint, version_name
 from aurora_trainer.assemble import AssembleConfig, Assembler
-from aurora_trainer.batch import Batch, BatchConfig, group, pack
+from aurora_trainer.batch import BatchConfig, group, pack
 from aurora_trainer.draft import Draft
 from aurora_trainer.grow_tree import tree_runs
-from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.sample import Sample
 from aurora_trainer.target import open_target
+from aurora_trainer.walk import WALK, chains, live, sampling, walk, walks
 
 log = logging.getLogger(__name__)
 
 NO_DOMAIN = "(none)"
 PART_SLOTS = 1 << 14  # requests are walked whole up to here
 PROGRESS_S = 5.0
-WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")  # each [S]; `reached` of the walk with S drafts
 
 
 @dataclass
@@ -150,108 +148,29 @@ def _evaluate(
 ) -> None:
     batch = pack(samples, BatchConfig(depth=result.depth, rejected=False))
     on_device = batch.to(device)
-    chains = [_chains(draft, batch, on_device) for draft in drafts]
+    found = [chains(draft, batch, on_device) for draft in drafts]
     if result.shape[1] > 1:
         runs = [tree_runs(draft, on_device, *result.shape) for draft in drafts]
     else:
-        runs = [1 + chain.match.long().cumprod(1).sum(1) for chain in chains]
+        runs = [1 + chain.match.long().cumprod(1).sum(1) for chain in found]
     roots, owner = batch.base_is_root, batch.base_sample
     for n, sample in enumerate(samples):
         mine = (owner == n).nonzero()[:, 0]
-        known = chains[0].known[mine]
+        known = found[0].known[mine]
         key = (sample.epoch, sample.request)
         if key not in requests:
             empty = np.zeros((len(drafts), len(WALK), result.depth))
             requests[key] = Request(NO_DOMAIN, np.zeros((len(drafts), 2)), empty, np.zeros((len(drafts), 2)))
         request = requests[key]
         is_root = roots[mine]
-        for d, chain in enumerate(chains):
-            visited = _walk(runs[d][mine], known.all(1), is_root)
+        for d, chain in enumerate(found):
+            visited = walk(runs[d][mine], known.all(1), is_root)
             request.served[d] += (len(visited), sum(visited))
-            request.chains[d] += _walks(chain.match[mine], chain.overlap[mine], known, is_root)
-            request.sampling[d] += _sampling(chain.overlap[mine], known)
-        request.live += _live(sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1))
+            request.chains[d] += walks(chain.match[mine], chain.overlap[mine], known, is_root)
+            request.sampling[d] += sampling(chain.overlap[mine], known)
+        request.live += live(sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1))
         result.samples["evaluated"] += 1
         result.versions.update(sample.tree_version.unique().tolist())
-
-
-@dataclass
-class _Chains:
-    """Of one draft, [R, S]: the query is known, its first choice is the committed token, its sum min(p, q)."""
-
-    known: Tensor
-    match: Tensor
-    overlap: Tensor
-
-
-def _chains(draft: Draft, batch: Batch, on_device: Batch) -> _Chains:
-    """The dense queries of every level-0 slot; the same slots are known for every draft."""
-    found = losses(draft, on_device, LossConfig())
-    first_choice = (found.argmax + draft.d2t[found.argmax]).cpu()
-    overlap_of = found.acceptance.cpu().float()
-    slots = len(batch.tokens)
-    starts = batch.slot_start.unique()
-    sample_end = torch.cat([starts[1:], torch.tensor([slots])])[torch.bucketize(batch.slot_start, starts)]  # of a slot
-    shape = len(batch.levels[0]), batch.depth
-    known, match, overlap = torch.zeros(shape, dtype=bool), torch.zeros(shape, dtype=bool), torch.zeros(shape)
-    at, slot = 0, batch.levels[0].parent
-    for d, level in enumerate(batch.levels):
-        part = slice(at, at + len(level.rows))
-        at += len(level.rows)
-        base = level.base[level.rows]
-        follows = slot[base] + d + 1  # the slot that holds the token which the query predicts
-        there = follows < sample_end[slot[base]]  # the last slot's own is not committed yet
-        token = batch.tokens[follows.clamp_max(slots - 1)]
-        known[base, d] = there
-        match[base, d] = there & (first_choice[part] == token)
-        overlap[base, d] = overlap_of[part]
-    return _Chains(known, match, overlap)
-
-
-def _walks(match: Tensor, overlap: Tensor, known: Tensor, is_root: Tensor) -> np.ndarray:
-    """float64 [len(WALK), S] of one sample; column k is of a walk with k + 1 draft steps, or of level k."""
-    size = match.shape[1]
-    out = np.zeros((len(WALK), size))
-    known_to = known.long().cumprod(1).bool()
-    run_to = 1 + match.long().cumprod(1).cumsum(1)
-    for k in range(size):
-        visited = _walk(run_to[:, k], known_to[:, k], is_root)
-        out[0, k], out[1, k] = len(visited), sum(visited)
-        if k == size - 1:
-            out[2] = [sum(run > d + 1 for run in visited) for d in range(size)]
-    out[3], out[4] = known.sum(0), (match & known).sum(0)
-    out[5] = (overlap.double() * known).sum(0)
-    return out
-
-
-def _walk(runs: Tensor, known: Tensor, is_root: Tensor) -> list[int]:
-    """Accept lengths of the steps that a server would take over the slots, each [R of a sample].
-
-    It begins at the first root of the server's own, and again at the next one where it came to something unknown.
-    """
-    starts = (is_root & known).nonzero()[:, 0].tolist()
-    lengths, there, at, visited = runs.tolist(), known.tolist(), 0, []
-    for start in starts:
-        if start < at:
-            continue
-        at = start
-        while at < len(lengths) and there[at]:
-            visited.append(lengths[at])
-            at += lengths[at]
-    return visited
-
-
-def _sampling(overlap: Tensor, known: Tensor) -> np.ndarray:
-    whole = overlap[known.all(1)].double()
-    return np.array([len(whole), float((1 + whole.cumprod(1).sum(1)).sum())])
-
-
-def _live(sample: Sample, slots: Tensor, counted: Tensor) -> np.ndarray:
-    """(steps, tokens) of the sample's trees that hang from the level-0 `slots` that are `counted`."""
-    tree = torch.bucketize(torch.arange(len(sample.node_token)), sample.tree_first, right=True) - 1
-    lengths = torch.zeros(len(sample.tree_first), dtype=torch.int64).index_add(0, tree, sample.node_accepted.long())
-    take = torch.isin(sample.node_slot[sample.tree_first], slots[counted])
-    return np.array([float(take.sum()), float(lengths[take].sum())])
 
 
 def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
