@@ -51,10 +51,25 @@ def topk_logprobs_ref(logits: Tensor, k: int, rows: Tensor | None = None) -> tup
     chunk = max(1, (1 << (24 if logits.is_cuda else 22)) // vocab)
     for at in range(0, count, chunk):
         part = slice(at, at + chunk)
-        top, found = logits[part].topk(k, dim=-1)
+        top, found = _topk(logits[part], k)
         ids[part], kept[part] = found, top.clamp_min(lowest)
         logsumexp[part] = torch.logsumexp(logits[part].float(), dim=-1).clamp_min(torch.finfo(torch.float32).min)
     return ids, kept, logsumexp
+
+
+def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """logits.topk(k), on a CPU among the groups with the K largest maxima, which hold it: selecting among V / 16 maxima
+    and 16 K candidates costs less than among V. A group is a column of [16, V / 16]: maxima of rows are vectorised."""
+    groups = logits.shape[1] // 16
+    if logits.is_cuda or groups < 4 * k:
+        return logits.topk(k, dim=-1)
+    maxima = logits[:, : 16 * groups].unflatten(1, (16, groups)).amax(1)
+    chosen = maxima.topk(k, dim=-1, sorted=False).indices
+    candidates = (chosen[:, :, None] + torch.arange(16) * groups).flatten(1)
+    rest = torch.arange(16 * groups, logits.shape[1]).expand(len(logits), -1)
+    candidates = torch.cat([candidates, rest], dim=1)
+    top, found = logits.gather(1, candidates).topk(k, dim=-1)
+    return top, candidates.gather(1, found)
 
 
 def _topk_logprobs(logits: Tensor, k: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

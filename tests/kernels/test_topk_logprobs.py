@@ -6,7 +6,7 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocab", "k"), [(0, 5, 2), (1, 1, 1), (7, 33, 4), (3, 5, 9)])
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(0, 5, 2), (1, 1, 1), (7, 33, 4), (3, 5, 9), (4, 2117, 9)])
 def test_kept_logits_and_logsumexp(rows, vocab, k, dtype):
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = logits.clone()
