@@ -145,13 +145,14 @@ def plan(
 
         from aurora_trainer import plan as planning
         from aurora_trainer.config import load_trainer_config
+        from aurora_trainer.sizes import Load
         from aurora_trainer.target import read_config
 
         if config is None:
             overrides = [f"trainer.model.target={model}", "trainer.model.draft=none", "trainer.model.device=cuda",
                          *(overrides or ())]  # fmt: skip
         settings = load_trainer_config(config, overrides or ())
-        load = planning.Load(
+        load = Load(
             tokens_per_s, requests_per_s, prompt_tokens, accept_length, running, num_steps, topk, draft_tokens, tp,
             servers,
         )  # fmt: skip

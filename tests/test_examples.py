@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aurora_sglang_plugin.config import ServerConfig, load
-from aurora_trainer import plan
+from aurora_trainer import plan, sizes
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.target import read_config
 
@@ -32,7 +32,7 @@ SMALL_VOCAB = 32768
 def planned(stem: str, tp: int, draft_vocab: int | None = None) -> dict:
     config = load(TrainerFile, EXAMPLES / f"{stem}.toml")
     target = read_config(EXAMPLES / "models" / f"{stem}.json")
-    return plan.plan(target, config, plan.Load(tp=tp), draft_vocab)
+    return plan.plan(target, config, sizes.Load(tp=tp), draft_vocab)
 
 
 def row(name: str) -> str:

@@ -14,7 +14,7 @@ from rig import START_S, generate
 from serve import Server
 from typer.testing import CliRunner
 
-from aurora_trainer import plan
+from aurora_trainer import sizes
 from aurora_trainer.cli import app
 
 ARGS = ["--chunked-prefill-size", "64"]  # as chain has them
@@ -80,7 +80,7 @@ def test_messages_are_as_large_as_planned(chain, target, stream):
     assert len(found) > 10
     for message in found:
         lens = message.arrays["feature_lens"]
-        load = plan.Load(running=len(lens), num_steps=4, accept_length=float(lens.mean()))
+        load = sizes.Load(running=len(lens), num_steps=4, accept_length=float(lens.mean()))
         kept = message.arrays["topk_ids"].shape[2]
-        planned = plan.verify_bytes(config, load, 4, kept) - plan.header_bytes("verify", load, kept)
+        planned = sizes.verify_bytes(config, load, 4, kept) - sizes.header_bytes("verify", load, kept)
         assert sum(array.nbytes for array in message.arrays.values()) == round(planned)
