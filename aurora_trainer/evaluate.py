@@ -92,9 +92,10 @@ def evaluate(
     """
     files = open_target(target)
     embed = files.embedding().float().to(device)
-    loaded = [Draft.load(_directory(path), embed).to(device).eval() for path in drafts]
+    directories = [_directory(path) for path in drafts]
+    loaded = [Draft.load(path, embed).to(device).eval() for path in directories]
     fingerprint = target_fingerprint(target)
-    result = Evaluation(Path(recording), _names(drafts), fingerprint, depth)
+    result = Evaluation(Path(recording), _names(directories), fingerprint, depth)
     assembler = Assembler(AssembleConfig(part_slots=PART_SLOTS, eos_token_ids=files.eos_token_ids))
     requests: dict[tuple[str, str], Request] = {}
     domains: dict[tuple[str, str], str] = {}
