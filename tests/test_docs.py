@@ -15,7 +15,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from models import make_random_draft, make_random_target
+from safetensors.torch import load_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -133,6 +135,19 @@ def test_commands_run(page, command, place, tmp_path):
     if "replay" in command:  # each begins at the beginning
         command += f" --set trainer.checkpoint.directory={tmp_path}/c --set weights.directory={tmp_path}/w"
     run(place, command)
+
+
+def test_python_blocks_run(tmp_path):
+    """There is one: tensors out of a file that can run code, with PyTorch's restricted reader."""
+    found = [text for page in PAGES for language, _, text in blocks(page) if language == "python"]
+    weights = {"fc.weight": torch.randn(3, 4).T, "d2t": torch.arange(5)}
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    for text in found:
+        subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=120)
+    (path,) = tmp_path.glob("*.safetensors")
+    written = load_file(path)
+    assert len(found) == 1 and written.keys() == weights.keys()
+    assert all(torch.equal(written[name], weights[name]) for name in weights)
 
 
 def test_every_other_command_is_known_or_marked():
