@@ -19,7 +19,7 @@ from aurora_trainer.foreign import Foreign, read_foreign
 from aurora_trainer.target import Target, open_target
 
 SAID_BY_CHECK = ("tie_word_embeddings", "use_aux_hidden_state", "architectures")
-INTEGERS = ("I64", "I32", "I16", "U32", "U16", "U8")
+NARROW = ("I32", "I16", "U32", "U16", "U8")  # integers that int64 holds
 ROUNDING = 2.0**-7  # of bfloat16, relative: two copies of one embedding may differ by this
 
 
@@ -51,14 +51,12 @@ def explain(directory: Path, target: Target) -> Explained:
             if not any(word in text for word in SAID_BY_CHECK)
         ]
         if not found.problems:
-            integers = {n: e for n, e in found.entries.items() if n == "d2t" and e.dtype in INTEGERS}
-            checked = {n: e._replace(dtype="I64") if n in integers else e for n, e in found.entries.items()}
-            if integers and found.entries["d2t"].dtype != "I64":
-                found.conversions.append(f"d2t is {found.entries['d2t'].dtype}: written as I64")
-                checked.pop("d2t")
-            said = tensor_problems(checked, found.config, target.config)
-            problems += [p for p in said if not ("d2t" in integers and p == "lacks d2t.")]
-            problems += _value_problems(found, target, notes)
+            said = tensor_problems(found.entries, found.config, target.config)
+            d2t = found.entries.get("d2t")
+            if d2t is not None and d2t.dtype in NARROW:
+                found.conversions.append(f"d2t is {d2t.dtype}: written as I64")
+                said = [p for p in said if not p.startswith(f"d2t is {d2t.dtype},")]
+            problems += said + _value_problems(found, target, notes)
         ids = (found.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         if "kv_lora_rank" in target.config and ids and ids[0] != 1:
             notes.append(
@@ -82,6 +80,7 @@ def import_draft(directory: Path, out: Path, model: str, dtype: str = "same", fo
     tensors = {name: _tensor(found, name) for name in found.entries if name != "embed_tokens.weight"}
     if "d2t" in tensors:
         tensors["d2t"] = tensors["d2t"].long()
+        vocab.check(tensors["d2t"], found.config["draft_vocab_size"], found.config["vocab_size"])
         tensors["t2d"] = vocab.mask(tensors["d2t"], found.config["vocab_size"])
     write_draft(Weights(DraftConfig.from_json(found.config), tensors, {"source": "import"}), out, dtype, force)
     return explained
