@@ -1,5 +1,8 @@
 """`aurora-trainer top` against a real trainer's endpoint, and with one side or both away."""
 
+import os
+import pty
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -111,3 +114,17 @@ def test_a_page_without_aurora_is_refused():
     start_http_server(port, "127.0.0.1", CollectorRegistry())
     with pytest.raises(ValueError, match="no metric of Aurora"):
         fetch([f"127.0.0.1:{port}"])
+
+
+def test_live_in_a_terminal_until_ctrl_c(trainer):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "aurora_trainer.cli", "top", "--every", "0.1", "--server", "127.0.0.1:1"]
+    process = subprocess.Popen([*command, "--trainer", f"127.0.0.1:{trainer.port}"], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while shown.count(b"\x1b[H") < 3:  # frames, each over the one before
+        shown += os.read(ours, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    os.close(ours)
+    assert b"\x1b[31mabsent\x1b[0m" in shown and b"optimizer step" in shown and b"Traceback" not in shown
