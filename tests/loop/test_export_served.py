@@ -10,12 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from drafts import disturb
-from rig import START_S, generate
+from rig import START_S, generate, wait_until
 from serve import Server
 from typer.testing import CliRunner
 
 from aurora_trainer import sizes
 from aurora_trainer.cli import app
+from aurora_trainer.draft import Draft
+from aurora_trainer.publish_weights import WeightsWriter
 
 ARGS = ["--chunked-prefill-size", "64"]  # as chain has them
 PARAMS = {"max_new_tokens": 40}
@@ -34,14 +36,14 @@ def served(chain, target, stream, tmp_path_factory):
     for name, more in (("full", []), ("pruned", pruned)):
         result = CliRunner().invoke(app, ["export", str(chain.weights), str(folder / name), *more])
         assert result.exit_code == 0, result.output
-    quiet = {"AURORA_SET": f"plugin.capture.enabled=false plugin.swap.enabled=false weights.directory={folder}/none"}
+    quiet = {"AURORA_SET": f"plugin.capture.enabled=false weights.directory={folder}/weights"}
 
     def start(name: str, algorithm: str) -> Server:
         env = quiet if algorithm == "AURORA" else {}
         log = folder / f"{algorithm}.log"
         draft = folder / name
         server = Server(target, draft=draft, algorithm=algorithm, args=ARGS, env=env, log=log, timeout_s=START_S)
-        server.draft = draft
+        server.draft, server.weights = draft, folder / "weights"
         return server
 
     with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
@@ -69,6 +71,22 @@ def test_exports_are_served(served, chain, plain, stream):
     assert 1 + 0.4 * (mean["full"] - 1) < mean["pruned"] < mean["full"]  # it cannot propose the rest
     config = json.loads(served["pruned"].draft.joinpath("config.json").read_text())
     assert config["draft_vocab_size"] == KEPT
+
+
+def test_a_server_that_began_with_an_export_takes_versions(served, chain, stream):
+    """What export adds to config.json for others is nothing to the watcher."""
+    server = served["pruned"]
+    draft = disturb(Draft.load(server.draft, chain.embed), seed=4243, size=0.001)
+    writer = WeightsWriter(server.weights)
+    about = dict(target=chain.fingerprint, parent=0, optimizer_step=1)
+    assert writer.publish(draft.checkpoint(), draft.config.to_json(), **about) == 1
+    writer.close()
+
+    def swapped():
+        generate(server, [stream[:16]], {"max_new_tokens": 4}, None)
+        return "draft swapped version=1 " in server.log.read_text(errors="replace")
+
+    wait_until(swapped, "swap to version 1", 20, every_s=0.3)
 
 
 def test_messages_are_as_large_as_planned(chain, target, stream):
