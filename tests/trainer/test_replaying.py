@@ -1,6 +1,7 @@
 """Replay: the same weights to the bit, around damage, and into a live trainer; record writes what can be replayed."""
 
-import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -140,25 +141,44 @@ def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_pat
         receiver.close()
 
 
-def test_record_writes_what_comes_and_goes_on_after_a_kill(models, recording, tmp_path):
-    link = LinkConfig(endpoint=f"ipc://{tmp_path}/link")
+def recorder(models, out: Path, link: LinkConfig, **how) -> subprocess.Popen:
     sets = [f"link.endpoint={link.endpoint}", f"trainer.model.target={models}/target", "trainer.model.draft=unused"]
     sets += ["trainer.record.file_bytes=100000", "trainer.metrics.every_s=0.05"]
-    command = [sys.executable, "-m", "aurora_trainer.cli", "record", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "aurora_trainer.cli", "record", "--out", str(out)]
+    command += [a for s in sets for a in ("--set", s)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
+    assert "recorder ready" in process.stderr.readline()
+    return process
+
+
+def test_record_writes_what_comes_and_goes_on_after_a_kill(models, recording, tmp_path):
+    link = LinkConfig(endpoint=f"ipc://{tmp_path}/link")
     for number in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(
-            command + [a for s in sets for a in ("--set", s)], stderr=subprocess.PIPE, text=True, env=os.environ
-        )
-        assert "recorder ready" in process.stderr.readline()
+        process = recorder(models, tmp_path / "out", link)
         total = push(recording, link)["messages"]
-        lines = iter(process.stderr.readline, "")
-        last = next(line for line in lines if f"recording messages={total} " in line)
-        process.send_signal(number)
-        rest = process.communicate(timeout=20)[0], process.wait()
-        assert rest[1] == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        last = next(line for line in iter(process.stderr.readline, "") if f"recording messages={total} " in line)
         assert "lost=0 dropped_by_servers=0 rejected=0 not_recorded_full=0 not_recorded_disk=0" in last
+        process.send_signal(number)
+        process.communicate(timeout=20)
+        assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
     got = [m for _, m in read_messages(tmp_path / "out")]
     sent = [m for _, m in read_messages(recording)]
     assert [m.header.requests for m in got] == [m.header.requests for m in sent] * 2
     assert len({m.header.epoch for m in got}) == 2 and len(recording_files(tmp_path / "out")) > 2
     assert all(f.stat().st_mode & 0o77 == 0 for f in recording_files(tmp_path / "out"))
+
+
+def test_a_full_disk_stops_nothing_but_the_recording(models, recording, tmp_path):
+    link = LinkConfig(endpoint=f"ipc://{tmp_path}/link")
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))}
+    process = recorder(models, tmp_path / "out", link, **full)
+    total = push(recording, link)["messages"]
+    for line in iter(process.stderr.readline, ""):
+        counts = dict(re.findall(r"(\w+)=(\d+)", line)) if " recording messages=" in line else {}
+        if int(counts.get("messages", 0)) + int(counts.get("not_recorded_disk", 0)) == total:
+            break
+    assert int(counts["not_recorded_disk"]) > 0 and counts["lost"] == "0" == counts["rejected"]  # all were received
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert len(list(read_messages(tmp_path / "out"))) == int(counts["messages"]) > 10  # nothing is damaged
