@@ -2,7 +2,7 @@
 
 Losses of all steps agree within the first TOLERANCE (relative). Final weights differ by at most the second one of how
 far training moved them, both as the norm over all of them, not element by element: AdamW turns the sign of a gradient
-near zero into a whole step. In the interpreter one case runs, on a few slots a step; on a GPU all, and on more slots.
+near zero into a whole step. In the interpreter two cases run, on a few slots a step; on a GPU all, on more slots.
 """
 
 import importlib.util
@@ -21,8 +21,9 @@ from aurora_trainer.recording import read_messages
 from aurora_trainer.train import Training
 
 STEPS, VOCAB, HIDDEN = 20, 100, 128
-TOLERANCE = {  # (losses, weights); the interpreter's differences were 7e-7 and 3e-6, those on a GPU are a guess
+TOLERANCE = {  # (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2; a guess on a GPU
     ("cpu", "float32"): (1e-5, 1e-4),
+    ("cpu", "bfloat16"): (2e-2, 0.05),
     ("cuda", "float32"): (1e-4, 1e-2),
     ("cuda", "bfloat16"): (2e-2, 0.3),
 }
@@ -96,7 +97,7 @@ def only(monkeypatch, kernels: bool) -> None:
 @pytest.mark.parametrize("draft", ["whole", "reduced"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twenty_steps_with_kernels_are_those_with_references(dtype, draft, site, device, tmp_path):
-    if (small := device == "cpu") and (dtype, draft) != ("float32", "reduced"):
+    if (small := device == "cpu") and (dtype, draft) not in (("float32", "reduced"), ("bfloat16", "whole")):
         pytest.skip("takes minutes in the interpreter")
     with pytest.MonkeyPatch.context() as patch:
         only(patch, kernels=False)
