@@ -137,6 +137,13 @@ def test_starts_that_overlap(device, small_blocks):
     compare(inputs(device, 70, 90, 0, 1, 2), index)
 
 
+def test_starts_that_differ_before_slots_that_all_see(device, small_blocks):
+    """A masked part, an unmasked one, a masked one; none is counted twice."""
+    own = torch.arange(8)
+    index = [x.to(device) for x in (own * 3, own + 60, torch.full((8, 0), -1))]
+    compare(inputs(device, 8, 70, 0, 1, 2), index)
+
+
 def test_repeated_ancestors_count_as_often_as_they_are_named(device):
     ancestors = torch.tensor([[0, 0, 0], [1, 0, 1], [1, -1, 1]])
     index = [x.to(device) for x in (torch.zeros(3, dtype=torch.int64), torch.tensor([2, 0, 1]), ancestors)]
