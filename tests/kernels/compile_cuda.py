@@ -1,6 +1,9 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and print what each one takes.
 
-    python tests/kernels/compile_cuda.py [--capability 90] [--kernel tree_attention]
+    python tests/kernels/compile_cuda.py [--all] [--capability 90] [--kernel tree_attention]
+
+Without --all, as in the test, every kernel is compiled for each of the three, and every specialisation for one of
+them: a kernel's specialisations take turns.
 
 The convention: a file kernels/<op>.py with Triton kernels has
 
@@ -135,13 +138,23 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def table(capabilities=CAPABILITIES, kernel: str = "") -> Iterator[dict]:
+def listed(module, capability: tuple[int, int], everything: bool) -> Iterator[str]:
+    """Names of the specialisations of a file that are compiled for a capability."""
+    of_kernel: dict[str, list[str]] = {}
+    for name, kernel, *_ in module.specialisations(capability):
+        of_kernel.setdefault(kernel.__name__, []).append(name)
+    for names in of_kernel.values():
+        turn = CAPABILITIES.index(capability) % len(names)
+        yield from names if everything else names[turn :: len(CAPABILITIES)]
+
+
+def table(capabilities=CAPABILITIES, kernel: str = "", everything: bool = False) -> Iterator[dict]:
     """A row per specialisation, compiled on as many cores as there are."""
     work = [
         (module.__name__.rpartition(".")[2], name, capability)
         for module in modules()
         for capability in capabilities
-        for name, *_ in module.specialisations(capability)
+        for name in listed(module, capability, everything)
         if kernel in module.__name__
     ]
     assert len(work) == len(set(work)), "names of specialisations are unique in their file"
@@ -154,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, choices=[80, 90, 100])
     parser.add_argument("--kernel", default="", help="only files whose name contains this")
+    parser.add_argument("--all", action="store_true", help="every specialisation for every capability: minutes")
     parser.add_argument("--json", action="store_true", help="a line of JSON per row")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -163,7 +177,7 @@ def main() -> None:
     if not args.json:
         print(f"triton {triton.__version__}", layout.format(*COLUMNS), sep="\n")
     rows = []
-    for row in table(wanted, args.kernel):
+    for row in table(wanted, args.kernel, args.all):
         rows.append(row)
         print(json.dumps(row) if args.json else layout.format(*(row[c] for c in COLUMNS)), flush=True)
     if not args.json:
