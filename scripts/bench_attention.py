@@ -30,11 +30,15 @@ BEAMS = [-1, 0, 1, 2, 3, 1, 5, 0, 7, 8, -1, 10, 11, 10, -1]  # topk 4, depth 5: 
 LONG = [-1, *range(14), 4, 3, 2, 1, 0, 0]  # 15 deep, with branches near its root
 WIDE = [at + parent if parent >= 0 else -1 for at in (0, 21, 42) for parent in LONG]  # 63 below the root
 TREES = {"slots": (None, 1), "chain 5": (CHAIN, 1), "topk 4 x 5 x 16": (BEAMS, 4), "64 nodes": (WIDE, 16)}
-FIRST = [("Qwen3-8B 32/8x128", 8192)]
-REST = [("Qwen3-8B 32/8x128", 32_768), ("Qwen3-8B 32/8x128", 2048), ("small 8/4x64", 8192)]
-TINY = [("tiny", 48)]
+FIRST = [("Qwen3-8B 32/8x128", 8192, tree) for tree in TREES]
+REST = [
+    (shape, slots, tree)
+    for shape, slots in (("Qwen3-8B 32/8x128", 32_768), ("Qwen3-8B 32/8x128", 2048), ("small 8/4x64", 8192))
+    for tree in TREES
+]
+TINY = [("tiny", 48, tree) for tree in TREES]
 MAX_DENSE = 4 << 30  # elements of a dense mask
-CHECKED, LIMIT = 64, 3e-2  # queries that are checked; relative error in bfloat16
+CHECKED, LIMIT = 64, 5e-2  # queries that are checked; relative error in bfloat16
 
 
 @dataclass
@@ -127,24 +131,21 @@ def _joined(case: Case) -> tuple[Tensor, Tensor]:
     return torch.cat([slot_k, node_k]), torch.cat([slot_v, node_v])
 
 
-def bench(run: Bench, settings: list) -> None:
-    for shape, slots in settings:
-        ceiling(run, shape, slots)
-        for tree, (parents, every) in TREES.items():
-            case = make_case(slots, parents, every, SHAPES[shape], run.device)
-            bench_case(run, f"{shape} T={slots} {tree}", case)
-            del case
-            torch._dynamo.reset()  # every case is compiled for its own sizes
+def bench(run: Bench, shape: str, slots: int, tree: str) -> None:
+    parents, every = TREES[tree]
+    case = make_case(slots, parents, every, SHAPES[shape], run.device)
+    setting = f"{shape} T={slots} {tree}"
+    if parents is None:
+        ceiling(run, setting, case)
+    bench_case(run, setting, case)
 
 
-def ceiling(run: Bench, shape: str, slots: int) -> None:
-    case = make_case(slots, None, 1, SHAPES[shape], run.device)
-
+def ceiling(run: Bench, setting: str, case: Case) -> None:
     def causal(q, k, v):
         with flash_only(run.device):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    both_passes(run, f"{shape} T={slots} slots", "causal flash (ceiling)", case, causal, case.heads_first)
+    both_passes(run, setting, "causal flash (ceiling)", case, causal, case.heads_first)
 
 
 def bench_case(run: Bench, setting: str, case: Case) -> None:
@@ -172,10 +173,15 @@ def bench_case(run: Bench, setting: str, case: Case) -> None:
         both_passes(run, setting, "flex, compiled", case, flex, case.heads_first, built["ms"])
     if len(q) * case.heads_first[1].shape[2] > MAX_DENSE:
         gib = len(q) * case.heads_first[1].shape[2] / 2**30
-        print(f"  {setting}: no dense SDPA, its mask alone takes {gib:.0f} GiB")
+        for op in ("tree_attention fwd", "tree_attention fwd+bwd"):
+            run.absent(op, setting, "SDPA, dense mask", f"the mask alone takes {gib:.0f} GiB")
         return
     dense = case.dense_mask()
-    sdpa = partial(F.scaled_dot_product_attention, attn_mask=dense, enable_gqa=True)
+
+    def sdpa(q, k, v):  # its kernels with masks know nothing of grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+
     both_passes(run, setting, "SDPA, dense mask", case, sdpa, case.heads_first)
 
 

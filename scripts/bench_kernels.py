@@ -68,6 +68,18 @@ def aims(rows: list[dict]) -> list[str]:
     return lines
 
 
+def one_setting(run: Bench, name: str, setting: tuple) -> None:
+    if run.over():
+        run.absent(name, " ".join(map(str, setting)), "all", "skipped: out of time")
+        return
+    try:
+        BENCHES[name].bench(run, *setting)
+    except Exception as error:  # such as inputs that do not fit: the next setting may
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        run.absent(name, " ".join(map(str, setting)), "all", why)
+    torch._dynamo.reset()  # every setting is compiled for its own sizes
+
+
 def about(device: str) -> dict:
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -98,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Bench(args.device, args.minutes * 60)
     for part in ("TINY",) if args.tiny else ("FIRST", "REST"):  # what matters most before the time is over
         for name in args.only:
-            BENCHES[name].bench(run, getattr(BENCHES[name], part))
+            for setting in getattr(BENCHES[name], part):
+                one_setting(run, name, setting)
     lines = aims(run.rows)
     print("", *lines, sep="\n")
     if args.out:

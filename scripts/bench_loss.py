@@ -24,7 +24,7 @@ REST = [
     (32_768, 4096, 151_936, 32_000),
 ]
 TINY = [(24, 16, 50, 50), (24, 16, 50, 30)]
-K, CHECKED_ROWS, CHUNK_ROWS, EPS, LIMIT = 32, 128, 1024, 1e-6, 3e-2  # LIMIT: of bfloat16 gradients
+K, CHECKED_ROWS, CHUNK_ROWS, EPS, LIMIT = 32, 128, 1024, 1e-6, 5e-2  # LIMIT: of bfloat16 gradients
 
 
 @dataclass
@@ -100,46 +100,39 @@ def chunked(naive, rows_of):
     return loss
 
 
-def bench(run: Bench, settings: list) -> None:
-    for rows, hidden, vocab, draft_vocab in settings:
-        try:
-            case = make_case(rows, hidden, vocab, draft_vocab, run.device)
-        except torch.OutOfMemoryError as error:
-            print(f"loss {rows} rows: inputs do not fit: {error}")
-            continue
-        setting = f"{rows} rows H={hidden} VD={draft_vocab}"
-        product = 2 * rows * hidden
-        for kind, work, inputs, ours, ref, naive, rows_of in (
-            ("top-K", 3 * product * draft_vocab, case.topk, tree_loss, tree_loss_ref, naive_topk,
-             (1, 0, 0, 1, 1, 1, 1)),
-            ("exact", product * (3 * draft_vocab + vocab), case.target, tree_loss_exact, tree_loss_exact_ref,
-             naive_exact, (1, 0, 0, 1, 0, 0, 1)),
-        ):  # fmt: skip
+def bench(run: Bench, rows: int, hidden: int, vocab: int, draft_vocab: int) -> None:
+    case = make_case(rows, hidden, vocab, draft_vocab, run.device)
+    setting = f"{rows} rows H={hidden} VD={draft_vocab}"
+    product = 2 * rows * hidden
+    for kind, work, inputs, ours, ref, naive, rows_of in (
+        ("top-K", 3 * product * draft_vocab, case.topk, tree_loss, tree_loss_ref, naive_topk,
+         (1, 0, 0, 1, 1, 1, 1)),
+        ("exact", product * (3 * draft_vocab + vocab), case.target, tree_loss_exact, tree_loss_exact_ref,
+         naive_exact, (1, 0, 0, 1, 0, 0, 1)),
+    ):  # fmt: skip
 
-            def fused(*args, ours=ours):
-                return ours(*args, "forward_kl", EPS).loss_sum
+        def fused(*args, ours=ours):
+            return ours(*args, "forward_kl", EPS).loss_sum
 
-            def expected(case=case, inputs=inputs, ref=ref, rows_of=rows_of):
-                """Gradients of the reference where only the first rows have a weight."""
-                head = [x[:CHECKED_ROWS] if has else x for x, has in zip(inputs, rows_of[3:6])]
-                leaves = case.state[:CHECKED_ROWS], case.norm, case.head
-                loss = ref(*leaves, *head, case.weight[:CHECKED_ROWS], "forward_kl", EPS).loss_sum
-                return torch.autograd.grad(loss, case.leaves)
+        def expected(case=case, inputs=inputs, ref=ref, rows_of=rows_of):
+            """Gradients of the reference where only the first rows have a weight."""
+            head = [x[:CHECKED_ROWS] if has else x for x, has in zip(inputs, rows_of[3:6])]
+            leaves = case.state[:CHECKED_ROWS], case.norm, case.head
+            loss = ref(*leaves, *head, case.weight[:CHECKED_ROWS], "forward_kl", EPS).loss_sum
+            return torch.autograd.grad(loss, case.leaves)
 
-            reference = expected()
-            few = case.weight * (torch.arange(rows, device=run.device) < CHECKED_ROWS)
-            naive_compiled = compiled(naive, run.device)
-            sides = ("ours", fused), ("naive, compiled", naive_compiled), ("chunked", chunked(naive_compiled, rows_of))
-            for side, loss in sides:
+        reference = expected()
+        few = case.weight * (torch.arange(rows, device=run.device) < CHECKED_ROWS)
+        naive_compiled = compiled(naive, run.device)
+        sides = ("ours", fused), ("naive, compiled", naive_compiled), ("chunked", chunked(naive_compiled, rows_of))
+        for side, loss in sides:
 
-                def call(weight=None, loss=loss, case=case, inputs=inputs):
-                    total = loss(*case.leaves, *inputs, case.weight if weight is None else weight)
-                    return torch.autograd.grad(total, case.leaves)
+            def call(weight=None, loss=loss, case=case, inputs=inputs):
+                total = loss(*case.leaves, *inputs, case.weight if weight is None else weight)
+                return torch.autograd.grad(total, case.leaves)
 
-                def check(call=call, few=few, reference=reference):
-                    return max(relative_error(a, b) for a, b in zip(call(few), reference))
+            def check(call=call, few=few, reference=reference):
+                return max(relative_error(a, b) for a, b in zip(call(few), reference))
 
-                run.row(f"tree_loss {kind} fwd+bwd", setting, side, work, call, check, LIMIT)
-            del reference
-        del case
-        torch._dynamo.reset()  # every case is compiled for its own sizes
+            run.row(f"tree_loss {kind} fwd+bwd", setting, side, work, call, check, LIMIT)
+        del reference

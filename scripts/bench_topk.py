@@ -26,16 +26,15 @@ def torch_topk(logits: torch.Tensor, k: int):
     return ids, top, torch.logsumexp(logits.float(), dim=-1)
 
 
-def bench(run: Bench, settings: list) -> None:
-    for rows, vocab, k, dtype in settings:
-        logits = (torch.randn(rows, vocab, device=run.device) * 3).to(dtype)
-        setting = f"{rows} rows V={vocab} K={k} {str(dtype)[6:]}"
-        expected, top = logits.double().logsumexp(-1), logits.sort(dim=-1, descending=True).values[:, :k]
-        for side, function in (("ours", topk_logprobs), ("torch.topk + logsumexp", torch_topk)):
+def bench(run: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(rows, vocab, device=run.device) * 3).to(dtype)
+    setting = f"{rows} rows V={vocab} K={k} {str(dtype)[6:]}"
+    expected, top = logits.double().logsumexp(-1), logits.sort(dim=-1, descending=True).values[:, :k]
+    for side, function in (("ours", topk_logprobs), ("torch.topk + logsumexp", torch_topk)):
 
-            def check(function=function, logits=logits, k=k, expected=expected, top=top):
-                ids, kept, logsumexp = function(logits, k)
-                exact = torch.equal(kept, top) and torch.equal(logits.gather(1, ids.long()), top)
-                return relative_error(logsumexp, expected) if exact else float("inf")
+        def check(function=function, logits=logits, k=k, expected=expected, top=top):
+            ids, kept, logsumexp = function(logits, k)
+            exact = torch.equal(kept, top) and torch.equal(logits.gather(1, ids.long()), top)
+            return relative_error(logsumexp, expected) if exact else float("inf")
 
-            run.row("topk_logprobs", setting, side, logits.nbytes, partial(function, logits, k), check, 1e-5)
+        run.row("topk_logprobs", setting, side, logits.nbytes, partial(function, logits, k), check, 1e-5)

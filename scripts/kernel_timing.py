@@ -38,9 +38,8 @@ class Bench:
 
         work: FLOP or bytes of a call. extra_ms: what belongs to a call but was measured before (a mask).
         """
-        row = {"op": op, "setting": setting, "side": side, "ms": None, "rate": None, "peak_mib": None, "note": ""}
-        self.rows.append(row)
-        if time.monotonic() - self.began > self.seconds:
+        row = self._blank(op, setting, side)
+        if self.over():
             row["note"] = "skipped: out of time"
         else:
             try:
@@ -58,6 +57,20 @@ class Bench:
         if self.device == "cuda":
             torch.cuda.empty_cache()
         print(line(row), flush=True)
+        return row
+
+    def over(self) -> bool:
+        return time.monotonic() - self.began > self.seconds
+
+    def absent(self, op: str, setting: str, side: str, why: str) -> None:
+        """A row of a side that cannot be tried."""
+        row = self._blank(op, setting, side)
+        row["note"] = why
+        print(line(row), flush=True)
+
+    def _blank(self, op: str, setting: str, side: str) -> dict:
+        row = {"op": op, "setting": setting, "side": side, "ms": None, "rate": None, "peak_mib": None, "note": ""}
+        self.rows.append(row)
         return row
 
     def measure(self, call: Callable[[], object]) -> tuple[float, float | None]:
