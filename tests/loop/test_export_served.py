@@ -21,7 +21,7 @@ from aurora_trainer.publish_weights import WeightsWriter
 
 ARGS = ["--chunked-prefill-size", "64"]  # as chain has them
 PARAMS = {"max_new_tokens": 40}
-KEPT = 100  # 79% of what the target says to these prompts
+KEPT = 30  # fewer than the draft is right about
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_exports_are_served(served, chain, plain, stream):
     assert accepted["full"] == accepted["published"]
     mean = {name: sum(lengths) / len(lengths) for name, lengths in accepted.items()}
     assert mean["full"] > 1.3  # an untrained draft has 1.0
-    assert 1 + 0.4 * (mean["full"] - 1) < mean["pruned"] < mean["full"]  # it cannot propose the rest
+    assert 1 + 0.3 * (mean["full"] - 1) < mean["pruned"] < mean["full"]  # it cannot propose the rest
     config = json.loads(served["pruned"].draft.joinpath("config.json").read_text())
     assert config["draft_vocab_size"] == KEPT
 
