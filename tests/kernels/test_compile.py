@@ -17,6 +17,7 @@ STACK_BYTES = {  # of those that may spill
     # with 16 bits before and after their loops, at most 88; more in float32, which has no tensor cores and is for tests
     "tree_attention_fwd_kernel": 160,
     "tree_attention_bwd_q_kernel": 384,
+    "tree_attention_bwd_nodes_kernel": 32,  # by Triton 3.6 in float32, 3.9 spills nothing
     "tree_attention_bwd_slots_kernel": 224,  # heads of 256 on sm_90, else at most 48: two sums of 64 x 256 in registers
 }
 
