@@ -10,8 +10,9 @@ walk goes on behind the bonus token, as the server would.
                          it: the committed token is a draw from just that.
     as chains            the same with chains of 1, 2, ... draft steps, whatever the server drew
     rejection sampling   1 + sum_d prod_{j<=d} sum min(p, q), at every position along the committed tokens, p the raw
-                         target at temperature 1 (beyond its kept logits an upper bound): what a verifier would accept
-                         that has drafts drawn from q. Exact for one draft step, an estimate for deeper ones.
+                         target at temperature 1: what a verifier would accept that has drafts drawn from q. An upper
+                         bound, because all tokens beyond the target's kept ones count as one (loose for a draft that is
+                         untrained); and for more than one draft step an estimate.
     live                 what the server's own steps accepted with the drafts that served
 
 Only steps are counted whose chain is known to its end, live ones too: a request's last steps run past what was

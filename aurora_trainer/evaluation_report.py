@@ -79,9 +79,9 @@ def table(figures: dict[str, Any]) -> str:
         sampling = domains[ALL]["drafts"][draft]["rejection_sampling"]
         lines += [
             "",
-            f"{draft} as chains, all domains; with rejection sampling (estimate) {_interval(sampling)}",
+            f"{draft} as chains, all domains; with rejection sampling at most about {_interval(sampling)}",
             *columns(
-                ["draft steps", "accept length", "reached", "agrees", "sum min(p, q)"],
+                ["draft steps", "accept length", "reached", "agrees", "sum min(p, q) at most"],
                 [
                     [
                         str(row["draft_steps"]),
