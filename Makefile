@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboards test test-dashboards test-gpu bench-kernels bench-serving bench-trainer-cpu learning-curves lint clean
+.PHONY: help setup demo dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
+.PHONY: bench-trainer-cpu learning-curves lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -50,6 +51,9 @@ dashboards: ## say how to load the dashboard and the rules into Grafana and Prom
 test-dashboards: setup ## every panel, rule and alert against a real Prometheus that scrapes a real server and trainer
 	$(BIN)/python -m pytest tests/test_dashboards.py
 	$(BIN)/python scripts/check_dashboards.py $(ARGS)
+
+test-ranks: setup ## a server of two tensor-parallel ranks on the CPU: swaps together, metrics of each
+	AURORA_TENSOR_PARALLEL=1 $(BIN)/python -m pytest tests/loop/test_tensor_parallel.py
 
 test-gpu: ## run the kernels' tests on this machine's GPU, at full size, with PYTHON=python3
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "test-gpu: no GPU here")'
