@@ -1,0 +1,72 @@
+"""Two tensor-parallel ranks of a real server: right output, swaps together, and each rank reports what is its own.
+
+Takes a minute and 4 GB more, so it runs by `make test-ranks`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from metric_pages import documented, exported, values
+from models import make_random_target
+from rig import Loop, wait_until
+from transformers import AutoModelForCausalLM
+
+from aurora_trainer.init_draft import init_draft
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("AURORA_TENSOR_PARALLEL") != "1", reason="a longer test: make test-ranks"
+)
+VOCAB, NEW = 512, 24
+PROMPTS = [[(7 * n + 3 * i) % (VOCAB - 2) for i in range(30)] for n in range(4)]
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """Heads of a number that two ranks share: with others SGLang pads them on a CPU, and versions are refused."""
+    folder = tmp_path_factory.mktemp("parallel")
+    target = make_random_target(folder / "target", vocab=VOCAB, heads=4, kv_heads=2)
+    init_draft(target, folder / "draft", "target")
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # one group of processors for each rank
+    args = ["--tp-size", "2", "--skip-tokenizer-init"]
+    loop = Loop(folder, target, folder / "draft", topk=1, num_steps=4, args=args, env=env)
+    yield loop
+    loop.stop()
+
+
+def by_rank(loop: Loop, name: str) -> list[float | None]:
+    found = values(loop.server.get("/metrics"))
+    return [found.get(f'{name}{{dp_rank="0",tp_rank="{rank}"}}') for rank in "01"]
+
+
+def check_output(loop: Loop) -> None:
+    model = AutoModelForCausalLM.from_pretrained(loop.target, dtype=torch.float32).eval()
+    answers = loop.generate(PROMPTS, {"max_new_tokens": NEW})
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        tokens = model(torch.tensor([prompt + answer["output_ids"]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        assert tokens.tolist() == answer["output_ids"]
+
+
+def test_each_rank_is_right_and_nothing_counts_twice(loop):
+    check_output(loop)
+    assert exported(loop.server.get("/metrics"), "aurora_") == documented("Server")
+    assert by_rank(loop, "aurora_attached") == [1, 1]
+    books = loop.quiet()
+    assert by_rank(loop, "aurora_captured_messages_total") == [books["captured"], None]  # rank 0 alone captures
+    for _ in range(2):
+        draft = loop.draft(0)
+        with torch.no_grad():
+            draft.norm.weight.mul_(1 + 0.01 * torch.rand_like(draft.norm.weight))
+        version = loop.publish(draft)
+
+        def both_draft_with(version: int = version) -> bool:
+            loop.generate(PROMPTS, {"max_new_tokens": NEW})
+            return by_rank(loop, "aurora_draft_version") == [version, version]
+
+        wait_until(both_draft_with, lambda: f"both ranks to swap: {loop.metrics()}", 40)
+    check_output(loop)
+    assert by_rank(loop, "aurora_swaps_total") == by_rank(loop, "aurora_swap_stall_seconds_count") == [2, 2]
+    books = loop.quiet()
+    assert books["lost"] == books["rejected"] == 0 and books["captured"] > 0
