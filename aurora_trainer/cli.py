@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from aurora_trainer.clear_errors import clear_errors as _clear_errors
-from aurora_trainer.cli_options import ConfigPath, Overrides, log_to_stderr
-from aurora_trainer.cli_recordings import app as recording_commands
-from aurora_trainer.cli_weights import app as weights_commands
+from aurora_trainer.commands.clear_errors import clear_errors as _clear_errors
+from aurora_trainer.commands.options import ConfigPath, Overrides, log_to_stderr
+from aurora_trainer.commands.recordings import app as recording_commands
+from aurora_trainer.commands.weights import app as weights_commands
 
 app = typer.Typer(
     help="Train a server's speculative draft from what it verifies, and send it back.",
@@ -46,7 +46,7 @@ def run(
 def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check the configuration of both sides, and what it names, without starting anything."""
     with _clear_errors():
-        from aurora_trainer.check import check_all
+        from aurora_trainer.commands.check import check_all
         from aurora_trainer.config import load_trainer_config
 
         if not check_all(load_trainer_config(config, overrides or ())):
@@ -62,7 +62,7 @@ def keygen(
 ) -> None:
     """Make the keys of the link: the trainer's, unless they are there, and each named server's. Overwrites nothing."""
     with _clear_errors():
-        from aurora_trainer.keygen import keygen
+        from aurora_trainer.commands.keygen import keygen
 
         typer.echo(keygen(directory, server or ["server"]))
 
@@ -80,7 +80,7 @@ def top(
 ) -> None:
     """Show what server and trainer do, live, on one screen. --trainer or --status default to what --config says."""
     with _clear_errors():
-        from aurora_trainer.top import show
+        from aurora_trainer.commands.top import show
 
         if config is not None and trainer is None and status is None:
             from aurora_trainer.config import load_trainer_config
@@ -116,7 +116,7 @@ def init_draft(
 
         import torch
 
-        from aurora_trainer import init_draft as init
+        from aurora_trainer.commands import init_draft as init
         from aurora_trainer.target import open_target
 
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

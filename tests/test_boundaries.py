@@ -35,6 +35,12 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def modules(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, and of what it imports from them."""
+    found = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -54,8 +60,15 @@ def test_imports_stay_inside_the_walls(path):
         assert not found & {"aurora_trainer", "aurora_sglang_plugin", "sglang"}, "kernels import neither package"
 
 
+def test_the_trainers_path_needs_none_of_its_commands():
+    path = [p for p in SOURCES if p.parent.name == "aurora_trainer" and p.stem != "cli"]
+    assert len(path) > 20
+    for file in path:
+        assert not [m for m in modules(file) if m.startswith("aurora_trainer.commands")], file
+
+
 def test_both_packages_are_cheap_to_import():
-    for package in ("aurora_sglang_plugin", "aurora_trainer"):
+    for package in ("aurora_sglang_plugin", "aurora_trainer", "aurora_trainer/commands"):
         assert (ROOT / package / "__init__.py").read_text() == ""
 
 

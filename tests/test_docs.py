@@ -30,7 +30,7 @@ from aurora_trainer.recording import RecordConfig, Recording
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-SOURCES = sorted([*(ROOT / "aurora_sglang_plugin").glob("*.py"), *(ROOT / "aurora_trainer").glob("*.py")])
+SOURCES = sorted(p for package in ("aurora_sglang_plugin", "aurora_trainer") for p in (ROOT / package).rglob("*.py"))
 
 # A command in a code block runs here, unless a comment at its end, or at the head of its block, says what it needs.
 MARK = re.compile(r"#.*\b(needs? (a GPU|the weights|the network|a trainer|a server|Prometheus|Grafana)|minutes)\b")

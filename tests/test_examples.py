@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aurora_sglang_plugin.config import ServerConfig, load
-from aurora_trainer import plan, sizes
+from aurora_trainer.commands import plan, sizes
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.target import read_config
 

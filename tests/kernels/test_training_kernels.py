@@ -15,8 +15,8 @@ import torch
 from models import make_random_target
 
 from aurora_sglang_plugin.manifest import target_fingerprint
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.recording import read_messages
 from aurora_trainer.train import Training
 

@@ -25,7 +25,7 @@ from rig import START_S, Loop
 from serve import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aurora_trainer.init_draft import init_draft
+from aurora_trainer.commands.init_draft import init_draft
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ("plain", "chain", "tree", "mixed")

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.draft import Draft
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.target import open_target
 
 WINDOW, WINDOWS, STEPS = 64, 6, 80

@@ -23,6 +23,7 @@ from serve import Server, free_port
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig
+from aurora_sglang_plugin.keys import make_keys
 from aurora_sglang_plugin.manifest import target_fingerprint, version_name
 from aurora_trainer.assemble import AssembleConfig, Assembler
 from aurora_trainer.draft import Draft
@@ -36,7 +37,7 @@ import sys, time
 from pathlib import Path
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_trainer.receive import ReceiveConfig, Receiver
-receiver = Receiver(LinkConfig(endpoint=sys.argv[1]), ReceiveConfig(), Path(sys.argv[2]))
+receiver = Receiver(LinkConfig.model_validate_json(sys.argv[1]), ReceiveConfig(), Path(sys.argv[2]))
 print("ready", flush=True)
 while True:
     receiver.get(0.1)
@@ -49,7 +50,8 @@ FINAL = ("stop", "length", "abort")
 class Loop:
     """One AURORA server, its weights directory and a receiver that can come and go.
 
-    `settings` are AURORA_SET's; `versions` are published before the server starts; `shape` is the trees'.
+    `settings` are AURORA_SET's; `versions` are published before the server starts; `encrypted`: the link has keys;
+    `shape` is the trees'.
     """
 
     def __init__(
@@ -63,10 +65,14 @@ class Loop:
         versions: Sequence[Draft] = (),
         args: Sequence[str] = (),
         env: dict[str, str] | None = None,
+        encrypted: bool = False,
         **shape: int,
     ):
         self.folder, self.target, self.initial_draft = folder, target, draft
-        self.link = LinkConfig(endpoint=f"tcp://127.0.0.1:{free_port()}")
+        keys = {f"{side}_keys": folder / "keys" / side for side in ("trainer", "server")} if encrypted else {}
+        if keys:
+            make_keys(folder / "keys", ["server"])
+        self.link = LinkConfig(endpoint=f"tcp://127.0.0.1:{free_port()}", **keys)
         self.weights = folder / "weights"
         self.writer = WeightsWriter(self.weights, keep=1000)
         self.embed = open_target(target).embedding()
@@ -81,6 +87,7 @@ class Loop:
         for version in versions:
             self.publish(version)
         set_ = [f"link.endpoint={self.link.endpoint}", f"weights.directory={self.weights}", *settings]
+        set_ += [f"link.{name}={path}" for name, path in keys.items()]
         self._start = dict(
             draft=draft,
             algorithm="AURORA",
@@ -229,7 +236,7 @@ def checksums(server: Server, which: str) -> dict[str, Any]:
 
 def receiver_process(loop: Loop) -> subprocess.Popen:
     """A receiver that can be stopped and killed, with the loop's books."""
-    command = [sys.executable, "-c", RECEIVE, loop.link.endpoint, str(loop.folder / "books.json")]
+    command = [sys.executable, "-c", RECEIVE, loop.link.model_dump_json(), str(loop.folder / "books.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process

@@ -1,5 +1,5 @@
 """The accounting adds up exactly: nobody there, a receiver that comes, restarts, is stopped and killed, and a server
-that is killed and starts again. One server of its own; the tests go in this order.
+that is killed and starts again. One server of its own, over an encrypted link; the tests go in this order.
 
     captured = sent + dropped + queued        sent = received + lost + rejected
 
@@ -37,8 +37,9 @@ def loop(target, taught, drafts, tmp_path_factory):
     settings = [f"plugin.publish.queue_messages={QUEUE_MESSAGES}", f"plugin.publish.queue_bytes={QUEUE_BYTES}"]
     folder = tmp_path_factory.mktemp("books")
     loop = Loop(
-        folder, target, taught / "full", settings=settings, listening=False, versions=drafts[:3], topk=1, num_steps=3
-    )
+        folder, target, taught / "full", settings=settings, listening=False, versions=drafts[:3], encrypted=True,
+        topk=1, num_steps=3,
+    )  # fmt: skip
     yield loop
     loop.stop()
 

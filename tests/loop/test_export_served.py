@@ -14,8 +14,8 @@ from rig import START_S, generate, wait_until
 from serve import Server
 from typer.testing import CliRunner
 
-from aurora_trainer import sizes
 from aurora_trainer.cli import app
+from aurora_trainer.commands import sizes
 from aurora_trainer.draft import Draft
 from aurora_trainer.publish_weights import WeightsWriter
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from serve import Server, die_with_parent, free_port
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
-from aurora_trainer.init_draft import init_draft
+from aurora_trainer.commands.init_draft import init_draft
 
 TRAINER = Path(sys.executable).with_name("aurora-trainer")
 TOKENS = 48

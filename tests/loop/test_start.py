@@ -9,7 +9,7 @@ from models import make_random_target
 from rig import START_S
 from serve import Server
 
-from aurora_trainer.init_draft import init_draft
+from aurora_trainer.commands.init_draft import init_draft
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
 from aurora_trainer.draft_config import DraftConfig
-from aurora_trainer.init_draft import randomise
 
 CONFIG = DraftConfig(
     hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50,

@@ -21,9 +21,9 @@ from traffic import messages, write_trace
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, target_fingerprint, version_name
 from aurora_trainer.checkpoint import steps
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Cadence, Daemon
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.recording import read_messages
 
 VOCAB, HIDDEN = 64, 32

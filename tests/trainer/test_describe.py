@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 from aurora_sglang_plugin import wire
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.cli import app
-from aurora_trainer.describe import describe, problems
+from aurora_trainer.commands.describe import describe, problems
+from aurora_trainer.commands.terminal import escape, ranges, size
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.recording import RecordConfig, Recording
-from aurora_trainer.terminal import escape, ranges, size
 
 EVIL = "\x1b[2Jname\u202e\n"
 

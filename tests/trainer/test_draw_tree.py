@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trees import NAMED_TREES
 
-from aurora_trainer.draw_tree import draw_tree
+from aurora_trainer.commands.draw_tree import draw_tree
 
 
 def test_a_tree_is_drawn_as_it_is_documented():

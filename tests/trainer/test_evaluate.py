@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_trainer.cli import app
-from aurora_trainer.evaluate import Evaluation, Request, _evaluate, evaluate
-from aurora_trainer.evaluation_report import picture, report, table
-from aurora_trainer.init_draft import init_draft
+from aurora_trainer.commands.evaluate import Evaluation, Request, _evaluate, evaluate
+from aurora_trainer.commands.evaluation_report import picture, report, table
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.recording import RecordConfig, Recording
 
 VOCAB, HIDDEN = 64, 32

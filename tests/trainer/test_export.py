@@ -10,11 +10,12 @@ from typer.testing import CliRunner
 
 from aurora_sglang_plugin.draft_check import check_draft
 from aurora_sglang_plugin.manifest import target_fingerprint
-from aurora_trainer import export, vocab
+from aurora_trainer import vocab
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.cli import app
+from aurora_trainer.commands import export
+from aurora_trainer.commands.import_draft import import_draft
 from aurora_trainer.draft import Draft
-from aurora_trainer.import_draft import import_draft
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.target import open_target
 

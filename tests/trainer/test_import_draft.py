@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from aurora_sglang_plugin.draft_check import check_draft
 from aurora_trainer.cli import app
+from aurora_trainer.commands.import_draft import explain, import_draft
 from aurora_trainer.draft import Draft
-from aurora_trainer.import_draft import explain, import_draft
 from aurora_trainer.target import open_target
 
 V, H, AUX = 64, 32, [0, 2, 4]

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aurora_trainer import vocab
+from aurora_trainer.commands.init_draft import default_aux_layer_ids, init_draft
 from aurora_trainer.draft import Draft
-from aurora_trainer.init_draft import default_aux_layer_ids, init_draft
 from aurora_trainer.target import open_target
 
 

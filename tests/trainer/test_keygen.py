@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from aurora_sglang_plugin.config import PublishConfig, ServerConfig, load
 from aurora_sglang_plugin.publish import Publisher
-from aurora_trainer.check import _endpoint, _keys
 from aurora_trainer.cli import app
+from aurora_trainer.commands.check import _endpoint, _keys
 from aurora_trainer.receive import ReceiveConfig, Receiver
 
 

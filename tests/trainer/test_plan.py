@@ -8,8 +8,8 @@ import pytest
 from models import make_random_target
 from typer.testing import CliRunner
 
-from aurora_trainer import plan, sizes
 from aurora_trainer.cli import app
+from aurora_trainer.commands import plan, sizes
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.target import read_config
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from aurora_sglang_plugin import wire
-from aurora_trainer import prune, vocab
+from aurora_trainer import vocab
 from aurora_trainer.cli import app
+from aurora_trainer.commands import prune
 from aurora_trainer.recording import RecordConfig, Recording
 from aurora_trainer.target import open_target
 

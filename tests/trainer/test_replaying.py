@@ -15,9 +15,9 @@ from traffic import STEP_NS, messages
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.keys import make_keys
 from aurora_sglang_plugin.manifest import current_version, sha256_file, target_fingerprint
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.recording import RecordConfig, Recording, read_messages, recording_files
 from aurora_trainer.replay import paced, push

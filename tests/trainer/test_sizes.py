@@ -14,11 +14,11 @@ from random_sample import random_sample
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.transfer import HostTensors
-from aurora_trainer import sizes
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.checkpoint import save_checkpoint
+from aurora_trainer.commands import sizes
+from aurora_trainer.commands.init_draft import draft_config, init_draft
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.init_draft import draft_config, init_draft
 from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.optimize import Optimizer, OptimizerConfig
 from aurora_trainer.publish_weights import WeightsWriter
@@ -144,7 +144,7 @@ def test_what_a_step_keeps(shape, dtype, tmp_path):
 PEAK = """
 import sys, torch
 from pathlib import Path
-from aurora_trainer import sizes
+from aurora_trainer.commands import sizes
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.draft import Draft
 from aurora_trainer.config import TrainerFile

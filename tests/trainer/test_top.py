@@ -17,11 +17,11 @@ from aurora_sglang_plugin.acceptance import Acceptance
 from aurora_sglang_plugin.families import Exported
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_sglang_plugin.metrics import OF_RANK, of_capture
+from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.commands.scrape import Figures, Page, fetch
+from aurora_trainer.commands.top import server_lines, trainer_lines
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
-from aurora_trainer.init_draft import init_draft
-from aurora_trainer.scrape import Figures, Page, fetch
-from aurora_trainer.top import server_lines, trainer_lines
 
 VOCAB, HIDDEN = 64, 32
 

@@ -9,8 +9,8 @@ from traffic import messages
 from aurora_sglang_plugin.manifest import target_fingerprint, version_name
 from aurora_sglang_plugin.wire import decode
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import ModelConfig, load_trainer_config
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.train import Training
 
 VOCAB, HIDDEN = 64, 32

@@ -12,10 +12,10 @@ from serve import free_port
 from traffic import write_trace
 
 from aurora_sglang_plugin.manifest import read_manifest, target_fingerprint, version_name
+from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
 from aurora_trainer.families import COUNTED, FAMILIES, SHOWN
-from aurora_trainer.init_draft import init_draft
 from aurora_trainer.metrics import Clock, Metrics, MetricsConfig
 from aurora_trainer.optimize import Update
 from aurora_trainer.step import Step

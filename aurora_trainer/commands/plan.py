@@ -7,9 +7,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from aurora_trainer.config import TrainerFile
-from aurora_trainer.init_draft import draft_config
-from aurora_trainer.sizes import (
+from aurora_trainer.commands.init_draft import draft_config
+from aurora_trainer.commands.sizes import (
     Load,
     checkpoint_bytes,
     parameter_count,
@@ -22,6 +21,7 @@ from aurora_trainer.sizes import (
     verify_bytes,
     version_bytes,
 )
+from aurora_trainer.config import TrainerFile
 from aurora_trainer.target import Target
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_trainer.clear_errors import clear_errors
+from aurora_trainer.commands.clear_errors import clear_errors
 
 app = typer.Typer()
 
@@ -40,8 +40,8 @@ def export_draft(
 
         import torch
 
-        from aurora_trainer import export
-        from aurora_trainer.prune import read_counts
+        from aurora_trainer.commands import export
+        from aurora_trainer.commands.prune import read_counts
 
         if (draft_vocab is None) != (counts is None) or (ids is not None and counts is not None):
             raise ValueError("expected --draft-vocab with --counts, or --ids, or neither")
@@ -65,8 +65,8 @@ def import_draft(
 ) -> None:
     """Check a draft made elsewhere, explain all that does not fit, and write it in the form that AURORA loads."""
     with clear_errors():
-        from aurora_trainer.import_draft import explain
-        from aurora_trainer.import_draft import import_draft as write
+        from aurora_trainer.commands.import_draft import explain
+        from aurora_trainer.commands.import_draft import import_draft as write
         from aurora_trainer.target import open_target
 
         explained = write(source, out, target, dtype, force) if out else explain(source, open_target(target))
@@ -92,7 +92,7 @@ def prune_vocab(
 ) -> None:
     """Count generated tokens, say what smaller draft vocabularies cover, and prune a draft to one of them."""
     with clear_errors():
-        from aurora_trainer import export, prune
+        from aurora_trainer.commands import export, prune
         from aurora_trainer.recording import read_recording
         from aurora_trainer.target import open_target
 
@@ -143,9 +143,9 @@ def plan(
     with clear_errors():
         import json
 
-        from aurora_trainer import plan as planning
+        from aurora_trainer.commands import plan as planning
+        from aurora_trainer.commands.sizes import Load
         from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.sizes import Load
         from aurora_trainer.target import read_config
 
         if config is None:

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from aurora_trainer.clear_errors import clear_errors
-from aurora_trainer.cli_options import ConfigPath, Overrides, RecordingPath, log_to_stderr
+from aurora_trainer.commands.clear_errors import clear_errors
+from aurora_trainer.commands.options import ConfigPath, Overrides, RecordingPath, log_to_stderr
 
 app = typer.Typer()
 
@@ -33,8 +33,8 @@ def record(
     """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM, Ctrl-C)."""
     with clear_errors():
         log_to_stderr()
+        from aurora_trainer.commands.record import record
         from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.record import record
 
         record(load_trainer_config(config, overrides or ()), out, seconds)
 
@@ -88,8 +88,8 @@ def inspect(
         log_to_stderr()
         import json
 
-        from aurora_trainer.describe import describe, problems
-        from aurora_trainer.describe_recording import describe_message, message_at, message_text, token_names
+        from aurora_trainer.commands.describe import describe, problems
+        from aurora_trainer.commands.describe_recording import describe_message, message_at, message_text, token_names
 
         damaged = 0
         for number, path in enumerate(paths):
@@ -129,9 +129,9 @@ def evaluate(
         log_to_stderr()
         import json
 
-        from aurora_trainer import evaluation_report as figures
+        from aurora_trainer.commands import evaluation_report as figures
+        from aurora_trainer.commands.evaluate import evaluate
         from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.evaluate import evaluate
 
         target = target or load_trainer_config(config, overrides or ()).trainer.model.target
         evaluated = evaluate(drafts, recording, target, depth=depth, device=device, max_requests=requests)

@@ -18,9 +18,9 @@ from aurora_sglang_plugin.endpoint import stays_here
 from aurora_sglang_plugin.keys import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps
+from aurora_trainer.commands.import_draft import explain
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
-from aurora_trainer.import_draft import explain
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.target import open_target
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from aurora_sglang_plugin.draft_check import aux_layer_ids, config_problems, tensor_problems
 from aurora_trainer import vocab
+from aurora_trainer.commands.export import DTYPES, Weights, write_draft
+from aurora_trainer.commands.foreign import Foreign, read_foreign
 from aurora_trainer.draft_config import DraftConfig, not_computed
-from aurora_trainer.export import DTYPES, Weights, write_draft
-from aurora_trainer.foreign import Foreign, read_foreign
 from aurora_trainer.target import Target, open_target
 
 SAID_BY_CHECK = ("tie_word_embeddings", "use_aux_hidden_state", "architectures")

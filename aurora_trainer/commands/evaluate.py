@@ -36,12 +36,12 @@ import torch
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint, version_name
 from aurora_trainer.assemble import AssembleConfig, Assembler
 from aurora_trainer.batch import BatchConfig, group, pack
+from aurora_trainer.commands.grow_tree import tree_runs
+from aurora_trainer.commands.walk import WALK, chains, live, sampling, walk, walks
 from aurora_trainer.draft import Draft
-from aurora_trainer.grow_tree import tree_runs
 from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.sample import Sample
 from aurora_trainer.target import open_target
-from aurora_trainer.walk import WALK, chains, live, sampling, walk, walks
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import msgspec
 import numpy as np
 
 from aurora_sglang_plugin import wire
-from aurora_trainer.draw_tree import draw_tree
+from aurora_trainer.commands.draw_tree import draw_tree
+from aurora_trainer.commands.terminal import columns, escape, moment, ranges, size
 from aurora_trainer.recording import Damage, read_messages, recording_files
-from aurora_trainer.terminal import columns, escape, moment, ranges, size
 from aurora_trainer.trace import Record
 
 Name = Callable[[int], str]

@@ -22,9 +22,9 @@ import msgspec
 from safetensors import SafetensorError, safe_open
 
 from aurora_sglang_plugin import manifest as contract
-from aurora_trainer.describe_recording import describe_recording, recording_text
+from aurora_trainer.commands.describe_recording import describe_recording, recording_text
+from aurora_trainer.commands.terminal import columns, escape, moment, size, value
 from aurora_trainer.recording import SUFFIX
-from aurora_trainer.terminal import columns, escape, moment, size, value
 from aurora_trainer.trace import MAGIC
 
 CHECKPOINT_FORMAT = 1
