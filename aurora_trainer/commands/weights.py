@@ -93,7 +93,7 @@ def prune_vocab(
     """Count generated tokens, say what smaller draft vocabularies cover, and prune a draft to one of them."""
     with clear_errors():
         from aurora_trainer.commands import export, prune
-        from aurora_trainer.recording import read_recording
+        from aurora_trainer.recording import Damage, read_recording
         from aurora_trainer.target import open_target
 
         if (recording is None) == (not text):
@@ -102,7 +102,10 @@ def prune_vocab(
             raise ValueError("expected --draft, --draft-vocab and --out together, or none of them")
         opened = open_target(target)
         if recording is not None:
-            counted = prune.count_messages((record.parts for record in read_recording(recording)), opened)
+            damage = Damage()
+            counted = prune.count_messages((record.parts for record in read_recording(recording, damage)), opened)
+            for found in damage.texts:
+                typer.echo(f"damaged, counted without it: {found}", err=True)
         else:
             counted = prune.count_text(text, opened)
         wanted = [int(s) for s in sizes.split(",")] if sizes else prune.default_sizes(opened)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from test_replay import cut
 from aurora_sglang_plugin.manifest import version_name
 from aurora_trainer.recording import read_messages
 
-TRAINER = "aurora-trainer"
+TRAINER = Path(sys.executable).with_name("aurora-trainer")
 REQUESTS, TOKENS = 12, 96
 
 
@@ -35,7 +36,11 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     loop = request.getfixturevalue(name)
     version, out = loop.version(), tmp_path / "recording"
     loop.deafen()
-    process = recorder(loop, out)
+    try:
+        process = recorder(loop, out)
+    except BaseException:
+        loop.listen()  # the tests after this one share the server
+        raise
     try:
         prompts = cut(stream, 30000, [20 + 7 * n for n in range(REQUESTS)])
         params = [

@@ -120,3 +120,26 @@ def test_what_is_asked_for_must_be_whole(target, messages, tmp_path):
     small = make_random_target(tmp_path / "small", vocab=32, hidden=32)
     with pytest.raises(ValueError, match="not its own"):
         prune.count_messages(messages, open_target(small))
+
+
+def test_a_damaged_recording_is_counted_around_the_damage(messages, target, tmp_path):
+    recording = Recording(tmp_path / "recording", RecordConfig())
+    for parts in messages:
+        recording.write(parts)
+    recording.close()
+    (file,) = (tmp_path / "recording").glob("*.trace")
+    whole = json.loads(counted(target, tmp_path, "whole"))
+    data = bytearray(file.read_bytes())
+    for place in range(1, 9):  # some of them in verify messages
+        data[len(data) * place // 9] ^= 0xFF
+    file.write_bytes(data)
+    damaged = json.loads(counted(target, tmp_path, "damaged"))
+    assert 0 < sum(damaged) < sum(whole)
+    code, output = run("prune-vocab", target, "--recording", tmp_path / "recording")
+    assert code == 0 and "damaged, counted without it" in output and "at byte" in output
+
+
+def counted(target, tmp_path, name):
+    code, output = run("prune-vocab", target, "--recording", tmp_path / "recording", "--counts", tmp_path / name)
+    assert code == 0, output
+    return (tmp_path / name).read_text()
