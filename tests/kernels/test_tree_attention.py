@@ -2,6 +2,7 @@ import aurora_kernels.tree_attention_ref as module
 import pytest
 import torch
 from aurora_kernels.tree_attention import tree_attention
+from biggest import Biggest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,19 +115,8 @@ def test_memory_grows_with_tokens_not_with_their_square(monkeypatch):
         tensors, _ = case(0, [slots], slots, slots, 0, 1, 1, 4, dtype=torch.float32)
         start, end = torch.zeros(slots, dtype=torch.int64), torch.arange(slots) + 1
         ancestors = torch.arange(slots)[:, None]
-        biggest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                nonlocal biggest
-                out = function(*args, **(kwargs or {}))
-                for t in out if isinstance(out, (tuple, list)) else [out]:
-                    if isinstance(t, torch.Tensor):
-                        biggest = max(biggest, t.untyped_storage().nbytes())
-                return out
-
-        with Watch():
+        with Biggest() as biggest:
             tree_attention(*tensors, start, end, ancestors, 1.0).sum().backward()
-        return biggest
+        return biggest.nbytes
 
     assert biggest_bytes(2400) <= 8.5 * biggest_bytes(300)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from aurora_kernels.tree_attention import queries_of_nodes, rows_of_slots, sort_queries, tree_attention
 from aurora_kernels.tree_attention_ref import tree_attention_ref
+from biggest import Biggest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trees import NAMED_TREES, random_tree
@@ -257,20 +258,9 @@ def test_memory_grows_with_tokens_not_with_their_square(device, small_blocks):
 
     def biggest_bytes(slots):
         tensors, own = inputs(device, slots, slots, slots, 1, 1, 4), torch.arange(slots, device=device)
-        biggest = 0
-
-        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                nonlocal biggest
-                out = function(*args, **(kwargs or {}))
-                for t in out if isinstance(out, (tuple, list)) else [out]:
-                    if isinstance(t, torch.Tensor):
-                        biggest = max(biggest, t.untyped_storage().nbytes())
-                return out
-
-        with Watch():
+        with Biggest() as biggest:
             tree_attention(*tensors, own * 0, own + 1, own[:, None], 1.0).sum().backward()
-        return biggest
+        return biggest.nbytes
 
     assert biggest_bytes(200) <= 8.5 * biggest_bytes(25)
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 from aurora_kernels.tree_loss import DISTANCES, tree_loss
+from biggest import Biggest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,19 +73,6 @@ def compare(weights, targets, mixture):
     have = torch.autograd.grad(result.loss_sum * 3, weights)
     for name, w, h in zip(("state", "norm", "head"), want, have, strict=True):
         torch.testing.assert_close(h, w, msg=lambda m, name=name: f"d{name}: {m}")
-
-
-class Biggest(torch.utils._python_dispatch.TorchDispatchMode):
-    """While it is entered: the bytes of the largest tensor that any operation returns."""
-
-    nbytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, torch.Tensor):
-                self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
-        return out
 
 
 mixtures = st.one_of(

@@ -4,9 +4,10 @@ import aurora_kernels.tree_loss_ref as module
 import pytest
 import torch
 from aurora_kernels.tree_loss import DISTANCES, tree_loss, tree_loss_exact
+from biggest import Biggest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree_loss import EPS, Biggest, mixtures
+from test_tree_loss import EPS, mixtures
 
 SHARED = 6  # hidden size of the targets
 

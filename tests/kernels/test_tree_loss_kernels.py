@@ -6,9 +6,10 @@ import torch
 from aurora_kernels.topk_logprobs import topk_logprobs_ref
 from aurora_kernels.tree_loss import DISTANCES, TreeLoss, tree_loss, tree_loss_exact
 from aurora_kernels.tree_loss_ref import tree_loss_exact_ref, tree_loss_ref
+from biggest import Biggest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tree_loss import EPS, Biggest, case, mixtures
+from test_tree_loss import EPS, case, mixtures
 from test_tree_loss_exact import exact_case
 
 ALL = {"forward_kl": 0.5, "reverse_kl": 0.7, "tv": 0.3, "greedy": 0.2}
