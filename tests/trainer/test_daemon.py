@@ -14,27 +14,15 @@ import pytest
 import torch
 import zmq
 from metric_pages import values
-from models import make_random_target
 from safetensors.torch import load_file
 from serve import free_port
-from traffic import messages, write_trace
+from traffic import HIDDEN, VOCAB, messages, write_trace
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, target_fingerprint, version_name
 from aurora_trainer.checkpoint import steps
-from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Cadence, Daemon
 from aurora_trainer.recording import read_messages
-
-VOCAB, HIDDEN = 64, 32
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    target = make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN)
-    init_draft(target, directory / "draft", "random")
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from models import make_random_target
 from naive_draft import VARIANTS, Naive, make
 from random_sample import random_sample
-from traffic import messages
+from traffic import HIDDEN, VOCAB, messages
 from typer.testing import CliRunner
 
 from aurora_sglang_plugin.manifest import target_fingerprint
@@ -18,16 +18,6 @@ from aurora_trainer.commands.evaluate import Evaluation, Request, _evaluate, eva
 from aurora_trainer.commands.evaluation_report import picture, report, table
 from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.recording import RecordConfig, Recording
-
-VOCAB, HIDDEN = 64, 32
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    target = make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN)
-    init_draft(target, directory / "draft", "random")
-    return directory
 
 
 @pytest.fixture(scope="module")

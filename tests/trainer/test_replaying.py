@@ -9,28 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from models import make_random_target
-from traffic import STEP_NS, messages
+from traffic import HIDDEN, STEP_NS, VOCAB, messages
 
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.keys import make_keys
 from aurora_sglang_plugin.manifest import current_version, sha256_file, target_fingerprint
-from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.recording import RecordConfig, Recording, read_messages, recording_files
 from aurora_trainer.replay import paced, push
 
-VOCAB, HIDDEN, REQUESTS = 64, 32, 24
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    target = make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN)
-    init_draft(target, directory / "draft", "random")
-    return directory
+REQUESTS = 24
 
 
 def record(directory: Path, models: Path, **about) -> Path:

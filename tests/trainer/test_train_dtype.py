@@ -2,25 +2,14 @@
 
 import pytest
 import torch
-from models import make_random_target
 from safetensors.torch import load_file
-from traffic import messages
+from traffic import HIDDEN, VOCAB, messages
 
 from aurora_sglang_plugin.manifest import target_fingerprint, version_name
 from aurora_sglang_plugin.wire import decode
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
-from aurora_trainer.commands.init_draft import init_draft
 from aurora_trainer.config import ModelConfig, load_trainer_config
 from aurora_trainer.train import Training
-
-VOCAB, HIDDEN = 64, 32
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("models")
-    init_draft(make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN), directory / "draft", "random")
-    return directory
 
 
 @pytest.fixture(scope="module")

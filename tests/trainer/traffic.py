@@ -16,6 +16,7 @@ from aurora_sglang_plugin import wire
 from aurora_trainer.trace import TraceWriter
 
 S, K = 2, 4
+VOCAB, HIDDEN = 64, 32  # of the target, where it matters
 STEP_NS = 1_000_000
 
 
