@@ -74,6 +74,7 @@ class Publisher:
         extend_version: int = 0,
         num_steps: int = 0,
         topk: int = 0,
+        rejection: bool = False,
     ) -> None:
         """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
 
@@ -89,6 +90,7 @@ class Publisher:
             "extend_version": extend_version,
             "num_steps": num_steps,
             "topk": topk,
+            "rejection": rejection,
         }
         if self._outbox.put(kind, snapshot, fields):
             self._wake.set()

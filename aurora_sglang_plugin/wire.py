@@ -9,7 +9,7 @@ little endian, as the header's `frames` names them. No pickle. Delivery is at mo
 
 Kinds
     prefill    a chunk of prompt (or re-prefilled) tokens and the features that the target computed for them
-    verify     one verify step: draft trees, what was accepted, the raw target's distribution at every node
+    verify     one verify step: draft trees, what was accepted, the distribution that judged every node
     end        requests that gave back their KV rows: finished, aborted or retracted
     heartbeat  counters only, sent when nothing else was for a while
 
@@ -40,7 +40,8 @@ DTYPES = {
 }
 
 # Per-request flags of a verify message.
-FLAG_ALTERED_DISTRIBUTION = 1  # penalties, logit bias, grammar or watermark judged this row, not the raw target
+# A grammar's mask or a watermark judged this row: its distribution is nothing to learn from.
+FLAG_ALTERED_DISTRIBUTION = 1
 
 # A label that the client gave its request, to tell kinds of traffic apart: short and harmless wherever it is printed.
 DOMAIN = re.compile(r"[A-Za-z0-9_.-]{1,32}")
@@ -69,7 +70,8 @@ FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]]] = {
         "next_tokens": (("int32",), ("B", "P")),  # tokens committed after path nodes; valid for the first feature_lens
         "aux_hidden_states": (_FLOAT, ("T", "F")),  # features of the path nodes, T = sum(feature_lens)
         "topk_ids": (("int32",), ("B", "N", "K")),
-        "topk_logits": (_FLOAT, ("B", "N", "K")),  # the raw target's, before sampling edits them
+        # As they judged: after penalties and bias, before temperature and truncation.
+        "topk_logits": (_FLOAT, ("B", "N", "K")),
         "logsumexp": (("float32",), ("B", "N")),
     },
     "end": {"committed_lens": (("int32",), ("B",))},  # prompt + output tokens that the client may see
@@ -110,6 +112,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     domains: list[str] = []  # B labels, "" for a request without one (prefill, end); empty where none has one
     num_steps: int = 0
     topk: int = 0
+    rejection: bool = False  # drafted tokens are draws from the draft, judged by rejection sampling
     frames: list[Frame] = []
 
 

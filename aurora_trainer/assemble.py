@@ -125,7 +125,7 @@ class Assembler:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         shape = (header.num_steps, header.topk, message.dtype("topk_logits"), *a["accept_path"].shape[1:])
-        shape += a["topk_ids"].shape[1:]
+        shape += (*a["topk_ids"].shape[1:], header.rejection)
         lens, path = a["feature_lens"], a["accept_path"]
         # The token of an accepted node is the token that was committed after its parent.
         on_path = np.arange(path.shape[1]) < lens[:, None]

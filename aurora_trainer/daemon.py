@@ -32,6 +32,7 @@ MESSAGES_PER_TURN = 256  # taken in between two looks at the rest
 REJECTED_EVERY_S = 1.0
 HEARD_S = 10.0  # a server that was silent for longer does not count as being there
 BOOKS = "books.json"
+QUIET_S = 60.0  # between two looks at whether traffic teaches anything
 LINE = (
     "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s", "published", "buffer",
     "dropped", "lost", "rejected",
@@ -64,6 +65,8 @@ class Daemon:
         self._status = Cadence(config.trainer.metrics.every_s, 0)
         self._rejected = Cadence(REJECTED_EVERY_S, 0)
         self._rate = (time.monotonic(), 0)  # when, slots trained by then
+        self._taught = Cadence(QUIET_S, 0)
+        self._taught_at = (0, 0)  # samples, rows with a target by then
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
         """Train on what servers send until a signal comes, or for `max_steps` more steps."""
@@ -158,13 +161,18 @@ class Daemon:
             "draft_version": training.served.version,
             "tokens": training.slots,
             "tokens_per_s": (training.slots - slots) / max(now - then, 1e-9),
-            **training.shown,  # loss; accept_length: of a greedy chain, on batches before they were trained on
+            # loss; accept_length: of requests before they were trained on
+            **training.shown,
             "accept_length_served": decided.served if decided else None,
             "accept_length_candidate": decided.candidate if decided else None,
+            "accept_length_initial": decided.initial if decided else None,
+            "gate_requests": decided.requests if decided else None,
+            "gate_held": training.gate.held,
             "accept_length_traffic": training.traffic["tokens"] / max(training.traffic["steps"], 1),
             "traffic": dict(training.traffic),
             "published": dict(training.published),
             "gate": dict(training.gate.decisions),
+            "rows": dict(training.rows),
             "samples": dict(training.samples),
             "unusable": {cause: n for cause, n in training.samples.items() if cause != "assembled"},
             "assembler": dict(training.assembler.counters),
@@ -236,6 +244,23 @@ class Daemon:
             self._save(cursor)
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
+        if self._taught.due(now, 0):
+            self._say_if_nothing_is_taught()
+
+    def _say_if_nothing_is_taught(self) -> None:
+        """Samples came, and none of them had a row to learn from."""
+        training = self.training
+        samples, rows = training.samples["assembled"], training.rows["with_target"]
+        if samples > self._taught_at[0] and rows == self._taught_at[1]:
+            unusable = {k: n for k, n in training.samples.items() if k != "assembled"}
+            log.warning(
+                "nothing to learn from: samples=%d unusable=%s rows=%s; see docs/troubleshooting.md, "
+                '"Nothing is learned"',
+                samples - self._taught_at[0],
+                unusable,
+                dict(training.rows),
+            )
+        self._taught_at = (samples, rows)
 
     def _save(self, cursor: int | None) -> None:
         self.metrics.clock.turn_to("checkpoint")
@@ -277,7 +302,7 @@ class Daemon:
         signal.signal(signal.SIGINT, stop)
 
     def _start_cadences(self, now: float) -> None:
-        for cadence in (self._publish, self._checkpoint, self._rejected):
+        for cadence in (self._publish, self._checkpoint, self._rejected, self._taught):
             cadence.restart(now, self.training.steps)
         self._status.restart(time.monotonic(), self.training.steps)
 

@@ -17,11 +17,18 @@ EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "dropped_tree", "dropped_values", "duplicate",
     "evicted", "holes", "quarantined", "rootless_trees",
 )  # fmt: skip
-UNUSABLE = ("wrong_feature_width", "token_out_of_vocabulary", "without_targets", "wrong_target_messages", "lost_open")
+UNUSABLE = (
+    "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered", "wrong_target_messages",
+    "lost_open", "lost_held",
+)  # fmt: skip
+ROWS = ("with_target", "altered")
 UNRECORDED = ("disk", "full")
 LEFT = ("used_up", "evicted", "replaced", "stale", "lost")
-DECISIONS = ("better", "not_worse", "off", "worse", "few_samples", "not_finite")
-OUTCOMES = ("published", "unchanged", "rolled_back", "refused_worse", "refused_few_samples", "refused_not_finite")
+DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
+OUTCOMES = (
+    "published", "unchanged", "rolled_back", "gone_back", "refused_not_better", "refused_worse",
+    "refused_few_requests", "refused_not_finite",
+)  # fmt: skip
 
 _STEP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WRITE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -49,6 +56,9 @@ FAMILIES: dict[str, Family] = {
     # samples
     "aurora_trainer_samples": counter("Samples put together from messages"),
     "aurora_trainer_unusable_samples": counter("Samples or messages that training could not use", cause=UNUSABLE),
+    "aurora_trainer_rows": counter(
+        "Generated positions, with a target or under a grammar's mask or a watermark (altered)", target=ROWS
+    ),
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together", event=EVENTS
     ),
@@ -87,14 +97,14 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_greedy_matches": counter(
         "Scored nodes whose first choice is the target's", depth=DEPTHS, nodes=NODES
     ),
-    "aurora_trainer_expected_accepts": counter(
-        "Sum over scored nodes of the chance that sampling accepts them", depth=DEPTHS, nodes=NODES
+    "aurora_trainer_overlap": counter(
+        "Sum over scored nodes of sum min(p, q), the chance that rejection sampling accepts", depth=DEPTHS, nodes=NODES
     ),
     # versions
     "aurora_trainer_draft_version": gauge("Newest published version"),
     "aurora_trainer_publications": counter("What became of the draft each time that it was offered", outcome=OUTCOMES),
     "aurora_trainer_gate_decisions": counter(
-        "The gate's answers; better, not_worse and off let pass", reason=DECISIONS
+        "The gate's answers; better and off let pass, initial publishes the initial draft", reason=DECISIONS
     ),
     "aurora_trainer_gate_served_accept_length_tokens": gauge(
         "Accept length of the served weights, at the gate's last answer"
@@ -102,6 +112,10 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_gate_candidate_accept_length_tokens": gauge(
         "Accept length of the candidate, at the gate's last answer"
     ),
+    "aurora_trainer_gate_initial_accept_length_tokens": gauge(
+        "Accept length of the initial draft, at the gate's last answer"
+    ),
+    "aurora_trainer_gate_requests": gauge("Requests that the gate's last answer rests on"),
     "aurora_trainer_publish_seconds": histogram("Time to write and publish a version", _WRITE_S),
     "aurora_trainer_publication_age_seconds": gauge("Time since a version was published, or since the start"),
     "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", _WRITE_S),
@@ -123,6 +137,7 @@ COUNTED = {
     "aurora_trainer_unrecorded_messages": "unrecorded",
     "aurora_trainer_samples": "samples.assembled",
     "aurora_trainer_unusable_samples": "unusable",
+    "aurora_trainer_rows": "rows",
     "aurora_trainer_assembly_events": "assembly_events",
     "aurora_trainer_buffer_left_samples": "buffer_dropped",
     "aurora_trainer_steps": "steps",
@@ -146,4 +161,6 @@ SHOWN = {
     "aurora_trainer_draft_version": "draft_version",
     "aurora_trainer_gate_served_accept_length_tokens": "accept_length_served",
     "aurora_trainer_gate_candidate_accept_length_tokens": "accept_length_candidate",
+    "aurora_trainer_gate_initial_accept_length_tokens": "accept_length_initial",
+    "aurora_trainer_gate_requests": "gate_requests",
 }

@@ -116,9 +116,9 @@ class Metrics:
         for versions in step.staleness:
             exported.child("aurora_trainer_staleness_versions").observe(max(0, versions))
         for when, lengths in zip(WHEN, (step.before, step.after), strict=True):
-            if lengths is not None and lengths[1]:
-                mean = lengths[0] / lengths[1]
-                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(mean)
+            if lengths is not None and lengths[0]:
+                steps, tokens = lengths
+                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(tokens / steps)
         if not update.applied:
             cause = "gradient" if math.isfinite(update.loss) else "loss"
             exported.child("aurora_trainer_skipped_steps", cause).inc()
@@ -129,7 +129,7 @@ class Metrics:
             "aurora_trainer_scored_nodes": step.score.count,
             "aurora_trainer_node_loss": step.score.loss,
             "aurora_trainer_greedy_matches": step.score.greedy_match,
-            "aurora_trainer_expected_accepts": step.score.acceptance,
+            "aurora_trainer_overlap": step.score.overlap,
         }
         for name, by_depth in sums.items():
             for depth, both in enumerate(by_depth.tolist()):

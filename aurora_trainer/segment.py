@@ -70,7 +70,7 @@ class Segment:
     next: int = -1
     last_token: int = -1  # x[next]
     carried: int = 0  # first slots that an earlier sample has too: context only
-    shape: tuple | None = None  # (num_steps, topk, logits dtype, N, P, K) of its trees
+    shape: tuple | None = None  # (num_steps, topk, logits dtype, P, N, K, rejection) of its trees
     dtype: str = ""  # of its features
     time_ns: int = 0
     touched_s: float = 0.0
@@ -169,6 +169,7 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
         slot_version=torch.from_numpy(versions[:length]),
         num_steps=shape[0],
         topk=shape[1],
+        rejection=shape[-1],
         **_forest(trees, roots - 1 - start, length, shape[2]),
     )
 
