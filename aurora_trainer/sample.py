@@ -52,6 +52,12 @@ class Sample:
     rejection: bool = False  # drafts were draws, judged by rejection sampling
 
     @property
+    def has_target(self) -> torch.Tensor:
+        """bool [L]: slots whose target is known and is the target model's own choice."""
+        has = self.slot_node >= 0
+        return has & ~self.node_altered[self.slot_node.clamp_min(0)]
+
+    @property
     def nbytes(self) -> int:
         tensors = (getattr(self, f.name) for f in fields(self))
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

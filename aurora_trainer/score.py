@@ -28,9 +28,10 @@ import torch
 from aurora_kernels.tree_loss import TreeLoss
 from torch import Tensor
 
-from aurora_trainer.batch import Batch
+from aurora_trainer.batch import Batch, BatchConfig, group, pack
 from aurora_trainer.draft import Draft
 from aurora_trainer.grow_tree import tree_runs
+from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.sample import Sample
 
 # Each [S]; `reached` of the walk with S drafts.
@@ -76,6 +77,20 @@ def chains(draft: Draft, batch: Batch, found: TreeLoss) -> Chains:
         match[base, d] = there & (first_choice[part][dense] == token)
         overlap[base, d] = overlap_of[part][dense]
     return Chains(known, match, overlap)
+
+
+@torch.no_grad()
+def measure(
+    draft: Draft, samples: Sequence[Sample], packing: BatchConfig, loss: LossConfig, device: str
+) -> np.ndarray:
+    """float64 [len(samples), 2]: steps and tokens of each sample's walk with `draft`, which is on
+    `device`. A forward pass of all samples, in batches of at most packing.max_slots."""
+    packing = packing.model_copy(update={"rejected": False})
+    out = [np.zeros((0, 2))]
+    for some in group(samples, packing):
+        batch = pack(some, packing).to(device)
+        out.append(walked(draft, batch, some, chains(draft, batch, losses(draft, batch, loss))))
+    return np.concatenate(out)
 
 
 def walked(

@@ -23,7 +23,7 @@ from aurora_kernels.tree_loss import TreeLoss
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_trainer.assemble import Assembler
-from aurora_trainer.batch import Batch, group, pack
+from aurora_trainer.batch import Batch, pack
 from aurora_trainer.buffer import Buffer
 from aurora_trainer.checkpoint import Checkpoint
 from aurora_trainer.config import TrainerFile
@@ -33,7 +33,7 @@ from aurora_trainer.loss import losses, score
 from aurora_trainer.optimize import Optimizer
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
-from aurora_trainer.score import chains, walked
+from aurora_trainer.score import chains, measure, walked
 from aurora_trainer.served import Served
 from aurora_trainer.step import Step
 from aurora_trainer.target import open_target
@@ -292,7 +292,7 @@ class Training:
             self.samples[cause] += 1
             return
         for given in self.gate.hold(sample):
-            self._credit += int(with_target(given).sum())
+            self._credit += int(given.has_target.sum())
             self.buffer.put(given)
 
     def _unusable(self, sample: Sample) -> str | None:
@@ -305,23 +305,16 @@ class Training:
             return "token_out_of_vocabulary"
         if sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
             return "without_targets"
-        targets = int(with_target(sample).sum())
+        targets = int(sample.has_target.sum())
         self.rows["with_target"] += targets
         self.rows["altered"] += int((sample.slot_node >= 0).sum()) - targets
         return None if targets else "altered"
 
-    @torch.no_grad()
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
         """float64 [len(samples), 2]: steps and tokens of each sample's walk with the draft of a role."""
         trainer, served = self.config.trainer, self.served
         draft = {"candidate": self.draft, "served": served.draft, "initial": served.initial}[role]
-        packing = trainer.batch.model_copy(update={"rejected": False})
-        out = []
-        for some in group(samples, packing):
-            batch = pack(some, packing).to(trainer.model.device)
-            found = losses(draft, batch, trainer.loss)
-            out.append(walked(draft, batch, some, chains(draft, batch, found)))
-        return np.concatenate(out)
+        return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
 
     @torch.no_grad()
     def _walk_batch(
@@ -340,8 +333,3 @@ class Training:
         for name, value in figures.items():
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
 
-
-def with_target(sample: Sample) -> torch.Tensor:
-    """bool [L]: positions whose distribution judged, and is there to learn from."""
-    has = sample.slot_node >= 0
-    return has & ~sample.node_altered[sample.slot_node.clamp_min(0)]

@@ -8,6 +8,7 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from reference import Reference
 from rig import generate
 
