@@ -10,8 +10,8 @@ import torch
 from naive_draft import VARIANTS, make
 from random_sample import random_sample
 
-from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer import grow_tree
+from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.grow_tree import tree_runs
 
 S = 3
