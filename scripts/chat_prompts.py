@@ -21,9 +21,15 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises ValueError, OSError.
     """
-    lines = [(n, line) for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    lines = [
+        (n, line)
+        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.strip()
+    ]
     if not lines:
-        raise ValueError(f"{path} is empty; expected prompts, one a line, or JSON objects with a text, one a line")
+        raise ValueError(
+            f"{path} is empty; expected prompts, one a line, or JSON objects with a text, one a line"
+        )
     if not lines[0][1].startswith("{"):
         return [Prompt("chat", line.strip()) for _, line in lines]
     return [_read_object(f"{path}:{n}", line) for n, line in lines]
@@ -31,17 +37,34 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def built_in_prompts() -> list[Prompt]:
     """Some thousand of three domains, made of the standard library's code and documentation."""
-    code = [m[0] for document in text.documents("code", "heldout") for m in _FUNCTION.finditer(document)]
-    blocks = ["\n".join([line for line in block.splitlines() if line.strip()][:_LINES]) for block in code]
-    prose = [p for document in text.documents("prose", "heldout") for p in document.splitlines() if len(p) > 120]
+    code = [
+        m[0] for document in text.documents("code", "heldout") for m in _FUNCTION.finditer(document)
+    ]
+    blocks = [
+        "\n".join([line for line in block.splitlines() if line.strip()][:_LINES]) for block in code
+    ]
+    prose = [
+        p
+        for document in text.documents("prose", "heldout")
+        for p in document.splitlines()
+        if len(p) > 120
+    ]
     return [
-        *(Prompt("code", f"Complete this Python function:\n\n```python\n{_head(b)}\n```") for b in blocks[0::2]),
-        *(Prompt("chat_code", f"Explain what this Python code does:\n\n```python\n{b}\n```") for b in blocks[1::2]),
+        *(
+            Prompt("code", f"Complete this Python function:\n\n```python\n{_head(b)}\n```")
+            for b in blocks[0::2]
+        ),
+        *(
+            Prompt("chat_code", f"Explain what this Python code does:\n\n```python\n{b}\n```")
+            for b in blocks[1::2]
+        ),
         *(Prompt("chat", f"Explain this to a beginner, with an example: {p}") for p in prose),
     ]
 
 
-def choose(prompts: Iterable[Prompt], count: int, fits: Callable[[str], bool], seed: int = 0) -> list[Prompt]:
+def choose(
+    prompts: Iterable[Prompt], count: int, fits: Callable[[str], bool], seed: int = 0
+) -> list[Prompt]:
     """So many of them, each once, from every domain alike, in random order; those that do not fit are left out.
 
     Raises ValueError where none is left.
@@ -56,7 +79,9 @@ def choose(prompts: Iterable[Prompt], count: int, fits: Callable[[str], bool], s
     turns = chain.from_iterable(zip_longest(*fitting))
     chosen = list(islice((prompt for prompt in turns if prompt is not None), count))
     if not chosen:
-        raise ValueError("every prompt is longer than what a request may have; expected shorter ones")
+        raise ValueError(
+            "every prompt is longer than what a request may have; expected shorter ones"
+        )
     order.shuffle(chosen)
     return chosen
 
@@ -69,8 +94,16 @@ def _read_object(where: str, line: str) -> Prompt:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); expected an object a line, as in the first") from None
-    words, domain = (value.get("text"), value.get("domain", "chat")) if isinstance(value, dict) else (None, None)
+        raise ValueError(
+            f"{where}: not JSON ({error}); expected an object a line, as in the first"
+        ) from None
+    words, domain = (
+        (value.get("text"), value.get("domain", "chat"))
+        if isinstance(value, dict)
+        else (None, None)
+    )
     if not isinstance(words, str) or not isinstance(domain, str) or not words.strip():
-        raise ValueError(f'{where}: expected {{"text": "...", "domain": "..."}}, the domain may be left out')
+        raise ValueError(
+            f'{where}: expected {{"text": "...", "domain": "..."}}, the domain may be left out'
+        )
     return Prompt(domain, words)

@@ -19,7 +19,9 @@ PR_SET_PDEATHSIG = 1
 TRAINER = [str(Path(sys.executable).with_name("aurora-trainer"))]
 
 
-def start(command: Sequence[str | Path], log: Path | None = None, env: Mapping[str, str] | None = None) -> Popen:
+def start(
+    command: Sequence[str | Path], log: Path | None = None, env: Mapping[str, str] | None = None
+) -> Popen:
     """A child in a group of its own, which dies with this process. `log` holds its output; default: ours."""
     with open(log, "wb") if log else nullcontext() as output:
         return Popen(

@@ -56,13 +56,20 @@ def send(
 
     def ask(number: int) -> Reply:
         answer = server.generate(prompts[number], params)
-        return Reply(number, domain or "", answer["output_ids"], _accept_length(answer["meta_info"]))
+        return Reply(
+            number, domain or "", answer["output_ids"], _accept_length(answer["meta_info"])
+        )
 
     return _concurrently(ask, len(prompts), concurrency, until)
 
 
 def chat(
-    server: Server, prompts: Sequence[Prompt], *, tokens: int, greedy: bool = False, concurrency: int = CLIENTS
+    server: Server,
+    prompts: Sequence[Prompt],
+    *,
+    tokens: int,
+    greedy: bool = False,
+    concurrency: int = CLIENTS,
 ) -> Iterator[Reply]:
     """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides the output is set
     but its largest length: the server's own defaults sample, unless `greedy`.
@@ -84,12 +91,19 @@ def chat(
             **setting | {"extra_body": setting.get("extra_body", {}) | report | label},
         )
         about = answer.model_extra["sglext"]
-        return Reply(number, prompt.domain, about["output_ids"][0], _accept_length(about["spec_tokens_details"] or {}))
+        return Reply(
+            number,
+            prompt.domain,
+            about["output_ids"][0],
+            _accept_length(about["spec_tokens_details"] or {}),
+        )
 
     return _concurrently(ask, len(prompts), concurrency, None)
 
 
-def tokens_per_s(replies: Sequence[Reply], last: int | None = None, concurrency: int = CLIENTS) -> float:
+def tokens_per_s(
+    replies: Sequence[Reply], last: int | None = None, concurrency: int = CLIENTS
+) -> float:
     """Of all requests, or of the `last` ones, while every client was busy, so that passes of any length compare: from
     the finish of the first few requests to that of the last few, `concurrency` of each (of all, where they are few)."""
     end = len(replies) - concurrency
@@ -99,7 +113,9 @@ def tokens_per_s(replies: Sequence[Reply], last: int | None = None, concurrency:
     if not end:
         return 0.0
     began = replies[first - 1].finished_s if first else 0.0
-    return sum(len(r.tokens) for r in replies[first:end]) / max(replies[end - 1].finished_s - began, 1e-9)
+    return sum(len(r.tokens) for r in replies[first:end]) / max(
+        replies[end - 1].finished_s - began, 1e-9
+    )
 
 
 def _accept_length(counts: dict[str, Any]) -> float:

@@ -64,7 +64,10 @@ def main(options: argparse.Namespace, home: Path) -> None:
             yield from send(server, prompts[domain], tokens=TOKENS, until=over, domain=domain)
             timer.cancel()
 
-    print(f"live: AURORA and the trainer, {options.minutes:g} minutes of traffic (logs in {home})", flush=True)
+    print(
+        f"live: AURORA and the trainer, {options.minutes:g} minutes of traffic (logs in {home})",
+        flush=True,
+    )
     live = site.live(stretches, f"{options.minutes:g} minutes")
     shift = sum(reply.domain == "code" for reply in live.replies)
     counts = {"code": shift, "prose": len(live.replies) - shift}
@@ -75,12 +78,25 @@ def main(options: argparse.Namespace, home: Path) -> None:
             yield from send(server, prompts[domain][:count:every], tokens=TOKENS, domain=domain)
 
     if not options.no_frozen:
-        print(f"\nfrozen: 1 in {every} of the same requests, the initial draft, no trainer", flush=True)
+        print(
+            f"\nfrozen: 1 in {every} of the same requests, the initial draft, no trainer",
+            flush=True,
+        )
         frozen = site.frozen(lambda server: again(server, every), str(len(live.replies) // every))
         few = every * PLAIN_EVERY
         print(f"\nplain: 1 in {few} of the same requests, no speculation", flush=True)
         plain = site.plain(lambda server: again(server, few), str(len(live.replies) // few))
-    report(site, live, frozen, plain, init=options.init, tokens=TOKENS, sampling="greedy", shift=shift, every=every)
+    report(
+        site,
+        live,
+        frozen,
+        plain,
+        init=options.init,
+        tokens=TOKENS,
+        sampling="greedy",
+        shift=shift,
+        every=every,
+    )
 
 
 def make_prompts(target: Path, count: int) -> dict[str, list[list[int]]]:
@@ -89,20 +105,37 @@ def make_prompts(target: Path, count: int) -> dict[str, list[list[int]]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(target)
-    return {domain: text.prompts(domain, count, PROMPT_TOKENS, tokenizer, seed=2) for domain in text.DOMAINS}
+    return {
+        domain: text.prompts(domain, count, PROMPT_TOKENS, tokenizer, seed=2)
+        for domain in text.DOMAINS
+    }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--init", choices=("random", "target"), default="random", help="how the untrained draft starts")
+    parser.add_argument(
+        "--init",
+        choices=("random", "target"),
+        default="random",
+        help="how the untrained draft starts",
+    )
     parser.add_argument("--minutes", type=float, default=10.0, help="of live traffic")
-    parser.add_argument("--requests", type=int, default=4000, help="prompts of each domain to choose from")
-    parser.add_argument("--home", type=Path, default=Path(".cache"), help="where everything is kept")
+    parser.add_argument(
+        "--requests", type=int, default=4000, help="prompts of each domain to choose from"
+    )
+    parser.add_argument(
+        "--home", type=Path, default=Path(".cache"), help="where everything is kept"
+    )
     parser.add_argument("--quick", action="store_true", help="a target that trains in a minute")
     parser.add_argument(
-        "--frozen-every", type=int, default=4, help="the frozen pass serves 1 in so many requests: it is slow, and flat"
+        "--frozen-every",
+        type=int,
+        default=4,
+        help="the frozen pass serves 1 in so many requests: it is slow, and flat",
     )
-    parser.add_argument("--no-frozen", action="store_true", help="leave out the second pass and the third")
+    parser.add_argument(
+        "--no-frozen", action="store_true", help="leave out the second pass and the third"
+    )
     return parser.parse_args()
 
 

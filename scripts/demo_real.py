@@ -57,7 +57,9 @@ def main(options: argparse.Namespace, home: Path) -> None:
     site = Site(options.model, home, target, draft, config, NUM_STEPS, **servers)
     sampling = dict(tokens=options.max_tokens, greedy=options.greedy)
 
-    print(f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True)
+    print(
+        f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True
+    )
     live = site.live(lambda server: chat(server, prompts, **sampling), str(len(prompts)))
     every, frozen, plain = options.frozen_every, None, None
     if not options.no_frozen:
@@ -69,7 +71,14 @@ def main(options: argparse.Namespace, home: Path) -> None:
         plain = site.plain(lambda server: chat(server, some, **sampling), str(len(some)))
     how = "greedy" if options.greedy else "the server's defaults"
     report(
-        site, live, frozen, plain, init=options.init, tokens=options.max_tokens, sampling=how, every=every
+        site,
+        live,
+        frozen,
+        plain,
+        init=options.init,
+        tokens=options.max_tokens,
+        sampling=how,
+        every=every,
     )
 
 
@@ -98,7 +107,9 @@ def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list]
 
     tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
     known = read_prompts(options.prompts) if options.prompts else built_in_prompts()
-    return known, choose(known, options.requests, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS)
+    return known, choose(
+        known, options.requests, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS
+    )
 
 
 def make_draft(options: argparse.Namespace, target: Path, known: list, home: Path) -> Path:
@@ -110,26 +121,52 @@ def make_draft(options: argparse.Namespace, target: Path, known: list, home: Pat
     size = min(options.draft_vocab, json.loads((target / "config.json").read_text())["vocab_size"])
     count = [*children.TRAINER, "prune-vocab", target, "--text", texts, "--counts", counts]
     children.run_to_end([*count, "--sizes", str(size)])
-    make = [*children.TRAINER, "init-draft", target, draft, "--kind", options.init, "--draft-vocab", str(size)]
+    make = [
+        *children.TRAINER,
+        "init-draft",
+        target,
+        draft,
+        "--kind",
+        options.init,
+        "--draft-vocab",
+        str(size),
+    ]
     children.run_to_end([*make, "--counts", counts])
     return draft
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default=MODEL, help=f"a directory, or a name on the hub; default {MODEL}")
+    parser.add_argument(
+        "--model", default=MODEL, help=f"a directory, or a name on the hub; default {MODEL}"
+    )
     parser.add_argument(
         "--prompts", type=Path,
         help="JSONL with text and, if you like, domain; or a prompt a line. Default: questions about Python's own code",
     )  # fmt: skip
     parser.add_argument("--requests", type=int, default=250, help="of the live pass, 8 at a time")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")
-    parser.add_argument("--greedy", action="store_true", help="temperature 0 and no penalty, not the server's defaults")
-    parser.add_argument("--init", choices=("random", "target"), default="target", help="how the untrained draft starts")
-    parser.add_argument("--draft-vocab", type=int, default=16384, help="tokens that the draft can propose")
-    parser.add_argument("--frozen-every", type=int, default=4, help="the other passes serve 1 in so many requests")
+    parser.add_argument(
+        "--greedy",
+        action="store_true",
+        help="temperature 0 and no penalty, not the server's defaults",
+    )
+    parser.add_argument(
+        "--init",
+        choices=("random", "target"),
+        default="target",
+        help="how the untrained draft starts",
+    )
+    parser.add_argument(
+        "--draft-vocab", type=int, default=16384, help="tokens that the draft can propose"
+    )
+    parser.add_argument(
+        "--frozen-every", type=int, default=4, help="the other passes serve 1 in so many requests"
+    )
     parser.add_argument("--no-frozen", action="store_true", help="leave out the other passes")
-    parser.add_argument("--home", type=Path, default=Path(".cache"), help="where everything is kept")
+    parser.add_argument(
+        "--home", type=Path, default=Path(".cache"), help="where everything is kept"
+    )
     return parser.parse_args()
 
 

@@ -45,7 +45,14 @@ def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
     [trainer.model]."""
     path = home / "aurora.toml"
     path.write_text(
-        CONFIG.format(port=free_port(), home=home, target=target, draft=draft, learning=learning, status=STATUS)
+        CONFIG.format(
+            port=free_port(),
+            home=home,
+            target=target,
+            draft=draft,
+            learning=learning,
+            status=STATUS,
+        )
     )
     return path
 
@@ -83,9 +90,20 @@ class Site:
             return Pass(server.log, of).follow(traffic(server))
 
     def _server(self, name: str, aurora: dict[str, str] | None) -> Server:
-        drafts = {} if aurora is None else dict(draft=self.draft, algorithm="AURORA", num_steps=self.num_steps)
+        drafts = (
+            {}
+            if aurora is None
+            else dict(draft=self.draft, algorithm="AURORA", num_steps=self.num_steps)
+        )
         env = self.env | (aurora or {})
-        return Server(self.target, **drafts, args=self.args, env=env, log=self.home / f"{name}.log", timeout_s=600)
+        return Server(
+            self.target,
+            **drafts,
+            args=self.args,
+            env=env,
+            log=self.home / f"{name}.log",
+            timeout_s=600,
+        )
 
 
 class Pass:
@@ -139,7 +157,11 @@ class Pass:
 
     def status(self) -> dict[str, Any]:
         """The trainer's, as it last wrote it; nothing without a trainer."""
-        return json.loads(self._status_file.read_text()) if self._status_file and self._status_file.exists() else {}
+        return (
+            json.loads(self._status_file.read_text())
+            if self._status_file and self._status_file.exists()
+            else {}
+        )
 
     def _notice_swaps(self) -> None:
         with open(self._log, errors="replace") as file:

@@ -43,8 +43,14 @@ def report(
         "sampling": sampling,
     } | figures(live, frozen, plain, shift)
     (home / SUMMARY).write_text(json.dumps(summary, indent=1))
-    domains = [(0, "")] if shift is None else [(0, live.replies[0].domain), (shift, live.replies[-1].domain)]
-    different = ", ".join(f"{name} {share:.0%}" for name, share in summary["distinct_4grams"].items())
+    domains = (
+        [(0, "")]
+        if shift is None
+        else [(0, live.replies[0].domain), (shift, live.replies[-1].domain)]
+    )
+    different = ", ".join(
+        f"{name} {share:.0%}" for name, share in summary["distinct_4grams"].items()
+    )
     curve.draw(
         home / PICTURE,
         live.lengths,
@@ -70,23 +76,39 @@ def vocabulary(draft: Path, live: Pass) -> dict[str, float]:
     generated = [token for reply in live.replies for token in reply.tokens]
     with safe_open(draft / "model.safetensors", "np") as file:
         ids = np.arange(size) + (file.get_tensor("d2t") if "d2t" in file.keys() else 0)
-    return {"tokens": size, "of": of, "covers": float(np.isin(generated, ids).mean()) if generated else 0.0}
+    return {
+        "tokens": size,
+        "of": of,
+        "covers": float(np.isin(generated, ids).mean()) if generated else 0.0,
+    }
 
 
-def figures(live: Pass, frozen: Pass | None, plain: Pass | None, shift: int | None) -> dict[str, Any]:
+def figures(
+    live: Pass, frozen: Pass | None, plain: Pass | None, shift: int | None
+) -> dict[str, Any]:
     """The keys after the settings; None where a demo has no such thing."""
     lengths = live.lengths
-    reached = (i + 1 for i, m in enumerate(curve.moving_mean(lengths, WINDOW)) if i >= WINDOW and m >= 2.0)
+    reached = (
+        i + 1 for i, m in enumerate(curve.moving_mean(lengths, WINDOW)) if i >= WINDOW and m >= 2.0
+    )
     status = live.status()
     return {
         "requests": len(lengths),
         "swaps": len(live.swaps),
         f"accept_length_first_{WINDOW}": mean(lengths[:WINDOW]),
-        f"accept_length_means_of_{BIN}": [mean(lengths[i : i + BIN]) for i in range(0, len(lengths), BIN)],
-        "accept_length_requests_260_to_300": mean(lengths[260:300]) if len(lengths) >= 300 else None,
+        f"accept_length_means_of_{BIN}": [
+            mean(lengths[i : i + BIN]) for i in range(0, len(lengths), BIN)
+        ],
+        "accept_length_requests_260_to_300": mean(lengths[260:300])
+        if len(lengths) >= 300
+        else None,
         "requests_until_2.0": next(reached, None),
-        "accept_length_before_shift": None if shift is None else mean(lengths[max(0, shift - WINDOW) : shift]),
-        "accept_length_after_shift": None if shift is None else mean(lengths[shift : shift + WINDOW]),
+        "accept_length_before_shift": None
+        if shift is None
+        else mean(lengths[max(0, shift - WINDOW) : shift]),
+        "accept_length_after_shift": None
+        if shift is None
+        else mean(lengths[shift : shift + WINDOW]),
         f"accept_length_last_{WINDOW}": mean(lengths[-WINDOW:]),
         "accept_length_frozen": mean(frozen.lengths) if frozen else None,
         # Of the first 300 outputs of a domain together (it falls with their number), and of an output by itself.
@@ -94,7 +116,9 @@ def figures(live: Pass, frozen: Pass | None, plain: Pass | None, shift: int | No
             domain: distinct_fraction([r.tokens for r in live.replies if r.domain == domain][:300])
             for domain in dict.fromkeys(r.domain for r in live.replies)
         },
-        "distinct_4grams_in_one_output": mean([distinct_fraction([r.tokens]) for r in live.replies]),
+        "distinct_4grams_in_one_output": mean(
+            [distinct_fraction([r.tokens]) for r in live.replies]
+        ),
         "dropped": status.get("dropped", {}),
         "lost": status.get("lost", 0),
         "optimizer_steps": status.get("optimizer_step", 0),

@@ -46,7 +46,11 @@ def serves(demo: psutil.Process, output: str) -> bool:
     ("moment", "number", "ignored"),
     [
         (imports_torch, signal.SIGINT, False),
-        (makes_the_draft, signal.SIGINT, True),  # as in a job that a script starts in the background
+        (
+            makes_the_draft,
+            signal.SIGINT,
+            True,
+        ),  # as in a job that a script starts in the background
         (starts_the_server, signal.SIGINT, False),
         (serves, signal.SIGINT, True),
         (serves, signal.SIGTERM, False),
@@ -54,7 +58,15 @@ def serves(demo: psutil.Process, output: str) -> bool:
 )
 def test_an_interrupt_leaves_nothing(quick_target, tmp_path, moment, number, ignored):
     (tmp_path / "target-quick").symlink_to(quick_target)
-    command = [sys.executable, ROOT / "scripts" / "demo.py", "--quick", "--minutes", "3", "--home", tmp_path]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "demo.py",
+        "--quick",
+        "--minutes",
+        "3",
+        "--home",
+        tmp_path,
+    ]
     started, status, output = interrupt(command, tmp_path / "output", moment, number, ignored)
     assert status != 0 and "interrupted" in output, output
     assert ("its logs are in" in output) == (tmp_path / "demo-random").exists(), output
@@ -64,7 +76,11 @@ def test_an_interrupt_leaves_nothing(quick_target, tmp_path, moment, number, ign
 
 
 def interrupt(
-    command: list, file: Path, moment: Callable[[psutil.Process, str], bool], number: int, ignored: bool
+    command: list,
+    file: Path,
+    moment: Callable[[psutil.Process, str], bool],
+    number: int,
+    ignored: bool,
 ) -> tuple[list[psutil.Process], int, str]:
     """(what it had started, its status, its output) of a command that gets a signal at a moment."""
 

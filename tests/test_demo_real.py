@@ -33,11 +33,31 @@ def chatting(quick_target, tmp_path_factory) -> Path:  # noqa: F811
 
 def test_three_passes_stand_side_by_side(chatting, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    said = [{"domain": "chat" if n % 2 else "code", "text": f"def f{n}(self, name):"} for n in range(24)]
+    said = [
+        {"domain": "chat" if n % 2 else "code", "text": f"def f{n}(self, name):"} for n in range(24)
+    ]
     prompts.write_text("\n".join(map(json.dumps, said)))
-    command = [sys.executable, ROOT / "scripts" / "demo_real.py", "--model", chatting, "--prompts", prompts]
-    command += ["--requests", "18", "--max-tokens", "12", "--draft-vocab", "600", "--frozen-every", "2"]
-    run = subprocess.run([*command, "--home", tmp_path], capture_output=True, text=True, cwd=ROOT, env=os.environ)
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "demo_real.py",
+        "--model",
+        chatting,
+        "--prompts",
+        prompts,
+    ]
+    command += [
+        "--requests",
+        "18",
+        "--max-tokens",
+        "12",
+        "--draft-vocab",
+        "600",
+        "--frozen-every",
+        "2",
+    ]
+    run = subprocess.run(
+        [*command, "--home", tmp_path], capture_output=True, text=True, cwd=ROOT, env=os.environ
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "demo-real" / "summary.json").read_text())
     assert {name: p["requests"] for name, p in found["passes"].items() if "_" not in name} == {
@@ -45,8 +65,13 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
     }  # fmt: skip
     assert all(p["tokens_per_s"] > 0 and p["accept_length"] >= 1 for p in found["passes"].values())
     assert found["passes"]["plain"]["accept_length"] == 1
-    assert found["sampling"] == "the server's defaults" and found["draft_vocabulary"]["tokens"] == 600
-    assert 0 < found["draft_vocabulary"]["covers"] <= 1 and set(found["distinct_4grams"]) == {"chat", "code"}
+    assert (
+        found["sampling"] == "the server's defaults" and found["draft_vocabulary"]["tokens"] == 600
+    )
+    assert 0 < found["draft_vocabulary"]["covers"] <= 1 and set(found["distinct_4grams"]) == {
+        "chat",
+        "code",
+    }
     assert (tmp_path / "demo-real" / "accept_length.png").stat().st_size > 10_000
 
 
@@ -59,7 +84,9 @@ def passed(tmp_path: Path, count: int, domain: str = "chat", seconds: float = 1.
 
 def test_every_demo_has_the_same_keys(tmp_path):
     toy = summary.figures(passed(tmp_path, 50), passed(tmp_path, 9), None, shift=30)
-    real = summary.figures(passed(tmp_path, 20), passed(tmp_path, 9), passed(tmp_path, 9), shift=None)
+    real = summary.figures(
+        passed(tmp_path, 20), passed(tmp_path, 9), passed(tmp_path, 9), shift=None
+    )
     assert toy.keys() == real.keys() and toy["passes"].keys() == real["passes"].keys()
     assert real["accept_length_after_shift"] is None and toy["accept_length_after_shift"] == 1.5
 
@@ -81,12 +108,19 @@ def test_prompts_are_objects_or_lines(tmp_path):
     path.write_text('{"domain": "code", "text": "a"}\n\n{"text": "b", "id": 3}\n')
     assert chat_prompts.read_prompts(path) == [Prompt("code", "a"), Prompt("chat", "b")]
     path.write_text("What is it?\n\nWhy?\n")
-    assert chat_prompts.read_prompts(path) == [Prompt("chat", "What is it?"), Prompt("chat", "Why?")]
+    assert chat_prompts.read_prompts(path) == [
+        Prompt("chat", "What is it?"),
+        Prompt("chat", "Why?"),
+    ]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("\n", "is empty"), ('{"text": "a"}\n{"text": 3}', ":2: expected"), ('{"text": "a"}\nb', ":2: not JSON")],
+    [
+        ("\n", "is empty"),
+        ('{"text": "a"}\n{"text": 3}', ":2: expected"),
+        ('{"text": "a"}\nb', ":2: not JSON"),
+    ],
 )
 def test_a_file_of_prompts_that_cannot_be_read(tmp_path, content, message):
     (tmp_path / "prompts").write_text(content)

@@ -56,18 +56,27 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     state = (weight.data_ptr(), weight._version, _writes)
     kept = getattr(weight, "aurora_packed", None)
     if kept is None or kept[0] != state:
-        kept = weight.aurora_packed = (state, torch.ops.mkldnn._reorder_linear_weight(weight.data, MOST_ROWS))
+        kept = weight.aurora_packed = (
+            state,
+            torch.ops.mkldnn._reorder_linear_weight(weight.data, MOST_ROWS),
+        )
     return kept[1]
 
 
-def _linear(original: Callable, method: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    return product(x, layer.weight, bias) if fits(x, layer.weight) else original(method, layer, x, bias)
+def _linear(original: Callable, method: Any, layer: Any, x: torch.Tensor, bias: Any = None) -> Any:
+    if fits(x, layer.weight):
+        return product(x, layer.weight, bias)
+    return original(method, layer, x, bias)
 
 
-def _head(original: Callable, processor: Any, hidden: torch.Tensor, head: Any, *args: Any, **kwargs: Any) -> Any:
+def _head(
+    original: Callable, processor: Any, hidden: torch.Tensor, head: Any, *rest: Any, **named: Any
+) -> Any:
     weight = getattr(head, "weight", None)
     plain = not hasattr(head, "apply_lora") and not processor.use_fp32_lm_head
-    return product(hidden, weight, None) if plain and fits(hidden, weight) else original(processor, hidden, head, *args, **kwargs)
+    if plain and fits(hidden, weight):
+        return product(hidden, weight, None)
+    return original(processor, hidden, head, *rest, **named)
 
 
 def _write(original: Callable, *args: Any, **kwargs: Any) -> Any:

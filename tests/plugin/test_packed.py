@@ -50,7 +50,10 @@ def test_what_it_does_not_compute_is_sglangs(weight):
         assert packed._linear(unpacked, None, SimpleNamespace(weight=of), some) == "original"
     plain = SimpleNamespace(use_fp32_lm_head=False)
     assert torch.is_tensor(packed._head(unpacked, plain, x, SimpleNamespace(weight=weight)))
-    assert packed._head(unpacked, plain, x, SimpleNamespace(weight=weight, apply_lora=print)) == "original"
+    assert (
+        packed._head(unpacked, plain, x, SimpleNamespace(weight=weight, apply_lora=print))
+        == "original"
+    )
     exact = SimpleNamespace(use_fp32_lm_head=True)
     assert packed._head(unpacked, exact, x, SimpleNamespace(weight=weight)) == "original"
 
