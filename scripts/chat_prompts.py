@@ -1,4 +1,4 @@
-"""What the users of demo-real say: from a file, or, where there is none, questions about Python's own library."""
+"""What the users of demo-real say: from a file, or questions about Python's own library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LINES = 16  # of a function, in a question
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Of a JSONL file, whose objects have a `text` and may have a `domain`, or of a plain one, a prompt a line.
+    """Of a file of JSON objects with a `text` and perhaps a `domain`, or of a prompt a line.
 
     Raises ValueError, OSError.
     """
@@ -28,7 +28,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     ]
     if not lines:
         raise ValueError(
-            f"{path} is empty; expected prompts, one a line, or JSON objects with a text, one a line"
+            f"{path} is empty; expected a prompt a line, or a JSON object with a text a line"
         )
     if not lines[0][1].startswith("{"):
         return [Prompt("chat", line.strip()) for _, line in lines]
@@ -65,7 +65,7 @@ def built_in_prompts() -> list[Prompt]:
 def choose(
     prompts: Iterable[Prompt], count: int, fits: Callable[[str], bool], seed: int = 0
 ) -> list[Prompt]:
-    """So many of them, each once, from every domain alike, in random order; those that do not fit are left out.
+    """So many that fit, each once, from every domain alike, in random order.
 
     Raises ValueError where none is left.
     """

@@ -1,6 +1,7 @@
-"""Child processes of a demo, which end with it, and what Ctrl-C does: at any moment, quietly, with nothing left behind.
+"""Child processes of a demo, which end with it, and what Ctrl-C does to it at any moment.
 
-Children have a process group of their own, so that a terminal's Ctrl-C reaches the demo alone, which then ends them.
+Children have a process group of their own, so that a terminal's Ctrl-C reaches the demo alone,
+which then ends them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TRAINER = [str(Path(sys.executable).with_name("aurora-trainer"))]
 def start(
     command: Sequence[str | Path], log: Path | None = None, env: Mapping[str, str] | None = None
 ) -> Popen:
-    """A child in a group of its own, which dies with this process. `log` holds its output; default: ours."""
+    """A child in a group of its own, which dies with this process. Its output goes to `log`."""
     with open(log, "wb") if log else nullcontext() as output:
         return Popen(
             [str(word) for word in command],
@@ -49,12 +50,13 @@ def run_to_end(command: Sequence[str | Path]) -> None:
 
 
 def _die_with_parent() -> None:
-    # With the thread that starts the child, to be exact. SGLang's children die with their parent in the same way.
+    # With the thread that starts the child, to be exact. SGLang's children die with their parent in
+    # the same way.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Trainer:
-    """`aurora-trainer run` in a subprocess that ends with the `with` block, or with this process."""
+    """`aurora-trainer run` in a process that ends with the `with` block, or with this one."""
 
     def __init__(self, config: Path, log: Path, *arguments: str):
         self.log = log
@@ -80,9 +82,10 @@ class Trainer:
 
 
 def until_interrupted(main: Callable[[], None], logs: Path) -> None:
-    """Call `main`; Ctrl-C and SIGTERM end it with one line, which names the folder `logs` once that is there.
+    """Call `main`; Ctrl-C and SIGTERM end it with one line, which names the folder `logs`.
 
-    Also where SIGINT was ignored, as in a job that a script started in the background: whoever sends it means it.
+    Also where SIGINT was ignored, as in a job that a script started in the background: whoever
+    sends it means it.
     """
     caught: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Live traffic for the demos and the benchmarks: concurrent requests over HTTP, results as they finish."""
+"""Traffic of the demos and benchmarks: concurrent requests over HTTP, results as they finish."""
 
 from __future__ import annotations
 
@@ -44,11 +44,12 @@ def send(
     until: threading.Event | None = None,
     domain: str | None = None,
 ) -> Iterator[Reply]:
-    """Yield a Reply for every prompt of token ids, decoded greedily, in the order in which they finish.
-    `until`: send no more once it is set. `domain`: a label that the requests carry, for `aurora-trainer eval`.
+    """Yield a Reply for every prompt of token ids, decoded greedily, in the order in which they
+    finish. `until`: send no more once it is set. `domain`: a label that the requests carry, for
+    `aurora-trainer eval`.
 
-    Output always has `tokens` tokens: the end of text is ignored, so that every request weighs the same.
-    Raises the first error of any request.
+    Output always has `tokens` tokens: the end of text is ignored, so that every request weighs the
+    same. Raises the first error of any request.
     """
     params: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
     if domain:
@@ -71,8 +72,8 @@ def chat(
     greedy: bool = False,
     concurrency: int = CLIENTS,
 ) -> Iterator[Reply]:
-    """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides the output is set
-    but its largest length: the server's own defaults sample, unless `greedy`.
+    """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides
+    the output is set but its largest length: the server's own defaults sample, unless `greedy`.
     """
     from openai import OpenAI
 
@@ -104,8 +105,9 @@ def chat(
 def tokens_per_s(
     replies: Sequence[Reply], last: int | None = None, concurrency: int = CLIENTS
 ) -> float:
-    """Of all requests, or of the `last` ones, while every client was busy, so that passes of any length compare: from
-    the finish of the first few requests to that of the last few, `concurrency` of each (of all, where they are few)."""
+    """Of all requests, or of the `last` ones, while every client was busy, so that passes of any
+    length compare: from the finish of the first few requests to that of the last few, `concurrency`
+    of each (of all, where they are few)."""
     end = len(replies) - concurrency
     first = max(concurrency, end - last if last else 0)
     if end <= first:

@@ -1,11 +1,11 @@
-"""The main job, end to end: a real SGLang server whose untrained draft learns from the traffic that it serves.
+"""The main job, end to end: a real SGLang server whose untrained draft learns while it serves.
 
     python scripts/demo.py [--init random] [--minutes 10]
 
-Makes the target if there is none, an untrained draft, starts the trainer and the server, sends code prompts, then prose
-prompts, and shows how the accept length climbs, dips and climbs again. A second pass serves the same requests with the
-frozen initial draft and the trainer off, a third one without speculation. Ends with a summary and a picture. Ctrl-C
-leaves no process behind.
+Makes the target if there is none, an untrained draft, starts the trainer and the server, sends code
+prompts, then prose prompts, and shows how the accept length climbs, dips and climbs again. A second
+pass serves the same requests with the frozen initial draft and the trainer off, a third one without
+speculation. Ends with a summary and a picture. Ctrl-C leaves no process behind.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ PROMPT_TOKENS, TOKENS = 48, 128
 PLAIN_EVERY = 4  # the third pass serves 1 in so many requests of the second
 SHIFT_AT = 0.6  # share of the time after which the traffic changes its domain
 
-# A small draft on few requests learns by the step, 4 of them a request. The rate is for widths of a few hundred.
+# A small draft on few requests learns by the step, 4 of them a request.
+# The rate is for widths of a few hundred.
 LEARNING = """\
 [trainer.pace]
 new_slots_per_step = 32

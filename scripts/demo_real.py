@@ -1,10 +1,11 @@
-"""The bench on a real model and real chat: how its draft learns from requests that set nothing, and what it costs.
+"""The bench on a real model and real chat: what its draft learns, and what that costs.
 
     python scripts/demo_real.py [--model DIRECTORY_OR_HUB_NAME] [--prompts FILE] [--greedy]
 
-Makes an untrained draft whose vocabulary fits the prompts, starts the trainer and the server, and sends chat requests
-through the OpenAI client, sampled as the server samples by default. Some of them are then served by the frozen initial
-draft and by the target without speculation. Ends with a summary and a picture. Ctrl-C leaves no process behind.
+Makes an untrained draft whose vocabulary fits the prompts, starts the trainer and the server, and
+sends chat requests through the OpenAI client, sampled as the server samples by default. Some of
+them are then served by the frozen initial draft and by the target without speculation. Ends with a
+summary and a picture. Ctrl-C leaves no process behind.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ lr = 3e-4
 every_s = 10.0
 """
 
-# bfloat16 products are several times as fast as float32 ones on a CPU that has them. The share is of the memory that
-# is free at the start, and an upper bound: the KV cache has a size of its own.
+# bfloat16 products are several times as fast as float32 ones on a CPU that has them. The share is
+# of the memory that is free at the start, and an upper bound: the KV cache has a size of its own.
 CPU_ARGS = ["--dtype", "bfloat16", "--mem-fraction-static", "0.8"]
-CPU_ENV = {"OMP_NUM_THREADS": "2"}
+# The second thread gains on matrices of this size; one that spins would take the trainer's core.
+CPU_ENV = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "AURORA_CPU_PACK": "1"}
 
 
 def main(options: argparse.Namespace, home: Path) -> None:
@@ -83,7 +85,7 @@ def main(options: argparse.Namespace, home: Path) -> None:
 
 
 def find_model(name: str) -> Path:
-    """The directory of a model: the name itself, or one in the Hugging Face cache, downloaded where it is not there.
+    """The directory of a model: the name itself, or its snapshot from the Hugging Face hub.
 
     Raises ValueError.
     """
@@ -95,8 +97,8 @@ def find_model(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except Exception as error:
         raise ValueError(
-            f"model {name}: no such directory, and the Hugging Face hub did not give it ({type(error).__name__}); "
-            "expected --model with a directory, or a name on the hub and a network"
+            f"model {name}: no such directory, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}); expected a directory, or a name on the hub and a network"
         ) from None
 
 
@@ -113,7 +115,7 @@ def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list]
 
 
 def make_draft(options: argparse.Namespace, target: Path, known: list, home: Path) -> Path:
-    """An untrained draft. Its vocabulary: the most frequent tokens of the prompts, then the tokenizer's first ones."""
+    """An untrained draft for the most frequent tokens of all prompts, then the first."""
     import json
 
     texts, counts, draft = home / "prompts.txt", home / "counts.json", home / "draft"
@@ -142,7 +144,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompts", type=Path,
-        help="JSONL with text and, if you like, domain; or a prompt a line. Default: questions about Python's own code",
+        help="JSON objects with text and perhaps domain, or a prompt a line; default: about Python",
     )  # fmt: skip
     parser.add_argument("--requests", type=int, default=250, help="of the live pass, 8 at a time")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")

@@ -1,4 +1,4 @@
-"""A demo's passes over its traffic: live with the trainer, with the frozen initial draft, and without speculation.
+"""A demo's passes over its traffic: live, with the frozen initial draft, without speculation.
 
 Each has a server of its own, so that the figures of all three stand side by side.
 """
@@ -41,8 +41,8 @@ every_s = 1.0
 
 
 def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
-    """Write home/aurora.toml, the one file of server and trainer. `learning`: more lines, the first ones of
-    [trainer.model]."""
+    """Write home/aurora.toml, the file of server and trainer. `learning`: more of [trainer.*]; its
+    first lines belong to [trainer.model]."""
     path = home / "aurora.toml"
     path.write_text(
         CONFIG.format(
@@ -59,7 +59,7 @@ def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
 
 @dataclass
 class Site:
-    """What the servers of all passes have in common. `args` and `env` are those of `serve.Server`."""
+    """What all passes have in common. `args` and `env` are those of `serve.Server`."""
 
     model: str  # what the target is called
     home: Path
@@ -71,7 +71,7 @@ class Site:
     env: dict[str, str] = field(default_factory=dict)
 
     def live(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
-        """AURORA with the trainer beside it. `of`: how much traffic there will be, for the line of progress."""
+        """AURORA with the trainer. `of`: how much traffic there will be, in words."""
         with (
             Trainer(self.config, self.home / "trainer.log") as trainer,
             self._server("live", {"AURORA_CONFIG": str(self.config)}) as server,
@@ -107,7 +107,7 @@ class Site:
 
 
 class Pass:
-    """The replies of one pass, the swaps between them (read from the server's log), and one line of progress."""
+    """The replies of a pass, the swaps between them (from the server's log), a line of progress."""
 
     def __init__(self, server_log: Path, of: str, status_file: Path | None = None):
         self.replies: list[Reply] = []
@@ -135,8 +135,8 @@ class Pass:
         return [reply.accept_length for reply in self.replies]
 
     def figures(self, last: int | None = None) -> dict[str, Any]:
-        """Of all requests, or of the `last` ones: how many, their tokens, tokens a second with every client busy, and
-        the mean of their accept lengths."""
+        """Of all requests, or of the `last` ones: how many, their tokens, tokens a second with
+        every client busy, and the mean of their accept lengths."""
         replies = self.replies[-last:] if last else self.replies
         return {
             "requests": len(replies),
@@ -149,19 +149,18 @@ class Pass:
         status = self.status()
         recent, seconds = self.lengths[-WINDOW:], now - self._began
         return (
-            f"  {seconds:4.0f} s  {len(self.replies):4} requests of {self._of}  {self.replies[-1].domain:9}  "
-            f"{self.tokens / seconds:5.1f} tokens/s  accept length {mean(recent):.2f}  "
-            f"draft v{self.version}  optimizer step {status.get('optimizer_step', 0)}  "
+            f"  {seconds:4.0f} s  {len(self.replies):4} requests of {self._of}  "
+            f"{self.replies[-1].domain:9}  {self.tokens / seconds:5.1f} tokens/s  "
+            f"accept length {mean(recent):.2f}  draft v{self.version}  "
+            f"optimizer step {status.get('optimizer_step', 0)}  "
             f"dropped {sum(status.get('dropped', {}).values())}  lost {status.get('lost', 0)}   "
         )
 
     def status(self) -> dict[str, Any]:
         """The trainer's, as it last wrote it; nothing without a trainer."""
-        return (
-            json.loads(self._status_file.read_text())
-            if self._status_file and self._status_file.exists()
-            else {}
-        )
+        if self._status_file is None or not self._status_file.exists():
+            return {}
+        return json.loads(self._status_file.read_text())
 
     def _notice_swaps(self) -> None:
         with open(self._log, errors="replace") as file:

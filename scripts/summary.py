@@ -1,4 +1,4 @@
-"""What a demo says at its end: summary.json, the same keys for every demo, and the picture beside it."""
+"""What a demo says at its end: summary.json, with the same keys for every demo, and a picture."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def report(
 ) -> None:
     """Write and print the summary, draw the picture.
 
-    `init`: how the draft started; `tokens`: the most of a request; `sampling`: who decides how, in words. `shift`:
-    requests before the traffic changed its domain. The other passes served 1 in `every` of the live requests.
+    `init`: how the draft started; `tokens`: the most of a request; `sampling`: who decides how, in
+    words. `shift`: requests before the traffic changed its domain. The other passes served 1 in
+    `every` of the live requests.
     """
     home = site.home
     summary = {
@@ -59,8 +60,8 @@ def report(
         swaps=live.swaps,
         domains=domains,
         title=f"An untrained draft ({init} initialisation) learns while SGLang serves {site.model}",
-        subtitle=f"chain of {site.num_steps} draft steps, {sampling}, at most {tokens} tokens a request, {CLIENTS} "
-        f"clients; distinct 4-grams: {different}",
+        subtitle=f"chain of {site.num_steps} draft steps, {sampling}, at most {tokens} tokens a "
+        f"request, {CLIENTS} clients; distinct 4-grams: {different}",
         ceiling=site.num_steps + 1,
         window=WINDOW,
     )
@@ -70,7 +71,7 @@ def report(
 
 
 def vocabulary(draft: Path, live: Pass) -> dict[str, float]:
-    """Tokens that the draft can propose, of how many, and the share of the generated tokens that they cover."""
+    """Tokens that the draft can propose, of how many, and the share that they are of the output."""
     config = json.loads((draft / "config.json").read_text())
     size, of = config["draft_vocab_size"], config["vocab_size"]
     generated = [token for reply in live.replies for token in reply.tokens]
@@ -111,7 +112,8 @@ def figures(
         else mean(lengths[shift : shift + WINDOW]),
         f"accept_length_last_{WINDOW}": mean(lengths[-WINDOW:]),
         "accept_length_frozen": mean(frozen.lengths) if frozen else None,
-        # Of the first 300 outputs of a domain together (it falls with their number), and of an output by itself.
+        # Of the first 300 outputs of a domain together (it falls with their number), and of an
+        # output by itself.
         "distinct_4grams": {
             domain: distinct_fraction([r.tokens for r in live.replies if r.domain == domain][:300])
             for domain in dict.fromkeys(r.domain for r in live.replies)
@@ -138,8 +140,8 @@ def show(summary: dict[str, Any]) -> None:
         if name == "passes":
             for which, found in value.items():
                 if found:
-                    rate, length = found["tokens_per_s"], found["accept_length"]
-                    about = f"{rate:6.1f} tokens/s  accept length {length:.2f}  {found['requests']} requests"
+                    about = f"{found['tokens_per_s']:6.1f} tokens/s  {found['requests']} requests"
+                    about += f"  accept length {found['accept_length']:.2f}"
                     print(f"  {which:36} {about}")
         else:
             print(f"  {name:36} {_text(value)}")

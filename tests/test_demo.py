@@ -1,4 +1,4 @@
-"""The demo itself: Ctrl-C, at any moment and however it was started, leaves no process and no traceback behind."""
+"""The demo itself: Ctrl-C at any moment leaves neither a process nor a traceback behind."""
 
 from __future__ import annotations
 

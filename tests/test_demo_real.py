@@ -1,4 +1,4 @@
-"""demo-real on a tiny target: chat requests that set nothing, three passes, one summary; and what goes into it."""
+"""demo-real on a tiny target: chat requests that set nothing, three passes, one summary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 @pytest.fixture(scope="module")
 def chatting(quick_target, tmp_path_factory) -> Path:  # noqa: F811
-    """The quick target with a chat template, and defaults of its own that sample and penalise, as Qwen's do."""
+    """The quick target with a chat template and defaults that sample, as Qwen's do."""
     directory = tmp_path_factory.mktemp("chat") / "target"
     shutil.copytree(quick_target, directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
@@ -148,5 +148,5 @@ def test_the_built_in_prompts_are_enough():
 
 def test_a_model_that_nobody_has(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="expected --model with a directory, or a name on the hub"):
+    with pytest.raises(ValueError, match="expected a directory, or a name on the hub"):
         demo_real.find_model("nobody/has-this")

@@ -1,9 +1,10 @@
-"""Products with bfloat16 weights, laid out for oneDNN once instead of at each call: half the time for few rows.
+"""Products with bfloat16 weights that are laid out for oneDNN once instead of at each call.
 
-On a processor without AMX SGLang calls torch's F.linear, which brings a weight of [N, K] into oneDNN's own layout at
-each call: for the few rows of a decode step that costs more than the product. `AURORA_CPU_PACK=1` keeps the laid-out
-copy, which takes the weight's size again. A copy is made again when its weight was written: by Aurora's swap, which
-counts the weight's version up, or by one of SGLang's own calls in WRITERS.
+On a processor without AMX SGLang calls torch's F.linear, which brings a weight of [N, K] into
+oneDNN's own layout at each call: for the few rows of a decode step that costs more than the
+product. `AURORA_CPU_PACK=1` keeps the laid-out copy, which takes the weight's size again. A copy is
+made again when its weight was written: by Aurora's swap, which counts the weight's version up, or
+by one of SGLang's own calls in WRITERS.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU: the same numbers, and never those of a weight that was written since."""
+"""Packed weights on the CPU: the same products, never those of a weight that was written since."""
 
 from __future__ import annotations
 
