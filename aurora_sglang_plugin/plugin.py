@@ -34,6 +34,10 @@ def _register() -> None:
 
     if cpu_engine.install():
         _keep_the_attention_backend_that_drafts()
+        if cpu_engine.keeps_packed_weights():
+            from aurora_sglang_plugin.cpu_engine import packed
+
+            packed.register(HookRegistry, HookType)
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 

@@ -153,6 +153,7 @@ class Reloader:
         live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
         torch._foreach_copy_(self._previous, live)
         torch._foreach_copy_(live, staged)
+        self._count_write()
         if self._hot is not None:
             self._previous_hot.copy_(self._hot)
             self._hot.copy_(self._staged_hot)
@@ -174,12 +175,17 @@ class Reloader:
             return None
         started = time.perf_counter()
         torch._foreach_copy_([p.data for p, _ in self._pairs], self._previous)
+        self._count_write()
         if self._hot is not None:
             self._hot.copy_(self._previous_hot)
         self.version, self.previous_version = self.previous_version, None
         self.created_unix_s = self._previous_created
         self._measure(started)
         return self.version
+
+    def _count_write(self) -> None:
+        """Writes through .data do not count a parameter's version up, by which copies of it are known to be old."""
+        torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
     def stage(self, weights: Weights) -> bool:
         """On the watcher thread: fill the twin. Returns False while a swap still reads it. Raises ManifestError."""
