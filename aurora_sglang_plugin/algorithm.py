@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
@@ -53,6 +54,7 @@ class AuroraAlgorithm(CustomSpecAlgo):
                 "`aurora-trainer init-draft` makes an untrained one for any target."
             )
         record = _record(server_args)
+        check_options(server_args)
         if _has_dp_attention(record):
             raise ValueError(
                 "AURORA captures on the first rank of a tensor-parallel group; with attention data parallelism each "
@@ -82,6 +84,25 @@ def check_sglang_version(installed: str) -> None:
         raise ValueError(f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}")
     if installed != TESTED:
         logger.warning("aurora is tested with SGLang %s, this server runs %s", TESTED, installed)
+
+
+def check_options(server_args: Any) -> None:
+    """Raises ValueError for options of a server under which a draft cannot be swapped, or learns what is not so."""
+    quantization = server_args.speculative_draft_model_quantization
+    if quantization is not None:
+        raise ValueError(
+            f"AURORA swaps the weights of a draft that is not quantized; this one would be quantized by {quantization} "
+            "(SGLang takes --quantization for the draft as well): add --speculative-draft-model-quantization unquant"
+        )
+    if server_args.speculative_draft_window_size is not None:
+        raise ValueError(
+            "AURORA's trainer lets the draft attend to all tokens; start without --speculative-draft-window-size"
+        )
+    if envs.SGLANG_SIMULATE_ACC_LEN.get() > 0:
+        raise ValueError(
+            "SGLANG_SIMULATE_ACC_LEN makes accepted tokens up, and AURORA would learn them: unset it, or measure with "
+            "--speculative-algorithm EAGLE3"
+        )
 
 
 def check_dtype(requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]) -> None:

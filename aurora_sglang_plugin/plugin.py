@@ -34,6 +34,7 @@ def _register() -> None:
 
     if cpu_engine.install():
         _keep_the_attention_backend_that_drafts()
+        HookRegistry.register("sglang.srt.mem_cache.allocation.get_last_loc", _last_loc, HookType.REPLACE)
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 
@@ -44,6 +45,13 @@ def _keep_the_attention_backend_that_drafts() -> None:
     from sglang.srt.runtime_context import override_platform
 
     override_platform(has_amx=True).install()
+
+
+def _last_loc(*args: Any) -> Any:
+    """SGLang takes its Triton function for every backend but two, on the CPU as well; pages of KV cannot do without."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args)
 
 
 def _on_release(req: Any, *args: Any, **kwargs: Any) -> None:

@@ -81,6 +81,7 @@ class Publisher:
         copy and released when ZeroMQ is done with them.
         """
         fields = {
+            "target": self._target,
             "requests": list(requests),
             "flags": list(flags),
             "reasons": list(reasons),
@@ -92,6 +93,10 @@ class Publisher:
         }
         if self._outbox.put(kind, snapshot, fields):
             self._wake.set()
+
+    def retarget(self, target: str) -> None:
+        """From here on the server has another target: what is captured says so, what is queued keeps its own."""
+        self._target = target
 
     def drop(self, cause: str) -> None:
         """Count a message that was due and could not even be offered, e.g. drop("no_slot")."""

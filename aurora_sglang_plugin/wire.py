@@ -30,6 +30,7 @@ import numpy as np
 SCHEMA_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
+MAX_REQUEST_ID_CHARS = 1024
 
 # dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its bits.
 DTYPES = {
@@ -163,7 +164,7 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
     spec = FRAMES[header.kind]
     if [f.name for f in header.frames] != list(spec) or len(parts) != len(spec) + 1:
         raise WireError("frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}")
-    if not 0 < len(header.epoch) <= 64 or any(len(r) > 1024 for r in header.requests):
+    if not 0 < len(header.epoch) <= 64 or not all(map(request_id_fits, header.requests)):
         raise WireError("header", "epoch or request id of an unexpected length")
     sizes = {"B": len(header.requests)}
     arrays = {}
@@ -181,6 +182,14 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
     message = Message(header, arrays)
     _check_values(message, sizes)
     return message
+
+
+def request_id_fits(rid: object) -> bool:
+    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters that UTF-8 can say."""
+    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_CHARS:
+        return False
+    # The surrogates of UTF-16, which JSON can hold alone, have no UTF-8: one of them would end the encoder.
+    return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
 
 
 def _check_values(message: Message, sizes: dict[str, int]) -> None:

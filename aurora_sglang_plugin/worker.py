@@ -12,10 +12,13 @@ One decode step, in SGLang's order, with ours marked:
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import Any
 
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache import common
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
@@ -26,6 +29,7 @@ from aurora_sglang_plugin.metrics import ServerMetrics
 from aurora_sglang_plugin.publish import Publisher
 from aurora_sglang_plugin.reload import Reloader
 from aurora_sglang_plugin.twin import hold_room
+from aurora_sglang_plugin.weight_updates import DraftUpdater, TargetUpdater
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class AuroraWorker(EAGLEWorkerV2):
 
     capture: Capture | None = None  # on the first tensor-parallel rank
     reloader: Reloader | None = None  # once attached
+    target = ""  # fingerprint of the target as it is now
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +62,7 @@ class AuroraWorker(EAGLEWorkerV2):
     def _attach(self) -> None:
         global _capture
         config = load_server_config()
-        target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
+        target = self.target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
         draft = self._draft_worker
         if draft is None:  # a pipeline stage that hosts no draft verifies nothing
             return
@@ -73,6 +78,7 @@ class AuroraWorker(EAGLEWorkerV2):
             self.capture = Capture(config.plugin.capture, publisher, device, self.speculative_num_steps, self.topk)
             self._tell_before_sampling()
             _capture = self.capture
+        self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
         ServerMetrics(self.capture, self.reloader, self._mode, **ranks).start()
         logger.info(
@@ -83,6 +89,54 @@ class AuroraWorker(EAGLEWorkerV2):
             self.reloader.version,
             target,
         )
+
+    def _keep_the_draft(self, draft: Any) -> None:
+        """Weight updates of the operator reach the target alone, and Aurora hears of them."""
+        target = self.target_worker.model_runner
+        target.weight_updater = TargetUpdater(target.weight_updater, self._target_changed)
+        draft.weight_updater = updater = DraftUpdater(lambda: self.reloader.version)
+
+        def selected(runners: Any, manager: Any, selector: str = "all") -> None:
+            updater.alone = selector == "draft"
+
+        def checked(answer: Any, manager: Any, request: Any) -> None:
+            if request.action == "reset_tensors":
+                # The draft holds the target's embedding: whichever was reset, the target was.
+                self._target_changed(None)
+                self.reloader.restore()
+
+        def resumed(answer: Any, manager: Any, request: Any) -> None:
+            # Memory that was given back comes back without its contents, where no copy was kept of them.
+            if self.server_args.enable_memory_saver and not self.server_args.enable_weights_cpu_backup:
+                self._target_changed(None)
+            self.reloader.restore()
+
+        seen = {"_select_runners": selected, "check_weights": checked, "resume_memory_occupation": resumed}
+        manager = SchedulerWeightUpdaterManager
+        for name, hook in seen.items():
+            HookRegistry.register(f"{manager.__module__}.{manager.__name__}.{name}", hook, HookType.AFTER)
+        HookRegistry.apply_hooks()
+
+    def _target_changed(self, directory: str | None) -> None:
+        """The target's weights are those of `directory` now; None: of no files, nobody else's until there are some."""
+        target = secrets.token_hex(16)
+        if directory is not None:
+            try:
+                revision = self.server_args.revision if directory == self.server_args.model_path else None
+                target = target_fingerprint(directory, revision)
+            except ValueError as error:
+                logger.error("aurora cannot tell which target it has error=%s", error)
+        if target == self.target:
+            return
+        self.target = target
+        self.reloader.retarget(target)
+        if self.capture is not None:
+            self.capture.publisher.retarget(target)
+        logger.warning(
+            "aurora target changed target=%s weights=%s draft_version=%d: only a trainer of this target learns from "
+            "here on, and only its versions are loaded",
+            target, directory, self.reloader.version,
+        )  # fmt: skip
 
     def _mode(self) -> str:
         return "live" if self.speculative_num_steps else "shadow"
