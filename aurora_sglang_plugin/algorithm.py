@@ -87,21 +87,23 @@ def check_sglang_version(installed: str) -> None:
 
 
 def check_options(server_args: Any) -> None:
-    """Raises ValueError for options of a server under which a draft cannot be swapped, or learns what is not so."""
+    """Raises ValueError for options under which a draft cannot be swapped, or learns what is not so."""
     quantization = server_args.speculative_draft_model_quantization
     if quantization is not None:
         raise ValueError(
-            f"AURORA swaps the weights of a draft that is not quantized; this one would be quantized by {quantization} "
-            "(SGLang takes --quantization for the draft as well): add --speculative-draft-model-quantization unquant"
+            f"AURORA swaps the weights of a draft that is not quantized; SGLang would quantize this one by "
+            f"{quantization} (--quantization is for the draft as well): "
+            "add --speculative-draft-model-quantization unquant"
         )
     if server_args.speculative_draft_window_size is not None:
         raise ValueError(
-            "AURORA's trainer lets the draft attend to all tokens; start without --speculative-draft-window-size"
+            "AURORA's trainer lets the draft attend to all tokens; "
+            "start without --speculative-draft-window-size"
         )
     if envs.SGLANG_SIMULATE_ACC_LEN.get() > 0:
         raise ValueError(
-            "SGLANG_SIMULATE_ACC_LEN makes accepted tokens up, and AURORA would learn them: unset it, or measure with "
-            "--speculative-algorithm EAGLE3"
+            "SGLANG_SIMULATE_ACC_LEN makes accepted tokens up, and AURORA would learn them: "
+            "unset it, or measure with --speculative-algorithm EAGLE3"
         )
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A key of sampling_params.custom_params, of wire.DOMAIN's form: a label that travels with the request.
+# A key of sampling_params.custom_params: a label of wire.DOMAIN's form, that travels along.
 DOMAIN_LABEL = "aurora_domain"
 
 KINDS = ("prefill", "verify", "end")
@@ -65,7 +65,7 @@ class Capture:
         self._logits: dict[str, torch.Tensor] = {}
 
     def sampled(self, req: Any) -> bool:
-        """Whether this request is captured. Decided and counted once: its steps are taken all or not at all."""
+        """Whether this request is captured. Decided and counted once: all of its steps, or none."""
         if not hasattr(req, "aurora_left_out"):
             req.aurora_left_out = cause = why_left_out(req, self.config.sample_rate)
             if cause is not None:

@@ -144,9 +144,9 @@ class Outbox:
                 self._drop("closed")
 
     def header(self, item: Item | None, epoch: str, target: str) -> wire.Header:
-        """The header of `item`, or of a heartbeat (None), with the books as they will be once it is sent.
+        """The header of `item`, or of a heartbeat (None), with the books as they will be once sent.
 
-        `target` is for a heartbeat: an item says itself which target it was captured of.
+        `target` is a heartbeat's: an item says itself which target it was captured of.
         """
         fields = item.fields if item else {"draft_version": self._draft_version, "extend_version": 0}
         with self._lock:

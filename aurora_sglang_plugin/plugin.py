@@ -34,7 +34,8 @@ def _register() -> None:
 
     if cpu_engine.install():
         _keep_the_attention_backend_that_drafts()
-        HookRegistry.register("sglang.srt.mem_cache.allocation.get_last_loc", _last_loc, HookType.REPLACE)
+        name = "sglang.srt.mem_cache.allocation.get_last_loc"
+        HookRegistry.register(name, _last_loc, HookType.REPLACE)
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 
@@ -48,7 +49,7 @@ def _keep_the_attention_backend_that_drafts() -> None:
 
 
 def _last_loc(*args: Any) -> Any:
-    """SGLang takes its Triton function for every backend but two, on the CPU as well; pages of KV cannot do without."""
+    """What SGLang does for two backends only, in place of a Triton kernel: pages of KV need it."""
     from sglang.srt.mem_cache.allocation import get_last_loc_torch
 
     return get_last_loc_torch(*args)

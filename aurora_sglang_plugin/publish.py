@@ -95,7 +95,7 @@ class Publisher:
             self._wake.set()
 
     def retarget(self, target: str) -> None:
-        """From here on the server has another target: what is captured says so, what is queued keeps its own."""
+        """The server has another target: what is captured from here on says so."""
         self._target = target
 
     def drop(self, cause: str) -> None:

@@ -76,7 +76,7 @@ class Reloader:
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
-        # Which versions the two copies hold whole: what `restore` can put back. The twin holds none while it is filled.
+        # Which versions the two copies hold whole, for `restore`; None while the twin is filled.
         self._in_previous, self._in_twin = 0, None
         self._failed = 0  # swaps that raised
         self._target = target
@@ -188,8 +188,8 @@ class Reloader:
         return self.version
 
     def retarget(self, target: str) -> None:
-        """On the scheduler thread: the server has another target. What drafts stays; what was made for another target
-        is not swapped in, and versions that were refused for it are looked at again."""
+        """On the scheduler thread: the server has another target. What drafts stays; what is staged for
+        another target is not swapped in, and what was refused is looked at again."""
         self._target = target
         self.target_changes += 1
         self._watcher.look_again(self.version, target)
@@ -197,7 +197,7 @@ class Reloader:
     def restore(self) -> None:
         """On the scheduler thread, after something else may have written the draft: put back what drafts.
 
-        Where no copy of it is left (a newer version was being staged, or failed), CURRENT is read and swapped in again.
+        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read again.
         """
         if self._in_previous == self.version:
             return self._put_back(self._previous, self._previous_hot)
@@ -210,7 +210,7 @@ class Reloader:
             self._hand_over(APPLYING, FREE)
             if whole:
                 return
-        log.warning("draft may hold other weights than version=%d until the next swap", self.version)
+        log.warning("draft may not be version=%d until the next swap", self.version)
         self._watcher.look_again(0)
 
     def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:

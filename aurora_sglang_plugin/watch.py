@@ -2,10 +2,11 @@
 
     CURRENT -> read_manifest -> check_manifest (target, names, shapes, dtypes) -> read_tensors (hashes, values) -> stage
 
-All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and tried again only
-when CURRENT names another or the server's target changes; only `missing` (a race with the trainer's clean-up, or a slow
-network file system) is tried again at the next poll. A version that a server rolled back (REJECTED) gives way to its
-parent, also while it drafts. This module imports neither torch nor sglang.
+All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
+tried again only when CURRENT names another or the server's target changes; only `missing` (a race with
+the trainer's clean-up, or a slow network file system) is tried again at the next poll. A version that
+a server rolled back (REJECTED) gives way to its parent, also while it drafts. This module imports
+neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -154,9 +155,9 @@ class Watcher:
             self._thread.join(timeout=5)
 
     def look_again(self, version: int, target: str | None = None) -> None:
-        """At the next poll read what CURRENT names, whatever became of it before, unless it is `version`.
+        """From another thread: at the next poll read what CURRENT names, unless it is `version`.
 
-        For another thread. `target`: from now on versions must be made for this one.
+        `target`: from now on versions must be made for this one.
         """
         if target is not None:
             self.expected = replace(self.expected, target=target)
@@ -209,7 +210,7 @@ class Watcher:
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells one content of a file that is replaced or appended to from another; None where there is no file."""
+    """Differs whenever a file was replaced or appended to; None if there is no file."""
     try:
         stat = os.stat(path)
     except FileNotFoundError:

@@ -1,8 +1,9 @@
-"""The operator's weight updates on an AURORA server: they reach the target, and the draft stays Aurora's.
+"""The operator's weight updates on an AURORA server: they reach the target, the draft stays Aurora's.
 
-SGLang gives an update to every model runner that its selector names, by default target and draft alike: the draft would
-be overwritten by what happens to fit of the target's tensors. Each runner has a WeightUpdater that does the work; the
-two classes here stand in front of them. Every call comes on the scheduler's thread, between two steps.
+SGLang gives an update to every model runner that its selector names, by default target and draft:
+those of the target's tensors that fit would overwrite the draft. Each runner has a WeightUpdater that
+does the work; the two classes here stand before it. Every call comes on the scheduler's thread,
+between two steps.
 
 This module imports neither torch nor sglang.
 """
@@ -16,15 +17,19 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # Methods of SGLang's WeightUpdater that write no weight. Any other one is taken for a write.
-READS = ("init_weights_update_group", "destroy_weights_update_group", "receive_weights_from_distributed")
+READS = (
+    "init_weights_update_group",
+    "destroy_weights_update_group",
+    "receive_weights_from_distributed",
+)
 # SGLang's message says so where it had begun to write.
 ROLLING_BACK = "Rolling back"
 
 
 class TargetUpdater:
-    """In front of the target's WeightUpdater: says `changed(directory)` after each call that may have written weights.
+    """Stands before the target's WeightUpdater, and calls `changed(directory)` after what may write.
 
-    `directory` (or a model's name) holds the weights that the target has now; None where no files say what they are.
+    `directory` (or a model's name) holds the weights that the target has now; None if no files do.
     An update that fails is answered (False, why), also where SGLang alone would end the process.
     """
 
@@ -42,14 +47,18 @@ class TargetUpdater:
             except Exception as error:  # a serving boundary
                 if "_from_" not in name:  # it has no answer that could say so
                     raise
-                log.exception("target update failed call=%s: the target may hold a part of it", name)
+                log.exception(
+                    "target update failed call=%s: the target may hold a part of it", name
+                )
                 return False, f"{name} failed: {error}. The target may hold a part of the update."
             finally:
                 self._changed(None)
 
         return write
 
-    def update_weights_from_disk(self, model_path: str, *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    def update_weights_from_disk(
+        self, model_path: str, *args: Any, **kwargs: Any
+    ) -> tuple[bool, str]:
         config = self._updater.model_config
         before = config.model_path
         try:
@@ -70,7 +79,7 @@ class TargetUpdater:
 
 
 class DraftUpdater:
-    """In place of the draft's WeightUpdater: whatever is called, the draft stays as it is.
+    """Stands in place of the draft's WeightUpdater: whatever is called, the draft stays as it is.
 
     `alone` is set before each call: whether it selects the draft and not the target.
     """
@@ -88,5 +97,8 @@ class DraftUpdater:
     def _stays(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         stays = f"The draft is AURORA's and stays at version {self._version()}"
         if self.alone:
-            return False, f"{stays}: expected selector target or all; publish drafts to the weights directory instead."
+            return (
+                False,
+                f"{stays}: expected selector target or all. Drafts go to the weights directory.",
+            )
         return True, f"Succeeded to update the target's weights. {stays}."

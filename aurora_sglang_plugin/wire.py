@@ -185,10 +185,10 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
 
 
 def request_id_fits(rid: object) -> bool:
-    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters that UTF-8 can say."""
+    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters."""
     if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_CHARS:
         return False
-    # The surrogates of UTF-16, which JSON can hold alone, have no UTF-8: one of them would end the encoder.
+    # JSON can hold half of a UTF-16 pair, which has no UTF-8: the encoder would raise.
     return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
 
 

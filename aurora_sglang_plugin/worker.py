@@ -16,7 +16,6 @@ import secrets
 from typing import Any
 
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache import common
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
@@ -32,6 +31,9 @@ from aurora_sglang_plugin.twin import hold_room
 from aurora_sglang_plugin.weight_updates import DraftUpdater, TargetUpdater
 
 logger = logging.getLogger(__name__)
+
+# Who hands an operator's calls to the model runners.
+UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 _capture: Capture | None = None  # of this process; the release hook has no other way to find it
 
@@ -62,7 +64,8 @@ class AuroraWorker(EAGLEWorkerV2):
     def _attach(self) -> None:
         global _capture
         config = load_server_config()
-        target = self.target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
+        args = self.server_args
+        target = self.target = target_fingerprint(args.model_path, args.revision)
         draft = self._draft_worker
         if draft is None:  # a pipeline stage that hosts no draft verifies nothing
             return
@@ -93,6 +96,9 @@ class AuroraWorker(EAGLEWorkerV2):
     def _keep_the_draft(self, draft: Any) -> None:
         """Weight updates of the operator reach the target alone, and Aurora hears of them."""
         target = self.target_worker.model_runner
+        if not hasattr(target, "weight_updater"):
+            logger.warning("aurora cannot keep weight updates from its draft in this SGLang: make none")
+            return
         target.weight_updater = TargetUpdater(target.weight_updater, self._target_changed)
         draft.weight_updater = updater = DraftUpdater(lambda: self.reloader.version)
 
@@ -106,23 +112,26 @@ class AuroraWorker(EAGLEWorkerV2):
                 self.reloader.restore()
 
         def resumed(answer: Any, manager: Any, request: Any) -> None:
-            # Memory that was given back comes back without its contents, where no copy was kept of them.
-            if self.server_args.enable_memory_saver and not self.server_args.enable_weights_cpu_backup:
+            if request.tags and "weights" not in request.tags:
+                return
+            # Memory that was given back comes back without its contents, unless a copy was kept.
+            args = self.server_args
+            if args.enable_memory_saver and not args.enable_weights_cpu_backup:
                 self._target_changed(None)
             self.reloader.restore()
 
-        seen = {"_select_runners": selected, "check_weights": checked, "resume_memory_occupation": resumed}
-        manager = SchedulerWeightUpdaterManager
-        for name, hook in seen.items():
-            HookRegistry.register(f"{manager.__module__}.{manager.__name__}.{name}", hook, HookType.AFTER)
+        HookRegistry.register(f"{UPDATES}._select_runners", selected, HookType.AFTER)
+        HookRegistry.register(f"{UPDATES}.check_weights", checked, HookType.AFTER)
+        HookRegistry.register(f"{UPDATES}.resume_memory_occupation", resumed, HookType.AFTER)
         HookRegistry.apply_hooks()
 
     def _target_changed(self, directory: str | None) -> None:
-        """The target's weights are those of `directory` now; None: of no files, nobody else's until there are some."""
+        """The target's weights are those of `directory` now; None: of no files, like nobody else's."""
         target = secrets.token_hex(16)
         if directory is not None:
             try:
-                revision = self.server_args.revision if directory == self.server_args.model_path else None
+                args = self.server_args
+                revision = args.revision if directory == args.model_path else None
                 target = target_fingerprint(directory, revision)
             except ValueError as error:
                 logger.error("aurora cannot tell which target it has error=%s", error)
@@ -133,8 +142,8 @@ class AuroraWorker(EAGLEWorkerV2):
         if self.capture is not None:
             self.capture.publisher.retarget(target)
         logger.warning(
-            "aurora target changed target=%s weights=%s draft_version=%d: only a trainer of this target learns from "
-            "here on, and only its versions are loaded",
+            "aurora target changed target=%s weights=%s draft_version=%d: "
+            "only a trainer of this target learns from here on, and only its versions are loaded",
             target, directory, self.reloader.version,
         )  # fmt: skip
 

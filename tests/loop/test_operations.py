@@ -1,8 +1,9 @@
-"""The operator's API under AURORA: whatever is called, the process lives, the draft is the newest version, a changed
-target says so and only its own versions are loaded, and the accounting adds up.
+"""The operator's API under AURORA: whatever is called, the process lives, the draft is the newest
+version, a changed target says so and only its own versions are loaded, and the accounting adds up.
 
-One server with trees of one draft step, in the order of this file. What needs CUDA (memory that is really given back,
-updates over CUDA IPC) is in tests/plugin/test_weight_updates.py, at the seam.
+One server with trees of one draft step, in the order of this file. What needs CUDA (memory that is
+really given back, updates over CUDA IPC) is tested at the seam: tests/plugin/test_weight_updates.py
+and test_reload.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import threading
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ from models import make_random_draft, make_random_target
 from rig import Loop, checksums, wait_until
 from safetensors.torch import load_file, save_file
 from serve import free_port
+from transformers import AutoModelForCausalLM
 
 from aurora_sglang_plugin.manifest import target_fingerprint
 
@@ -51,7 +52,10 @@ def loop(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(loop):
-    return outputs(loop)
+    """What the target says without any server."""
+    model = AutoModelForCausalLM.from_pretrained(loop.target, dtype=torch.float32).eval()
+    greedy = dict(do_sample=False, eos_token_id=None, pad_token_id=0, **PARAMS)
+    return [model.generate(torch.tensor([p]), **greedy)[0, len(p) :].tolist() for p in PROMPTS]
 
 
 def outputs(loop) -> list[list[int]]:
@@ -69,7 +73,11 @@ def call(loop, path, body=None) -> tuple[bool, str]:
 
 def draft_of(loop) -> dict:
     """Checksums of the draft's own parameters."""
-    return {name: sum_ for name, sum_ in checksums(loop.server, "draft").items() if "embed_tokens" not in name}
+    return {
+        name: sum_
+        for name, sum_ in checksums(loop.server, "draft").items()
+        if "embed_tokens" not in name
+    }
 
 
 def captured_target(loop) -> str:
@@ -81,9 +89,11 @@ def captured_target(loop) -> str:
 
 @contextmanager
 def unharmed(loop, target_stays=True) -> Iterator[None]:
-    """What is done meanwhile leaves the draft as it is, and the target too, unless it is said to change."""
+    """What is done meanwhile leaves the draft as it is; the target too, unless it is said to change."""
     draft, target = draft_of(loop), checksums(loop.server, "target")
-    version, changes, swaps = (loop.metrics()[f"aurora_{n}"] for n in ("draft_version", "target_changes", "swaps"))
+    version, changes, swaps = (
+        loop.metrics()[f"aurora_{n}"] for n in ("draft_version", "target_changes", "swaps")
+    )
     yield
     assert loop.server.process.poll() is None
     assert draft_of(loop) == draft
@@ -101,7 +111,7 @@ def test_the_targets_own_directory(loop, expected):
     """It ended the server: SGLang tried the target's tensors on the draft."""
     with unharmed(loop):
         success, text = call(loop, "/update_weights_from_disk", {"model_path": str(loop.target)})
-        assert success and "the draft is AURORA's" in text.replace("The", "the"), text
+        assert success and "The draft is AURORA's and stays at version 1" in text, text
     assert outputs(loop) == expected and captured_target(loop) == loop.fingerprint
 
 
@@ -111,7 +121,10 @@ def test_another_target_and_back(loop, other, expected):
     assert captured_target(loop) == target_fingerprint(str(other)) != loop.fingerprint
     assert outputs(loop) != expected
     version = loop.publish(disturb(loop.draft(0), seed=2, size=0.1))
-    wait_until(lambda: loop.metrics()["aurora_weights_refused{target}"] == 1, "a refusal of the old target's version")
+    wait_until(
+        lambda: loop.metrics()["aurora_weights_refused{target}"] == 1,
+        "a refusal of the old target's version",
+    )
     assert loop.version() == version - 1
     assert call(loop, "/update_weights_from_disk", {"model_path": str(loop.target)})[0]
     loop.wait_for_version(version)  # nothing new was published: it is this server's target again
@@ -119,7 +132,7 @@ def test_another_target_and_back(loop, other, expected):
 
 
 def test_updates_that_fail(loop, other, expected, tmp_path):
-    """A directory that is not there, and one whose tensors do not fit: refused, and the target is what it was."""
+    """A directory that is not there, and two whose tensors do not fit: the target is what it was."""
     broken = make_random_target(tmp_path / "broken", vocab=600, tokenizer=True)
     half = tmp_path / "half"
     half.mkdir()
@@ -135,7 +148,7 @@ def test_updates_that_fail(loop, other, expected, tmp_path):
 
 
 def serialized(tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """As SGLang's MultiprocessingSerializer does it; the tensors travel by their names in shared memory."""
+    """As SGLang's MultiprocessingSerializer: tensors travel by their names in shared memory."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     buffer = io.BytesIO()
     ForkingPickler(buffer).dump(tensors)
@@ -143,7 +156,7 @@ def serialized(tensors: list[tuple[str, torch.Tensor]]) -> str:
 
 
 def test_tensors_in_a_session(loop, other, expected):
-    norm = [("model.norm.weight", torch.full((64,), 0.5))]
+    norm = [("model.norm.weight", torch.linspace(0.1, 2, 64))]
     tensor = {"serialized_named_tensors": [serialized(norm)]}
     with unharmed(loop):
         assert not call(loop, "/update_weights_from_tensor", tensor)[0]  # no session
@@ -167,8 +180,13 @@ def test_tensors_by_a_process_group(loop, expected):
     port, name = free_port(), "updates"
     about = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
     about |= {"group_name": name, "backend": "gloo"}
-    norm = torch.full((64,), 0.25)
-    body = {"names": ["model.norm.weight"], "dtypes": ["float32"], "shapes": [[64]], "group_name": name}
+    norm = torch.linspace(2, 0.1, 64)
+    body = {
+        "names": ["model.norm.weight"],
+        "dtypes": ["float32"],
+        "shapes": [[64]],
+        "group_name": name,
+    }
 
     def send(group) -> None:
         group.broadcast([norm]).wait()
@@ -190,7 +208,7 @@ def test_tensors_by_a_process_group(loop, expected):
 
 
 def test_memory_and_resets(loop, expected):
-    """Without a memory saver nothing is really given back; SGLang's own test call really overwrites the draft."""
+    """Without a memory saver nothing is given back; SGLang's own test call does overwrite the draft."""
     with unharmed(loop):
         call(loop, "/release_memory_occupation", {})
         call(loop, "/resume_memory_occupation", {})
@@ -203,7 +221,9 @@ def test_memory_and_resets(loop, expected):
 
 def test_calls_that_concern_no_weights(loop, expected):
     with unharmed(loop):
-        assert not call(loop, "/load_lora_adapter", {"lora_name": "a", "lora_path": str(loop.folder)})[0]
+        assert not call(
+            loop, "/load_lora_adapter", {"lora_name": "a", "lora_path": str(loop.folder)}
+        )[0]
         assert not call(loop, "/unload_lora_adapter", {"lora_name": "a"})[0]
         assert call(loop, "/update_weight_version", {"new_version": "two"})[0]
         assert not call(loop, "/update_weights_from_ipc", {"zmq_handles": {}})[0]
@@ -212,7 +232,7 @@ def test_calls_that_concern_no_weights(loop, expected):
 
 @pytest.mark.parametrize("mode", ["in_place", "retract", "abort"])
 def test_pause_flush_continue_under_load(loop, mode):
-    """Output across a pause is what it is without one; what is flushed is captured again, never twice in one sample."""
+    """Output across a pause is what it is without one; what is computed again is a new sample."""
     batch = [[(11 * i + 5 * k) % 490 for i in range(9 + 13 * k)] for k in range(6)]
     whole = [a["output_ids"] for a in loop.generate(batch, {"max_new_tokens": 160})]
     rids = [f"{mode}-{i}" for i in range(6)]

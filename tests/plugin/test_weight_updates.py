@@ -1,5 +1,8 @@
-"""The two stand-ins for SGLang's WeightUpdater, on updaters that fail and write as SGLang's do; the real ones, behind a
-real server's API, are in tests/loop/test_operations.py. What needs CUDA is here only: updates over IPC."""
+"""What stands before SGLang's WeightUpdaters, on an updater that writes and fails as SGLang's does.
+
+The real ones, behind a real server's API, are in tests/loop/test_operations.py; updates over CUDA IPC
+are here only.
+"""
 
 from types import SimpleNamespace
 
@@ -9,7 +12,7 @@ from aurora_sglang_plugin.weight_updates import DraftUpdater, TargetUpdater
 
 
 class Updater:
-    """As SGLang's: remembers the new path before it loads it, and rolls back to what it remembers."""
+    """As SGLang's: remembers the new path before it loads, and rolls back to that one."""
 
     def __init__(self, directories):
         self.directories = directories  # name -> weights, or an exception
@@ -23,7 +26,9 @@ class Updater:
             raise weights
         self.weights = weights
 
-    def update_weights_from_disk(self, model_path, load_format, weight_name_filter=None, recapture_cuda_graph=False):
+    def update_weights_from_disk(
+        self, model_path, load_format, weight_name_filter=None, recapture_cuda_graph=False
+    ):
         self.model_config.model_path = model_path
         if model_path not in self.directories:
             return False, "Failed to get weights iterator: none."
@@ -71,14 +76,20 @@ def test_files_say_what_the_target_is(updater, told):
 def test_what_fails_before_it_writes_changes_nothing(updater, told):
     success, message = updater.update_weights_from_disk("nowhere", "auto")
     assert not success and "iterator" in message
-    assert told == [] and updater.weights == "old weights" and updater.model_config.model_path == "old"
+    assert (
+        told == [] and updater.weights == "old weights" and updater.model_config.model_path == "old"
+    )
 
 
 def test_what_fails_half_way_is_rolled_back_to_what_was_there(updater, told):
     """SGLang reads the bad directory again, and its exception ends the scheduler."""
     success, message = updater.update_weights_from_disk("bad", "auto")
     assert not success and "shapes" in message and "loaded old again" in message
-    assert told == ["old"] and updater.weights == "old weights" and updater.model_config.model_path == "old"
+    assert (
+        told == ["old"]
+        and updater.weights == "old weights"
+        and updater.model_config.model_path == "old"
+    )
 
 
 def test_tensors_make_a_target_that_no_files_hold(updater, told):
@@ -103,7 +114,12 @@ def test_reading_changes_nothing(updater, told):
 
 def test_the_draft_stays_whatever_is_called():
     draft = DraftUpdater(lambda: 7)
-    calls = ("begin_weight_update", "end_weight_update", "update_weights_from_ipc", "a_call_of_another_sglang")
+    calls = (
+        "begin_weight_update",
+        "end_weight_update",
+        "update_weights_from_ipc",
+        "a_call_of_another_sglang",
+    )
     for name in calls:
         success, message = getattr(draft, name)("anything", named="too")
         assert success and "version 7" in message
