@@ -24,6 +24,14 @@ logger = logging.getLogger(__name__)
 NAME = "AURORA"
 TESTED = "0.5.23"
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
+# The one attention backend of SGLang that drafts on the CPU.
+DRAFTS_ON_CPU = "intel_amx"
+# Environment variables of SGLang for benchmarks: accepted tokens, or the experts that are asked, are made up.
+MADE_UP = (
+    "SGLANG_SIMULATE_ACC_LEN",
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS",
+    "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS",
+)
 PREDICATES = ("is_", "supports_", "has_", "need_", "carries_")
 
 
@@ -55,6 +63,7 @@ class AuroraAlgorithm(CustomSpecAlgo):
             )
         record = _record(server_args)
         check_options(server_args)
+        check_cpu(server_args)
         if _has_dp_attention(record):
             raise ValueError(
                 "AURORA captures on the first rank of a tensor-parallel group; with attention data parallelism each "
@@ -100,11 +109,31 @@ def check_options(server_args: Any) -> None:
             "AURORA's trainer lets the draft attend to all tokens; "
             "start without --speculative-draft-window-size"
         )
-    if envs.SGLANG_SIMULATE_ACC_LEN.get() > 0:
+    made_up = [name for name in MADE_UP if float(getattr(envs, name).get() or 0) > 0]
+    made_up += ["--load-format dummy"] * (server_args.load_format == "dummy")
+    if made_up:
         raise ValueError(
-            "SGLANG_SIMULATE_ACC_LEN makes accepted tokens up, and AURORA would learn them: "
-            "unset it, or measure with --speculative-algorithm EAGLE3"
+            f"{made_up[0]} makes up what the target says, and AURORA would learn it: "
+            "start without it, or measure with --speculative-algorithm EAGLE3"
         )
+
+
+def check_cpu(server_args: Any) -> None:
+    """Raises ValueError for an attention backend that cannot draft on the CPU: SGLang ends at the first step."""
+    if server_args.device != "cpu":
+        return
+    base = server_args.attention_backend
+    backends = {
+        "--prefill-attention-backend": server_args.prefill_attention_backend or base,
+        "--decode-attention-backend": server_args.decode_attention_backend or base,
+        "--speculative-draft-attention-backend": server_args.speculative_draft_attention_backend,
+    }
+    for option, backend in backends.items():
+        if backend not in (None, DRAFTS_ON_CPU):
+            raise ValueError(
+                f"attention backend {backend} cannot draft on the CPU; expected {DRAFTS_ON_CPU}: "
+                f"start without {option} (or --attention-backend) {backend}"
+            )
 
 
 def check_dtype(requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]) -> None:
