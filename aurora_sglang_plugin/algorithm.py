@@ -96,11 +96,11 @@ def check_sglang_version(installed: str) -> None:
 
 
 def check_options(server_args: Any) -> None:
-    """Raises ValueError for options under which a draft cannot be swapped, or learns what is not so."""
+    """Raises ValueError for options under which a draft cannot be swapped, or would learn wrong."""
     quantization = server_args.speculative_draft_model_quantization
     if quantization is not None:
         raise ValueError(
-            f"AURORA swaps the weights of a draft that is not quantized; SGLang would quantize this one by "
+            "AURORA swaps the weights of a draft that is not quantized; SGLang would quantize it by "
             f"{quantization} (--quantization is for the draft as well): "
             "add --speculative-draft-model-quantization unquant"
         )
@@ -119,7 +119,7 @@ def check_options(server_args: Any) -> None:
 
 
 def check_cpu(server_args: Any) -> None:
-    """Raises ValueError for an attention backend that cannot draft on the CPU: SGLang ends at the first step."""
+    """Raises ValueError for an attention backend that cannot draft on the CPU, at the first step."""
     if server_args.device != "cpu":
         return
     base = server_args.attention_backend

@@ -1,6 +1,6 @@
 """Which requests stay out of capture, and why: one function, asked once for each request.
 
-`Capture.sampled` asks at a request's first step and keeps the answer: it is taken whole or not at all.
+`Capture.sampled` asks at a request's first step and keeps the answer: taken whole, or not at all.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ OF_RANK: dict[str, Family] = {
     "aurora_freshness_seconds": histogram(
         "At each swap: age of the newest verify step that the new weights were trained on", FRESHNESS_S
     ),
-    "aurora_target_changes": counter("Times that an operator's call gave the server another target"),
+    "aurora_target_changes": counter("Operator's calls that gave the server another target"),
     "aurora_weights_refused": counter("Published versions that were not loaded, or not swapped in", cause=REFUSALS),
 }
 

@@ -148,7 +148,10 @@ class Outbox:
 
         `target` is a heartbeat's: an item says itself which target it was captured of.
         """
-        fields = item.fields if item else {"draft_version": self._draft_version, "extend_version": 0}
+        if item is None:
+            fields = {"draft_version": self._draft_version, "extend_version": 0}
+        else:
+            fields = item.fields
         with self._lock:
             return wire.Header(
                 schema=wire.SCHEMA_VERSION,

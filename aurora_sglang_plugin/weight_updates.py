@@ -16,7 +16,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-# Methods of SGLang's WeightUpdater that write no weight. Any other one is taken for a write.
+# Methods of SGLang's WeightUpdater that name weights and write none. Others are taken for writes.
 READS = (
     "init_weights_update_group",
     "destroy_weights_update_group",
@@ -38,7 +38,7 @@ class TargetUpdater:
 
     def __getattr__(self, name: str) -> Any:
         member = getattr(self._updater, name)
-        if name in READS or name.startswith("_") or not callable(member):
+        if name in READS or "weight" not in name or not callable(member):
             return member
 
         def write(*args: Any, **kwargs: Any) -> Any:
@@ -97,8 +97,5 @@ class DraftUpdater:
     def _stays(self, *args: Any, **kwargs: Any) -> tuple[bool, str]:
         stays = f"The draft is AURORA's and stays at version {self._version()}"
         if self.alone:
-            return (
-                False,
-                f"{stays}: expected selector target or all. Drafts go to the weights directory.",
-            )
+            return False, f"{stays}: expected selector target or all. Drafts are published instead."
         return True, f"Succeeded to update the target's weights. {stays}."

@@ -162,7 +162,7 @@ def test_tensors_in_a_session(loop, other, expected):
         assert not call(loop, "/update_weights_from_tensor", tensor)[0]  # no session
         assert call(loop, "/begin_weight_update", {"selector": "draft"})[0]
         success, text = call(loop, "/update_weights_from_tensor", {**tensor, "selector": "draft"})
-        assert not success and "weights directory" in text
+        assert not success and "published instead" in text
         assert call(loop, "/end_weight_update")[0]
     for selector in ("all", "target"):
         with unharmed(loop, target_stays=False):
@@ -279,3 +279,23 @@ def test_abort_all_under_load(loop, expected):
     books = loop.quiet()
     assert books["lost"] == books["rejected"] == 0
     assert outputs(loop) == expected
+
+
+def test_a_session_of_turns(loop):
+    """SGLang itself puts the turns before into the prompt; a sample begins where the cache ended."""
+    session = loop.server.post("/open_session", {"capacity_of_str_len": 4000})
+    told, rid = [], None
+    for turn in range(3):
+        new = [(13 * turn + 3 * i) % 450 for i in range(30)]
+        params = {"temperature": 0, "ignore_eos": True, **PARAMS}
+        body = {"input_ids": new, "sampling_params": params, "rid": f"turn-{turn}"}
+        answer = loop.server.post("/generate", body | {"session_params": {"id": session, "rid": rid}})
+        rid = answer["meta_info"]["id"]
+        told += new + answer["output_ids"]
+        (sample,) = loop.taken([rid])[rid]
+        assert sample.start == answer["meta_info"]["cached_tokens"] and (sample.start > 0) is (turn > 0)
+        assert sample.tokens.tolist() == told[sample.start : sample.start + len(sample.tokens)]
+        assert sample.start + len(sample.tokens) == len(told)
+    loop.server.post("/close_session", {"session_id": session})
+    books = loop.quiet()
+    assert books["lost"] == books["rejected"] == 0

@@ -125,4 +125,4 @@ def test_the_draft_stays_whatever_is_called():
         assert success and "version 7" in message
     draft.alone = True
     success, message = draft.load_weights_from_distributed([])
-    assert not success and "selector target or all" in message and "weights directory" in message
+    assert not success and "selector target or all" in message and "published instead" in message
