@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
@@ -23,6 +24,14 @@ logger = logging.getLogger(__name__)
 NAME = "AURORA"
 TESTED = "0.5.23"
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
+# The one attention backend of SGLang that drafts on the CPU.
+DRAFTS_ON_CPU = "intel_amx"
+# Environment variables of SGLang for benchmarks: accepted tokens, or the experts that are asked, are made up.
+MADE_UP = (
+    "SGLANG_SIMULATE_ACC_LEN",
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS",
+    "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS",
+)
 PREDICATES = ("is_", "supports_", "has_", "need_", "carries_")
 
 
@@ -53,6 +62,8 @@ class AuroraAlgorithm(CustomSpecAlgo):
                 "`aurora-trainer init-draft` makes an untrained one for any target."
             )
         record = _record(server_args)
+        check_options(server_args)
+        check_cpu(server_args)
         if _has_dp_attention(record):
             raise ValueError(
                 "AURORA captures on the first rank of a tensor-parallel group; with attention data parallelism each "
@@ -82,6 +93,47 @@ def check_sglang_version(installed: str) -> None:
         raise ValueError(f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}")
     if installed != TESTED:
         logger.warning("aurora is tested with SGLang %s, this server runs %s", TESTED, installed)
+
+
+def check_options(server_args: Any) -> None:
+    """Raises ValueError for options under which a draft cannot be swapped, or would learn wrong."""
+    quantization = server_args.speculative_draft_model_quantization
+    if quantization is not None:
+        raise ValueError(
+            "AURORA swaps the weights of a draft that is not quantized; SGLang would quantize it by "
+            f"{quantization} (--quantization is for the draft as well): "
+            "add --speculative-draft-model-quantization unquant"
+        )
+    if server_args.speculative_draft_window_size is not None:
+        raise ValueError(
+            "AURORA's trainer lets the draft attend to all tokens; "
+            "start without --speculative-draft-window-size"
+        )
+    made_up = [name for name in MADE_UP if float(getattr(envs, name).get() or 0) > 0]
+    made_up += ["--load-format dummy"] * (server_args.load_format == "dummy")
+    if made_up:
+        raise ValueError(
+            f"{made_up[0]} makes up what the target says, and AURORA would learn it: "
+            "start without it, or measure with --speculative-algorithm EAGLE3"
+        )
+
+
+def check_cpu(server_args: Any) -> None:
+    """Raises ValueError for an attention backend that cannot draft on the CPU, at the first step."""
+    if server_args.device != "cpu":
+        return
+    base = server_args.attention_backend
+    backends = {
+        "--prefill-attention-backend": server_args.prefill_attention_backend or base,
+        "--decode-attention-backend": server_args.decode_attention_backend or base,
+        "--speculative-draft-attention-backend": server_args.speculative_draft_attention_backend,
+    }
+    for option, backend in backends.items():
+        if backend not in (None, DRAFTS_ON_CPU):
+            raise ValueError(
+                f"attention backend {backend} cannot draft on the CPU; expected {DRAFTS_ON_CPU}: "
+                f"start without {option} (or --attention-backend) {backend}"
+            )
 
 
 def check_dtype(requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +21,7 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 from aurora_sglang_plugin.acceptance import Acceptance
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.families import Tally
+from aurora_sglang_plugin.left_out import why_left_out
 from aurora_sglang_plugin.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.transfer import HostTensors, PinnedSlots
 from aurora_sglang_plugin.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
@@ -30,14 +31,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# sampling_params.custom_params of a request
-OPT_OUT = "aurora_capture"  # false: nothing of it leaves the server
-DOMAIN_LABEL = "aurora_domain"  # wire.DOMAIN: a label that travels with it, for `aurora-trainer eval`
+# A key of sampling_params.custom_params: a label of wire.DOMAIN's form, that travels along.
+DOMAIN_LABEL = "aurora_domain"
 
 KINDS = ("prefill", "verify", "end")
 SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # buckets
-
-HEALTH_CHECK = "HEALTH_CHECK"  # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX)
 
 
 class Capture:
@@ -68,20 +66,19 @@ class Capture:
         self.acceptance = Acceptance(num_steps)
         self.errors = 0
         self.prompt_tokens_skipped = 0  # beyond max_prompt_features
+        self.left_out: Counter[str] = Counter()  # requests by cause (left_out.py)
         self._seconds = 0.0  # for the message that is being made
         self._size = 0  # B of the verify step that is running
         self._rows: list[int] = []  # of the verify step that is running: which of its requests are sampled
         self._index: torch.Tensor | None = None  # the same on the device
 
     def sampled(self, req: Any) -> bool:
-        """By a hash of the request id: a request's steps are taken all or not at all, on every rank alike."""
-        custom = req.sampling_params.custom_params
-        if custom is not None and custom.get(OPT_OUT) is False:
-            return False
-        if req.rid.startswith(HEALTH_CHECK):
-            return False
-        rate = self.config.sample_rate
-        return rate >= 1.0 or zlib.crc32(req.rid.encode()) < rate * 2**32
+        """Whether this request is captured. Decided and counted once: all of its steps, or none."""
+        if not hasattr(req, "aurora_left_out"):
+            req.aurora_left_out = cause = why_left_out(req, self.config.sample_rate)
+            if cause is not None:
+                self.left_out[cause] += 1
+        return req.aurora_left_out is None
 
     def prefill(self, batch: Any, input_ids: torch.Tensor, result: Any, version: int) -> None:
         """After the draft's extend, which leaves the ids rotated left by one in batch.input_ids."""

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 from aurora_sglang_plugin.acceptance import ROLES, accepted, mean_length
 from aurora_sglang_plugin.capture import KINDS, SECONDS
 from aurora_sglang_plugin.families import Exported, Family, counter, gauge, histogram
+from aurora_sglang_plugin.left_out import CAUSES
 from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.capture import Capture
-    from aurora_sglang_plugin.reload import Reloader
+    from aurora_sglang_plugin.left_out import CAUSES
+from aurora_sglang_plugin.reload import Reloader
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ OF_RANK: dict[str, Family] = {
     "aurora_freshness_seconds": histogram(
         "At each swap: age of the newest verify step that the new weights were trained on", FRESHNESS_S
     ),
+    "aurora_target_changes": counter("Operator's calls that gave the server another target"),
     "aurora_weights_refused": counter("Published versions that were not loaded, or not swapped in", cause=REFUSALS),
 }
 
@@ -68,6 +71,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
         ),
         "aurora_capture_errors": counter("Steps whose capture failed; they were served as usual"),
+        "aurora_left_out_requests": counter("Requests that are not captured, by why", cause=CAUSES),
         "aurora_skipped_prompt_tokens": counter("Prompt tokens left out by plugin.capture.max_prompt_features"),
         "aurora_accept_length_tokens": histogram(
             "Tokens committed by a verify step of a captured request, bonus included", range(1, num_steps + 2)
@@ -133,6 +137,7 @@ class ServerMetrics:
         exported.load("aurora_swap_stall_seconds", reloader.stalls)
         exported.load("aurora_swap_seconds", reloader.durations)
         exported.load("aurora_freshness_seconds", reloader.freshness)
+        exported.count_to("aurora_target_changes", swaps["target_changes"])
         refused = {n.removeprefix("refused_"): count for n, count in swaps.items() if n.startswith("refused_")}
         exported.count_to("aurora_weights_refused", refused)
 
@@ -150,6 +155,7 @@ class ServerMetrics:
         for kind, tally in capture.seconds.items():
             exported.load("aurora_capture_seconds", tally, kind)
         exported.count_to("aurora_capture_errors", capture.errors)
+        exported.count_to("aurora_left_out_requests", dict(capture.left_out))
         exported.count_to("aurora_skipped_prompt_tokens", capture.prompt_tokens_skipped)
 
     def _refresh_acceptance(self) -> None:

@@ -144,7 +144,14 @@ class Outbox:
                 self._drop("closed")
 
     def header(self, item: Item | None, epoch: str, target: str) -> wire.Header:
-        """The header of `item`, or of a heartbeat (None), with the books as they will be once it is sent."""
+        """The header of `item`, or of a heartbeat (None), with the books as they will be once sent.
+
+        `target` is a heartbeat's: an item says itself which target it was captured of.
+        """
+        if item is None:
+            fields = {"draft_version": self._draft_version, "extend_version": 0}
+        else:
+            fields = item.fields
         with self._lock:
             return wire.Header(
                 schema=wire.SCHEMA_VERSION,
@@ -155,9 +162,8 @@ class Outbox:
                 heartbeats=self._heartbeats + (item is None),
                 dropped=dict(self._dropped),
                 queued=len(self._queue),
-                target=target,
                 time_ns=item.time_ns if item else time.time_ns(),
-                **(item.fields if item else {"draft_version": self._draft_version, "extend_version": 0}),
+                **({"target": target} | fields),
             )
 
     def counters(self) -> dict:

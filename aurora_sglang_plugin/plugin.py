@@ -38,6 +38,8 @@ def _register() -> None:
             from aurora_sglang_plugin.cpu_engine import packed
 
             packed.register(HookRegistry, HookType)
+        name = "sglang.srt.mem_cache.allocation.get_last_loc"
+        HookRegistry.register(name, _last_loc, HookType.REPLACE)
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 
@@ -48,6 +50,13 @@ def _keep_the_attention_backend_that_drafts() -> None:
     from sglang.srt.runtime_context import override_platform
 
     override_platform(has_amx=True).install()
+
+
+def _last_loc(*args: Any) -> Any:
+    """What SGLang does for two backends only, in place of a Triton kernel: pages of KV need it."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(*args)
 
 
 def _on_release(req: Any, *args: Any, **kwargs: Any) -> None:

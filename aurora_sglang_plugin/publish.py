@@ -82,6 +82,7 @@ class Publisher:
         copy and released when ZeroMQ is done with them.
         """
         fields = {
+            "target": self._target,
             "requests": list(requests),
             "flags": list(flags),
             "reasons": list(reasons),
@@ -94,6 +95,10 @@ class Publisher:
         }
         if self._outbox.put(kind, snapshot, fields):
             self._wake.set()
+
+    def retarget(self, target: str) -> None:
+        """The server has another target: what is captured from here on says so."""
+        self._target = target
 
     def drop(self, cause: str) -> None:
         """Count a message that was due and could not even be offered, e.g. drop("no_slot")."""

@@ -74,9 +74,13 @@ class Reloader:
         self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
         # Made now, not at the first swap: memory that is missing must be missed before anything is served.
         with torch.inference_mode(False):
-            self._previous = [torch.empty_like(live.data) for live, _ in self._pairs]
-            self._previous_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
+            self._previous = [live.data.clone() for live, _ in self._pairs]
+            self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
+        # Which versions the two copies hold whole, for `restore`; None while the twin is filled.
+        self._in_previous, self._in_twin = 0, None
         self._failed = 0  # swaps that raised
+        self._target = target
+        self.target_changes = 0
         self._state = FREE
         self._handoff = threading.Lock()  # held for a comparison and an assignment, never for a copy
         self._staged_version = 0
@@ -148,6 +152,9 @@ class Reloader:
             return None
         started = time.perf_counter()
         manifest, noticed_at = self._staged
+        if manifest.target != self._target:  # it was staged for the target before this one
+            self._hand_over(APPLYING, FREE)
+            return None
         if self._stream:
             torch.cuda.current_stream().wait_event(self._staged_event)
         live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
@@ -160,6 +167,7 @@ class Reloader:
         if self._stream:
             self._applied_event.record()
         self.previous_version, self.version = self.version, self._staged_version
+        self._in_previous = self.previous_version
         self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._measure(started)
@@ -174,10 +182,7 @@ class Reloader:
         if self.previous_version is None:
             return None
         started = time.perf_counter()
-        torch._foreach_copy_([p.data for p, _ in self._pairs], self._previous)
-        self._count_write()
-        if self._hot is not None:
-            self._hot.copy_(self._previous_hot)
+        self._put_back(self._previous, self._previous_hot)
         self.version, self.previous_version = self.previous_version, None
         self.created_unix_s = self._previous_created
         self._measure(started)
@@ -187,10 +192,43 @@ class Reloader:
         """Writes through .data do not count a parameter's version up, by which copies of it are known to be old."""
         torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
+    def retarget(self, target: str) -> None:
+        """On the scheduler thread: the server has another target. What drafts stays; what is staged for
+        another target is not swapped in, and what was refused is looked at again."""
+        self._target = target
+        self.target_changes += 1
+        self._watcher.look_again(self.version, target)
+
+    def restore(self) -> None:
+        """On the scheduler thread, after something else may have written the draft: put back what drafts.
+
+        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read again.
+        """
+        if self._in_previous == self.version:
+            return self._put_back(self._previous, self._previous_hot)
+        if self._hand_over(FREE, APPLYING):
+            whole = self._in_twin == self.version
+            if whole:
+                self._put_back([t.data for _, t in self._pairs], self._staged_hot)
+            if self._stream:
+                self._applied_event.record()
+            self._hand_over(APPLYING, FREE)
+            if whole:
+                return
+        log.warning("draft may not be version=%d until the next swap", self.version)
+        self._watcher.look_again(0)
+
+    def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:
+        torch._foreach_copy_([live.data for live, _ in self._pairs], copies)
+        self._count_write()
+        if self._hot is not None:
+            self._hot.copy_(hot)
+
     def stage(self, weights: Weights) -> bool:
         """On the watcher thread: fill the twin. Returns False while a swap still reads it. Raises ManifestError."""
         if not (self._hand_over(FREE, STAGING) or self._hand_over(READY, STAGING)):
             return False
+        self._in_twin = None
         try:
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 self._fill(weights)
@@ -198,6 +236,7 @@ class Reloader:
             self._state = FREE
             raise
         self._staged_version, self._staged = weights.manifest.version, (weights.manifest, weights.noticed_at)
+        self._in_twin = self._staged_version
         self._state = READY
         return True
 
@@ -208,6 +247,7 @@ class Reloader:
             "swaps": self.swaps,
             "swap_seconds_sum": self.swap_seconds_sum,
             "swap_seconds_max": self.swap_seconds_max,
+            "target_changes": self.target_changes,
             **{f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())},
             **({"refused_swap": self._failed} if self._failed else {}),
         }

@@ -2,9 +2,10 @@
 
     CURRENT -> read_manifest -> check_manifest (target, names, shapes, dtypes) -> read_tensors (hashes, values) -> stage
 
-All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and tried again only
-when CURRENT names another; only `missing` (a race with the trainer's clean-up, or a slow network file system) is tried
-again at the next poll. A version that a server rolled back (REJECTED) gives way to its parent. This module imports
+All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
+tried again only when CURRENT names another or the server's target changes; only `missing` (a race with
+the trainer's clean-up, or a slow network file system) is tried again at the next poll. A version that
+a server rolled back (REJECTED) gives way to its parent, also while it drafts. This module imports
 neither torch nor sglang.
 """
 
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy as np
 from aurora_sglang_plugin.draft_check import LEGACY_NAMES
 from aurora_sglang_plugin.manifest import (
     CURRENT,
+    REJECTED,
     Manifest,
     ManifestError,
     current_version,
@@ -136,7 +138,10 @@ class Watcher:
         self.stage = stage
         self.failures: Counter[str] = Counter()  # by cause, one per version (a cause `missing`: one per try)
         self.seen_version = 0  # the newest version that needs no further attention: staged, or refused
-        self._seen_stat: tuple[int, int, int] | None = None
+        self._seen_stats: tuple | None = None  # of CURRENT and REJECTED, by `_identity`
+        # What `look_again` was last told, and what of it was heeded: a new tuple each time.
+        self._asked: tuple[int] | None = None
+        self._heeded: tuple[int] | None = None
         self._logged: tuple[int, str] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aurora-watch", daemon=True)
@@ -149,6 +154,15 @@ class Watcher:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
+    def look_again(self, version: int, target: str | None = None) -> None:
+        """From another thread: at the next poll read what CURRENT names, unless it is `version`.
+
+        `target`: from now on versions must be made for this one.
+        """
+        if target is not None:
+            self.expected = replace(self.expected, target=target)
+        self._asked = (version,)
+
     def _run(self) -> None:
         while not self._stop.wait(self.poll_s):
             self.poll()
@@ -156,23 +170,22 @@ class Watcher:
     def poll(self) -> None:
         """Look once. Never raises: this is the serving boundary, a bad file must not end the server's thread."""
         version = 0
+        if (asked := self._asked) is not self._heeded:
+            self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
         try:
-            stat = os.stat(self.directory / CURRENT)
-            identity = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            if identity == self._seen_stat:
-                return
+            stats = (_identity(self.directory / CURRENT), _identity(self.directory / REJECTED))
+            if stats[0] is None or stats == self._seen_stats:
+                return  # nothing was published yet, or nothing is new
             version = self._wanted()
             done = version in (0, self.seen_version) or self.stage(
                 read_weights(self.directory / version_name(version), self.expected)
             )
             if done:
-                self.seen_version, self._seen_stat = version, identity
-        except FileNotFoundError:
-            return  # nothing was published yet
+                self.seen_version, self._seen_stats = version, stats
         except ManifestError as error:
             self._fail(version, error.cause, error)
             if error.cause != "missing":
-                self.seen_version, self._seen_stat = version, identity
+                self.seen_version, self._seen_stats = version, stats
         except Exception as error:
             self._fail(version, "stage", error)
             self.seen_version = version
@@ -194,6 +207,15 @@ class Watcher:
         if self._logged != (version, cause):
             self._logged = (version, cause)
             log.warning("weights refused version=%d cause=%s error=%s", version, cause, error)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Differs whenever a file was replaced or appended to; None if there is no file."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _parse_safetensors(data: bytes, manifest: Manifest) -> dict[str, tuple[str, np.ndarray]]:

@@ -30,6 +30,7 @@ import numpy as np
 SCHEMA_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
+MAX_REQUEST_ID_CHARS = 1024
 
 # dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its bits.
 DTYPES = {
@@ -166,7 +167,7 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
     spec = FRAMES[header.kind]
     if [f.name for f in header.frames] != list(spec) or len(parts) != len(spec) + 1:
         raise WireError("frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}")
-    if not 0 < len(header.epoch) <= 64 or any(len(r) > 1024 for r in header.requests):
+    if not 0 < len(header.epoch) <= 64 or not all(map(request_id_fits, header.requests)):
         raise WireError("header", "epoch or request id of an unexpected length")
     sizes = {"B": len(header.requests)}
     arrays = {}
@@ -184,6 +185,14 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
     message = Message(header, arrays)
     _check_values(message, sizes)
     return message
+
+
+def request_id_fits(rid: object) -> bool:
+    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters."""
+    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_CHARS:
+        return False
+    # JSON can hold half of a UTF-16 pair, which has no UTF-8: the encoder would raise.
+    return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
 
 
 def _check_values(message: Message, sizes: dict[str, int]) -> None:

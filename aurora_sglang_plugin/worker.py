@@ -12,10 +12,12 @@ One decode step, in SGLang's order, with ours marked:
 from __future__ import annotations
 
 import logging
+import secrets
 from typing import Any
 
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.mem_cache import common
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
@@ -26,8 +28,12 @@ from aurora_sglang_plugin.metrics import ServerMetrics
 from aurora_sglang_plugin.publish import Publisher
 from aurora_sglang_plugin.reload import Reloader
 from aurora_sglang_plugin.twin import hold_room
+from aurora_sglang_plugin.weight_updates import DraftUpdater, TargetUpdater
 
 logger = logging.getLogger(__name__)
+
+# Who hands an operator's calls to the model runners.
+UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 _capture: Capture | None = None  # of this process; the release hook has no other way to find it
 
@@ -43,6 +49,7 @@ class AuroraWorker(EAGLEWorkerV2):
 
     capture: Capture | None = None  # on the first tensor-parallel rank
     reloader: Reloader | None = None  # once attached
+    target = ""  # fingerprint of the target as it is now
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,7 +64,8 @@ class AuroraWorker(EAGLEWorkerV2):
     def _attach(self) -> None:
         global _capture
         config = load_server_config()
-        target = target_fingerprint(self.server_args.model_path, self.server_args.revision)
+        args = self.server_args
+        target = self.target = target_fingerprint(args.model_path, args.revision)
         draft = self._draft_worker
         if draft is None:  # a pipeline stage that hosts no draft verifies nothing
             return
@@ -79,6 +87,7 @@ class AuroraWorker(EAGLEWorkerV2):
                 rejection=bool(self.server_args.speculative_use_rejection_sampling),
             )
             _capture = self.capture
+        self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
         ServerMetrics(self.capture, self.reloader, self._mode, **ranks).start()
         logger.info(
@@ -89,6 +98,60 @@ class AuroraWorker(EAGLEWorkerV2):
             self.reloader.version,
             target,
         )
+
+    def _keep_the_draft(self, draft: Any) -> None:
+        """Weight updates of the operator reach the target alone, and Aurora hears of them."""
+        target = self.target_worker.model_runner
+        if not hasattr(target, "weight_updater"):
+            logger.warning("aurora cannot keep weight updates from its draft in this SGLang: make none")
+            return
+        target.weight_updater = TargetUpdater(target.weight_updater, self._target_changed)
+        draft.weight_updater = updater = DraftUpdater(lambda: self.reloader.version)
+
+        def selected(runners: Any, manager: Any, selector: str = "all") -> None:
+            updater.alone = selector == "draft"
+
+        def checked(answer: Any, manager: Any, request: Any) -> None:
+            if request.action == "reset_tensors":
+                # The draft holds the target's embedding: whichever was reset, the target was.
+                self._target_changed(None)
+                self.reloader.restore()
+
+        def resumed(answer: Any, manager: Any, request: Any) -> None:
+            if request.tags and "weights" not in request.tags:
+                return
+            # Memory that was given back comes back without its contents, unless a copy was kept.
+            args = self.server_args
+            if args.enable_memory_saver and not args.enable_weights_cpu_backup:
+                self._target_changed(None)
+            self.reloader.restore()
+
+        HookRegistry.register(f"{UPDATES}._select_runners", selected, HookType.AFTER)
+        HookRegistry.register(f"{UPDATES}.check_weights", checked, HookType.AFTER)
+        HookRegistry.register(f"{UPDATES}.resume_memory_occupation", resumed, HookType.AFTER)
+        HookRegistry.apply_hooks()
+
+    def _target_changed(self, directory: str | None) -> None:
+        """The target's weights are those of `directory` now; None: of no files, like nobody else's."""
+        target = secrets.token_hex(16)
+        if directory is not None:
+            try:
+                args = self.server_args
+                revision = args.revision if directory == args.model_path else None
+                target = target_fingerprint(directory, revision)
+            except ValueError as error:
+                logger.error("aurora cannot tell which target it has error=%s", error)
+        if target == self.target:
+            return
+        self.target = target
+        self.reloader.retarget(target)
+        if self.capture is not None:
+            self.capture.publisher.retarget(target)
+        logger.warning(
+            "aurora target changed target=%s weights=%s draft_version=%d: "
+            "only a trainer of this target learns from here on, and only its versions are loaded",
+            target, directory, self.reloader.version,
+        )  # fmt: skip
 
     def _mode(self) -> str:
         return "live" if self.speculative_num_steps else "shadow"

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,55 @@ def test_draft_and_target_run_in_one_dtype(algorithm, requested, draft, target, 
         return algorithm.check_dtype(requested, *configs)
     with pytest.raises(ValueError, match=f"--dtype {target}"):
         algorithm.check_dtype(requested, *configs)
+
+
+# What SGLang makes of a command line, in a process of its own: resolving leaves its traces.
+RESOLVE = """
+import json, os, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+for line in json.loads(sys.argv[1]):
+    made_up = [word for word in line if word.startswith("SGLANG_")]
+    os.environ |= dict(word.split("=") for word in made_up)
+    try:
+        prepare_server_args([word for word in line if word not in made_up]).resolve_once()
+        print("RESULT")
+    except ValueError as error:
+        print("RESULT", str(error).replace(chr(10), " "))
+    for word in made_up:
+        del os.environ[word.split("=")[0]]
+"""
+UNQUANT = "add --speculative-draft-model-quantization unquant"
+OPTIONS = {
+    "": "",
+    "--quantization fp8": UNQUANT,
+    "--speculative-draft-model-quantization fp8": UNQUANT,
+    "--quantization fp8 --speculative-draft-model-quantization unquant": "",
+    "--quantization unquant": "",
+    "--speculative-draft-window-size 64": "start without --speculative-draft-window-size",
+    "--load-format dummy": "--load-format dummy makes up",
+    "SGLANG_SIMULATE_ACC_LEN=2.5": "SGLANG_SIMULATE_ACC_LEN makes up",
+    "SGLANG_SIMULATE_UNIFORM_EXPERTS=1": "SGLANG_SIMULATE_UNIFORM_EXPERTS makes up",
+    "SGLANG_SIMULATE_ACC_LEN=-1": "",
+    "--attention-backend torch_native": "torch_native cannot draft on the CPU; expected intel_amx",
+    "--decode-attention-backend triton": "start without --decode-attention-backend",
+    "--speculative-draft-attention-backend triton": "start without --speculative-draft-attention",
+    "--attention-backend intel_amx --page-size 16": "",
+}
+
+
+def test_options_that_aurora_cannot_serve_are_refused_with_their_remedy(draft, target):
+    """Before anything is loaded; the draft inherits the target's quantization unless it is told not to."""
+    line = f"--model-path {target} --device cpu --dtype bfloat16 --speculative-algorithm AURORA "
+    line += f"--speculative-draft-model-path {draft()} --speculative-num-steps 2 --speculative-eagle-topk 1"
+    lines = [f"{line} {more}".split() for more in OPTIONS]
+    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
+    command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found = [text.removeprefix("RESULT") for text in done.stdout.splitlines() if "RESULT" in text]
+    for option, says, text in zip(OPTIONS, OPTIONS.values(), found, strict=True):
+        assert (says in text if says else not text), (option, text)
 
 
 @pytest.mark.parametrize(

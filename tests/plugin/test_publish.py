@@ -122,6 +122,17 @@ def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
     assert [m.header.queued for m in got] == list(range(9, -1, -1))
 
 
+def test_a_message_says_which_target_it_was_captured_of(publish, pull):
+    publisher = publish()
+    offer(publisher, 1)
+    publisher.retarget("another")
+    offer(publisher, 2)
+    puller = pull()
+    got = [receive(puller).header for _ in range(3)]
+    assert [h.target for h in got if h.kind == "end"] == ["target", "another"]
+    assert got[-1].kind == "heartbeat" and got[-1].target == "another"
+
+
 def test_messages_that_wait_give_back_what_is_scarce_once(publish, pull):
     publisher = publish()
     snapshots = [End(value) for value in range(20)]

@@ -330,3 +330,81 @@ def test_an_operator_takes_a_version_back(site):
     assert site.step() == 1
     site.assert_whole(1)
     assert site.reloader.counters()["refused_rejected"] == 1
+
+
+# What an operator's calls do to a draft
+
+
+def spoil(site):
+    for name, p in site.model.named_parameters():
+        if "embed_tokens" not in name:
+            p.data.fill_(-9.0)
+    site.hot.fill_(-9)
+
+
+def test_what_drafts_is_put_back(site):
+    """The draft that the server began with, a version, and what a rollback left: each from the copy that holds it."""
+    initial = {n: p.detach().clone() for n, p in site.model.named_parameters()}
+    spoil(site)
+    site.reloader.restore()
+    assert all(torch.equal(p, initial[n]) for n, p in site.model.named_parameters())
+    assert torch.equal(site.hot, torch.arange(VD))
+    for seed in (1, 2):
+        site.publish(checkpoint(seed))
+        assert site.step() == seed
+        spoil(site)
+        site.reloader.restore()
+        site.assert_whole(seed)
+    site.reloader.rollback()
+    spoil(site)
+    site.reloader.restore()
+    site.assert_whole(1)
+    assert site.reloader.counters()["swaps"] == 3
+
+
+def test_what_no_copy_holds_is_read_again(site):
+    """The twin was given a version that failed, and CURRENT names the one that drafts again."""
+    site.publish(checkpoint(1))
+    site.publish(checkpoint(2))
+    site.step()
+    site.reloader._in_twin = None  # as a staging that failed leaves it
+    spoil(site)
+    site.reloader.restore()
+    assert site.step() == 2
+    site.assert_whole(2)
+
+
+def test_another_target(site):
+    """A version that was staged for the old target is not swapped in, one that was refused is looked at again."""
+    site.publish(checkpoint(1))
+    site.step()
+    site.publish(checkpoint(2))
+    site.reloader._watcher.poll()  # staged, not yet swapped
+    site.reloader.retarget("e" * 32)
+    assert site.reloader.apply_pending() is None and site.reloader.version == 1
+    site.assert_whole(1)
+    assert site.step() is None and site.reloader._watcher.failures == {"target": 1}
+    site.publish(checkpoint(3), target="e" * 32)
+    assert site.step() == 3
+    site.publish(checkpoint(4))
+    assert site.step() is None
+    site.reloader.retarget(TARGET)
+    assert site.step() == 4
+    site.assert_whole(4)
+    assert site.reloader.counters()["target_changes"] == 2
+    assert site.step() is None
+
+
+def test_a_rejection_by_another_server_is_heeded_while_the_version_drafts(site):
+    for seed in (1, 2):
+        site.publish(checkpoint(seed))
+        site.step()
+    manifest = json.loads((site.directory / version_name(2) / "manifest.json").read_text())
+    (site.directory / version_name(2) / "manifest.json").write_text(json.dumps(manifest | {"parent": 1}))
+    assert site.step() is None
+    with open(site.directory / "REJECTED", "a") as file:
+        file.write('{"version": 2}\n')
+    assert site.step() == 1
+    site.assert_whole(1)
+    site.publish(checkpoint(3))
+    assert site.step() == 3

@@ -27,7 +27,8 @@ from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
 from aurora_sglang_plugin.snapshot import End
 
 rank = int(sys.argv[1])
-counts = {"draft_version": 3, "swaps": 2 + rank, "refused_hash": 1, "refused_swap": rank, "refused_new_cause": 4}
+counts = {"draft_version": 3, "swaps": 2 + rank, "target_changes": 1}
+counts |= {"refused_hash": 1, "refused_swap": rank, "refused_new_cause": 4}
 reloader = SimpleNamespace(
     counters=lambda: counts, created_unix_s=0.0, stalls=Tally(STALL_S), durations=Tally(SWAP_S),
     freshness=Tally(FRESHNESS_S),
