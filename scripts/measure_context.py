@@ -202,9 +202,13 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
         "generated_mean": float(np.mean([len(s.tokens) - s.prompt_len for s in judged])),
         "accept_length": {name: round(accept_length(scores), 4) for name, scores in walked.items()},
         "minus_the_first_and_its_standard_error": {
-            name: [round(x, 4) for x in difference(scores, base)] for name, scores in walked.items() if scores is not base
+            name: [round(x, 4) for x in difference(scores, base)]
+            for name, scores in walked.items()
+            if scores is not base
         },
-        "first_token_agreement_by_position": {name: by_position(d, judged, config) for name, d in drafts.items()},
+        "first_token_agreement_by_position": {
+            name: by_position(d, judged, config) for name, d in drafts.items()
+        },
     }
 
 
