@@ -130,6 +130,7 @@ def test_end_of_text(chain, stream, reference):
     reference.check_sample(sample, known(prompt, answer), judged=edited(sample, params))
 
 
+END_OF_TEXT = 0
 NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
@@ -154,6 +155,8 @@ def edited(sample, params):
             row.copy_(torch.where(row < 0, row * scale, row / scale))
             for token, bias in params.get("logit_bias", {}).items():
                 row[int(token)] += bias
+            if tree + 1 < params.get("min_new_tokens", 0):  # one for each step
+                row[END_OF_TEXT] = -torch.inf
         return logits
 
     return judged
@@ -178,7 +181,10 @@ def test_the_target_of_a_row_is_the_distribution_that_judged_it(name, request, s
     for prompt, answer, kind in zip(batch, answers, kinds):
         (sample,) = loop.taken([answer["rid"]])[answer["rid"]]
         tokens = known(prompt, answer)
-        reference.check_sample(sample, tokens, judged=edited(sample, kind))
+        try:
+            reference.check_sample(sample, tokens, judged=edited(sample, kind))
+        except AssertionError as error:
+            raise AssertionError(f"{kind} start {sample.start} of {len(prompt)}: {error}") from None
         assert not sample.node_altered.any()
         if any(kind.get(name, neutral) != neutral for name, neutral in NEUTRAL.items()):
             with pytest.raises(AssertionError, match="off by"):
