@@ -96,7 +96,7 @@ def chat(
             number,
             prompt.domain,
             about["output_ids"][0],
-            _accept_length(about["spec_tokens_details"] or {}),
+            _accept_length(about.get("spec_tokens_details") or {}),
         )
 
     return _concurrently(ask, len(prompts), concurrency, None)
