@@ -102,9 +102,7 @@ def chat(
     return _concurrently(ask, len(prompts), concurrency, None)
 
 
-def tokens_per_s(
-    replies: Sequence[Reply], last: int | None = None, concurrency: int = CLIENTS
-) -> float:
+def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = None) -> float:
     """Of all requests, or of the `last` ones, while every client was busy, so that passes of any
     length compare: from the finish of the first few requests to that of the last few, `concurrency`
     of each (of all, where they are few)."""
