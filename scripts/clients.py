@@ -96,15 +96,13 @@ def chat(
             number,
             prompt.domain,
             about["output_ids"][0],
-            _accept_length(about["spec_tokens_details"] or {}),
+            _accept_length(about.get("spec_tokens_details") or {}),
         )
 
     return _concurrently(ask, len(prompts), concurrency, None)
 
 
-def tokens_per_s(
-    replies: Sequence[Reply], last: int | None = None, concurrency: int = CLIENTS
-) -> float:
+def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = None) -> float:
     """Of all requests, or of the `last` ones, while every client was busy, so that passes of any
     length compare: from the finish of the first few requests to that of the last few, `concurrency`
     of each (of all, where they are few)."""

@@ -31,11 +31,19 @@ lr = 3e-4
 every_s = 10.0
 """
 
-# bfloat16 products are several times as fast as float32 ones on a CPU that has them. The share is
-# of the memory that is free at the start, and an upper bound: the KV cache has a size of its own.
-CPU_ARGS = ["--dtype", "bfloat16", "--mem-fraction-static", "0.8"]
-# The second thread gains on matrices of this size; one that spins would take the trainer's core.
-CPU_ENV = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "AURORA_CPU_PACK": "1"}
+# A share of the memory that is free at the start, and an upper bound: the KV cache has a size of its
+# own. bfloat16 products are several times as fast as float32 ones on a CPU that has them.
+CPU_ARGS = ["--mem-fraction-static", "0.8", "--dtype", "bfloat16"]
+CPU_ENV = {
+    # The second thread gains on matrices of this size; one that spins would take the trainer's core.
+    "OMP_NUM_THREADS": "2",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "AURORA_CPU_PACK": "1",
+    # A step's logits take 40 MB: pages that were given back to the system cost more than their use.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def main(options: argparse.Namespace, home: Path) -> None:
@@ -56,21 +64,23 @@ def main(options: argparse.Namespace, home: Path) -> None:
     on_gpu = has_gpu()
     config = write_config(home, target, draft, LEARNING.format(device="cuda" if on_gpu else "cpu"))
     servers = {} if on_gpu else dict(args=CPU_ARGS, env=CPU_ENV)
-    site = Site(options.model, home, target, draft, config, NUM_STEPS, **servers)
-    sampling = dict(tokens=options.max_tokens, greedy=options.greedy)
+    site = Site(
+        options.model, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers
+    )
+    traffic = dict(tokens=options.max_tokens, greedy=options.greedy, concurrency=options.clients)
 
     print(
         f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True
     )
-    live = site.live(lambda server: chat(server, prompts, **sampling), str(len(prompts)))
+    live = site.live(lambda server: chat(server, prompts, **traffic), str(len(prompts)))
     every, frozen, plain = options.frozen_every, None, None
     if not options.no_frozen:
         some = prompts[::every]
         which = f"{len(some)} of the same requests"
         print(f"\nfrozen: {which}, the initial draft, no trainer", flush=True)
-        frozen = site.frozen(lambda server: chat(server, some, **sampling), str(len(some)))
+        frozen = site.frozen(lambda server: chat(server, some, **traffic), str(len(some)))
         print(f"\nplain: {which}, no speculation", flush=True)
-        plain = site.plain(lambda server: chat(server, some, **sampling), str(len(some)))
+        plain = site.plain(lambda server: chat(server, some, **traffic), str(len(some)))
     how = "greedy" if options.greedy else "the server's defaults"
     report(
         site,
@@ -146,7 +156,8 @@ def arguments() -> argparse.Namespace:
         "--prompts", type=Path,
         help="JSON objects with text and perhaps domain, or a prompt a line; default: about Python",
     )  # fmt: skip
-    parser.add_argument("--requests", type=int, default=250, help="of the live pass, 8 at a time")
+    parser.add_argument("--requests", type=int, default=250, help="of the live pass")
+    parser.add_argument("--clients", type=int, default=8, help="requests at a time")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")
     parser.add_argument(
         "--greedy",

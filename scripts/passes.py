@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from children import Trainer
-from clients import Reply, tokens_per_s
+from clients import CLIENTS, Reply, tokens_per_s
 from serve import Server, free_port
 
 WINDOW = 40  # requests in a mean
@@ -69,6 +69,7 @@ class Site:
     num_steps: int
     args: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
+    clients: int = CLIENTS
 
     def live(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """AURORA with the trainer. `of`: how much traffic there will be, in words."""
@@ -77,17 +78,17 @@ class Site:
             self._server("live", {"AURORA_CONFIG": str(self.config)}) as server,
         ):
             replies = _while_alive(trainer, traffic(server))
-            return Pass(server.log, of, self.home / STATUS).follow(replies)
+            return Pass(server.log, of, self.clients, self.home / STATUS).follow(replies)
 
     def frozen(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """AURORA with the initial draft, which captures and swaps nothing."""
         with self._server("frozen", {"AURORA_SET": FROZEN_SET}) as server:
-            return Pass(server.log, of).follow(traffic(server))
+            return Pass(server.log, of, self.clients).follow(traffic(server))
 
     def plain(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """The target without speculation."""
         with self._server("plain", None) as server:
-            return Pass(server.log, of).follow(traffic(server))
+            return Pass(server.log, of, self.clients).follow(traffic(server))
 
     def _server(self, name: str, aurora: dict[str, str] | None) -> Server:
         drafts = (
@@ -109,12 +110,12 @@ class Site:
 class Pass:
     """The replies of a pass, the swaps between them (from the server's log), a line of progress."""
 
-    def __init__(self, server_log: Path, of: str, status_file: Path | None = None):
+    def __init__(self, server_log: Path, of: str, clients: int, status_file: Path | None = None):
         self.replies: list[Reply] = []
         self.swaps: list[int] = []  # requests done at each
         self.version = self.tokens = 0
         self._log, self._read = server_log, 0
-        self._of, self._status_file = of, status_file
+        self._of, self._clients, self._status_file = of, clients, status_file
         self._began = self._shown = time.monotonic()
 
     def follow(self, replies: Iterable[Reply]) -> Pass:
@@ -141,7 +142,7 @@ class Pass:
         return {
             "requests": len(replies),
             "tokens": sum(len(reply.tokens) for reply in replies),
-            "tokens_per_s": tokens_per_s(self.replies, last=last),
+            "tokens_per_s": tokens_per_s(self.replies, self._clients, last),
             "accept_length": mean([reply.accept_length for reply in replies]),
         }
 

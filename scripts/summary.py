@@ -8,7 +8,6 @@ from typing import Any
 
 import curve
 import numpy as np
-from clients import CLIENTS
 from measure_target import distinct_fraction
 from passes import PICTURE, SUMMARY, WINDOW, Pass, Site, mean
 from safetensors import safe_open
@@ -41,6 +40,7 @@ def report(
         "draft_vocabulary": vocabulary(site.draft, live),
         "draft_steps": site.num_steps,
         "tokens_per_request": tokens,
+        "clients": site.clients,
         "sampling": sampling,
     } | figures(live, frozen, plain, shift)
     (home / SUMMARY).write_text(json.dumps(summary, indent=1))
@@ -61,7 +61,7 @@ def report(
         domains=domains,
         title=f"An untrained draft ({init} initialisation) learns while SGLang serves {site.model}",
         subtitle=f"chain of {site.num_steps} draft steps, {sampling}, at most {tokens} tokens a "
-        f"request, {CLIENTS} clients; distinct 4-grams: {different}",
+        f"request, {site.clients} clients; distinct 4-grams: {different}",
         ceiling=site.num_steps + 1,
         window=WINDOW,
     )

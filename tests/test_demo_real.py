@@ -76,7 +76,7 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
 
 
 def passed(tmp_path: Path, count: int, domain: str = "chat", seconds: float = 1.0) -> Pass:
-    result = Pass(tmp_path / "no.log", "all")
+    result = Pass(tmp_path / "no.log", "all", 8)
     for n in range(count):
         result.replies.append(Reply(n, domain, [n] * 10, 1.5, seconds, seconds * (n + 1)))
     return result
@@ -97,10 +97,10 @@ def test_tokens_per_second_are_of_busy_clients(tmp_path):
     for reply in replies:
         reply.finished_s += 100 if reply.number >= 2 else 0
         reply.finished_s += 100 if reply.number >= 34 else 0
-    assert tokens_per_s(replies) == pytest.approx(10)
-    assert tokens_per_s(replies, last=16) == pytest.approx(10)
-    assert tokens_per_s(replies[:4]) == pytest.approx(40 / 104)
-    assert tokens_per_s([]) == 0
+    assert tokens_per_s(replies, 8) == pytest.approx(10)
+    assert tokens_per_s(replies, 8, last=16) == pytest.approx(10)
+    assert tokens_per_s(replies[:4], 8) == pytest.approx(40 / 104)
+    assert tokens_per_s([], 8) == 0
 
 
 def test_prompts_are_objects_or_lines(tmp_path):
