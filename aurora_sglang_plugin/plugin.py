@@ -33,7 +33,10 @@ def _register() -> None:
     from aurora_sglang_plugin import algorithm, cpu_engine
 
     if cpu_engine.install():
+        from aurora_sglang_plugin.cpu_engine import sampling
+
         _keep_the_attention_backend_that_drafts()
+        sampling.attach()
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 
