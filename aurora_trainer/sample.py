@@ -49,6 +49,7 @@ class Sample:
     tree_version: torch.Tensor  # int32 [G], draft version that drew it
     num_steps: int  # S, of the server's trees
     topk: int  # beams, of the server's trees
+    domain: str = ""  # the label that the client gave its request, "" without one
 
     @property
     def nbytes(self) -> int:

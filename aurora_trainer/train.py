@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from aurora_trainer.target import open_target
 log = logging.getLogger(__name__)
 
 SMOOTH = 0.9  # of what the status shows, per step
+MAX_FAILED_STEPS = 1 << 16  # that are remembered: a resumed run over a recording has its batches fail as they did
 
 
 class Training:
@@ -72,6 +73,8 @@ class Training:
         self.shown: dict[str, float] = {}  # smoothed figures for the status
         self._credit = 0  # slots that came in and were not answered by a step yet
         self._offered_at = 0  # optimizer step at which the gate was last asked
+        self._behind_served = False  # a version was rolled back, and training did not follow yet
+        self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
         torch.manual_seed(trainer.pace.seed)  # after the modules above were made, which draw
 
@@ -83,8 +86,9 @@ class Training:
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
         if message.header.kind == "verify":
-            self.traffic["steps"] += len(message.header.requests)
-            self.traffic["tokens"] += int(message.arrays["feature_lens"].sum())
+            good = [row for row in range(len(message.header.requests)) if row not in message.bad]
+            self.traffic["steps"] += len(good)
+            self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())
         for sample in self.assembler.add(message) + self.assembler.idle(now_s):
             self._keep(sample)
 
@@ -107,6 +111,8 @@ class Training:
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
+            if self.steps in self._failed_steps:
+                self.buffer.failed()
             return None
         batch = pack(samples, self._packing).to(trainer.model.device)
         # Everything is queued on the device before anything is read from it.
@@ -119,6 +125,8 @@ class Training:
             scores = dict(zip(map(id, samples), sample_scores(batch, scored, len(samples)), strict=True))
             self.gate.record(sample_scores(served[0], score(*served), len(unseen)), [scores[id(s)] for s in unseen])
         update = self.optimizer.step(result.loss_sum)
+        if not update.applied:
+            self._failed()
         if update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         slots = sum(len(s.features) for s in samples)
@@ -137,15 +145,22 @@ class Training:
             staleness=[self.served.version - int(s.tree_version[-1]) for s in samples if len(s.tree_version)],
         )
 
+    def give_up(self) -> None:
+        """The step that raised is over: no gradient of it stays, and its batch is tried again in parts."""
+        self.draft.zero_grad(set_to_none=True)
+        self._failed()
+        if self.config.trainer.model.device == "cuda":
+            torch.cuda.empty_cache()
+
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
         if self.updates == self._offered_at:
             return None
-        self._offered_at = self.updates
         tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite)
         if not decision.passed:
+            self._offered_at = self.updates
             self.published[f"refused_{decision.reason}"] += 1
             return None
         version = self.writer.publish(
@@ -157,6 +172,7 @@ class Training:
             trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
+        self._offered_at = self.updates  # not before: what the disk refuses is offered again
         if version is None:
             self.published["unchanged"] += 1
             return None
@@ -170,12 +186,14 @@ class Training:
     def heed_rejections(self) -> None:
         """Where servers rolled the newest version back, go on from the version that they went back to."""
         version = self.served.roll_back()
-        if version is None:
-            return
-        log.warning("version rolled back by a server, training goes on from version=%d", version)
-        self.published["rolled_back"] += 1
-        self._take_served()
-        self.gate.restart()
+        if version is not None:
+            log.warning("version rolled back by a server, training goes on from version=%d", version)
+            self.published["rolled_back"] += 1
+            self._behind_served = True
+        if self._behind_served:
+            self._take_served()
+            self.gate.restart()
+            self._behind_served = False
 
     def go_on_from_published(self) -> None:
         """Without a checkpoint: start from what servers serve now, not from the initial draft."""
@@ -205,6 +223,7 @@ class Training:
             "optimizer": optimizer_state,
             "gate": self.gate.state(),
             "buffer": self.buffer.state(),
+            "failed_steps": list(self._failed_steps),
             "open_requests": self.assembler.open_requests,
         }
         return tensors, state
@@ -229,6 +248,7 @@ class Training:
         torch.set_rng_state(tensors["random/torch"])
         self.parent, self.slots, self.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
         self.trained_until_ns = state.get("trained_until_ns", 0)
+        self._failed_steps.extend(() if live else state.get("failed_steps", ()))
         self.published = Counter(state["published"])
         self.served.rolled_back = set(state["rolled_back"])
         self.gate.restore(state["gate"])
@@ -243,6 +263,10 @@ class Training:
 
     def close(self) -> None:
         self.writer.close()
+
+    def _failed(self) -> None:
+        self._failed_steps.append(self.steps)
+        self.buffer.failed()
 
     def _take_served(self) -> None:
         self.parent = self.served.version

@@ -40,6 +40,7 @@ from aurora_trainer.commands.grow_tree import tree_runs
 from aurora_trainer.commands.walk import WALK, chains, live, sampling, walk, walks
 from aurora_trainer.draft import Draft
 from aurora_trainer.recording import Damage, read_messages
+from aurora_trainer.replay import on_one_clock
 from aurora_trainer.sample import Sample
 from aurora_trainer.target import open_target
 
@@ -116,7 +117,7 @@ def evaluate(
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
 
-    for _, message in read_messages(recording, damage):
+    for _, message in on_one_clock(read_messages(recording, damage)):
         header = message.header
         if header.target != fingerprint:
             result.samples["messages_of_another_target"] += 1
