@@ -18,6 +18,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.draft_check import check_draft
+from aurora_sglang_plugin.wire import MAX_NODES, MAX_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,13 @@ class AuroraAlgorithm(CustomSpecAlgo):
         load_server_config()  # the worker reads it again, minutes later: a bad file must not cost the loading
         if server_args.enable_multi_layer_eagle:
             raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
+        steps = getattr(server_args, "speculative_num_steps", None) or 0
+        nodes = getattr(server_args, "speculative_num_draft_tokens", None) or 0
+        if steps > MAX_STEPS or nodes > MAX_NODES:
+            raise ValueError(
+                f"AURORA's trees have at most {MAX_STEPS} steps and {MAX_NODES} nodes, this server's {steps} and "
+                f"{nodes}: no trainer would take them; lower --speculative-num-steps or --speculative-num-draft-tokens"
+            )
         if getattr(server_args, "enable_attn_tp_input_scattered", False):
             # SGLang switches this off for the name EAGLE3, deep in the model: scattered inputs spoil aux features.
             raise ValueError("AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered")

@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_unix_s: float
     files: dict[str, File]
     tensors: dict[str, Tensor]
-    trained_until_ns: int = 0  # when the newest step it was trained on was captured, by the server's clock; 0: unknown
+    trained_until_ns: int = 0  # when the newest step it was trained on was captured, by the trainer's clock; 0: unknown
     gate: dict[str, float | str] = {}  # what the gate measured when it let this version pass
 
 

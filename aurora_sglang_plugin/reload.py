@@ -172,9 +172,11 @@ class Reloader:
         self._hand_over(APPLYING, FREE)
         self._measure(started)
         if self._watching:  # a version that lay there when the server started says nothing about either
-            self.durations.observe(time.monotonic() - noticed_at)
-            if manifest.trained_until_ns:
-                self.freshness.observe(max(0.0, time.time() - manifest.trained_until_ns / 1e9))
+            took_s = time.monotonic() - noticed_at
+            self.durations.observe(took_s)
+            if manifest.trained_until_ns:  # by the trainer's clock, and this one's only for what took place here
+                trained_s = manifest.created_unix_s - manifest.trained_until_ns / 1e9
+                self.freshness.observe(max(0.0, trained_s + took_s))
         return self.version
 
     def rollback(self) -> int | None:

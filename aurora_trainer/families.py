@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aurora_sglang_plugin.families import Family, counter, gauge, histogram
+from aurora_sglang_plugin.rows import CAUSES as ROW_CAUSES
 
 ACTIVITIES = ("wait", "assemble", "train", "publish", "checkpoint", "other")
 WHEN = ("before", "after")
@@ -14,8 +15,7 @@ REJECTIONS = (
 HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")  # causes of handshakes.py and guard.py
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
 EVENTS = (
-    "after_end", "cut_back", "dropped_no_target", "dropped_short", "dropped_tree", "dropped_values", "duplicate",
-    "evicted", "holes", "quarantined", "rootless_trees",
+    "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes", "rootless_trees",
 )  # fmt: skip
 UNUSABLE = (
     "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered", "wrong_target_messages",
@@ -23,10 +23,11 @@ UNUSABLE = (
 )  # fmt: skip
 ROWS = ("with_target", "altered")
 UNRECORDED = ("disk", "full")
-LEFT = ("used_up", "evicted", "replaced", "stale", "lost")
+LEFT = ("used_up", "evicted", "replaced", "stale", "failed", "lost")
+JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "books")  # of schedule.py
 DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
 OUTCOMES = (
-    "published", "unchanged", "rolled_back", "gone_back", "refused_not_better", "refused_worse",
+    "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better", "refused_worse",
     "refused_few_requests", "refused_not_finite",
 )  # fmt: skip
 
@@ -62,6 +63,7 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together", event=EVENTS
     ),
+    "aurora_trainer_bad_rows": counter("Requests' rows in received messages that could not be used", cause=ROW_CAUSES),
     "aurora_trainer_open_requests": gauge("Requests whose end was not seen yet"),
     "aurora_trainer_open_bytes": gauge("Memory of requests whose end was not seen yet"),
     # the buffer
@@ -69,6 +71,7 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_buffer_samples": gauge("Samples in the buffer"),
     "aurora_trainer_buffer_fresh_samples": gauge("Samples in the buffer that were never trained on"),
     "aurora_trainer_buffer_left_samples": counter("Samples that left the buffer", cause=LEFT),
+    "aurora_trainer_buffer_largest_share": gauge("Share of the buffer's bytes that one domain and server hold at most"),
     "aurora_trainer_sample_age_seconds": histogram("Age of a sample when it is trained on, since its capture", _AGE_S),
     "aurora_trainer_staleness_versions": histogram(
         "Newest version minus the one that drafted a sample, when it is trained on", _VERSIONS
@@ -121,6 +124,7 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", _WRITE_S),
     "aurora_trainer_checkpoint_age_seconds": gauge("Time since a checkpoint was written, or since the start"),
     "aurora_trainer_checkpoint_errors": counter("Checkpoints that could not be written"),
+    "aurora_trainer_faults": counter("Faults of disk or device that were survived; the job is tried again", job=JOBS),
 }
 
 # family -> where in the status its total is
@@ -139,11 +143,13 @@ COUNTED = {
     "aurora_trainer_unusable_samples": "unusable",
     "aurora_trainer_rows": "rows",
     "aurora_trainer_assembly_events": "assembly_events",
+    "aurora_trainer_bad_rows": "bad_rows",
     "aurora_trainer_buffer_left_samples": "buffer_dropped",
     "aurora_trainer_steps": "steps",
     "aurora_trainer_trained_tokens": "tokens",
     "aurora_trainer_publications": "published",
     "aurora_trainer_gate_decisions": "gate",
+    "aurora_trainer_faults": "faults",
 }
 
 # family -> where in the status its value is
@@ -157,6 +163,7 @@ SHOWN = {
     "aurora_trainer_buffer_bytes": "buffer.bytes",
     "aurora_trainer_buffer_samples": "buffer.samples",
     "aurora_trainer_buffer_fresh_samples": "buffer.fresh_samples",
+    "aurora_trainer_buffer_largest_share": "buffer.largest_share",
     "aurora_trainer_optimizer_step": "optimizer_step",
     "aurora_trainer_draft_version": "draft_version",
     "aurora_trainer_gate_served_accept_length_tokens": "accept_length_served",

@@ -50,6 +50,7 @@ class Sample:
     num_steps: int  # S, of the server's trees
     topk: int  # beams, of the server's trees
     rejection: bool = False  # drafts were draws, judged by rejection sampling
+    domain: str = ""  # the label that the client gave its request, "" without one
 
     @property
     def has_target(self) -> torch.Tensor:

@@ -54,12 +54,16 @@ class Served:
         return Draft.load(path, self._embed)
 
     def roll_back(self) -> int | None:
-        """Where the version was rejected: load the newest that was not, and return it. Else None."""
+        """Where the version was rejected: load the newest that was not, and return it. Else None.
+
+        Raises OSError where the disk refuses; then the rejection is heeded the next time.
+        """
         new = rejected_versions(self._directory) - self.rolled_back
+        found = self._newest(self.version) if self.version in new else None
         self.rolled_back |= new
-        if self.version not in new:
+        if found is None:
             return None
-        self.version, self.draft = self._newest(self.version)
+        self.version, self.draft = found
         return self.version
 
     def _newest(self, version: int) -> tuple[int, Draft]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
 import numpy as np
@@ -35,12 +35,14 @@ from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
 from aurora_trainer.score import chains, measure, walked
 from aurora_trainer.served import Served
+from aurora_trainer.state import restore, state_of
 from aurora_trainer.step import Step
 from aurora_trainer.target import open_target
 
 log = logging.getLogger(__name__)
 
 SMOOTH = 0.9  # of what the status shows, per step
+MAX_FAILED_STEPS = 1 << 16  # that are remembered: a resumed run over a recording has its batches fail as they did
 
 
 class Training:
@@ -76,6 +78,8 @@ class Training:
         self.shown: dict[str, float] = {}  # smoothed figures for the status
         self._credit = 0  # slots that came in and were not answered by a step yet
         self._offered_at = 0  # optimizer step at which the gate was last asked
+        self._behind_served = False  # a version was rolled back, and training did not follow yet
+        self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
         torch.manual_seed(trainer.pace.seed)  # after the modules above were made, which draw
 
@@ -87,8 +91,9 @@ class Training:
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
         if message.header.kind == "verify":
-            self.traffic["steps"] += len(message.header.requests)
-            self.traffic["tokens"] += int(message.arrays["feature_lens"].sum())
+            good = [row for row in range(len(message.header.requests)) if row not in message.bad]
+            self.traffic["steps"] += len(good)
+            self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())
         for sample in self.assembler.add(message) + self.assembler.idle(now_s):
             self._keep(sample)
 
@@ -111,6 +116,8 @@ class Training:
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
+            if self.steps in self._failed_steps:
+                self.buffer.failed()
             return None
         batch = pack(samples, self._packing).to(trainer.model.device)
         if not any(len(level.rows) for level in batch.on_cpu.levels):
@@ -126,6 +133,8 @@ class Training:
         if unseen and (rescored or all(s.topk == 1 for s in unseen)):
             before = self._walk_batch(batch, samples, unseen, result)
         update = self.optimizer.step(result.loss_sum)
+        if not update.applied:
+            self._failed()
         if update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         slots = sum(len(s.features) for s in samples)
@@ -145,17 +154,24 @@ class Training:
             staleness=[self.served.version - int(s.tree_version[-1]) for s in samples if len(s.tree_version)],
         )
 
+    def give_up(self) -> None:
+        """The step that raised is over: no gradient of it stays, and its batch is tried again in parts."""
+        self.draft.zero_grad(set_to_none=True)
+        self._failed()
+        if self.config.trainer.model.device == "cuda":
+            torch.cuda.empty_cache()
+
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
         if self.updates == self._offered_at:
             return None
-        self._offered_at = self.updates
         tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
         if decision.reason == "initial":
             return self._publish_initial(decision)
         if not decision.passed:
+            self._offered_at = self.updates
             self.published[f"refused_{decision.reason}"] += 1
             if self.gate.gives_up:
                 log.warning("candidate stayed worse, training goes back to version=%d", self.served.version)
@@ -184,6 +200,7 @@ class Training:
             trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
+        self._offered_at = self.updates  # not before: what the disk refuses is offered again
         if version is None:
             self.published["unchanged"] += 1
             return None
@@ -197,12 +214,14 @@ class Training:
     def heed_rejections(self) -> None:
         """Where servers rolled the newest version back, go on from the version that they went back to."""
         version = self.served.roll_back()
-        if version is None:
-            return
-        log.warning("version rolled back by a server, training goes on from version=%d", version)
-        self.published["rolled_back"] += 1
-        self._take_served()
-        self.gate.restart()
+        if version is not None:
+            log.warning("version rolled back by a server, training goes on from version=%d", version)
+            self.published["rolled_back"] += 1
+            self._behind_served = True
+        if self._behind_served:
+            self._take_served()
+            self.gate.restart()
+            self._behind_served = False
 
     def go_on_from_published(self) -> None:
         """Without a checkpoint: start from what servers serve now, not from the initial draft."""
@@ -212,67 +231,18 @@ class Training:
 
     def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What `restore` goes on from: tensors, and JSON."""
-        tensors = {f"draft/{n}": p.detach() for n, p in self.draft.named_parameters()}
-        optimizer_tensors, optimizer_state = self.optimizer.state_dict()
-        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
-        tensors["random/torch"] = torch.get_rng_state()
-        state = {
-            "target": self.target,
-            "parent": self.parent,
-            "served": self.served.version,
-            "rolled_back": sorted(self.served.rolled_back),
-            "steps": self.steps,
-            "slots": self.slots,
-            "credit": self._credit,
-            "samples": dict(self.samples),
-            "published": dict(self.published),
-            "traffic": self.traffic,
-            "rows": dict(self.rows),
-            "earlier_updates": self.earlier_updates,
-            "trained_until_ns": self.trained_until_ns,
-            "optimizer": optimizer_state,
-            "gate": self.gate.state(),
-            "buffer": self.buffer.state(),
-            "open_requests": self.assembler.open_requests,
-        }
-        return tensors, state
+        return state_of(self)
 
     def restore(self, found: Checkpoint, live: bool) -> None:
-        """Go on from a checkpoint. `live`: buffered samples and open requests are lost, and counted.
-
-        Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for another target.
-        """
-        tensors, state = found.tensors, found.state
-        if state["target"] != self.target:
-            raise ValueError(
-                f"checkpoint of step {found.step} is for target {state['target']}, this one is {self.target}; expected "
-                "the same target: set trainer.checkpoint.directory to a new directory for a new target"
-            )
-        own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
-        self.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
-        self.optimizer.load_state_dict(
-            {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
-            state["optimizer"],
-        )
-        torch.set_rng_state(tensors["random/torch"])
-        self.parent, self.slots, self.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
-        self.trained_until_ns = state.get("trained_until_ns", 0)
-        self.published = Counter(state["published"])
-        self.served.rolled_back = set(state["rolled_back"])
-        self.gate.restore(state["gate"], live)
-        if state["served"] != self.served.version:
-            self.gate.restart()
-        if live:
-            self.steps = state["steps"]
-            self.samples = Counter(state["samples"])
-            self.samples["lost_open"] += state["open_requests"]
-            self.samples["lost_held"] += state["gate"]["held"]
-            self.traffic = dict(state["traffic"])
-            self.rows = Counter(state["rows"])
-            self.buffer.restore(state["buffer"])
+        """Go on from a checkpoint; `live`: what was buffered is lost. Raises ValueError for another target."""
+        restore(self, found, live)
 
     def close(self) -> None:
         self.writer.close()
+
+    def _failed(self) -> None:
+        self._failed_steps.append(self.steps)
+        self.buffer.failed()
 
     def _take_served(self) -> None:
         self.parent = self.served.version

@@ -32,6 +32,7 @@ from aurora_trainer.batch import BatchConfig, group, pack
 from aurora_trainer.draft import Draft
 from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.recording import Damage, read_messages
+from aurora_trainer.replay import on_one_clock
 from aurora_trainer.sample import Sample
 from aurora_trainer.score import WALK, chains, live, sampling, tree_shape, walked, walks
 from aurora_trainer.target import open_target
@@ -109,7 +110,7 @@ def evaluate(
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
 
-    for _, message in read_messages(recording, damage):
+    for _, message in on_one_clock(read_messages(recording, damage)):
         header = message.header
         if header.target != fingerprint:
             result.samples["messages_of_another_target"] += 1
