@@ -62,7 +62,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
         state["optimizer"],
     )
     torch.set_rng_state(tensors["random/torch"])
-    training.parent, training.slots, training.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
+    training.parent, training.slots = state["parent"], state["slots"]
+    training.earlier_updates = state["earlier_updates"]
     training.trained_until_ns = state.get("trained_until_ns", 0)
     training._failed_steps.extend(() if live else state.get("failed_steps", ()))
     training.published = Counter(state["published"])
