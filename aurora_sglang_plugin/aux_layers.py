@@ -76,7 +76,7 @@ def aux_layer_ids(
         why = "" if how.last_output else " (the last layer's output is never captured)"
         raise ValueError(
             f"{KEY} {ids}: expected ids from {low} to {high} for a target of {layers} layers{why}, for example "
-            f"{[i + 1 - shift for i in _spread(layers)]}."
+            f"{_spread(layers, first=int(how.outputs_if_first_is_1))}."
         )
     if ids != sorted(set(ids)):
         raise ValueError(
@@ -120,6 +120,6 @@ def _entering(ids: list[int] | None, layers: int, how: Convention) -> list[int]:
     return [i if as_they_are else i + 1 for i in ids]
 
 
-def _spread(num_layers: int) -> list[int]:
-    """Three captured layers, low, middle and high, of a target that has as many; fewer where it has fewer."""
-    return sorted({0, (num_layers - 2) // 2, num_layers - 2}) if num_layers > 1 else []
+def _spread(num_layers: int, first: int = 0) -> list[int]:
+    """Three captured outputs, low, middle and high, of a target that has as many; fewer where it has fewer."""
+    return sorted({first, (num_layers - 2) // 2, num_layers - 2}) if num_layers > 1 else []

@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
     "qwen3_moe": {"num_key_value_heads": 4},
     "mistral": {"num_key_value_heads": 8},
+    "deepseek_v3": {"num_key_value_heads": 128, "head_dim": 64},
+    "kimi_k2": {"num_key_value_heads": 128, "head_dim": 64},
     "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
 }
@@ -117,8 +119,8 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
             "norm_before_residual is true: a computation of speculators that SGLang's draft lacks (it adds the state "
             "as it came)."
         )
-    factor, head_dim = raw.get("partial_rotary_factor", 1), values.get("head_dim") or 1
-    if type(factor) not in (int, float) or not math.isfinite(factor) or int(factor * head_dim) != head_dim:
+    factor = raw.get("partial_rotary_factor", 1)
+    if type(factor) not in (int, float) or factor != 1:
         problems.append(
             f"config.json has partial_rotary_factor = {shown(factor)}; this trainer computes only 1, all of a head."
         )
@@ -130,7 +132,8 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
     if cap is not None and (type(cap) not in (int, float) or cap > 0):
         problems.append(f"config.json has final_logit_softcapping = {shown(cap)}, which this trainer does not compute.")
     layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
-    if types is not None and (not isinstance(types, list) or len(types) != layers):
+    listed = isinstance(types, list) and len(types) == layers and all(isinstance(t, str) for t in types)
+    if types is not None and not listed:
         problems.append(
             f"config.json has layer_types = {shown(types)}, which transformers refuses for {shown(layers)} layers; "
             "`aurora-trainer import` leaves it out."

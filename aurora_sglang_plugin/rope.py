@@ -33,7 +33,7 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, lis
     """(theta, the type's parameters with `rope_type` or None for the plain one, problems)."""
     problems: list[str] = []
     for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key) or {}, dict):
+        if raw.get(key) is not None and not isinstance(raw[key], dict):
             problems.append(f"config.json has {key} = {shown(raw[key])}, expected an object or null.")
     if problems:
         return THETA, None, problems
@@ -54,6 +54,8 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, lis
         return theta, None, ["its rotary embedding is of several axes or learned (mrope_section, use_fope)."]
     if kind == "default":
         return float(theta), None, []
+    if raw.get("model_type") == "phi3":
+        return theta, None, ["it stretches the rope of a phi3 config, which transformers reads as longrope; say llama."]
     found: dict[str, Any] = {"rope_type": kind}
     for name, default in PARAMETERS[kind].items():
         value = rope.get(name, default)
@@ -69,11 +71,6 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, lis
         if type(original) is not int or original < 1:
             problems.append(f"its rope of type {kind} has {ORIGINAL} = {shown(original)}, expected a positive integer.")
         found[ORIGINAL] = original
-    if kind == "linear" and type(rope.get("factor")) is int:
-        problems.append(
-            f"its rope of type linear has factor = {rope['factor']}, which SGLang reads as a list of factors; expected "
-            f"{float(rope['factor'])}."
-        )
     if kind == "yarn" and theta <= 1:
         problems.append(f"its rope of type yarn has rope_theta = {theta}, expected more than 1.")
     return float(theta), (None if problems else found), problems

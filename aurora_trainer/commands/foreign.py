@@ -133,9 +133,6 @@ def _flatten_rope(config: dict[str, Any], found: Foreign) -> None:
             if not nested(flat):
                 config[key] = rope = flat
                 found.conversions.append(f"{key} are nested by layer type: written flat")
-        if rope.get("rope_type", rope.get("type")) == "linear" and type(rope.get("factor")) is int:
-            config[key] = {**rope, "factor": float(rope["factor"])}
-            found.conversions.append(f"{key} has an integer as its linear factor, which SGLang takes for a list")
 
 
 def _read_names(found: Foreign) -> None:
