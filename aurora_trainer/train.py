@@ -21,6 +21,7 @@ import torch
 from aurora_kernels.tree_loss import TreeLoss
 
 from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.draft_check import check_draft
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_trainer.assemble import Assembler
 from aurora_trainer.batch import Batch, pack
@@ -56,6 +57,8 @@ class Training:
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         embed = target.embedding().to(trainer.model.device, getattr(torch, trainer.model.compute_dtype))
+        for note in check_draft(trainer.model.draft, target.config):
+            log.warning("draft directory=%s note=%r", trainer.model.draft, note)
         self._train(Draft.load(trainer.model.draft, embed))
         self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
         model = trainer.model

@@ -21,10 +21,10 @@ import torch
 from synthetic_samples import ragged
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
-from aurora_trainer.draft_config import DraftConfig
 from aurora_trainer.loss import LossConfig, losses, score
 from aurora_trainer.optimize import Optimizer, OptimizerConfig
 from aurora_trainer.score import chains, walked

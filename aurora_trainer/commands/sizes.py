@@ -16,8 +16,8 @@ import numpy as np
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.draft_check import expected_shapes
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.config import TrainerConfig
-from aurora_trainer.draft_config import DraftConfig
 from aurora_trainer.target import Target
 
 CHUNK_LOGITS = 1 << 21  # of aurora_kernels.tree_loss_ref: logits alive at a time
@@ -106,7 +106,7 @@ def sample_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
 
 def shapes(draft: DraftConfig, target: Target) -> dict[str, tuple[int, ...]]:
     """Every tensor of the draft's file but the vocabulary maps, by name: what the server expects to be there."""
-    found = expected_shapes(draft.to_json(), target.config, draft.num_aux)
+    found = expected_shapes(draft, target.config)
     return {n: shape for n, (shape, needed) in found.items() if needed and n != "d2t"}
 
 
