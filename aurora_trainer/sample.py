@@ -55,8 +55,9 @@ class Sample:
     @property
     def has_target(self) -> torch.Tensor:
         """bool [L]: slots whose target is known and is the target model's own choice."""
-        has = self.slot_node >= 0
-        return has & ~self.node_altered[self.slot_node.clamp_min(0)]
+        # One more, for -1 to stand for.
+        altered = torch.cat([self.node_altered, self.node_altered.new_ones(1)])
+        return ~altered[self.slot_node]
 
     @property
     def nbytes(self) -> int:

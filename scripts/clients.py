@@ -5,13 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 from serve import Server
 
 CLIENTS = 8  # requests at a time
+SPEC_COUNTS = ("spec_verify_ct", "spec_num_correct_drafts")
+# What users say next, in a conversation of several turns.
+FOLLOW_UPS = ("Explain that in more detail.", "Give me an example.", "Sum it up in one sentence.")
 GREEDY = {"temperature": 0.0, "extra_body": {"repetition_penalty": 1.0}}
 
 
@@ -71,9 +76,13 @@ def chat(
     tokens: int,
     greedy: bool = False,
     concurrency: int = CLIENTS,
+    turns: int = 1,
 ) -> Iterator[Reply]:
     """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides
     the output is set but its largest length: the server's own defaults sample, unless `greedy`.
+
+    turns: what a user says, with everything said before it, so that the cached prefix grows; a Reply
+    is of the whole conversation.
     """
     from openai import OpenAI
 
@@ -85,19 +94,22 @@ def chat(
     def ask(number: int) -> Reply:
         prompt = prompts[number]
         label = {"custom_params": {"aurora_domain": prompt.domain}}
-        answer = client.chat.completions.create(
-            model="default",
-            messages=[{"role": "user", "content": prompt.text}],
-            max_tokens=tokens,
-            **setting | {"extra_body": setting.get("extra_body", {}) | report | label},
-        )
-        about = answer.model_extra["sglext"]
-        return Reply(
-            number,
-            prompt.domain,
-            about["output_ids"][0],
-            _accept_length(about.get("spec_tokens_details") or {}),
-        )
+        messages, ids, counts = [], [], Counter()
+        for said in (prompt.text, *islice(cycle(FOLLOW_UPS), turns - 1)):
+            messages.append({"role": "user", "content": said})
+            answer = client.chat.completions.create(
+                model="default",
+                messages=messages,
+                max_tokens=tokens,
+                **setting | {"extra_body": setting.get("extra_body", {}) | report | label},
+            )
+            about = answer.model_extra["sglext"]
+            ids += about["output_ids"][0]
+            details = about.get("spec_tokens_details") or {}
+            counts.update({name: details.get(name) or 0 for name in SPEC_COUNTS})
+            content = answer.choices[0].message.content or ""
+            messages.append({"role": "assistant", "content": content})
+        return Reply(number, prompt.domain, ids, _accept_length(counts))
 
     return _concurrently(ask, len(prompts), concurrency, None)
 
