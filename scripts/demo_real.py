@@ -117,7 +117,10 @@ def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list]
     from chat_prompts import built_in_prompts, choose, read_prompts
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(target / "tokenizer.json"))
+    file = target / "tokenizer.json"
+    if not file.exists():
+        raise ValueError(f"{target} has no tokenizer.json; expected a model with a fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(file))
     known = read_prompts(options.prompts) if options.prompts else built_in_prompts()
     return known, choose(
         known, options.requests, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS

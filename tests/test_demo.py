@@ -46,14 +46,10 @@ def serves(demo: psutil.Process, output: str) -> bool:
     ("moment", "number", "ignored"),
     [
         (imports_torch, signal.SIGINT, False),
-        (
-            makes_the_draft,
-            signal.SIGINT,
-            True,
-        ),  # as in a job that a script starts in the background
-        (starts_the_server, signal.SIGINT, False),
-        (serves, signal.SIGINT, True),
-        (serves, signal.SIGTERM, False),
+        # Ignored from the start, as in a job that a script starts in the background.
+        (makes_the_draft, signal.SIGINT, True),
+        (starts_the_server, signal.SIGTERM, False),
+        (serves, signal.SIGINT, False),
     ],
 )
 def test_an_interrupt_leaves_nothing(quick_target, tmp_path, moment, number, ignored):

@@ -78,7 +78,7 @@ FOUND = [
 
 
 def trainers_traffic():
-    """tests/trainer/traffic.py, by its path: scripts/ has a file of the same name."""
+    """tests/trainer/traffic.py, by its path: it belongs to the tests of another folder."""
     spec = importlib.util.spec_from_file_location("trainers_traffic", ROOT / "tests" / "trainer" / "traffic.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# More rows than this are a prompt's: their product costs more than the layout.
-MOST_ROWS = 64
+# The layout is chosen for so many rows, a verify step's; it serves fewer and more as well.
+ROWS = 32
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply"
 HEAD = "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
@@ -43,13 +43,13 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 
 def fits(x: torch.Tensor, weight: Any) -> bool:
-    """Whether `product` computes it, and faster than F.linear."""
+    """Whether `product` computes it."""
     return (
         type(weight) in (torch.Tensor, torch.nn.Parameter)
         and weight.dtype == x.dtype == torch.bfloat16
         and weight.dim() == 2
         and weight.is_contiguous()
-        and 0 < x.numel() // weight.shape[1] <= MOST_ROWS
+        and x.numel() > 0
     )
 
 
@@ -59,7 +59,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     if kept is None or kept[0] != state:
         kept = weight.aurora_packed = (
             state,
-            torch.ops.mkldnn._reorder_linear_weight(weight.data, MOST_ROWS),
+            torch.ops.mkldnn._reorder_linear_weight(weight.data, ROWS),
         )
     return kept[1]
 

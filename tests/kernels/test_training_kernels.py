@@ -28,7 +28,7 @@ TOLERANCE = {  # (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-
     ("cuda", "bfloat16"): (2e-2, 0.3),
 }
 
-# tests/trainer/traffic.py, by its place: scripts/ has another module of that name
+# tests/trainer/traffic.py, by its place: it belongs to the tests of another folder
 _spec = importlib.util.spec_from_file_location("trainer_traffic", Path(__file__).parents[1] / "trainer" / "traffic.py")
 _traffic = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_traffic)

@@ -25,7 +25,7 @@ def unpacked(*args, **kwargs):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_product_is_the_linear_layers(weight, rows, biased):
     x, bias = torch.randn(rows, 64).bfloat16(), torch.randn(96).bfloat16() if biased else None
@@ -41,7 +41,6 @@ def test_what_it_does_not_compute_is_sglangs(weight):
     cases = [
         (x.float(), weight.float()),
         (x, weight.float()),
-        (x.repeat(9, 1), weight),
         (x[:0], weight),
         (x, torch.randn(64, 96).bfloat16().T),
         (x, None),
