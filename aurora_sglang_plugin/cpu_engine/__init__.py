@@ -6,6 +6,9 @@ platform, it only puts the stand-ins into place, and does so when all of this ho
     SGLANG_USE_CPU_ENGINE=1, CUDA is not available, and the real package is not installed.
 A real package is never shadowed, and a GPU server never sees this code.
 
+What verifies sampled requests stands in for CUDA kernels, in modules of SGLang itself: the general plugin puts it there
+(`sampling.attach`), for AURORA and EAGLE3 alike.
+
 `convert_weight_packed` is left undefined on purpose: its presence is SGLang's test for the AMX build.
 """
 

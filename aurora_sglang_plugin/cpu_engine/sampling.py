@@ -23,9 +23,10 @@ from aurora_sglang_plugin.snapshot import parents
 
 logger = logging.getLogger(__name__)
 
-# Among so many of the largest probabilities a nucleus is looked for first, then among 16 times as many.
+# So many of the largest probabilities are looked at first; a nucleus that is wider is found by bisection.
 NUCLEUS = 256
 BELOW_ONE = 1 - 2**-24
+TINY = torch.finfo(torch.float32).tiny
 
 
 def attach() -> None:
@@ -49,54 +50,59 @@ def attach() -> None:
 def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
     """Keep the `top_ks` [R] largest of each row of `probs` [R, V], and all that equal the last of them.
 
-    Returns probabilities again; `probs` is overwritten. A `top_ks` of 1 is SGLang's temperature 0:
-    of equal largest ones the first is kept, as argmax does.
+    Returns probabilities again; float32 `probs` are overwritten. A `top_ks` of 1 is SGLang's
+    temperature 0: of equal largest ones the first is kept, as argmax does.
     """
-    vocab = probs.shape[1]
-    greedy, cut = top_ks <= 1, top_ks < vocab
-    if greedy.any():
-        rows = greedy.nonzero()[:, 0]
-        best = probs[rows].argmax(1)
-        probs[rows] = 0.0
-        probs[rows, best] = 1.0
-    rows = (cut & ~greedy).nonzero()[:, 0]
-    if len(rows):
-        kept = top_ks[rows].long()
-        largest = _largest(probs[rows], int(kept.max()))
-        _keep(probs, rows, largest.gather(1, kept[:, None] - 1))
+    cut, greedy = top_ks < probs.shape[1], top_ks <= 1
+    if not cut.any():
+        return probs
+    first = probs.argmax(1) if greedy.any() else None
+    width = int(top_ks[cut].max())
+    threshold = topk(probs, width)[0].gather(1, (top_ks.clamp(max=width).long() - 1)[:, None])
+    _keep(probs, threshold.masked_fill_(~cut[:, None], 0.0))
+    if first is not None:
+        probs[greedy] = 0.0
+        probs[greedy, first[greedy]] = 1.0
     return probs
 
 
 def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
     """Keep the fewest largest of each row of `probs` [R, V] that reach `top_ps` [R] together, and ties.
 
-    Returns probabilities again; `probs` is overwritten.
+    Returns probabilities again; float32 `probs` are overwritten.
     """
-    rows, width = (top_ps < 1).nonzero()[:, 0], NUCLEUS
-    while len(rows):
-        largest = _largest(probs[rows], width)
-        width = largest.shape[1]
-        short = (largest.cumsum(1) < top_ps[rows, None]).sum(1)
-        found = (short < width) | (width == probs.shape[1])
-        threshold = largest.gather(1, short.clamp(max=width - 1)[:, None])
-        _keep(probs, rows[found], threshold[found])
-        rows, width = rows[~found], 16 * width
-    return probs
+    width, cut = min(NUCLEUS, probs.shape[1]), top_ps < 1
+    largest = topk(probs, width)[0]
+    short = (largest.cumsum(1) < top_ps[:, None]).sum(1)
+    threshold = largest.gather(1, short.clamp(max=width - 1)[:, None])
+    wide = (short == width) & cut
+    if wide.any() and width < probs.shape[1]:
+        threshold[wide] = _wide_nucleus(probs[wide], top_ps[wide, None], threshold[wide])
+    return _keep(probs, threshold.masked_fill_(~cut[:, None], 0.0))
 
 
-def _largest(probs: Tensor, k: int) -> Tensor:
-    """The K = min(k, V) largest of each row, in order: [R, K]."""
-    if k < probs.shape[1]:
-        return topk(probs, k)[0]
-    return probs.sort(1, descending=True).values
+def _wide_nucleus(probs: Tensor, top_ps: Tensor, above: Tensor) -> Tensor:
+    """The largest threshold [r, 1] that leaves a mass of `top_ps` [r, 1]; at `above` [r, 1] less is left.
+
+    Bisects the bits of the threshold, whose order is that of positive floats: 30 passes at most, where
+    sorting a row would cost 100.
+    """
+    high, scaled = above.view(torch.int32), torch.empty_like(probs)
+    low = torch.zeros_like(high)
+    while (high - low > 1).any():
+        middle = (low + high) // 2
+        unit = middle.view(torch.float32).clamp(min=TINY)
+        threshold_(torch.div(probs, unit, out=scaled), BELOW_ONE, 0.0)
+        enough = scaled.sum(1, keepdim=True) * unit >= top_ps
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low.view(torch.float32)
 
 
-def _keep(probs: Tensor, rows: Tensor, threshold: Tensor) -> None:
-    """Write zeros where `rows` [r] of `probs` are below their `threshold` [r, 1]; what is kept sums to 1 again."""
-    # In units of the threshold one number serves all rows, and torch has a fast pass for that.
-    part = probs[rows] / threshold.clamp(min=torch.finfo(probs.dtype).tiny)
-    threshold_(part, BELOW_ONE, 0.0)
-    probs[rows] = part / part.sum(1, keepdim=True)
+def _keep(probs: Tensor, threshold: Tensor) -> Tensor:
+    """Write zeros where a row of `probs` is below its `threshold` [R, 1]; what is kept sums to 1 again."""
+    # In units of its threshold one number serves every row, and torch has a fast pass for that.
+    threshold_(probs.div_(threshold.clamp(min=TINY)), BELOW_ONE, 0.0)
+    return probs.div_(probs.sum(1, keepdim=True))
 
 
 def tree_speculative_sampling_target_only(
