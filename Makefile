@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
+.PHONY: help setup demo demo-real dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
 .PHONY: bench-trainer-cpu learning-curves lint clean
 
 VENV := .venv
@@ -41,6 +41,9 @@ $(READY): requirements-cpu.txt pyproject.toml
 
 demo: setup ## serve, train and swap for real, with live progress and a picture at the end
 	$(BIN)/python scripts/demo.py $(ARGS)
+
+demo-real: setup ## the same on a real model and real chat: ARGS="--model DIRECTORY_OR_HUB_NAME --prompts FILE"
+	HF_HUB_OFFLINE=0 $(BIN)/python scripts/demo_real.py $(ARGS)
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -18,6 +18,7 @@ from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.draft_check import check_draft
+from aurora_sglang_plugin.wire import MAX_NODES, MAX_STEPS
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,13 @@ class AuroraAlgorithm(CustomSpecAlgo):
         load_server_config()  # the worker reads it again, minutes later: a bad file must not cost the loading
         if server_args.enable_multi_layer_eagle:
             raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
+        steps = getattr(server_args, "speculative_num_steps", None) or 0
+        nodes = getattr(server_args, "speculative_num_draft_tokens", None) or 0
+        if steps > MAX_STEPS or nodes > MAX_NODES:
+            raise ValueError(
+                f"AURORA's trees have at most {MAX_STEPS} steps and {MAX_NODES} nodes, this server's {steps} and "
+                f"{nodes}: no trainer would take them; lower --speculative-num-steps or --speculative-num-draft-tokens"
+            )
         if getattr(server_args, "enable_attn_tp_input_scattered", False):
             # SGLang switches this off for the name EAGLE3, deep in the model: scattered inputs spoil aux features.
             raise ValueError("AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered")
@@ -70,7 +78,9 @@ class AuroraAlgorithm(CustomSpecAlgo):
                 "rank has requests of its own: start without it"
             )
         draft, target_config = _draft_directory(server_args), _target_config(record)
-        check_draft(draft, target_config)
+        for note in check_draft(draft, target_config):
+            logger.warning("aurora draft directory=%s note=%r", draft, note)
+        _read_as_sglang(record, draft)
         check_dtype(server_args.dtype, json.loads((draft / "config.json").read_text()), target_config)
         _resolve_as_eagle3(record)
 
@@ -211,11 +221,25 @@ def _has_dp_attention(record: Any) -> bool:
 
 
 def _target_config(record: Any) -> dict[str, Any]:
+    """The (text) config, with the architectures of the whole, by which SGLang chooses the model."""
     try:
         from sglang.srt.arg_groups.overrides import model_config_of
     except ImportError:
-        return record.get_model_config().hf_text_config.to_dict()
-    return model_config_of(record).hf_text_config.to_dict()
+        found = record.get_model_config()
+    else:
+        found = model_config_of(record)
+    return found.hf_text_config.to_dict() | {"architectures": found.hf_config.architectures}
+
+
+def _read_as_sglang(record: Any, draft: Path) -> None:
+    """Raises ValueError where SGLang itself cannot read the draft's config.json, which it does again minutes later."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        ModelConfig.from_server_args(record, model_path=str(draft), is_draft_model=True)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"draft {draft}: SGLang cannot read its config.json: {type(error).__name__}: {text}") from None
 
 
 def _draft_directory(server_args: Any) -> Path:

@@ -44,11 +44,20 @@ class Capture:
     Methods never raise into serving: this is one of the two serving boundaries (style rule 10).
     """
 
-    def __init__(self, config: CaptureConfig, publisher: Publisher, device: torch.device, num_steps: int, topk: int):
+    def __init__(
+        self,
+        config: CaptureConfig,
+        publisher: Publisher,
+        device: torch.device,
+        num_steps: int,
+        topk: int,
+        rejection: bool = False,
+    ):
         self.config = config
         self.publisher = publisher
         self.num_steps = num_steps
         self.topk = topk
+        self.rejection = rejection  # --speculative-use-rejection-sampling
         if device.type == "cuda":
             self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
         else:
@@ -62,7 +71,6 @@ class Capture:
         self._size = 0  # B of the verify step that is running
         self._rows: list[int] = []  # of the verify step that is running: which of its requests are sampled
         self._index: torch.Tensor | None = None  # the same on the device
-        self._logits: dict[str, torch.Tensor] = {}
 
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
@@ -114,7 +122,7 @@ class Capture:
         return chunks
 
     def before_verify(self, batch: Any) -> None:
-        self._rows, self._logits = [], {}
+        self._rows = []
         with self._boundary("rows"):
             self._seconds, self._size = 0.0, len(batch.seq_lens)
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
@@ -125,28 +133,20 @@ class Capture:
             self._index = torch.tensor(rows, pin_memory=cuda).to(batch.seq_lens.device, non_blocking=True)
             self._rows = rows
 
-    def before_sampling(self, logits: torch.Tensor) -> None:
-        """The raw target's logits [B * N, V]; sampling is about to edit them in place (penalties, bias, grammar)."""
+    def verify(
+        self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int
+    ) -> None:
+        """After verify: `tree` is the EagleVerifyInput, `result` has the accepted path compacted to
+        the front and the logits as they judged: sampling edits them in place (penalties, bias), and
+        leaves temperature and truncation to a copy."""
         if not self._rows:
-            return
-        with self._boundary("logits"):
-            if logits.is_cuda:
-                ids, kept, logsumexp = topk_logprobs(logits, self.config.topk_logits, self._node_rows(len(logits)))
-                self._logits = {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
-            else:  # a copy is cheaper here than top-K, which the publisher's thread can do as well
-                rows = logits.view(self._size, -1, logits.shape[-1])
-                self._logits = {"logits": self._select(rows).flatten(0, 1)}
-
-    def verify(self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int) -> None:
-        """After verify: `tree` is the EagleVerifyInput, `result` has the accepted path compacted to the front."""
-        if not self._logits:
             return
         with self._boundary("verify"):
             size, nodes = tree.retrieve_next_token.shape
             path = result.accept_index.shape[1]
             select = self._select
             tensors = {
-                **self._logits,
+                **self._judged(result.logits_output.next_token_logits),
                 "hidden": select(result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]),
                 "draft_tokens": select(tree.draft_token.view(size, nodes)),
                 "next_token": select(tree.retrieve_next_token),
@@ -156,7 +156,6 @@ class Capture:
                 "accept_lens": select(result.accept_lens),
                 "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
             }
-            self._logits = {}
             reqs = [batch.reqs[row] for row in self._rows]
             self._offer(
                 "verify",
@@ -164,11 +163,12 @@ class Capture:
                 tensors,
                 dict(k=self.config.topk_logits, version=draft_version, acceptance=self.acceptance),
                 [req.rid for req in reqs],
-                flags=[_flags(req) for req in reqs],
+                flags=_flags(batch, self._rows),
                 draft_version=draft_version,
                 extend_version=extend_version,
                 num_steps=self.num_steps,
                 topk=self.topk,
+                rejection=self.rejection,
             )
 
     def ended(self, req: Any) -> None:
@@ -179,6 +179,17 @@ class Capture:
             length = len(req.output_ids) if req.finished_len is None else req.finished_len
             end = End(len(req.origin_input_ids) + length)
             self.publisher.offer("end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req]))
+
+    def _judged(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of the logits [B * N, V], of the sampled rows."""
+        if logits.is_cuda:
+            ids, kept, logsumexp = topk_logprobs(
+                logits, self.config.topk_logits, self._node_rows(len(logits))
+            )
+            return {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
+        # A copy is cheaper here than top-K, which the publisher's thread can do as well.
+        rows = logits.view(self._size, -1, logits.shape[-1])
+        return {"logits": self._select(rows).flatten(0, 1)}
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """A private copy of the sampled rows of [B, ...]."""
@@ -236,19 +247,18 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _flags(req: Any) -> int:
-    """Whether anything but the raw target's distribution decides what this request accepts."""
-    p = req.sampling_params
-    altered = (
-        p.logit_bias is not None
-        or p.frequency_penalty != 0.0
-        or p.presence_penalty != 0.0
-        or p.repetition_penalty != 1.0
-        or p.min_new_tokens > 0
-        or req.grammar is not None
-        or getattr(p, "watermark", None) is not None
-    )
-    return FLAG_ALTERED_DISTRIBUTION if altered else 0
+def _flags(batch: Any, rows: list[int]) -> list[int]:
+    """Per captured row: FLAG_ALTERED_DISTRIBUTION under a grammar's mask or a watermark.
+
+    Both differ from node to node and force tokens that the target would not choose. Penalties and
+    bias are part of the judging logits, and flag nothing.
+    """
+    watermarked = getattr(batch.sampling_info, "watermark_candidates_host", None)
+    altered = [
+        batch.reqs[row].grammar is not None or bool(watermarked and watermarked[row])
+        for row in rows
+    ]
+    return [FLAG_ALTERED_DISTRIBUTION if flag else 0 for flag in altered]
 
 
 def _domains(reqs: list[Any]) -> list[str]:

@@ -2,7 +2,8 @@
 
 SGLang skips unknown tensors silently, keeps random weights where one is missing, and fails on a wrong shape only deep
 inside a forward pass; so a draft is checked before any model is loaded, and everything that is wrong is said at once.
-This module imports neither torch nor sglang.
+Server start, `aurora-trainer check`, `import` and the trainer ask this module: what it accepts, all of them take.
+It imports neither torch nor sglang.
 
 H draft hidden size, Ht target hidden size, V target vocabulary, VD draft vocabulary, L target layers, A aux layers.
 """
@@ -10,137 +11,116 @@ H draft hidden size, Ht target hidden size, V target vocabulary, VD draft vocabu
 from __future__ import annotations
 
 import array
-import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from aurora_sglang_plugin.draft_files import LEGACY_NAMES, Entry, read_entries
+from aurora_sglang_plugin import aux_layers
+from aurora_sglang_plugin.aux_layers import aux_layer_ids
+from aurora_sglang_plugin.draft_config import DraftConfig, read_draft_config
+from aurora_sglang_plugin.draft_files import Entry, read_entries, read_json, shown, some
 
-__all__ = ["LEGACY_NAMES", "aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", "read_entries"]
+__all__ = ["aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", "read_entries"]
 
-ARCHITECTURE = "LlamaForCausalLMEagle3"
 REMEDY = "`aurora-trainer init-draft` makes an untrained draft that fits any target."
-SHAPED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")  # what shapes follow from
-FLOATS = ("F32", "F16", "BF16")
-NAMED = 5  # tensors named in one problem, of which there may be hundreds
+FLOATS = ("F32", "F16", "BF16", "F64")
+INTEGERS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}  # which SGLang adds to int64 ids; array's codes
+# What training leaves behind and no draft computes with, so that skipping it does no harm.
+LEFT_OVER = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|verifier_(norm|lm_head)\.weight")
 
 Shapes = dict[str, tuple[tuple[int, ...], bool]]
 
 
-def check_draft(draft_dir: Path | str, target_config: dict[str, Any]) -> None:
-    """Check the draft in `draft_dir` against its target's (text) config.
+def check_draft(draft_dir: Path | str, target_config: dict[str, Any]) -> list[str]:
+    """Check the draft in `draft_dir` against its target's (text) config; returns what its user should know.
 
     Raises ValueError, which names the draft and everything that does not fit, and what to do.
     """
     problems = draft_problems(Path(draft_dir), target_config)
     if problems:
         raise ValueError(f"draft {draft_dir}: {' '.join(problems)} {REMEDY}")
+    config = read_json(Path(draft_dir) / "config.json")
+    return layer_notes(config, target_config) + position_notes(config, target_config)
 
 
 def draft_problems(directory: Path, target_config: dict[str, Any]) -> list[str]:
-    """Everything that keeps SGLang from serving this draft for this target, a sentence or two each."""
+    """Everything that keeps a server from serving this draft for this target, or a trainer from training it."""
     try:
-        config = _read_config(directory)
+        config = read_json(directory / "config.json")
     except ValueError as error:
         return [str(error)]
+    problems = config_problems(config, target_config)
+    if (directory / "hf_quant_config.json").exists():
+        problems.append("hf_quant_config.json stands beside it: a quantized draft. Expected float tensors.")
     try:
         entries = read_entries(directory)
     except ValueError as error:
-        return [*config_problems(config, target_config), str(error)]
-    return config_problems(config, target_config) + tensor_problems(entries, config, target_config)
-
-
-def aux_layer_ids(draft_config: dict[str, Any], num_target_layers: int) -> list[int]:
-    """The layers of the target whose OUTPUT the draft reads, low to high; SGLang's default where none are named.
-
-    Raises ValueError where SGLang would capture others than the draft asks for, or fewer.
-    """
-    eagle = draft_config.get("eagle_config") or {}
-    last = num_target_layers - 2  # SGLang captures what ENTERS a layer; the last layer's output enters none
-    ids = eagle.get("eagle_aux_hidden_state_layer_ids")
-    if ids is None:
-        ids = [1, num_target_layers // 2 - 1, num_target_layers - 4]
-        if ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > last:
-            raise ValueError(
-                f"eagle_config.eagle_aux_hidden_state_layer_ids is not set, and SGLang's default {ids} does not name "
-                f"three layers of a target of {num_target_layers}; set it, for example to {_spread(num_target_layers)}."
-            )
-    if not ids or not all(type(i) is int and 0 <= i <= last for i in ids):
-        raise ValueError(
-            f"eagle_aux_hidden_state_layer_ids {ids}: expected ids from 0 to {last} for a target of "
-            f"{num_target_layers} layers (the last layer's output is never captured), for example "
-            f"{_spread(num_target_layers)}."
-        )
-    if ids != sorted(set(ids)):
-        raise ValueError(
-            f"eagle_aux_hidden_state_layer_ids {ids}: SGLang captures each layer once, low to high; expected "
-            f"{sorted(set(ids))} and fc.weight to match."
-        )
-    if eagle.get("use_aux_hidden_state", True) is not True:
-        raise ValueError("eagle_config.use_aux_hidden_state is false: AURORA drafts from aux hidden states only.")
-    count = draft_config.get("num_aux_hidden_states")
-    if count is not None and count != len(ids):
-        raise ValueError(f"num_aux_hidden_states is {count}, but {len(ids)} layers are captured: {ids}.")
-    return ids
+        return [*problems, str(error)]
+    return problems + tensor_problems(entries, config, target_config)
 
 
 def config_problems(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """What config.json alone says against this draft for this target."""
-    problems = []
-    try:
-        aux_layer_ids(config, target_config["num_hidden_layers"])
-    except ValueError as error:
-        problems.append(str(error))
-    for key in SHAPED:
-        if type(config.get(key)) is not int or config[key] < 1:
-            problems.append(f"config.json has {key} = {config.get(key)!r}, expected a positive integer.")
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if type(heads) is int and type(kv_heads) is int and (kv_heads < 1 or heads % kv_heads):
-        problems.append(f"{heads} attention heads, {kv_heads} key-value heads: expected a divisor.")
+    draft, problems = read_draft_config(config)
     h, ht, vocab = config.get("hidden_size"), target_config["hidden_size"], target_config["vocab_size"]
-    if config.get("target_hidden_size", h) != ht:
-        key = "target_hidden_size" if "target_hidden_size" in config else "hidden_size"
-        problems.append(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
-    if config.get("vocab_size") != vocab:
-        problems.append(f"vocab_size is {config.get('vocab_size')}, the target's is {vocab}: made for another target.")
-    if config.get("tie_word_embeddings"):
-        problems.append("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
-    if _num_aux(config) * ht == h:
-        problems.append(f"one aux layer of the draft's own width {h} never passes through fc; name two or more.")
-    vd = config.get("draft_vocab_size")
-    if vd is None:
+    if draft is not None and draft.target_hidden_size == ht != h:
         problems.append(
-            "config.json has no draft_vocab_size: SGLang would draft with the target's own head, which a swap must "
-            "never write. Expected the size, and the draft's own lm_head.weight."
+            f"hidden_size is {h}, the target's is {ht}: a draft of a width of its own has an embedding of its own, "
+            f"which AURORA neither trains nor swaps; expected {ht}."
         )
-    elif type(vd) is not int or not 0 < vd <= vocab:
-        problems.append(f"draft_vocab_size is {vd}, expected 1 to {vocab}.")
-    return problems
+    elif draft is not None and (draft.target_hidden_size or h) != ht:
+        key = "target_hidden_size" if draft.target_hidden_size else "hidden_size"
+        problems.append(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
+    if draft is not None and draft.vocab_size != vocab:
+        problems.append(f"vocab_size is {draft.vocab_size}, the target's is {vocab}: made for another target.")
+    return problems + _layer_problems(config, target_config)
 
 
-def expected_shapes(config: dict[str, Any], target_config: dict[str, Any], num_aux: int) -> Shapes:
+def layer_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """Which layers feed a draft that fits, where its config does not simply say so."""
+    ids, named = aux_layer_ids(config, target_config["num_hidden_layers"], target_config), aux_layers.named_ids(config)
+    if named is None:
+        return [
+            f"its config names no aux layers, so SGLang takes the outputs of layers {ids}: make sure that the draft "
+            "was trained on these"
+        ]
+    if named != ids:
+        return [f"SGLang reads the layers {named} of this model as what ENTERS them: the outputs of {ids}"]
+    return []
+
+
+def position_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """Where SGLang would refuse the target's context length for this draft."""
+    own, of_target = config.get("max_position_embeddings", 2048), target_config.get("max_position_embeddings")
+    if type(of_target) is not int or own >= of_target:
+        return []
+    return [
+        f"its max_position_embeddings is {own}, the target's {of_target}: a server needs --context-length {own} or "
+        "less, or SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1; `aurora-trainer import` raises it"
+    ]
+
+
+def expected_shapes(config: DraftConfig, target_config: dict[str, Any]) -> Shapes:
     """Tensor name -> (shape, must be there), for a draft whose config fits the target."""
-    h, heads, inner, layers = (config[k] for k in SHAPED)
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or h // heads
+    h, heads, inner = config.hidden_size, config.num_attention_heads, config.intermediate_size
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    vd, num_aux = config.draft_vocab_size, config.num_aux
     ht, vocab = target_config["hidden_size"], target_config["vocab_size"]
-    vd = config.get("draft_vocab_size") or vocab
     shapes = {
         "fc.weight": ((h, num_aux * ht), True),
         "norm.weight": ((h,), True),
         "lm_head.weight": ((vd, h), True),
         "d2t": ((vd,), vd < vocab),
-        "t2d": ((vocab,), False),
-        "embed_tokens.weight": ((vocab, h), h != ht),  # of the target's width it is the target's own, shared
+        "embed_tokens.weight": ((vocab, h), False),  # SGLang puts the target's own in its place
     }
-    if config.get("bias"):
+    if config.bias:
         shapes["fc.bias"] = ((h,), True)
-    if config.get("fc_norm") or config.get("use_aux_norm"):
+    if config.fc_norm:
         shapes |= {f"fc_norm.{i}.weight": ((ht,), True) for i in range(num_aux)}
-    if (config.get("eagle_config") or {}).get("norm_before_fc", config.get("norm_before_fc", False)):
+    if config.norm_before_fc:
         shapes["input_norm.weight"] = ((num_aux * ht,), True)
-    for i in range(layers):
+    for i in range(config.num_hidden_layers):
         width = 2 * h if i == 0 else h  # only the first layer sees embedding and state side by side
         layer = {
             "self_attn.q_proj": (heads * head_dim, width),
@@ -155,61 +135,72 @@ def expected_shapes(config: dict[str, Any], target_config: dict[str, Any], num_a
         }
         shapes |= {f"layers.{i}.{name}.weight": (shape, True) for name, shape in layer.items()}
         shapes[f"layers.{i}.input_layernorm.weight"] = ((h,), i == 0)
-        if config.get("bias"):
+        if config.bias or config.attention_bias:
             shapes[f"layers.{i}.self_attn.o_proj.bias"] = ((h,), True)
     return shapes
 
 
 def tensor_problems(entries: dict[str, Entry], config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """What the files' headers, and d2t, say against this draft."""
-    if any(type(config.get(key)) is not int or config[key] < 1 for key in SHAPED):
-        return []  # config_problems said so; without them there is nothing to compare with
-    shapes = expected_shapes(config, target_config, _num_aux(config))
+    draft, _ = read_draft_config(config)
+    if draft is None or draft.hidden_size != target_config["hidden_size"] == draft.target_hidden_size:
+        return []  # config_problems said so; there is nothing to compare with
+    shapes = expected_shapes(draft, target_config)
     problems = []
-    unknown = sorted(entries.keys() - shapes.keys())
-    if unknown:
-        problems.append(f"holds tensors that SGLang would skip silently: {_some(unknown)}.")
+    unknown = sorted(n for n in entries.keys() - shapes.keys() if not harmless(n, entries[n]))
+    fused = [n for n in unknown if "qkv_proj" in n or "gate_up_proj" in n]
+    if fused:
+        problems.append(f"holds fused tensors ({some(fused)}); `aurora-trainer import` takes them apart.")
+    elif unknown:
+        problems.append(f"holds tensors that SGLang would skip silently: {some(unknown)}.")
     missing = sorted(name for name, (_, needed) in shapes.items() if needed and name not in entries)
-    if missing:
-        problems.append(f"lacks {_some(missing)}.")
+    if missing and not fused:
+        problems.append(f"lacks {some(missing)}.")
     known = {name: entry for name, entry in entries.items() if name in shapes}
     for name, entry in known.items():
         if entry.shape != shapes[name][0]:
             wanted = list(shapes[name][0])
             problems.append(f"{name} is {list(entry.shape)}, config.json and the target want {wanted}.")
-        elif name not in ("d2t", "t2d") and entry.dtype not in FLOATS:
+        elif name != "d2t" and entry.dtype not in FLOATS:
             problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOATS)}.")
     if "d2t" in known and known["d2t"].shape == shapes["d2t"][0]:
         problems += _d2t_problems(known["d2t"], target_config["vocab_size"])
     return problems
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _layer_problems(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+    """What SGLang would capture other than the draft means."""
+    layers = target_config["num_hidden_layers"]
+    top = config.get(aux_layers.KEY)
+    if aux_layers.named_ids(config) is None and isinstance(top, list):
+        try:
+            taken = aux_layer_ids(config, layers, target_config)
+        except ValueError:
+            taken = []
+        if top != [i + 1 for i in taken]:
+            return [
+                f"config.json names the aux layers {shown(top)} at its top, where SGLang does not look: it would take "
+                f"the outputs of {taken}. `aurora-trainer import` writes them into eagle_config."
+            ]
     try:
-        config = json.loads((directory / "config.json").read_text())
-    except OSError as error:
-        raise ValueError(f"no config.json can be read there ({error.strerror}).") from None
-    except ValueError:
-        raise ValueError("config.json is not JSON.") from None
-    found = config.get("architectures") if isinstance(config, dict) else None
-    if found != [ARCHITECTURE]:
-        raise ValueError(f"architectures is {found}, expected {[ARCHITECTURE]}: not an EAGLE3 draft.")
-    return config
+        aux_layer_ids(config, layers, target_config)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
-def _num_aux(config: dict[str, Any]) -> int:
-    """A, as SGLang counts it."""
-    ids = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
-    return config.get("num_aux_hidden_states") or (len(ids) if ids else 3)
+def harmless(name: str, entry: Entry) -> bool:
+    """Whether SGLang may skip this tensor: nothing computes with it, or it adds nothing."""
+    if name == "t2d" or LEFT_OVER.fullmatch(name):
+        return True
+    return name.endswith(".bias") and not any(entry.read())
 
 
 def _d2t_problems(entry: Entry, vocab: int) -> list[str]:
-    if entry.dtype != "I64":
+    if entry.dtype not in INTEGERS:
         return [f"d2t is {entry.dtype}, expected I64 offsets (target id minus draft id)."]
-    offsets = array.array("q")
-    with open(entry.path, "rb") as file:
-        file.seek(entry.start)
-        offsets.frombytes(file.read(entry.stop - entry.start))
+    offsets = array.array(INTEGERS[entry.dtype])
+    offsets.frombytes(entry.read())
     if sys.byteorder == "big":
         offsets.byteswap()
     ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
@@ -218,13 +209,3 @@ def _d2t_problems(entry: Entry, vocab: int) -> list[str]:
         hint = " It seems to hold the target ids themselves; expected target id minus draft id." if absolute else ""
         return [f"d2t maps draft ids outside 0..{vocab - 1} or two of them to one target id.{hint}"]
     return []
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _spread(num_layers: int) -> list[int]:
-    """Three captured layers, low, middle and high, of a target that has as many; fewer where it has fewer."""
-    return sorted({0, (num_layers - 2) // 2, num_layers - 2}) if num_layers > 1 else []

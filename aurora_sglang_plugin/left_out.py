@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
-from aurora_sglang_plugin.wire import request_id_fits
+from aurora_sglang_plugin.rows import request_id_fits
 
 # A key of sampling_params.custom_params. Anything but true keeps the request out: a privacy switch
 # fails closed.

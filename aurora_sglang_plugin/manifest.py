@@ -21,11 +21,15 @@ from pathlib import Path
 
 import msgspec
 
+from aurora_sglang_plugin.draft_files import INDEX, read_header, read_json, weight_map
+
 FORMAT = 1
 CURRENT = "CURRENT"
 REJECTED = "REJECTED"
 FILES = ("config.json", "model.safetensors")
 MAX_MANIFEST_BYTES = 4 << 20
+EMBEDDING = "model.embed_tokens.weight"
+SAMPLE_BYTES = 16 << 10
 
 
 class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +53,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created_unix_s: float
     files: dict[str, File]
     tensors: dict[str, Tensor]
-    trained_until_ns: int = 0  # when the newest step it was trained on was captured, by the server's clock; 0: unknown
+    trained_until_ns: int = 0  # when the newest step it was trained on was captured, by the trainer's clock; 0: unknown
     gate: dict[str, float | str] = {}  # what the gate measured when it let this version pass
 
 
@@ -124,11 +128,14 @@ def sha256_file(path: Path) -> str:
 
 
 def target_fingerprint(model: str, revision: str | None = None) -> str:
-    """Identify a target by its files: config.json, and each weight file's name, size, first and last 64 KiB.
+    """Identify a target by config.json and by the file that holds its embedding: its header, and of each tensor in it
+    the first and the last 16 KiB.
 
+    So the trainer's machine needs no other file of a large target, and gets the server's answer. Two fine-tunes differ
+    in it unless they share every weight in that file: of the first layers, in most models, and in a small one of all.
     `model` is a directory or the name of a Hugging Face model that is in the local cache. Reads little, so that it is
-    cheap for a model of any size; two fine-tunes of one model differ in their weights' bytes, hence in this.
-    Raises ValueError where there is no such directory or cached model.
+    cheap for a model of any size. Raises ValueError where there is no such directory or cached model, or a file of it
+    is damaged or missing.
     """
     directory = Path(model)
     if not directory.is_dir():
@@ -143,12 +150,49 @@ def target_fingerprint(model: str, revision: str | None = None) -> str:
             ) from None
     if not (directory / "config.json").is_file():
         raise ValueError(f"target {directory} has no config.json; expected a Hugging Face model directory")
-    digest = hashlib.sha256(json.dumps(json.loads((directory / "config.json").read_text()), sort_keys=True).encode())
-    for path in sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 16))
-            file.seek(max(0, size - (1 << 16)))
-            digest.update(file.read(1 << 16))
+    try:
+        digest = hashlib.sha256(json.dumps(read_json(directory / "config.json"), sort_keys=True).encode())
+        path = _embedding_file(directory)
+        if path is None:  # no safetensors, which a trainer could not read either
+            for path in sorted(directory.glob("*.bin")):
+                size = path.stat().st_size
+                digest.update(f"{path.name} {size}\n".encode())
+                digest.update(_bytes(path, 0, min(SAMPLE_BYTES, size)))
+                digest.update(_bytes(path, max(0, size - SAMPLE_BYTES), size))
+            return digest.hexdigest()[:32]
+        for name, entry in sorted(read_header(path)):
+            digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+            digest.update(_bytes(path, entry.start, min(entry.start + SAMPLE_BYTES, entry.stop)))
+            digest.update(_bytes(path, max(entry.start, entry.stop - SAMPLE_BYTES), entry.stop))
+    except ValueError as error:
+        raise ValueError(f"target {directory}: {error}") from None
     return digest.hexdigest()[:32]
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """What a tensor of a language model may be called in the files of a model that holds it."""
+    return (name, f"language_model.{name}", name.replace("model.", "model.language_model.", 1))
+
+
+def _embedding_file(directory: Path) -> Path | None:
+    """The safetensors file with the embedding; of a model that calls it otherwise the first file; None: there is none.
+
+    Raises ValueError where the index names a file that is not there.
+    """
+    if (directory / INDEX).is_file():
+        files = weight_map(directory)
+        name = next((files[n] for n in spellings(EMBEDDING) if n in files), min(files.values()))
+        if not (directory / name).is_file():
+            raise ValueError(f"{name} is not there, which holds the embedding; expected it, config.json and {INDEX}")
+        return directory / name
+    paths = sorted(p for p in directory.glob("*.safetensors") if not p.name.startswith("."))
+    for path in paths:
+        if any(name in spellings(EMBEDDING) for name, _ in read_header(path)):
+            return path
+    return paths[0] if paths else None
+
+
+def _bytes(path: Path, start: int, stop: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)

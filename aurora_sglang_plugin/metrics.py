@@ -21,6 +21,7 @@ from aurora_sglang_plugin.capture import KINDS, SECONDS
 from aurora_sglang_plugin.families import Exported, Family, counter, gauge, histogram
 from aurora_sglang_plugin.left_out import CAUSES
 from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
+from aurora_sglang_plugin.rows import CAUSES as ROW_CAUSES
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.capture import Capture
@@ -63,6 +64,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_sent_messages": counter("Captured messages sent to the trainer"),
         "aurora_sent_bytes": counter("Bytes sent to the trainer, heartbeats included"),
         "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
+        "aurora_left_out_rows": counter("Requests left out of a captured message: unfit to be used", cause=ROW_CAUSES),
         "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
         "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
         "aurora_link_blocked_seconds": gauge("Time since the link to the trainer took a message or a heartbeat"),
@@ -148,6 +150,7 @@ class ServerMetrics:
         exported.count_to("aurora_sent_messages", books["sent"])
         exported.count_to("aurora_sent_bytes", books["bytes_sent"])
         exported.count_to("aurora_dropped_messages", books["dropped"])
+        exported.count_to("aurora_left_out_rows", books["left_out"])
         exported.set("aurora_queued_messages", books["queued"])
         exported.set("aurora_queued_bytes", books["queued_bytes"])
         exported.set("aurora_link_blocked_seconds", books["blocked_s"])

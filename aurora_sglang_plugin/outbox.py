@@ -17,6 +17,7 @@ import numpy as np
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import PublishConfig
+from aurora_sglang_plugin.rows import bad_rows, left_out
 
 Arrays = dict[str, tuple[str, np.ndarray]]  # frame name -> (wire dtype, C-contiguous array), in wire.FRAMES' order
 
@@ -57,6 +58,7 @@ class Outbox:
         self._in_flight: Item | None = None
         self._captured = self._sent = self._heartbeats = self._bytes_sent = 0
         self._dropped: dict[str, int] = {}
+        self._left_out: dict[str, int] = {}
         self._sealed = False
         self._taken_at = time.monotonic()
         self._draft_version = 0
@@ -110,6 +112,24 @@ class Outbox:
                 came.append(item.snapshot)
         for snapshot in reversed(came):  # one that is dropped meanwhile lives until this is done
             snapshot.unload()
+
+    def leave_out_bad_rows(self, item: Item, arrays: Arrays) -> Arrays:
+        """The frames of `item` without the requests whose row cannot be used (rows.py), which are counted by cause.
+
+        The message goes all the same, if need be without any row, so that it leaves no hole in its epoch.
+        """
+        fields = item.fields
+        dtypes = {name: dtype for name, (dtype, _) in arrays.items()}
+        values = {name: array for name, (_, array) in arrays.items()}
+        about = (fields.get("num_steps", 0), fields["requests"], fields.get("domains", ()))
+        bad = bad_rows(item.kind, *about, values, dtypes)
+        if not bad:
+            return arrays
+        with self._lock:
+            for cause in bad.values():
+                self._left_out[cause] = self._left_out.get(cause, 0) + 1
+        item.fields, arrays = left_out(bad, fields, arrays)
+        return arrays
 
     def settle(self, cause: str, nbytes: int = 0) -> None:
         """The message in flight was sent (nbytes > 0) or is dropped by `cause`."""
@@ -173,6 +193,7 @@ class Outbox:
                 "captured": self._captured,
                 "sent": self._sent,
                 "dropped": dict(self._dropped),
+                "left_out": dict(self._left_out),
                 "queued": len(self._queue) + (in_flight is not None),
                 "queued_bytes": self._queued_bytes + (in_flight.nbytes if in_flight else 0),
                 "bytes_sent": self._bytes_sent,

@@ -33,9 +33,16 @@ def _register() -> None:
     from aurora_sglang_plugin import algorithm, cpu_engine
 
     if cpu_engine.install():
+        from aurora_sglang_plugin.cpu_engine import sampling
+
         _keep_the_attention_backend_that_drafts()
+        if cpu_engine.keeps_packed_weights():
+            from aurora_sglang_plugin.cpu_engine import packed
+
+            packed.register(HookRegistry, HookType)
         name = "sglang.srt.mem_cache.allocation.get_last_loc"
         HookRegistry.register(name, _last_loc, HookType.REPLACE)
+        sampling.attach()
     algorithm.register()
     HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
 

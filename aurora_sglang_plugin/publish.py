@@ -74,6 +74,7 @@ class Publisher:
         extend_version: int = 0,
         num_steps: int = 0,
         topk: int = 0,
+        rejection: bool = False,
     ) -> None:
         """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
 
@@ -90,6 +91,7 @@ class Publisher:
             "extend_version": extend_version,
             "num_steps": num_steps,
             "topk": topk,
+            "rejection": rejection,
         }
         if self._outbox.put(kind, snapshot, fields):
             self._wake.set()
@@ -105,8 +107,9 @@ class Publisher:
     def counters(self) -> dict:
         """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes, bytes_sent; heartbeats.
 
-        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `refused` {cause: n} counts attempts
-        to connect that failed at the handshake, by the causes of handshakes.py.
+        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `left_out` {cause: n} counts rows of
+        requests that were left out of messages, by the causes of rows.py; `refused` {cause: n} attempts to connect that
+        failed at the handshake, by the causes of handshakes.py.
         """
         return self._outbox.counters() | {"refused": dict(self._refused)}
 
@@ -195,7 +198,7 @@ class Publisher:
             return False
         cause = "closed"
         try:
-            arrays = item.snapshot.build()
+            arrays = self._outbox.leave_out_bad_rows(item, item.snapshot.build())
             item.snapshot = None  # only the arrays are needed from here on
             while not (nbytes := self._send(item, arrays)):
                 if self._close_at is not None and time.monotonic() >= self._close_at:

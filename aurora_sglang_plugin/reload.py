@@ -160,6 +160,7 @@ class Reloader:
         live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
         torch._foreach_copy_(self._previous, live)
         torch._foreach_copy_(live, staged)
+        self._count_write()
         if self._hot is not None:
             self._previous_hot.copy_(self._hot)
             self._hot.copy_(self._staged_hot)
@@ -171,9 +172,11 @@ class Reloader:
         self._hand_over(APPLYING, FREE)
         self._measure(started)
         if self._watching:  # a version that lay there when the server started says nothing about either
-            self.durations.observe(time.monotonic() - noticed_at)
-            if manifest.trained_until_ns:
-                self.freshness.observe(max(0.0, time.time() - manifest.trained_until_ns / 1e9))
+            took_s = time.monotonic() - noticed_at
+            self.durations.observe(took_s)
+            if manifest.trained_until_ns:  # by the trainer's clock, and this one's only for what took place here
+                trained_s = manifest.created_unix_s - manifest.trained_until_ns / 1e9
+                self.freshness.observe(max(0.0, trained_s + took_s))
         return self.version
 
     def rollback(self) -> int | None:
@@ -186,6 +189,10 @@ class Reloader:
         self.created_unix_s = self._previous_created
         self._measure(started)
         return self.version
+
+    def _count_write(self) -> None:
+        """Writes through .data do not count a parameter's version up, by which copies of it are known to be old."""
+        torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
     def retarget(self, target: str) -> None:
         """On the scheduler thread: the server has another target. What drafts stays; what is staged for
@@ -215,6 +222,7 @@ class Reloader:
 
     def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:
         torch._foreach_copy_([live.data for live, _ in self._pairs], copies)
+        self._count_write()
         if self._hot is not None:
             self._hot.copy_(hot)
 

@@ -10,7 +10,8 @@ import copy
 import torch
 from torch import nn
 
-from aurora_sglang_plugin.watch import Expected, canonical_name
+from aurora_sglang_plugin.draft_files import canonical_name
+from aurora_sglang_plugin.watch import Expected
 
 # Values of config.json, or of its eagle_config, that a running server cannot change; compared where both name them.
 FIXED_CONFIG = (

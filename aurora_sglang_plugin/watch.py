@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_sglang_plugin.draft_check import LEGACY_NAMES
+from aurora_sglang_plugin.draft_files import canonical_name
 from aurora_sglang_plugin.manifest import (
     CURRENT,
     REJECTED,
@@ -64,14 +64,6 @@ class Weights:
     config: dict
     tensors: dict[str, tuple[str, np.ndarray]]  # canonical name -> (safetensors dtype, array; bfloat16 as uint16)
     noticed_at: float  # monotonic seconds
-
-
-def canonical_name(name: str) -> str:
-    """One name per parameter: without the optional `model.` prefix, and with the older names renamed as SGLang does."""
-    name = name.removeprefix("model.")
-    for old, new in LEGACY_NAMES.items():
-        name = name.replace(old, new)
-    return name
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> None:

@@ -2,14 +2,16 @@
 
 One multipart message per scheduler step: part 0 is the header (msgpack), the others are raw frames, C order,
 little endian, as the header's `frames` names them. No pickle. Delivery is at most once: a message may be dropped
-(and is counted by cause in every later header), never altered, and messages of one epoch arrive in order.
+(and is counted by cause in every later header), never altered, and messages of one epoch arrive in order. Whatever
+decodes can be assembled, packed and trained on: what a whole message must be is checked here, what each request's row
+of it must be in rows.py.
 
     captured = sent + sum(dropped) + queued          (messages, checked when the publisher is quiet)
     sent     = received + lost                       (the trainer's side of the same books)
 
 Kinds
     prefill    a chunk of prompt (or re-prefilled) tokens and the features that the target computed for them
-    verify     one verify step: draft trees, what was accepted, the raw target's distribution at every node
+    verify     one verify step: draft trees, what was accepted, the distribution that judged every node
     end        requests that gave back their KV rows: finished, aborted or retracted
     heartbeat  counters only, sent when nothing else was for a while
 
@@ -21,16 +23,25 @@ This module imports neither torch nor sglang, so that both sides can read it che
 from __future__ import annotations
 
 import math
-import re
 from typing import Literal
 
 import msgspec
 import numpy as np
 
+from aurora_sglang_plugin.rows import DOMAIN as DOMAIN
+from aurora_sglang_plugin.rows import bad_rows
+
 SCHEMA_VERSION = 1
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
-MAX_REQUEST_ID_CHARS = 1024
+# Of an epoch's or a cause's name, and of the target's fingerprint.
+MAX_NAME = 64
+# Causes of drops that a publisher may name.
+MAX_CAUSES = 32
+MAX_NODES = 64
+MAX_STEPS = 16
+MAX_KEPT = 128
+MAX_FEATURES = 1 << 20
 
 # dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its bits.
 DTYPES = {
@@ -41,10 +52,8 @@ DTYPES = {
 }
 
 # Per-request flags of a verify message.
-FLAG_ALTERED_DISTRIBUTION = 1  # penalties, logit bias, grammar or watermark judged this row, not the raw target
-
-# A label that the client gave its request, to tell kinds of traffic apart: short and harmless wherever it is printed.
-DOMAIN = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+# A grammar's mask or a watermark judged this row: its distribution is nothing to learn from.
+FLAG_ALTERED_DISTRIBUTION = 1
 
 Kind = Literal["prefill", "verify", "end", "heartbeat"]
 EndReason = Literal["stop", "length", "abort", "retract"]
@@ -70,7 +79,8 @@ FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]]] = {
         "next_tokens": (("int32",), ("B", "P")),  # tokens committed after path nodes; valid for the first feature_lens
         "aux_hidden_states": (_FLOAT, ("T", "F")),  # features of the path nodes, T = sum(feature_lens)
         "topk_ids": (("int32",), ("B", "N", "K")),
-        "topk_logits": (_FLOAT, ("B", "N", "K")),  # the raw target's, before sampling edits them
+        # As they judged: after penalties and bias, before temperature and truncation.
+        "topk_logits": (_FLOAT, ("B", "N", "K")),
         "logsumexp": (("float32",), ("B", "N")),
     },
     "end": {"committed_lens": (("int32",), ("B",))},  # prompt + output tokens that the client may see
@@ -111,22 +121,31 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     domains: list[str] = []  # B labels, "" for a request without one (prefill, end); empty where none has one
     num_steps: int = 0
     topk: int = 0
+    rejection: bool = False  # drafted tokens are draws from the draft, judged by rejection sampling
     frames: list[Frame] = []
 
 
 class WireError(ValueError):
-    """A message that must not be used. `cause` is a short constant for counters."""
+    """A message that must not be used. `cause` is a short constant for counters.
+
+    `header` is the message's, if that is sound: whose message it was, where it stands in its epoch, what is missing.
+    """
 
     def __init__(self, cause: str, detail: str):
         super().__init__(f"{cause}: {detail}")
         self.cause = cause
+        self.header: Header | None = None
 
 
 class Message(msgspec.Struct):
-    """A decoded message: the header and its arrays (views of the received frames)."""
+    """A decoded message: the header and its arrays (views of the received frames).
+
+    `bad` {row: cause} are the requests whose row must not be used, by the causes of rows.py.
+    """
 
     header: Header
     arrays: dict[str, np.ndarray]
+    bad: dict[int, str] = {}
 
     def dtype(self, name: str) -> str:
         return next(f.dtype for f in self.header.frames if f.name == name)
@@ -149,23 +168,62 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
 def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
     """Check and view a received message; nothing is allocated before it is checked, nothing is copied.
 
-    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values.
+    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values. A request whose row alone is
+    at fault does not raise: it is in the message's `bad`.
     """
-    if not parts or len(parts[0]) > MAX_HEADER_BYTES or len(parts) > MAX_FRAMES + 1:
-        raise WireError("header", f"{len(parts)} parts, header of {len(parts[0]) if parts else 0} bytes")
+    if not parts or len(parts) > MAX_FRAMES + 1:
+        raise WireError("header", f"{len(parts)} parts")
+    header = read_header(parts[0])
     try:
-        header = _decoder.decode(parts[0])
+        return _decode(header, parts, max_bytes)
+    except WireError as error:
+        error.header = header
+        raise
+
+
+def read_header(part: bytes | memoryview) -> Header:
+    """Part 0 of a message, if it can be believed. Raises WireError with cause one of: header, schema, values."""
+    if len(part) > MAX_HEADER_BYTES:
+        raise WireError("header", f"header of {len(part)} bytes, at most {MAX_HEADER_BYTES}")
+    try:
+        header = _decoder.decode(part)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise WireError("header", str(error)) from None
     if header.schema != SCHEMA_VERSION:
         raise WireError("schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION}")
+    if not 0 < len(header.epoch) <= MAX_NAME or any(len(n) > MAX_NAME for n in (header.target, *header.dropped)):
+        raise WireError("header", f"epoch, target or cause of an unexpected length, expected at most {MAX_NAME}")
+    if len(header.dropped) > MAX_CAUSES:
+        raise WireError("header", f"{len(header.dropped)} causes of drops, at most {MAX_CAUSES}")
+    counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
+    if header.sent_seq < 1 or min(counters) < 0 or max(header.sent_seq, *counters) >= 1 << 53:
+        raise WireError("values", "counters out of bounds")
+    if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
+        raise WireError("values", "version out of bounds")
+    if not 0 <= header.time_ns < 1 << 63:
+        raise WireError("values", "time out of bounds")
+    return header
+
+
+def missing(header: Header) -> list[bytes | memoryview]:
+    """Parts of a message that stands in for one that was refused: all its requests, each with a bad row.
+
+    Their samples end there and nobody else's do, in a recording as well.
+    """
+    none, nothing = np.zeros(len(header.requests), np.int32), np.zeros(0, np.int32)
+    arrays = {name: ("int32", none) for name in list(FRAMES["prefill"])[:4]}
+    arrays |= {"input_ids": ("int32", nothing), "next_tokens": ("int32", none)}
+    arrays["aux_hidden_states"] = "float32", np.zeros((0, 1), np.float32)
+    rest = {"flags": [], "reasons": [], "domains": [], "num_steps": 0, "topk": 0}
+    return encode(msgspec.structs.replace(header, kind="prefill", **rest), arrays)
+
+
+def _decode(header: Header, parts: list[bytes | memoryview], max_bytes: int) -> Message:
     if sum(map(len, parts)) > max_bytes:
         raise WireError("size", f"{sum(map(len, parts))} bytes, at most {max_bytes}")
     spec = FRAMES[header.kind]
     if [f.name for f in header.frames] != list(spec) or len(parts) != len(spec) + 1:
         raise WireError("frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}")
-    if not 0 < len(header.epoch) <= 64 or not all(map(request_id_fits, header.requests)):
-        raise WireError("header", "epoch or request id of an unexpected length")
     sizes = {"B": len(header.requests)}
     arrays = {}
     for frame, part in zip(header.frames, parts[1:]):
@@ -179,74 +237,27 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
         if len(part) != frame.nbytes:
             raise WireError("size", f"{frame.name} has {len(part)} bytes, {frame.shape} needs {frame.nbytes}")
         arrays[frame.name] = np.frombuffer(part, DTYPES[frame.dtype]).reshape(frame.shape)
-    message = Message(header, arrays)
-    _check_values(message, sizes)
-    return message
+    _check_structure(header, arrays, sizes)
+    dtypes = {frame.name: frame.dtype for frame in header.frames}
+    bad = bad_rows(header.kind, header.num_steps, header.requests, header.domains, arrays, dtypes)
+    return Message(header, arrays, bad)
 
 
-def request_id_fits(rid: object) -> bool:
-    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters."""
-    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_CHARS:
-        return False
-    # JSON can hold half of a UTF-16 pair, which has no UTF-8: the encoder would raise.
-    return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
-
-
-def _check_values(message: Message, sizes: dict[str, int]) -> None:
-    header, a = message.header, message.arrays
-    counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
-    if header.sent_seq < 1 or min(counters) < 0 or max(header.sent_seq, *counters) >= 1 << 53:
-        raise WireError("values", "counters out of bounds")
-    if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
-        raise WireError("values", "version out of bounds")
-    if header.domains and len(header.domains) != sizes["B"]:
-        raise WireError("values", f"{len(header.domains)} domains for {sizes['B']} requests")
-    if any(domain and not DOMAIN.fullmatch(domain) for domain in header.domains):
-        raise WireError("values", f"a domain is not {DOMAIN.pattern}")
-    if not 0 <= header.time_ns < 1 << 63:
-        raise WireError("values", "time out of bounds")
-    if header.kind in ("prefill", "verify"):
-        if int(a["feature_lens"].sum(dtype=np.int64)) != sizes["T"] or (a["feature_lens"] < 0).any():
-            raise WireError("values", f"feature_lens sum to {a['feature_lens'].sum()}, {sizes['T']} rows came")
-        if (a["positions"] < 0).any():
-            raise WireError("values", "negative position")
-        for name in ("aux_hidden_states", "topk_logits", "logsumexp"):
-            if name in a and not _finite(a[name], message.dtype(name)):
-                raise WireError("values", f"{name} is not finite")
-    if header.kind == "prefill":
-        if int(a["extend_lens"].sum(dtype=np.int64)) != sizes["C"] or (a["extend_lens"] < a["feature_lens"]).any():
-            raise WireError("values", "extend_lens disagree with input_ids or feature_lens")
-        if (a["extend_lens"] < 1).any() or (a["input_ids"] < 0).any() or (a["next_tokens"] < 0).any():
-            raise WireError("values", "empty chunk or negative token id")
+def _check_structure(header: Header, a: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
+    """What no row could be read without, or what concerns all rows alike."""
+    b = sizes["B"]
+    if header.domains and len(header.domains) != b:
+        raise WireError("values", f"{len(header.domains)} domains for {b} requests")
+    if header.kind == "end" and len(header.reasons) != b:
+        raise WireError("values", f"{len(header.reasons)} reasons for {b} requests")
+    for frame, lens in (("input_ids", "extend_lens"), ("aux_hidden_states", "feature_lens")):
+        if frame in a and ((a[lens] < 0).any() or int(a[lens].sum(dtype=np.int64)) != len(a[frame])):
+            raise WireError("values", f"{lens} do not add up to the {len(a[frame])} rows of {frame}")
+    if "F" in sizes and not 1 <= sizes["F"] <= MAX_FEATURES:
+        raise WireError("values", f"features of width {sizes['F']}, expected 1 to {MAX_FEATURES}")
     if header.kind == "verify":
-        _check_trees(header, a, sizes)
-    if header.kind == "end" and len(header.reasons) != sizes["B"]:
-        raise WireError("values", f"{len(header.reasons)} reasons for {sizes['B']} requests")
-
-
-def _check_trees(header: Header, a: dict[str, np.ndarray], sizes: dict[str, int]) -> None:
-    n, p = sizes["N"], sizes["P"]
-    if not 1 <= n <= 256 or not 1 <= p <= n or len(header.flags) != sizes["B"]:
-        raise WireError("values", f"trees of {n} nodes, paths of {p}, {len(header.flags)} flags")
-    parents, path, lens = a["parents"], a["accept_path"], a["feature_lens"]
-    if (parents[:, :1] != -1).any() or (parents >= np.arange(n)).any() or (parents[:, 1:] < -2).any():
-        raise WireError("values", "parents are not a tree")
-    if (parents[:, 1:] == -1).any():
-        raise WireError("values", "more than one root")
-    if (lens < 1).any() or (lens > p).any() or (path >= n).any():
-        raise WireError("values", "accept_path or feature_lens out of bounds")
-    on_path = np.arange(p) < lens[:, None]
-    if (path[:, :1] != 0).any() or (path[on_path] < 0).any():
-        raise WireError("values", "accept_path does not start at the root")
-    rows = np.arange(len(path))[:, None]
-    if (parents[rows, path.clip(0)][:, 1:] != path[:, :-1])[on_path[:, 1:]].any():
-        raise WireError("values", "accept_path does not follow parents")
-    if (a["draft_tokens"] < 0).any() or (a["next_tokens"][on_path] < 0).any() or (a["topk_ids"] < 0).any():
-        raise WireError("values", "negative token id")
-
-
-def _finite(array: np.ndarray, dtype: str) -> bool:
-    """No inf, no NaN. For bfloat16 bits: the exponent is not all ones."""
-    if dtype == "bfloat16":
-        return not ((array & 0x7F80) == 0x7F80).any()
-    return bool(np.isfinite(array).all())
+        n, p, k, s = sizes["N"], sizes["P"], sizes["K"], header.num_steps
+        if not (1 <= s <= MAX_STEPS and p == s + 1 <= n <= MAX_NODES and 1 <= k <= MAX_KEPT):
+            raise WireError("values", f"trees of {n} nodes in {s} steps, paths of {p}, {k} kept logits")
+        if not 1 <= header.topk <= MAX_NODES or len(header.flags) != b:
+            raise WireError("values", f"topk {header.topk}, {len(header.flags)} flags for {b} requests")

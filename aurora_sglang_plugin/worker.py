@@ -3,9 +3,9 @@
 One decode step, in SGLang's order, with ours marked:
 
     draft            levels 1..S of every tree (level 1 was proposed by the previous step's draft-extend)
-    verify           the target's forward  > before_sampling: its raw logits  > sampling, acceptance, compaction
+    verify           the target's forward, sampling (which edits the logits in place), acceptance, compaction
   > swap             every tree of the next step, level 1 included, comes from one version
-  > capture.verify   trees, accepted path, features
+  > capture.verify   trees, accepted path, features, the logits that judged
     draft-extend     writes the draft's KV for the accepted path, proposes level 1
 """
 
@@ -78,8 +78,14 @@ class AuroraWorker(EAGLEWorkerV2):
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
             device = model.lm_head.weight.device
-            self.capture = Capture(config.plugin.capture, publisher, device, self.speculative_num_steps, self.topk)
-            self._tell_before_sampling()
+            self.capture = Capture(
+                config.plugin.capture,
+                publisher,
+                device,
+                self.speculative_num_steps,
+                self.topk,
+                rejection=bool(self.server_args.speculative_use_rejection_sampling),
+            )
             _capture = self.capture
         self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
@@ -149,18 +155,6 @@ class AuroraWorker(EAGLEWorkerV2):
 
     def _mode(self) -> str:
         return "live" if self.speculative_num_steps else "shadow"
-
-    def _tell_before_sampling(self) -> None:
-        """Sampling edits verify's logits in place, and has no seam before it: wrap the target's forward."""
-        forward, capture = self.target_worker.forward_batch_generation, self.capture
-
-        def forward_batch_generation(*args: Any, **kwargs: Any) -> Any:
-            result = forward(*args, **kwargs)
-            if kwargs.get("is_verify"):
-                capture.before_sampling(result.logits_output.next_token_logits)
-            return result
-
-        self.target_worker.forward_batch_generation = forward_batch_generation
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self.reloader is None:  # an SGLang whose scheduler does not allocate through the worker

@@ -4,6 +4,7 @@ The server keeps no state per request, so this does: (epoch, request id) -> the 
 
     a message of the epoch is missing     every open segment of that epoch ends before its next step (`gap`): the
                                           missing one may have ended the request and begun another with the same id
+    a row that cannot be used             the segment of that request ends (`gap`), counted by cause, and no other
     a step goes on at segment.next        it extends the segment: chunks, verify steps, plain tokens of mixed chunks
     a verify step's root lies before it   fewer tokens were committed than accepted: cut back to the root, go on there
     any other position                    the segment ends (`gap`), a new attempt starts at the step's first feature
@@ -27,7 +28,7 @@ from aurora_sglang_plugin.config import Section
 from aurora_trainer.sample import Sample
 from aurora_trainer.segment import Quarantine, Segment, Step, Tree, to_sample
 
-MAX_EPOCHS = 64
+MAX_EPOCHS = 1 << 14
 MAX_PAST = 1 << 16  # request ids that are remembered after they ended
 
 Key = tuple[str, str]  # epoch, request id
@@ -50,6 +51,7 @@ class _Past:
     attempts: int = 0
     prompt_len: int = 0
     ended_at: int = -1  # the epoch's losses when it ended, -1 while it is open
+    domain: str = ""
 
 
 class Assembler:
@@ -58,9 +60,13 @@ class Assembler:
     def __init__(self, config: AssembleConfig):
         self.config = config
         self.counters: Counter[str] = Counter()
+        self.bad_rows: Counter[str] = Counter()  # by the causes of rows.py
         self._open: OrderedDict[Key, Segment] = OrderedDict()  # least recently extended first
         self._past: OrderedDict[Key, _Past] = OrderedDict()
         self._epochs: OrderedDict[str, list[int]] = OrderedDict()  # [last captured_seq, losses]
+        # Losses of an epoch begin here: above all that one had that was forgotten, so that nothing is stitched to it.
+        self._first_losses = 0
+        self._held: dict[str, list[int]] = {}  # of each epoch with open segments: [segments, bytes]
         self._nbytes = 0
         self._now_s: float | None = None
         self._done: list[Sample] = []
@@ -85,7 +91,7 @@ class Assembler:
         {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](message, losses)
         while self._open and (len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes):
             self.counters["evicted"] += 1
-            self._close(next(iter(self._open)), "gap")
+            self._close(self._to_evict(by=int(len(self._open) <= self.config.max_open)), "gap")
         return self._take()
 
     def idle(self, now_s: float) -> list[Sample]:
@@ -108,14 +114,17 @@ class Assembler:
         token = feature = 0
         for row, request in enumerate(header.requests):
             length, count = int(a["extend_lens"][row]), int(a["feature_lens"][row])
-            known = np.append(a["input_ids"][token : token + length], a["next_tokens"][row])[length - count :]
-            features = hidden[feature : feature + count].copy()
-            first = int(a["positions"][row]) + length - count  # of the chunk's features
             token, feature = token + length, feature + count
             key, prompt_len = (header.epoch, request), int(a["prompt_lens"][row])
+            if self._is_bad(message, row, key):
+                continue
+            known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[length - count :]
+            features = hidden[feature - count : feature].copy()
+            first = int(a["positions"][row]) + length - count  # of the chunk's features
             segment = self._following(key, first, int(known[0]), losses, dtype, hidden.shape[1])
             if segment is None or segment.prompt_len != prompt_len or not count:
                 self._close(key, "gap")
+                self._remember(key).domain = header.domains[row] if header.domains else ""
                 segment = self._begin(key, first, int(known[0]), losses, dtype, prompt_len)
             if count:
                 versions = np.full(count, header.extend_version, np.int32)
@@ -125,22 +134,17 @@ class Assembler:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         shape = (header.num_steps, header.topk, message.dtype("topk_logits"), *a["accept_path"].shape[1:])
-        shape += a["topk_ids"].shape[1:]
+        shape += (*a["topk_ids"].shape[1:], header.rejection)
         lens, path = a["feature_lens"], a["accept_path"]
-        # The token of an accepted node is the token that was committed after its parent.
         on_path = np.arange(path.shape[1]) < lens[:, None]
-        tokens = np.take_along_axis(a["draft_tokens"], path.clip(0), 1)
-        crooked = ((tokens[:, 1:] != a["next_tokens"][:, :-1]) & on_path[:, 1:]).any(1)
         ends = lens.cumsum(dtype=np.int64)
         for row, request in enumerate(header.requests):
             key, root, count, end = (header.epoch, request), int(a["positions"][row]), int(lens[row]), int(ends[row])
+            if self._is_bad(message, row, key):
+                continue
             past = self._past.get(key)
             if past is not None and past.ended_at == losses and key not in self._open:
                 self.counters["after_end"] += 1
-                continue
-            if crooked[row]:
-                self.counters["quarantined"] += 1
-                self._close(key, "gap")
                 continue
             segment = self._following(key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1])
             if segment is None or segment.shape not in (None, shape):
@@ -168,9 +172,12 @@ class Assembler:
         header = message.header
         for row, request in enumerate(header.requests):
             key = (header.epoch, request)
+            if self._is_bad(message, row, key):
+                continue
             segment = self._open.get(key)
             if segment is not None:
                 segment.time_ns = header.time_ns
+                segment.domain = header.domains[row] if header.domains else segment.domain
                 certain = segment.losses == losses
                 last = int(message.arrays["committed_lens"][row]) - 1
                 self._close(key, header.reasons[row] if certain else "gap", last)
@@ -180,10 +187,11 @@ class Assembler:
 
     def _enter(self, header: wire.Header) -> int | None:
         """How many holes captured_seq has had in this epoch; None for a message that repeats or precedes one."""
-        state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, 0])
+        state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, self._first_losses])
         self._epochs.move_to_end(header.epoch)
         if len(self._epochs) > MAX_EPOCHS:
-            self._epochs.popitem(last=False)
+            _, (_, losses) = self._epochs.popitem(last=False)
+            self._first_losses = max(self._first_losses, losses + 1)
         if header.captured_seq <= state[0]:
             return None
         if header.captured_seq != state[0] + 1:
@@ -193,6 +201,32 @@ class Assembler:
         self.counters["messages"] += 1
         return state[1]
 
+    def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
+        """Whether the row must not be used; then its request's segment ends here."""
+        cause = message.bad.get(row)
+        if cause is None:
+            return False
+        self.bad_rows[cause] += 1
+        self._close(key, "gap")
+        return True
+
+    def _to_evict(self, by: int) -> Key:
+        """The least recently extended segment of the epoch that has most: a flood takes from nobody else.
+
+        by: 0, most segments; 1, most bytes.
+        """
+        largest = max(self._held, key=lambda epoch: self._held[epoch][by])
+        return next(key for key in self._open if key[0] == largest)
+
+    def _hold(self, key: Key, segments: int, nbytes: int) -> None:
+        """So many more are open, or fewer."""
+        held = self._held.setdefault(key[0], [0, 0])
+        held[0] += segments
+        held[1] += nbytes
+        self._nbytes += nbytes
+        if not held[0]:
+            del self._held[key[0]]
+
     def _following(self, key: Key, position: int, token: int, losses: int, dtype: str, width: int) -> Segment | None:
         """The open segment that goes on with `token` at `position`, cut back to there if need be."""
         segment = self._open.get(key)
@@ -201,38 +235,40 @@ class Assembler:
         if segment.steps and segment.steps[0].features.shape[1] != width:
             return None
         if segment.start < position < segment.next and position >= segment.prompt_len:
-            self._nbytes -= segment.nbytes
+            before = segment.nbytes
             segment.cut(position)
-            self._nbytes += segment.nbytes
+            self._hold(key, 0, segment.nbytes - before)
             self.counters["cut_back"] += 1
         return segment if (segment.next, segment.last_token) == (position, token) else None
 
     def _begin(self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int) -> Segment:
         past = self._remember(key)
         past.prompt_len, past.ended_at = prompt_len, -1
-        segment = Segment(key[1], key[0], past.attempts, start, prompt_len, token, losses, dtype=dtype)
+        about = {"dtype": dtype, "domain": past.domain}
+        segment = Segment(key[1], key[0], past.attempts, start, prompt_len, token, losses, **about)
         self._open[key] = segment
+        self._hold(key, 1, 0)
         return segment
 
     def _extend(self, key: Key, segment: Segment, step: Step, header: wire.Header) -> None:
-        self._nbytes -= segment.nbytes
+        before = segment.nbytes
         segment.extend(step)
         segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
         if step.tree is None:
             segment.trim(self.config.max_slots)
-        self._nbytes += segment.nbytes
+        self._hold(key, 0, segment.nbytes - before)
         self._open.move_to_end(key)
         if segment.next - max(segment.start + segment.carried, segment.prompt_len) >= self.config.part_slots:
             after = segment.tail(self.config.context_slots)
             self._close(key, "part", segment.next - 1)  # the last slot has no target yet and goes on
             self._open[key] = after
-            self._nbytes += after.nbytes
+            self._hold(key, 1, after.nbytes)
 
     def _close(self, key: Key, reason: str, end: int | None = None) -> None:
         segment = self._open.pop(key, None)
         if segment is None:
             return
-        self._nbytes -= segment.nbytes
+        self._hold(key, -1, -segment.nbytes)
         self._remember(key).attempts = segment.attempt + 1
         eos = self.config.eos_token_ids if reason in ("gap", "idle") else ()
         try:

@@ -158,9 +158,7 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
     """The levels of one sample, every index local to it, without `ancestors` and `rows`."""
     length = len(s.features)
     slots = torch.arange(min(max(s.prompt_len - 1 - s.start, 0), length), length)
-    slot_target = s.slot_node.clone()
-    has = slot_target >= 0
-    slot_target[has] = torch.where(s.node_altered[slot_target[has]], -1, slot_target[has])
+    slot_target = torch.where(s.has_target, s.slot_node, -1)
     reach = _reach(s) if rejected else None
     first = length - len(slots)
     query = torch.full((len(s.node_token),), -1)  # node -> its row in the current level, -1 if it is none there

@@ -4,10 +4,15 @@
     captured = (sent_seq - heartbeats) + sum(dropped) + queued        as the publisher says in a heartbeat
 
 They are written at most once a second: what a killed trainer had received since then counts as lost, as it is.
+
+There are pages for many more epochs than servers can be at work at once, those of ended ones included: the page that
+is forgotten, at the bound, is of the epoch that was silent for longest. Should it speak again, what it had sent before
+is not counted as lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -17,12 +22,14 @@ from pathlib import Path
 import msgspec
 
 from aurora_sglang_plugin import wire
+from aurora_trainer.schedule import Retry
 
 log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 1.0
-MAX_EPOCHS = 64
-MAX_CAUSES = 32  # of drops, that a publisher may name
+MAX_EPOCHS = 8192
+# A server's clock counts as this one's within so much: what is older than that waited on the way, perhaps.
+CLOCK_S = 5.0
 
 
 class Epoch(msgspec.Struct):
@@ -40,6 +47,10 @@ class Epoch(msgspec.Struct):
     draft_version: int = 0
     quiet: bool = False  # the last message was a heartbeat: the publisher's books are complete
     last_unix_s: float = 0.0
+    # Of sent_seq: what an epoch had sent that may have been here before, and whose counts are forgotten.
+    before: int = 0
+    # How far the server's clock is ahead of this machine's, 0 within CLOCK_S.
+    ahead_s: float = 0.0
 
 
 class _File(msgspec.Struct):
@@ -58,6 +69,7 @@ class Books:
         self.rejected = file.rejected
         self.forgotten_epochs = file.forgotten_epochs
         self._unwritten, self._written_at = False, 0.0
+        self._retry = Retry("books")
 
     def accept(self, header: wire.Header) -> bool:
         """Count a message as received. False (and rejected, cause `order`) where it repeats or precedes one."""
@@ -67,18 +79,26 @@ class Books:
         self.epochs[header.epoch].received += 1
         return True
 
-    def reject(self, cause: str, header_part: bytes | None) -> None:
-        """Count a message that cannot be used, for its epoch as well where its header can be believed."""
+    def reject(self, cause: str, header: wire.Header | None) -> bool:
+        """Count a message that cannot be used, for its epoch as well where its header can be believed (not None).
+
+        True where it is the next one of its epoch.
+        """
         self.rejected[cause] = self.rejected.get(cause, 0) + 1
         self._unwritten = True
-        header = _believable(header_part) if header_part is not None else None
-        if header is not None and self._enter(header):
-            self.epochs[header.epoch].rejected += 1
+        if header is None or not self._enter(header):
+            return False
+        self.epochs[header.epoch].rejected += 1
+        return True
 
     def _enter(self, header: wire.Header) -> bool:
-        epoch = self.epochs.setdefault(header.epoch, Epoch(target=header.target))
+        epoch = self.epochs.get(header.epoch)
+        if epoch is None:
+            before = header.sent_seq - 1 if self.forgotten_epochs else 0
+            epoch = Epoch(header.target, sent_seq=before, before=before)
         if header.sent_seq <= epoch.sent_seq:
             return False
+        self.epochs[header.epoch] = epoch
         self.epochs.move_to_end(header.epoch)
         if len(self.epochs) > MAX_EPOCHS:
             self.epochs.popitem(last=False)
@@ -88,6 +108,9 @@ class Books:
         epoch.dropped, epoch.queued = header.dropped, header.queued
         epoch.draft_version = header.draft_version or epoch.draft_version  # an `end` does not say
         epoch.quiet, epoch.last_unix_s = header.kind == "heartbeat", time.time()
+        ahead_s = header.time_ns / 1e9 - epoch.last_unix_s
+        if epoch.quiet or ahead_s > CLOCK_S:  # only a heartbeat is sent as soon as it is made
+            epoch.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
         self._unwritten = True
         return True
 
@@ -102,43 +125,36 @@ class Books:
         if epoch.captured != sent + dropped + epoch.queued:
             return f"captured {epoch.captured} is not sent {sent} + dropped {dropped} + queued {epoch.queued}"
         received, lost, rejected = epoch.received, epoch.lost, epoch.rejected
-        if epoch.sent_seq != received + lost + rejected:
+        if epoch.sent_seq - epoch.before != received + lost + rejected:
             return f"sent {epoch.sent_seq} is not received {received} + lost {lost} + rejected {rejected}"
         return True
 
     def as_dict(self) -> dict:
+        """JSON-able: {epochs: {epoch: {...}}, rejected: {cause: n}, forgotten_epochs: n}."""
         return msgspec.to_builtins(_File(dict(self.epochs), self.rejected, self.forgotten_epochs))
+
+    @property
+    def write_faults(self) -> int:
+        return self._retry.faults
 
     def due(self) -> bool:
         return self._unwritten and time.monotonic() - self._written_at >= WRITE_EVERY_S
 
-    def write(self) -> None:
+    def write(self, at_once: bool = False) -> None:
         """Atomic against a kill, not against a power failure: damaged books are replaced by new ones."""
         self._written_at, self._unwritten = time.monotonic(), False
-        if self._path is None:
-            return
+        if self._path is not None and not self._retry.run(self._write, time.monotonic(), at_once):
+            self._unwritten = True
+
+    def _write(self) -> None:
         temporary = self._path.with_name(self._path.name + ".tmp")
         try:
             temporary.write_bytes(msgspec.json.encode(self.as_dict()))
             os.replace(temporary, self._path)
-        except OSError as error:
-            log.error("books not written path=%s error=%s", self._path, error)
-
-
-_header_decoder = msgspec.msgpack.Decoder(wire.Header)
-
-
-def _believable(part: bytes) -> wire.Header | None:
-    if len(part) > wire.MAX_HEADER_BYTES:
-        return None
-    try:
-        header = _header_decoder.decode(part)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return None
-    counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
-    if header.schema != wire.SCHEMA_VERSION or not 0 < len(header.epoch) <= 64 or len(header.dropped) > MAX_CAUSES:
-        return None
-    return header if header.sent_seq >= 1 and min(counters) >= 0 and max(header.sent_seq, *counters) < 1 << 53 else None
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def _load(path: Path | None) -> _File:

@@ -52,9 +52,10 @@ def save_checkpoint(
     keep: int,
     on_step: Step = no_step,
 ) -> Path:
-    """Write step-N and remove the oldest beyond `keep`. A damaged one of the same step is replaced.
+    """Write step-N and remove the oldest beyond `keep`. One of the same step is replaced.
 
-    `state` must be JSON. Call it from the one trainer of `directory` only.
+    `state` must be JSON. Call it from the one trainer of `directory` only. Raises OSError where the disk refuses; what
+    was there is there still.
     """
     directory = Path(directory)
     files = {
@@ -64,11 +65,12 @@ def save_checkpoint(
     described = {n: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
     files["manifest.json"] = json.dumps({"format": FORMAT, "step": step, "files": described}).encode()
     name = f"step-{step:08d}"
-    if (directory / name).exists():
-        remove_directory(directory / name, on_step)
     path = write_directory(directory, name, files, on_step)
     for old in steps(directory)[:-keep]:
-        remove_directory(directory / f"step-{old:08d}", on_step)
+        try:
+            remove_directory(directory / f"step-{old:08d}", on_step)
+        except OSError as error:  # the next checkpoint tries again
+            log.warning("old checkpoint not removed step=%d error=%s", old, error)
     return path
 
 

@@ -109,6 +109,10 @@ def init_draft(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
     dtype: Annotated[str, typer.Option(help="same (as the target's), float32, bfloat16 or float16.")] = "same",
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads. Default: the target's.")] = None,
+    eagle31: Annotated[
+        bool, typer.Option("--eagle31", help="EAGLE 3.1's shape: norms before fc and of the state handed on.")
+    ] = False,
 ) -> None:
     """Write an untrained draft for a target: config.json and model.safetensors that SGLang loads."""
     with _clear_errors():
@@ -127,8 +131,9 @@ def init_draft(
         token_counts = torch.tensor(json.loads(counts.read_text())) if counts else None
         layers = tuple(int(i) for i in aux_layers.split(",")) if aux_layers else None
         draft = init.init_draft(
-            target, out, kind.value, draft_vocab, token_counts, layers, seed=seed, dtype=dtypes[dtype]
-        )
+            target, out, kind.value, draft_vocab, token_counts, layers, seed=seed, dtype=dtypes[dtype],
+            kv_heads=kv_heads, eagle31=eagle31,
+        )  # fmt: skip
         size = sum(p.numel() for p in draft.parameters())
         typer.echo(f"draft written directory={out} kind={kind.value} parameters={size} vocabulary={len(draft.d2t)}")
 

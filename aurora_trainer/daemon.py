@@ -1,5 +1,8 @@
 """The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
+No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes on. A batch that
+cannot be trained on is tried again in parts, so that it costs the one sample that is at fault.
+
 Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps; SIGTERM or SIGINT
 ends it after the running step, with a checkpoint. Over a recording, everything that changes the weights depends on the
 position in the recording alone, so that a killed run, resumed from its last checkpoint, ends with the same bits.
@@ -7,6 +10,7 @@ position in the recording alone, so that a killed run, resumed from its last che
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -16,13 +20,16 @@ from typing import Any
 
 import torch
 
-from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
+from aurora_sglang_plugin import wire
+from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.families import EVENTS, UNRECORDED
+from aurora_trainer.families import UNRECORDED
 from aurora_trainer.metrics import Metrics
 from aurora_trainer.receive import Receiver
 from aurora_trainer.recording import Damage, Recording, read_messages
-from aurora_trainer.replay import paced
+from aurora_trainer.replay import on_one_clock, paced
+from aurora_trainer.schedule import Cadence, Retry
+from aurora_trainer.status import status_of
 from aurora_trainer.train import Training
 
 log = logging.getLogger(__name__)
@@ -30,8 +37,9 @@ log = logging.getLogger(__name__)
 WAIT_S = 0.05  # for a message, when nothing is to be done
 MESSAGES_PER_TURN = 256  # taken in between two looks at the rest
 REJECTED_EVERY_S = 1.0
-HEARD_S = 10.0  # a server that was silent for longer does not count as being there
+STEP_WAITS_S = (0.1, 10.0)  # after one that raised: memory of the device may come back
 BOOKS = "books.json"
+QUIET_S = 60.0  # between two looks at whether traffic teaches anything
 LINE = (
     "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s", "published", "buffer",
     "dropped", "lost", "rejected",
@@ -64,6 +72,11 @@ class Daemon:
         self._status = Cadence(config.trainer.metrics.every_s, 0)
         self._rejected = Cadence(REJECTED_EVERY_S, 0)
         self._rate = (time.monotonic(), 0)  # when, slots trained by then
+        self._taught = Cadence(QUIET_S, 0)
+        self._taught_at = (0, 0)  # samples, rows with a target by then
+        self._saved_step = self.resumed.step if self.resumed else None
+        self._jobs = {name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")}
+        self._jobs["step"] = Retry("step", *STEP_WAITS_S)
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
         """Train on what servers send until a signal comes, or for `max_steps` more steps."""
@@ -83,7 +96,8 @@ class Daemon:
         self._start_cadences(time.monotonic())
         try:
             while not self.stopping and (last is None or training.steps < last):
-                self._take_in(receiver, 0.0 if training.due() else WAIT_S)
+                due = training.due() and not self._jobs["step"].waits(time.monotonic())
+                self._take_in(receiver, 0.0 if due else WAIT_S)
                 if training.due():
                     self._step(time.time())
                 self._keep_cadences(receiver, time.monotonic())
@@ -92,7 +106,7 @@ class Daemon:
             if recording is not None:
                 recording.close()
         while (message := receiver.get()) is not None:  # received and in the books: let it count as assembled too
-            training.feed(message, time.monotonic())
+            self._feed(message, time.monotonic())
         self._end(receiver)
 
     def run_recording(self, path: Path, max_steps: int | None = None, *, original_pace: bool = False) -> None:
@@ -109,7 +123,7 @@ class Daemon:
         self._catch_signals()
         last = max_steps if max_steps is not None else 1 << 62
         now_s, started, ended = 0.0, False, False
-        records = read_messages(path, self.damage)
+        records = on_one_clock(read_messages(path, self.damage))
         if original_pace:
             records = paced(records, lambda: self.stopping)
         for _, message in records:
@@ -123,7 +137,7 @@ class Daemon:
             if not started:
                 self._start_cadences(now_s)
                 started = True
-            training.feed(message, now_s)
+            self._feed(message, now_s)
             while training.due() and training.steps < last and not self.stopping:
                 self._step(now_s, replay=training.steps < replayed)
                 if training.steps == replayed:
@@ -140,41 +154,21 @@ class Daemon:
             )
         if training.steps > replayed:
             if ended:
-                self._offer()
-            self._save(cursor)
+                self._offer(now_s, at_once=True)
+            self._save(cursor, now_s, at_once=True)
         self._end(None)
 
     def status(self, receiver: Receiver | None) -> dict[str, Any]:
         """One record of figures: numbers, and numbers by cause."""
-        training = self.training
-        now, (then, slots) = time.monotonic(), self._rate
+        training, now, (then, slots) = self.training, time.monotonic(), self._rate
         self._rate = (now, training.slots)
-        decided = training.gate.newest
         status = {
             "time_unix_s": time.time(),
             "pid": os.getpid(),
-            "steps": training.steps,
-            "optimizer_step": training.updates,
-            "draft_version": training.served.version,
-            "tokens": training.slots,
             "tokens_per_s": (training.slots - slots) / max(now - then, 1e-9),
-            **training.shown,  # loss; accept_length: of a greedy chain, on batches before they were trained on
-            "accept_length_served": decided.served if decided else None,
-            "accept_length_candidate": decided.candidate if decided else None,
-            "accept_length_traffic": training.traffic["tokens"] / max(training.traffic["steps"], 1),
-            "traffic": dict(training.traffic),
-            "published": dict(training.published),
-            "gate": dict(training.gate.decisions),
-            "samples": dict(training.samples),
-            "unusable": {cause: n for cause, n in training.samples.items() if cause != "assembled"},
-            "assembler": dict(training.assembler.counters),
-            "assembly_events": {event: training.assembler.counters[event] for event in EVENTS},
-            "open_requests": training.assembler.open_requests,
-            "open_bytes": training.assembler.nbytes,
-            "buffer": training.buffer.stats(),
-            "buffer_dropped": dict(training.buffer.dropped),
-            "skipped_updates": training.optimizer.skipped,
+            **status_of(training),
         }
+        status["faults"] = {name: job.faults for name, job in (self._jobs | self.metrics.jobs).items()}
         if self.damage.count:
             status["damaged_records"] = self.damage.count
         if (recording := self._recording) is not None:
@@ -182,18 +176,8 @@ class Daemon:
             status["recording"] = {"messages": counters["messages"], "bytes": recording.nbytes}
             status["unrecorded"] = {cause: counters[cause] for cause in UNRECORDED}
         if receiver is not None:
-            books = receiver.books()
-            epochs = books["epochs"].values()
-            status["books"] = books["epochs"]
-            status["received"] = sum(e["received"] for e in epochs)
-            status["lost"] = sum(e["lost"] for e in epochs)
-            status["rejected"] = books["rejected"]
-            status["refused_peers"] = books["refused_peers"]
-            status["dropped"] = _sum_by_cause(e["dropped"] for e in epochs)  # by the publishers
-            heard = [e["last_unix_s"] for e in epochs]
-            status["servers"] = sum(status["time_unix_s"] - at < HEARD_S for at in heard)
-            status["message_age_s"] = max(0.0, status["time_unix_s"] - max(heard)) if heard else None
-            status["received_bytes"], status["receive_queue_bytes"] = books["received_bytes"], books["queued_bytes"]
+            status |= receiver.status()
+            status["faults"]["books"] = receiver.books()["write_faults"]
         return status
 
     def _take_in(self, receiver: Receiver, timeout_s: float) -> None:
@@ -203,58 +187,101 @@ class Daemon:
             self.metrics.clock.turn_to("assemble")
             if message is None:
                 break
-            self.training.feed(message, time.monotonic())
+            self._feed(message, time.monotonic())
             timeout_s = 0.0
         else:
             return
-        self.training.idle(time.monotonic())
+        now = time.monotonic()
+        self._jobs["message"].run(lambda: self.training.idle(now), now, at_once=True)
 
-    def _step(self, now_s: float, replay: bool = False) -> None:
+    def _feed(self, message: wire.Message, now_s: float) -> None:
+        self._jobs["message"].run(lambda: self.training.feed(message, now_s), now_s, at_once=True)
+
+    def _step(self, now_s: float, replay: bool | None = None) -> None:
+        """`replay` None: live, where a step that raised makes the next one wait."""
+
+        def train() -> None:
+            started = time.monotonic()
+            try:
+                step = self.training.step(bool(replay))
+            except Exception:
+                self.training.give_up()
+                raise
+            if step is not None:
+                self.metrics.trained(step, time.monotonic() - started, now_s)
+
         self.metrics.clock.turn_to("train")
-        started = time.monotonic()
-        step = self.training.step(replay)
-        if step is not None:
-            self.metrics.trained(step, time.monotonic() - started, now_s)
+        self._jobs["step"].run(train, time.monotonic(), at_once=replay is not None)
         self.metrics.clock.turn_to("other")
 
-    def _offer(self) -> None:
+    def _offer(self, now: float, at_once: bool = False) -> None:
         """Publish, if the draft was trained and the gate lets it pass."""
+
+        def publish() -> None:
+            started = time.monotonic()
+            try:
+                version = self.training.publish()
+            except Exception:
+                self.training.published["failed"] += 1
+                raise
+            if version is not None:
+                self.metrics.published(time.monotonic() - started)
+
         self.metrics.clock.turn_to("publish")
-        started = time.monotonic()
-        if self.training.publish() is not None:
-            self.metrics.published(time.monotonic() - started)
+        self._jobs["publish"].run(publish, now, at_once)
         self.metrics.clock.turn_to("other")
 
     def _keep_cadences(self, receiver: Receiver | None, now: float, cursor: int | None = None) -> None:
         """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
-        training = self.training
+        training, jobs = self.training, self._jobs
         if cursor is None and self._rejected.due(now, 0):
-            training.heed_rejections()
-        if self._publish.due(now, training.steps):
-            self._offer()
-        if self._checkpoint.due(now, training.steps):
-            self._save(cursor)
+            jobs["rejected"].run(training.heed_rejections, now)
+        if self._publish.due(now, training.steps) or jobs["publish"].due(now):
+            self._offer(now)
+        if self._checkpoint.due(now, training.steps) or jobs["checkpoint"].due(now):
+            self._save(cursor, now)
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
+        if self._taught.due(now, 0):
+            self._say_if_nothing_is_taught()
 
-    def _save(self, cursor: int | None) -> None:
+    def _say_if_nothing_is_taught(self) -> None:
+        """Samples came, and none of them had a row to learn from."""
+        training = self.training
+        samples, rows = training.samples["assembled"], training.rows["with_target"]
+        if samples > self._taught_at[0] and rows == self._taught_at[1]:
+            unusable = {k: n for k, n in training.samples.items() if k != "assembled"}
+            log.warning(
+                "nothing to learn from: samples=%d unusable=%s rows=%s; see docs/troubleshooting.md, "
+                '"Nothing is learned"',
+                samples - self._taught_at[0],
+                unusable,
+                dict(training.rows),
+            )
+        self._taught_at = (samples, rows)
+
+    def _save(self, cursor: int | None, now: float, at_once: bool = False) -> None:
+        def save() -> None:
+            started = time.monotonic()
+            try:
+                tensors, state = self.training.checkpoint()
+                keep = self.config.trainer.checkpoint.keep
+                save_checkpoint(self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep)
+            except Exception:
+                self.metrics.saved(time.monotonic() - started, False)
+                raise
+            seconds, self._saved_step = time.monotonic() - started, self.training.steps
+            self.metrics.saved(seconds, True)
+            log.info("checkpoint step=%d seconds=%.2f", self.training.steps, seconds)
+
         self.metrics.clock.turn_to("checkpoint")
-        started, whole = time.monotonic(), False
-        tensors, state = self.training.checkpoint()
-        keep = self.config.trainer.checkpoint.keep
-        try:
-            save_checkpoint(self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep)
-            whole = True
-            log.info("checkpoint step=%d seconds=%.2f", self.training.steps, time.monotonic() - started)
-        except OSError as error:  # a full disk: training and publishing are worth going on with
-            log.error("checkpoint not written step=%d error=%s", self.training.steps, error)
-        self.metrics.saved(time.monotonic() - started, whole)
+        self._jobs["checkpoint"].run(save, now, at_once)
         self.metrics.clock.turn_to("other")
 
     def _check_replay(self, path: Path, cursor: int) -> None:
         """The buffer must stand where it stood, or the recording is another one than the checkpoint's."""
-        state = self.resumed.state
-        if state["cursor"] != cursor or state["buffer"] != _as_json(self.training.buffer.state()):
+        state, buffer = self.resumed.state, json.loads(json.dumps(self.training.buffer.state()))
+        if state["cursor"] != cursor or state["buffer"] != buffer:
             raise ValueError(
                 f"recording {path} does not lead to the checkpoint of step {self.resumed.step} (message {cursor}, "
                 f"the checkpoint was at {state['cursor']}); expected the same recording and settings as before"
@@ -263,8 +290,8 @@ class Daemon:
 
     def _end(self, receiver: Receiver | None) -> None:
         """The last checkpoint (live), the last status."""
-        if receiver is not None and self.training.steps not in steps(self.checkpoints)[-1:]:
-            self._save(None)
+        if receiver is not None and self.training.steps != self._saved_step:
+            self._save(None, time.monotonic(), at_once=True)
         self.metrics.report(self.status(receiver), LINE)
         self.training.close()
         log.info("trainer ended steps=%d draft_version=%d", self.training.steps, self.training.served.version)
@@ -277,38 +304,6 @@ class Daemon:
         signal.signal(signal.SIGINT, stop)
 
     def _start_cadences(self, now: float) -> None:
-        for cadence in (self._publish, self._checkpoint, self._rejected):
+        for cadence in (self._publish, self._checkpoint, self._rejected, self._taught):
             cadence.restart(now, self.training.steps)
         self._status.restart(time.monotonic(), self.training.steps)
-
-
-class Cadence:
-    """Due every so many seconds or steps, whichever comes first; 0 switches one off."""
-
-    def __init__(self, every_s: float, every_steps: int):
-        self.every_s, self.every_steps = every_s, every_steps
-        self._at_s, self._at_step = 0.0, 0
-
-    def restart(self, now_s: float, step: int) -> None:
-        self._at_s, self._at_step = now_s, step
-
-    def due(self, now_s: float, step: int) -> bool:
-        by_time = self.every_s and now_s - self._at_s >= self.every_s
-        by_steps = self.every_steps and step - self._at_step >= self.every_steps
-        if by_time or by_steps:
-            self.restart(now_s, step)
-        return bool(by_time or by_steps)
-
-
-def _sum_by_cause(counts) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for by_cause in counts:
-        for cause, count in by_cause.items():
-            total[cause] = total.get(cause, 0) + count
-    return total
-
-
-def _as_json(value: Any) -> Any:
-    import json
-
-    return json.loads(json.dumps(value))

@@ -11,28 +11,28 @@ final norm. Each layer's keys and values come back to be passed to the next leve
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from aurora_kernels.tree_attention import tree_attention
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from aurora_sglang_plugin.draft_check import harmless
+from aurora_sglang_plugin.draft_config import DraftConfig
+from aurora_sglang_plugin.draft_files import Entry, read_entries
 from aurora_trainer import vocab
-from aurora_trainer.draft_config import DraftConfig
+from aurora_trainer.rotary import inverse_frequencies, magnitude, rotate
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 KV = list[tuple[Tensor, Tensor]]  # for each layer (k, v), both [rows, Hkv, D]
-
-_LEGACY = {  # as SGLang renames them, anywhere in a name
-    "midlayer": "layers.0",
-    "aux_norm_low": "fc_norm.0",
-    "aux_norm_mid": "fc_norm.1",
-    "aux_norm_high": "fc_norm.2",
-}
-
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -57,7 +57,8 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=config.bias)
+        bias = config.bias or config.attention_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
 
     def query(self, x: Tensor, rope: Tensor) -> Tensor:
         return rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
@@ -103,28 +104,6 @@ class Layer(nn.Module):
         return state + self.mlp(self.post_attention_layernorm(state))
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotary embedding in neox style of x [R, heads, D] by rope [R, D] = cat(cos, sin)."""
-    cos, sin = rope[:, None].to(x.dtype).chunk(2, -1)
-    a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def inverse_frequencies(config: DraftConfig) -> Tensor:
-    """float32 [D / 2], as SGLang's RotaryEmbedding and Llama3RotaryEmbedding compute them."""
-    d = config.head_dim
-    freqs = 1.0 / (config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float) / d))
-    if not (scaling := config.rope_scaling):
-        return freqs
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
-    wavelength = 2 * math.pi / freqs
-    smooth = (original / wavelength - low) / (high - low) if low != high else 0
-    between = (1 - smooth) * freqs / factor + smooth * freqs
-    long = torch.where(wavelength > original / low, freqs / factor, between)
-    return torch.where(wavelength < original / high, freqs, long)
-
-
 class Draft(nn.Module):
     """Parameters carry their checkpoint names. `embed` is the target's [V, H]: read, never trained, never saved."""
 
@@ -145,6 +124,7 @@ class Draft(nn.Module):
         self.register_buffer("d2t", d2t, persistent=False)
         self.register_buffer("draft_ids", vocab.draft_ids(d2t, config.vocab_size), persistent=False)
         self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        self.rope_magnitude = magnitude(config)
         width = config.target_hidden_size or config.hidden_size
         if config.norm_before_fc:
             self.input_norm = RMSNorm(config.feature_size, config.rms_norm_eps)
@@ -226,7 +206,7 @@ class Draft(nn.Module):
 
     def _rope(self, positions: Tensor) -> Tensor:
         angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
-        return torch.cat([angles.cos(), angles.sin()], -1)
+        return torch.cat([angles.cos(), angles.sin()], -1) * self.rope_magnitude
 
     def _project(self, features: Tensor) -> Tensor:
         if self.config.norm_before_fc:
@@ -238,21 +218,9 @@ class Draft(nn.Module):
 
     @classmethod
     def load(cls, directory: Path, embed: Tensor) -> Draft:
-        """A draft in float32 from config.json and model.safetensors. Raises ValueError for anything unexpected."""
-        directory = Path(directory)
-        config = DraftConfig.read(directory)
-        tensors = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            for name, tensor in load_file(path).items():
-                name = canonical(name)
-                if name in tensors:
-                    raise ValueError(f"{path} holds {name} twice")
-                tensors[name] = tensor
-        d2t, t2d = tensors.pop("d2t", None), tensors.pop("t2d", None)
-        tensors.pop("embed_tokens.weight", None)  # a copy of the target's, which SGLang also replaces
-        draft = cls(config, embed, d2t)
-        if t2d is not None and not torch.equal(t2d.bool(), vocab.mask(draft.d2t, config.vocab_size)):
-            raise ValueError(f"{directory}: t2d and d2t disagree")
+        """A draft in float32 from config.json and its safetensors. Raises ValueError for anything unexpected."""
+        config, tensors = DraftConfig.read(directory), read_tensors(directory)
+        draft = cls(config, embed, tensors.pop("d2t", None))
         draft.load_checkpoint(tensors, str(directory))
         return draft
 
@@ -295,8 +263,26 @@ class Draft(nn.Module):
         save_file(self.checkpoint(dtype), directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def canonical(name: str) -> str:
-    """A checkpoint's name as this module and SGLang spell it: midlayer.x and model.layers.0.x are layers.0.x."""
-    for legacy, new in _LEGACY.items():
-        name = name.replace(legacy, new)
-    return name.removeprefix("model.")
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """A draft's tensors by canonical name, d2t in int64, without the embedding and what no draft computes with.
+
+    Raises ValueError where SGLang could not load the files either.
+    """
+    try:
+        entries = read_entries(Path(directory))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    tensors = {
+        name: tensor_of(entry)
+        for name, entry in entries.items()
+        if name != "embed_tokens.weight" and not harmless(name, entry)
+    }
+    if "d2t" in tensors and not tensors["d2t"].is_floating_point():
+        tensors["d2t"] = tensors["d2t"].long()
+    return tensors
+
+
+def tensor_of(entry: Entry) -> Tensor:
+    """A tensor of its own from its place in a file."""
+    data = bytearray(entry.read())
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape) if data else torch.empty(entry.shape)

@@ -1,11 +1,13 @@
 """Files that survive a kill at any instant: a directory appears whole under its name, or not at all.
 
-Readers see the old name or the new one. `step` is called with a name before every system call that changes the disk;
+Readers see the old name or the new one. What could not be written whole is removed again, so that a full disk does not
+fill up further. `step` is called with a name before every system call that changes the disk;
 the tests end the process there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -20,26 +22,45 @@ def no_step(name: str) -> None:
 
 
 def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step = no_step) -> Path:
-    """Write parent/name/{files}: under a temporary name first, every file and directory synced, then renamed."""
-    temporary = parent / f"{name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    step("mkdir")
-    temporary.mkdir()
-    for file_name, data in files.items():
-        _write_file(temporary / file_name, data, step)
-    _sync_directory(temporary, step)
-    step("rename")
-    os.rename(temporary, parent / name)
+    """Write parent/name/{files}: under a temporary name first, every file and directory synced, then renamed.
+
+    A directory of that name is replaced. Raises OSError, and leaves what was there.
+    """
+    path, temporary = parent / name, parent / _temporary(name)
+    try:
+        step("mkdir")
+        temporary.mkdir()
+        for file_name, data in files.items():
+            _write_file(temporary / file_name, data, step)
+        _sync_directory(temporary, step)
+        if path.exists():
+            remove_directory(path, step)
+        step("rename")
+        os.rename(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
     _sync_directory(parent, step)
-    return parent / name
+    return path
 
 
 def replace_file(path: Path, data: bytes, step: Step = no_step) -> None:
-    """Replace a file by rename, so that a reader finds the old content or the new."""
+    """Replace a file by rename, so that a reader finds the old content or the new. Raises OSError."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    _write_file(temporary, data, step)
-    step("replace")
-    os.replace(temporary, path)
+    try:
+        _write_file(temporary, data, step)
+        step("replace")
+        os.replace(temporary, path)
+    except BaseException:
+        discard(temporary)
+        raise
     _sync_directory(path.parent, step)
+
+
+def discard(path: Path) -> None:
+    """Remove what nobody needs, as far as the disk lets."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def remove_temporaries(directory: Path) -> list[str]:
@@ -53,12 +74,16 @@ def remove_temporaries(directory: Path) -> list[str]:
 def remove_directory(path: Path, step: Step = no_step) -> None:
     """Remove a directory or file; a half-removed directory has a temporary name, so that nobody takes it for whole."""
     if path.is_dir() and ".tmp-" not in path.name:
-        doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        doomed = path.with_name(_temporary(path.name))
         step("rename doomed")
         os.rename(path, doomed)
         path = doomed
     step("remove")
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _temporary(name: str) -> str:
+    return f"{name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def _write_file(path: Path, data: bytes, step: Step) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aurora_sglang_plugin.families import Family, counter, gauge, histogram
+from aurora_sglang_plugin.rows import CAUSES as ROW_CAUSES
 
 ACTIVITIES = ("wait", "assemble", "train", "publish", "checkpoint", "other")
 WHEN = ("before", "after")
@@ -14,14 +15,21 @@ REJECTIONS = (
 HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")  # causes of handshakes.py and guard.py
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
 EVENTS = (
-    "after_end", "cut_back", "dropped_no_target", "dropped_short", "dropped_tree", "dropped_values", "duplicate",
-    "evicted", "holes", "quarantined", "rootless_trees",
+    "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes", "rootless_trees",
 )  # fmt: skip
-UNUSABLE = ("wrong_feature_width", "token_out_of_vocabulary", "without_targets", "wrong_target_messages", "lost_open")
+UNUSABLE = (
+    "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered", "wrong_target_messages",
+    "lost_open", "lost_held",
+)  # fmt: skip
+ROWS = ("with_target", "altered")
 UNRECORDED = ("disk", "full")
-LEFT = ("used_up", "evicted", "replaced", "stale", "lost")
-DECISIONS = ("better", "not_worse", "off", "worse", "few_samples", "not_finite")
-OUTCOMES = ("published", "unchanged", "rolled_back", "refused_worse", "refused_few_samples", "refused_not_finite")
+LEFT = ("used_up", "evicted", "replaced", "stale", "failed", "lost")
+JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "books")  # of schedule.py
+DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
+OUTCOMES = (
+    "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better", "refused_worse",
+    "refused_few_requests", "refused_not_finite",
+)  # fmt: skip
 
 _STEP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WRITE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -49,9 +57,13 @@ FAMILIES: dict[str, Family] = {
     # samples
     "aurora_trainer_samples": counter("Samples put together from messages"),
     "aurora_trainer_unusable_samples": counter("Samples or messages that training could not use", cause=UNUSABLE),
+    "aurora_trainer_rows": counter(
+        "Generated positions, with a target or under a grammar's mask or a watermark (altered)", target=ROWS
+    ),
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together", event=EVENTS
     ),
+    "aurora_trainer_bad_rows": counter("Requests' rows in received messages that could not be used", cause=ROW_CAUSES),
     "aurora_trainer_open_requests": gauge("Requests whose end was not seen yet"),
     "aurora_trainer_open_bytes": gauge("Memory of requests whose end was not seen yet"),
     # the buffer
@@ -59,6 +71,7 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_buffer_samples": gauge("Samples in the buffer"),
     "aurora_trainer_buffer_fresh_samples": gauge("Samples in the buffer that were never trained on"),
     "aurora_trainer_buffer_left_samples": counter("Samples that left the buffer", cause=LEFT),
+    "aurora_trainer_buffer_largest_share": gauge("Share of the buffer's bytes that one domain and server hold at most"),
     "aurora_trainer_sample_age_seconds": histogram("Age of a sample when it is trained on, since its capture", _AGE_S),
     "aurora_trainer_staleness_versions": histogram(
         "Newest version minus the one that drafted a sample, when it is trained on", _VERSIONS
@@ -87,14 +100,14 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_greedy_matches": counter(
         "Scored nodes whose first choice is the target's", depth=DEPTHS, nodes=NODES
     ),
-    "aurora_trainer_expected_accepts": counter(
-        "Sum over scored nodes of the chance that sampling accepts them", depth=DEPTHS, nodes=NODES
+    "aurora_trainer_overlap": counter(
+        "Sum over scored nodes of sum min(p, q), the chance that rejection sampling accepts", depth=DEPTHS, nodes=NODES
     ),
     # versions
     "aurora_trainer_draft_version": gauge("Newest published version"),
     "aurora_trainer_publications": counter("What became of the draft each time that it was offered", outcome=OUTCOMES),
     "aurora_trainer_gate_decisions": counter(
-        "The gate's answers; better, not_worse and off let pass", reason=DECISIONS
+        "The gate's answers; better and off let pass, initial publishes the initial draft", reason=DECISIONS
     ),
     "aurora_trainer_gate_served_accept_length_tokens": gauge(
         "Accept length of the served weights, at the gate's last answer"
@@ -102,11 +115,16 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_gate_candidate_accept_length_tokens": gauge(
         "Accept length of the candidate, at the gate's last answer"
     ),
+    "aurora_trainer_gate_initial_accept_length_tokens": gauge(
+        "Accept length of the initial draft, at the gate's last answer"
+    ),
+    "aurora_trainer_gate_requests": gauge("Requests that the gate's last answer rests on"),
     "aurora_trainer_publish_seconds": histogram("Time to write and publish a version", _WRITE_S),
     "aurora_trainer_publication_age_seconds": gauge("Time since a version was published, or since the start"),
     "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", _WRITE_S),
     "aurora_trainer_checkpoint_age_seconds": gauge("Time since a checkpoint was written, or since the start"),
     "aurora_trainer_checkpoint_errors": counter("Checkpoints that could not be written"),
+    "aurora_trainer_faults": counter("Faults of disk or device that were survived; the job is tried again", job=JOBS),
 }
 
 # family -> where in the status its total is
@@ -123,12 +141,15 @@ COUNTED = {
     "aurora_trainer_unrecorded_messages": "unrecorded",
     "aurora_trainer_samples": "samples.assembled",
     "aurora_trainer_unusable_samples": "unusable",
+    "aurora_trainer_rows": "rows",
     "aurora_trainer_assembly_events": "assembly_events",
+    "aurora_trainer_bad_rows": "bad_rows",
     "aurora_trainer_buffer_left_samples": "buffer_dropped",
     "aurora_trainer_steps": "steps",
     "aurora_trainer_trained_tokens": "tokens",
     "aurora_trainer_publications": "published",
     "aurora_trainer_gate_decisions": "gate",
+    "aurora_trainer_faults": "faults",
 }
 
 # family -> where in the status its value is
@@ -142,8 +163,11 @@ SHOWN = {
     "aurora_trainer_buffer_bytes": "buffer.bytes",
     "aurora_trainer_buffer_samples": "buffer.samples",
     "aurora_trainer_buffer_fresh_samples": "buffer.fresh_samples",
+    "aurora_trainer_buffer_largest_share": "buffer.largest_share",
     "aurora_trainer_optimizer_step": "optimizer_step",
     "aurora_trainer_draft_version": "draft_version",
     "aurora_trainer_gate_served_accept_length_tokens": "accept_length_served",
     "aurora_trainer_gate_candidate_accept_length_tokens": "accept_length_candidate",
+    "aurora_trainer_gate_initial_accept_length_tokens": "accept_length_initial",
+    "aurora_trainer_gate_requests": "gate_requests",
 }

@@ -31,8 +31,9 @@ def _mixture(distance: dict[str, float]) -> dict[str, float]:
 class LossConfig(Section):
     """The objective's terms.
 
-    The default distance suits greedy verification (docs/learning.md). Traffic that samples is judged by
-    sum min(p, q), for which forward_kl or tv is the better aim.
+    The default distance suits SGLang's default verification, which accepts a drafted token with the
+    probability that the target gives it, greedy or sampled (docs/learning.md). With
+    `--speculative-use-rejection-sampling` the chance is sum min(p, q): tv is its distance.
     """
 
     distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {"forward_kl": 0.5, "greedy": 0.5}
@@ -43,22 +44,16 @@ class LossConfig(Section):
 
 @dataclass
 class Score:
-    """Sums over queries with a loss, float64 [depth, 2] (accepted, rejected), and the run of each level-0 slot."""
+    """Sums over queries with a loss, float64 [depth, 2] (accepted, rejected)."""
 
     count: Tensor
     loss: Tensor  # of D, unweighted
-    greedy_match: Tensor
-    acceptance: Tensor  # of sum min(p, q)
-    run: Tensor  # int64 [R]: accept length of a greedy chain from each slot, bonus included; -1: not known to its end
+    greedy_match: Tensor  # of the draft's first choice being that of the target
+    overlap: Tensor  # of sum min(p, q)
 
     def mean(self, name: str) -> Tensor:
         """[depth, 2], NaN where there were no queries."""
         return getattr(self, name) / self.count
-
-    def accept_length(self, rows: Tensor | None = None) -> tuple[float, int]:
-        """(sum, count) over the slots `rows` (bool [R]; None: all) whose chain is known to its end."""
-        run = self.run[self.run >= 0 if rows is None else (self.run >= 0) & rows]
-        return float(run.sum()), len(run)
 
 
 def states(draft: Draft, batch: Batch) -> list[Tensor]:
@@ -116,22 +111,16 @@ def _weight(level: Level, depth: int, config: LossConfig, counts: Tensor) -> Ten
 
 
 def score(batch: Batch, result: TreeLoss) -> Score:
-    """How well the batch's `losses` would have drafted. One transfer, which waits for the device."""
+    """What the metrics show of the batch's `losses`. One transfer, which waits for the device."""
     loss = result.loss
     columns = torch.stack([torch.ones_like(loss), loss, result.greedy_match.to(loss.dtype), result.acceptance])
     columns = columns.cpu().double()
     batch = batch.on_cpu
     sums = torch.zeros(4, batch.depth, 2, dtype=torch.float64)
-    known, match = (torch.zeros(len(batch.levels[0]), batch.depth, dtype=torch.bool) for _ in range(2))
     at = 0
     for d, level in enumerate(batch.levels):
         part = columns[:, at : at + len(level.rows)]
         at += len(level.rows)
         accepted = level.accepted[level.rows]
         sums[:, d, 0], sums[:, d, 1] = part[:, accepted].sum(-1), part[:, ~accepted].sum(-1)
-        base = level.base[level.rows][accepted]
-        known[base, d] = True
-        match[base, d] = part[2, accepted].bool()
-    run = 1 + match.long().cumprod(1).sum(1)
-    run[~known.all(1)] = -1  # also where it ends in a mismatch: keeping only those would bias the mean
-    return Score(*sums, run)
+    return Score(*sums)

@@ -24,6 +24,7 @@ from aurora_sglang_plugin.families import Exported
 from aurora_trainer.durable import replace_file
 from aurora_trainer.families import ACTIVITIES, COUNTED, FAMILIES, NODES, SHOWN, WHEN
 from aurora_trainer.log_to import TensorBoard
+from aurora_trainer.schedule import Retry
 
 if TYPE_CHECKING:
     from aurora_trainer.step import Step
@@ -62,6 +63,7 @@ class Metrics:
     def __init__(self, config: MetricsConfig):
         self.config = config
         self.clock = Clock()
+        self.jobs = {name: Retry(name) for name in ("status", "tensorboard")}
         disable_created_metrics()  # one more series for each, which says what process_start_time_seconds says
         self.registry = CollectorRegistry()
         self._exported = Exported(FAMILIES, self.registry)
@@ -98,13 +100,11 @@ class Metrics:
         now = time.monotonic()
         self._exported.set("aurora_trainer_publication_age_seconds", now - self._published_at)
         self._exported.set("aurora_trainer_checkpoint_age_seconds", now - self._saved_at)
-        if self.config.status_file is not None:
-            try:
-                replace_file(self.config.status_file, json.dumps(status, sort_keys=True).encode())
-            except OSError as error:  # a full disk must not end training
-                log.warning("status file not written error=%s", error)
-        if self._board is not None:
-            self._board.write(status)
+        if (path := self.config.status_file) is not None:
+            text = json.dumps(status, sort_keys=True).encode()
+            self.jobs["status"].run(lambda: replace_file(path, text), now)
+        if (board := self._board) is not None:
+            self.jobs["tensorboard"].run(lambda: board.write(status), now)
 
     def trained(self, step: Step, seconds: float, now_s: float) -> None:
         """After a step that took `seconds`; `now_s` is the wall clock, or a recording's own."""
@@ -116,9 +116,9 @@ class Metrics:
         for versions in step.staleness:
             exported.child("aurora_trainer_staleness_versions").observe(max(0, versions))
         for when, lengths in zip(WHEN, (step.before, step.after), strict=True):
-            if lengths is not None and lengths[1]:
-                mean = lengths[0] / lengths[1]
-                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(mean)
+            if lengths is not None and lengths[0]:
+                steps, tokens = lengths
+                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(tokens / steps)
         if not update.applied:
             cause = "gradient" if math.isfinite(update.loss) else "loss"
             exported.child("aurora_trainer_skipped_steps", cause).inc()
@@ -129,7 +129,7 @@ class Metrics:
             "aurora_trainer_scored_nodes": step.score.count,
             "aurora_trainer_node_loss": step.score.loss,
             "aurora_trainer_greedy_matches": step.score.greedy_match,
-            "aurora_trainer_expected_accepts": step.score.acceptance,
+            "aurora_trainer_overlap": step.score.overlap,
         }
         for name, by_depth in sums.items():
             for depth, both in enumerate(by_depth.tolist()):

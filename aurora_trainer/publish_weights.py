@@ -6,6 +6,7 @@ or the new one. One writer at a time, by a lock on the directory's LOCK file.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +14,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 import msgspec
 import torch
@@ -54,20 +55,7 @@ class WeightsWriter:
         self.keep = keep
         self.step = step
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.directory / LOCK, "a+")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read(32).strip()
-            self._lock.close()
-            raise ValueError(
-                f"weights directory {self.directory} is written by another trainer, process {holder}; expected one "
-                "writer: end that process or choose another weights.directory"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()}\n")
-        self._lock.flush()
+        self._lock = _lock(self.directory)
         for name in remove_temporaries(self.directory):
             log.warning("stale temporary removed name=%s", name)
         current = contract.current_version(self.directory) or 0
@@ -91,7 +79,9 @@ class WeightsWriter:
         """Write the next version and make it CURRENT. Returns its number.
 
         `tensors` are as they are to be served; the target's embedding is left out. Returns None, and writes
-        nothing, where a version with exactly these weights was published before.
+        nothing, where a version with exactly these weights was published before. Raises OSError where the disk
+        refuses, ValueError where the directory came back as another writer's: then servers have what they had, and the
+        same weights may be published again.
         """
         tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n}
         weights = save(tensors)
@@ -99,7 +89,10 @@ class WeightsWriter:
         if digest in self._digests:
             return None
         config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
+        self._hold_the_lock()
         version = self.newest + 1
+        while (self.directory / contract.version_name(version)).exists():  # written once, and never made CURRENT
+            version += 1
         data = {"config.json": config_bytes, "model.safetensors": weights}
         record = contract.Manifest(
             format=contract.FORMAT,
@@ -118,20 +111,66 @@ class WeightsWriter:
         )
         data["manifest.json"] = msgspec.json.format(msgspec.json.encode(record))
         name = contract.version_name(version)
-        write_directory(self.directory, name, data, self.step)
+        try:
+            write_directory(self.directory, name, data, self.step)
+            replace_file(self.directory / contract.CURRENT, f"{name}\n".encode(), self.step)
+        except OSError:
+            self._take_back(version)
+            raise
         self.newest = version
         self._digests.add(digest)
-        replace_file(self.directory / contract.CURRENT, f"{name}\n".encode(), self.step)
         self._remove_old(version)
         return version
 
     def close(self) -> None:
         self._lock.close()
 
+    def _take_back(self, version: int) -> None:
+        """Remove a version that could not be published, unless servers may see it already."""
+        try:
+            served = contract.current_version(self.directory) == version
+        except (OSError, contract.ManifestError):
+            served = True
+        if not served:
+            with contextlib.suppress(OSError):
+                remove_directory(self.directory / contract.version_name(version))
+
+    def _hold_the_lock(self) -> None:
+        """A directory that went away and came back may be another one, with a writer of its own."""
+        try:
+            held = os.path.samestat(os.stat(self.directory / LOCK), os.fstat(self._lock.fileno()))
+        except FileNotFoundError:
+            held = False
+        if not held:
+            lost, self._lock = self._lock, _lock(self.directory)
+            lost.close()
+
     def _remove_old(self, current: int) -> None:
         kept = [v for v in versions(self.directory) if v != current]
         for version in kept[: max(0, len(kept) + 1 - self.keep)]:
-            remove_directory(self.directory / contract.version_name(version), self.step)
+            try:
+                remove_directory(self.directory / contract.version_name(version), self.step)
+            except OSError as error:  # the next publication tries again
+                log.warning("old version not removed version=%d error=%s", version, error)
+
+
+def _lock(directory: Path) -> TextIO:
+    """The directory's LOCK, held. Raises ValueError where another process holds it."""
+    lock = open(directory / LOCK, "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(32).strip()
+        lock.close()
+        raise ValueError(
+            f"weights directory {directory} is written by another trainer, process {holder}; expected one "
+            "writer: end that process or choose another weights.directory"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
 def versions(directory: Path) -> list[int]:

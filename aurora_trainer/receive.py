@@ -4,7 +4,8 @@
 
 One thread receives. When the queue is full it stops, so that the pressure reaches the publishers' queues, where the
 oldest messages are dropped and counted. Nothing that a peer sends ends it; what cannot be used is counted by cause:
-WireError's causes, `target`, `order` (repeats or precedes a message that came), `failed` (a fault of ours).
+WireError's causes, `target`, `order` (repeats or precedes a message that came), `failed` (a fault of ours). In the
+place of a refused message whose header says which requests it was about comes one that ends those (wire.missing).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import socket as unix
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 
 import zmq
@@ -23,7 +24,7 @@ from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, Section
 from aurora_sglang_plugin.endpoint import check_ipc_directory
 from aurora_sglang_plugin.keys import load_trainer_keys
-from aurora_trainer.books import MAX_CAUSES, Books
+from aurora_trainer.books import Books
 from aurora_trainer.guard import Guard
 from aurora_trainer.recording import Recording
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 RECEIVE_QUEUE_MESSAGES = 4
 POLL_MS = 100
+SHOWN_EPOCHS = 64  # of the books, in the status: those that were heard last
+HEARD_S = 10.0  # a server that was silent for longer does not count as being there
 
 
 class ReceiveConfig(Section):
@@ -79,11 +82,31 @@ class Receiver:
     def books(self) -> dict:
         """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected: {cause: n}, ...}
 
+        Epochs are in the order in which they were last heard; `write_faults` counts books that were not written.
         `rejected` is in messages; `refused_peers` {cause: n} in connections, since this receiver began (guard.py).
         """
         with self._changed:
             queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}  # since it began
-            return self._books.as_dict() | queue | {"refused_peers": self._guard.refused()}
+            counts = {"write_faults": self._books.write_faults, "refused_peers": self._guard.refused()}
+            return self._books.as_dict() | queue | counts
+
+    def status(self) -> dict:
+        """The books as figures of the trainer's status."""
+        books, now_s = self.books(), time.time()
+        epochs = books["epochs"].values()
+        heard = [e["last_unix_s"] for e in epochs]
+        return {
+            "books": dict(list(books["epochs"].items())[-SHOWN_EPOCHS:]),
+            "received": sum(e["received"] for e in epochs),
+            "lost": sum(e["lost"] for e in epochs),
+            "rejected": books["rejected"],
+            "refused_peers": books["refused_peers"],
+            "dropped": dict(sum((Counter(e["dropped"]) for e in epochs), Counter())),  # by the publishers
+            "servers": sum(now_s - at < HEARD_S for at in heard),
+            "message_age_s": max(0.0, now_s - max(heard)) if heard else None,
+            "received_bytes": books["received_bytes"],
+            "receive_queue_bytes": books["queued_bytes"],
+        }
 
     def balanced(self, epoch: str) -> bool | str:
         """True where both equations of books.py hold after a heartbeat, else what is not equal."""
@@ -114,7 +137,7 @@ class Receiver:
             if self._books.due():
                 with self._changed:
                     self._books.write()
-        self._books.write()
+        self._books.write(at_once=True)
         self._guard.close()
         self._socket.close(linger=0)
         self._context.term()
@@ -142,24 +165,32 @@ class Receiver:
                 return parts, cause
 
     def _accept(self, parts: list[bytes], cause: str | None) -> None:
-        message = None
-        if cause is None:
-            try:
+        message, header = None, None
+        try:
+            if cause is not None:
+                header = wire.read_header(parts[0]) if parts else None
+            else:
                 message = wire.decode(parts, max_bytes=self._max_bytes)
-                if self._target is not None and message.header.target != self._target:
+                header = message.header
+                if self._target is not None and header.target != self._target:
                     cause = "target"
-                elif len(message.header.dropped) > MAX_CAUSES:
-                    cause = "header"
-            except wire.WireError as error:
-                cause = error.cause
+        except wire.WireError as error:
+            cause, header = cause or error.cause, error.header
         with self._changed:
             if cause is not None:
-                return self._books.reject(cause, parts[0] if parts else None)
-            if not self._books.accept(message.header):
+                if not self._books.reject(cause, header) or cause == "target" or header.kind == "heartbeat":
+                    return
+                # What came in its place ends its requests' samples: the epoch has no hole for all the others.
+                parts = [bytes(part) for part in wire.missing(header)]
+                message = wire.decode(parts, max_bytes=self._max_bytes)
+            elif not self._books.accept(header):
                 return
+            header = message.header
             nbytes = sum(map(len, parts))
             self._received_bytes += nbytes
-            if message.header.kind != "heartbeat":
+            # From here on times are this machine's; a recording has them as they came.
+            header.time_ns = max(0, header.time_ns - int(self._books.epochs[header.epoch].ahead_s * 1e9))
+            if header.kind != "heartbeat":
                 self._queue.append((message, nbytes))
                 self._queued_bytes += nbytes
                 self._changed.notify_all()

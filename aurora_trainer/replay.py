@@ -26,10 +26,31 @@ from aurora_trainer.trace import Record
 log = logging.getLogger(__name__)
 
 SLEEP_S = 0.1  # at most at a time, so that stopping is noticed
+# Clocks that differ by less are one; what a server's clock jumps by more was the clock, not the time.
+TRUST_S = 60.0
 LINGER_S = 30.0  # for the last messages to leave
 SETTLE_S = 1.0  # for the trainer to read them: what a closed connection still holds is lost to one that is busy
 
 Messages = Iterator[tuple[Record, wire.Message]]
+
+
+def on_one_clock(messages: Messages) -> Messages:
+    """The same messages with times of one clock, whatever the clocks of their servers say: an hour ahead, or set right
+    in between. Where they agree, times stay as they are."""
+    trust_ns, now_ns = int(TRUST_S * 1e9), None
+    behind_ns: dict[str, int] = {}  # of each epoch's clock
+    for record, message in messages:
+        header = message.header
+        new = header.epoch not in behind_ns
+        time_ns = header.time_ns + behind_ns.setdefault(header.epoch, 0)
+        now_ns = time_ns if now_ns is None else now_ns
+        # What was captured long ago may have waited for its trainer; a heartbeat is sent as soon as it is made.
+        if time_ns > now_ns + trust_ns or (time_ns < now_ns - trust_ns and (new or header.kind == "heartbeat")):
+            behind_ns[header.epoch] += now_ns - time_ns
+            time_ns = now_ns
+        header.time_ns = max(0, time_ns)
+        now_ns = max(now_ns, time_ns)
+        yield record, message
 
 
 def paced(messages: Messages, stopping: Callable[[], bool]) -> Messages:
@@ -53,7 +74,7 @@ def push(
     ValueError for a bad endpoint, recording or key.
     """
     damage, counts, epochs = Damage(), Counter(), {}
-    messages = read_messages(path, damage)
+    messages = on_one_clock(read_messages(path, damage))
     if original_pace:
         messages = paced(messages, stopping)
     with zmq.Context() as context, _connect(context, link) as socket:

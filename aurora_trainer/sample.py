@@ -41,14 +41,22 @@ class Sample:
     node_depth: torch.Tensor  # int64 [M], 0 for a root
     node_slot: torch.Tensor  # int64 [M], the slot that its tree hangs from
     node_accepted: torch.Tensor  # bool [M], on the committed path (roots are)
-    node_altered: torch.Tensor  # bool [M], acceptance was judged by another distribution than the raw target's
+    node_altered: torch.Tensor  # bool [M], judged under a grammar's mask or a watermark: no target
     topk_ids: torch.Tensor  # int64 [M, K]
-    topk_logits: torch.Tensor  # float32 [M, K], raw target logits, largest first
+    topk_logits: torch.Tensor  # float32 [M, K], the logits that judged, largest first
     logsumexp: torch.Tensor  # float32 [M], over the whole target vocabulary
     tree_first: torch.Tensor  # int64 [G], first node (the root) of each tree
     tree_version: torch.Tensor  # int32 [G], draft version that drew it
     num_steps: int  # S, of the server's trees
     topk: int  # beams, of the server's trees
+    rejection: bool = False  # drafts were draws, judged by rejection sampling
+    domain: str = ""  # the label that the client gave its request, "" without one
+
+    @property
+    def has_target(self) -> torch.Tensor:
+        """bool [L]: slots whose target is known and is the target model's own choice."""
+        has = self.slot_node >= 0
+        return has & ~self.node_altered[self.slot_node.clamp_min(0)]
 
     @property
     def nbytes(self) -> int:

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
+from aurora_sglang_plugin.rows import UNUSED, to_float32
 from aurora_trainer.sample import Sample
 
 MIN_SLOTS = 2
-UNUSED = -2  # parent of a node that the server's tree has no use for
 _TORCH_BITS = {"bfloat16": (np.int16, torch.bfloat16)}
 
 
@@ -70,8 +70,9 @@ class Segment:
     next: int = -1
     last_token: int = -1  # x[next]
     carried: int = 0  # first slots that an earlier sample has too: context only
-    shape: tuple | None = None  # (num_steps, topk, logits dtype, N, P, K) of its trees
+    shape: tuple | None = None  # (num_steps, topk, logits dtype, P, N, K, rejection) of its trees
     dtype: str = ""  # of its features
+    domain: str = ""
     time_ns: int = 0
     touched_s: float = 0.0
     nbytes: int = 0
@@ -118,8 +119,8 @@ class Segment:
         slots = min(slots + 1, self.next - self.start)
         after = Segment(
             self.request, self.epoch, self.attempt + 1, self.next - slots, self.prompt_len, int(tokens[-slots - 1]),
-            self.losses, carried=slots - 1, shape=self.shape, dtype=self.dtype, time_ns=self.time_ns,
-            touched_s=self.touched_s,
+            self.losses, carried=slots - 1, shape=self.shape, dtype=self.dtype, domain=self.domain,
+            time_ns=self.time_ns, touched_s=self.touched_s,
         )  # fmt: skip
         after.extend(Step(after.start, tokens[-slots:].copy(), features[-slots:].copy(), versions[-slots:].copy()))
         return after
@@ -139,7 +140,7 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
     A tree is kept where the slot that it hangs from is. Its nodes past the end stay as nodes and are not `accepted`,
     even where the target took them (a path runs past a stop or max_tokens): nobody was given them.
 
-    Raises Quarantine with cause one of: short, no_target, tree, values.
+    Raises Quarantine with cause one of: short, no_target.
     """
     tokens, features, versions = segment._columns()
     length = min(segment.next, end) - segment.start
@@ -169,6 +170,8 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
         slot_version=torch.from_numpy(versions[:length]),
         num_steps=shape[0],
         topk=shape[1],
+        rejection=shape[-1],
+        domain=segment.domain,
         **_forest(trees, roots - 1 - start, length, shape[2]),
     )
 
@@ -180,8 +183,6 @@ def _forest(trees: list[Tree], slots: np.ndarray, length: int, logits_dtype: str
     used = parents != UNUSED
     index = used.ravel().cumsum().reshape(used.shape) - 1  # number of a used node among all used ones
     rows, above = np.arange(len(trees))[:, None], parents.clip(0)
-    if (used & ~used[rows, above]).any():
-        raise Quarantine("tree")
     depth = np.zeros_like(parents)
     for node in range(1, parents.shape[1]):  # parents come before children
         depth[:, node] = depth[rows[:, 0], above[:, node]] + 1
@@ -195,10 +196,8 @@ def _forest(trees: list[Tree], slots: np.ndarray, length: int, logits_dtype: str
     slot_node[slots[g] + k] = index[g, path[g, k]]  # a later tree's root replaces an earlier tree's last node
 
     ids = np.concatenate([tree.topk_ids for tree in trees])[used.ravel()]
-    logits = _float32(np.concatenate([tree.topk_logits for tree in trees])[used.ravel()], logits_dtype)
+    logits = to_float32(np.concatenate([tree.topk_logits for tree in trees])[used.ravel()], logits_dtype)
     logsumexp = np.concatenate([tree.logsumexp for tree in trees])[used.ravel()]
-    if (np.diff(logits) > 0).any() or (logits[:, 0] > logsumexp + 1e-2 * (1 + np.abs(logsumexp))).any():
-        raise Quarantine("values")
 
     def per_tree(values: list) -> np.ndarray:
         return np.repeat(values, used.sum(1))
@@ -223,9 +222,3 @@ def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
     if dtype == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
-
-
-def _float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)

@@ -1,4 +1,5 @@
-"""The weights that servers serve: a frozen copy of the newest published version, for the gate to score.
+"""The weights that servers serve: a frozen copy of the newest published version, and the initial
+draft, for the gate to score.
 
 Read from the weights directory when the trainer starts, because servers may serve a version that is newer than the
 checkpoint, and when a server rolled a version back.
@@ -6,6 +7,7 @@ checkpoint, and when a server rolled a version back.
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 
@@ -36,10 +38,13 @@ class Served:
         self._directory, self._initial, self._target, self._embed = Path(directory), Path(initial), target, embed
         self.dtype = _initial_dtype(self._initial) if dtype == "same" else getattr(torch, dtype)
         self.rolled_back: set[int] = set()  # versions whose rejection was already heeded
+        self.initial = self._load(self._initial)  # what the gate compares with; never changed
         self.version, self.draft = self._newest(current_version(self._directory) or 0)
 
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         """A new version was published."""
+        if self.draft is self.initial:
+            self.draft = copy.deepcopy(self.initial)
         self.version = version
         self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
 
@@ -49,12 +54,16 @@ class Served:
         return Draft.load(path, self._embed)
 
     def roll_back(self) -> int | None:
-        """Where the version was rejected: load the newest that was not, and return it. Else None."""
+        """Where the version was rejected: load the newest that was not, and return it. Else None.
+
+        Raises OSError where the disk refuses; then the rejection is heeded the next time.
+        """
         new = rejected_versions(self._directory) - self.rolled_back
+        found = self._newest(self.version) if self.version in new else None
         self.rolled_back |= new
-        if self.version not in new:
+        if found is None:
             return None
-        self.version, self.draft = self._newest(self.version)
+        self.version, self.draft = found
         return self.version
 
     def _newest(self, version: int) -> tuple[int, Draft]:
@@ -72,7 +81,7 @@ class Served:
                 log.warning("published version unreadable, going back to the initial draft error=%s", error)
                 break
             version = manifest.parent
-        return 0, self._load(self._initial)
+        return 0, self.initial
 
     def _load(self, path: Path) -> Draft:
         draft = Draft.load(path, self._embed)

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from aurora_sglang_plugin.draft_files import INDEX, read_header, read_json, weight_map
+from aurora_sglang_plugin.manifest import EMBEDDING, spellings
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+OF_THE_WHOLE = ("eos_token_id", "dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
+PACKED = ("qweight", "weight_packed")  # what stands in the place of `weight`: GPTQ and AWQ, compressed-tensors
 
 
 @dataclass(frozen=True)
@@ -39,26 +48,82 @@ class Target:
         return tuple(sorted({i for e in ids if e is not None for i in (e if isinstance(e, list) else [e])}))
 
     def tensor(self, name: str) -> Tensor:
-        """Raises ValueError where the target has no such tensor."""
+        """In the checkpoint's dtype; float32 where it is stored as codes with scales.
+
+        Raises ValueError where the target has no such tensor here, or none that can be read without its quantization.
+        """
         stored = self.stored(name)
         if stored is None:
+            packed = self.packed(name)
+            if packed:
+                raise ValueError(
+                    f"{self.directory} holds {name} packed, as {packed}: a quantized target. Expected its float "
+                    "weights: give the unquantized model, or for init-draft --kind random"
+                )
             raise ValueError(f"{self.directory} has no tensor {name}; expected a Llama-like model in safetensors")
-        with safe_open(self.directory / self.files[stored], framework="pt") as file:
-            return file.get_tensor(stored)
+        found = self._read(stored)
+        return found if found.dtype in FLOATS else self._dequantized(stored, found)
 
     def stored(self, name: str) -> str | None:
         """What a language model's tensor is called in the files, e.g. language_model.model.norm.weight, or None."""
-        names = (name, f"language_model.{name}", name.replace("model.", "model.language_model.", 1))
-        return next((n for n in names if n in self.files), None)
+        return next((n for n in spellings(name) if n in self.files), None)
 
     def embedding(self) -> Tensor:
         """[V, H], in the checkpoint's dtype."""
-        return self.tensor("model.embed_tokens.weight")
+        return self.tensor(EMBEDDING)
 
     def head(self) -> Tensor:
-        """[V, H]; the embedding where the two are tied."""
-        tied = self.config.get("tie_word_embeddings", False) or self.stored("lm_head.weight") is None
+        """[V, H]; the embedding where the two are tied.
+
+        Raises ValueError where there is no head that can be read, and the config does not say that they are tied.
+        """
+        tied = self.config.get("tie_word_embeddings")
+        if tied is None:  # left to the model's default: a checkpoint without a head is one of a tied model
+            tied = self.stored("lm_head.weight") is None and self.packed("lm_head.weight") is None
         return self.embedding() if tied else self.tensor("lm_head.weight")
+
+    def _read(self, stored: str) -> Tensor:
+        path = self.directory / self.files[stored]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(stored)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} is not here; expected the file of the target that holds {stored} (the trainer needs those of "
+                "its embedding and head, init-draft also that of the last layer)"
+            ) from None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; expected a whole safetensors file") from None
+
+    def packed(self, name: str) -> str | None:
+        """Under which name a quantized tensor is stored in its stead, e.g. lm_head.qweight."""
+        names = (s.replace(".weight", f".{part}") for s in spellings(name) for part in PACKED)
+        return next((n for n in names if n in self.files), None)
+
+    def _dequantized(self, stored: str, codes: Tensor) -> Tensor:
+        """float32 from codes and the scales beside them: one, one for each row, or one for each block.
+
+        A scale multiplies, under either name.
+        """
+        names = [f"{stored}_{end}" for end in ("scale", "scale_inv") if f"{stored}_{end}" in self.files]
+        if codes.dtype not in CODES or not names:
+            raise ValueError(
+                f"{self.directory}: {stored} is {codes.dtype} without scales that are understood; expected float "
+                "weights: give the unquantized model, or for init-draft --kind random"
+            )
+        scale, size = self._read(names[0]).float(), codes.shape
+        if scale.dim() == 1 and scale.numel() == size[0] > 1:
+            scale = scale[:, None]
+        if scale.numel() > 1:
+            block = (self.config.get("quantization_config") or {}).get("weight_block_size")
+            block = block or [-(-s // n) for s, n in zip(size, scale.shape, strict=True)]
+            if [-(-s // b) for s, b in zip(size, block, strict=True)] != list(scale.shape):
+                raise ValueError(
+                    f"{self.directory}: {names[0]} is {list(scale.shape)}, expected one scale for each block of "
+                    f"{block} of {list(size)}; give the unquantized model"
+                )
+            scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[: size[0], : size[1]]
+        return codes.float() * scale
 
 
 def read_config(model: str | Path) -> Target:
@@ -83,15 +148,19 @@ def read_config(model: str | Path) -> Target:
     if not file.exists():
         raise ValueError(f"{path} has no config.json; expected a Hugging Face model directory")
     try:
-        raw = json.loads(file.read_text())
+        raw = read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
     config = raw.get("text_config", raw) if "hidden_size" not in raw else raw
-    missing = [k for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if k not in config]
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} has a text_config that is no object; expected the config of a language model")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [k for k in needed if type(config.get(k)) is not int]
     if missing and config:
         raise ValueError(f"{file} lacks {', '.join(missing)}; expected the config of a language model")
     if config is not raw:  # what the whole says of the language model
-        config = {k: raw[k] for k in ("eos_token_id", "dtype", "torch_dtype") if raw.get(k) is not None} | config
+        config = {k: raw[k] for k in OF_THE_WHOLE if raw.get(k) is not None} | config
+        config["architectures"] = raw.get("architectures")  # by which SGLang chooses the model
     return Target(path if path.is_dir() else path.parent, config, {})
 
 
@@ -99,14 +168,14 @@ def open_target(model: str | Path) -> Target:
     """`model` is a directory or the name of a Hugging Face model in the local cache. Raises ValueError."""
     target = read_config(model)
     directory, config = target.directory, target.config
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        files = json.loads(index.read_text())["weight_map"]
-    else:
-        files = {}
-        for path in sorted(directory.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path.name))
+    try:
+        if (directory / INDEX).exists():
+            files = weight_map(directory)
+        else:
+            paths = sorted(directory.glob("*.safetensors"))
+            files = {name: path.name for path in paths for name, _ in read_header(path)}
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
     if not files:
         raise ValueError(f"{directory} has no *.safetensors; other weight formats are not read")
     return Target(directory, config, files)

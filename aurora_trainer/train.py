@@ -1,8 +1,8 @@
 """Training, without sockets and clocks: messages in, optimizer steps, versions out.
 
-    feed(message)   assemble -> buffer
-    step()          buffer -> batch -> score for the gate -> loss -> optimize
-    publish()       gate -> publish_weights
+    feed(message)   assemble -> gate (which holds some back) -> buffer
+    step()          buffer -> batch -> loss -> optimize
+    publish()       gate, on the requests that it held back -> publish_weights
 
 What happens to the weights depends only on the messages and on the order of these calls, so that a recorded trace
 trains to the bit as it did. `step(replay=True)` draws a batch and leaves it: after a restart it brings buffer and
@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from typing import Any
 
+import numpy as np
 import torch
 from aurora_kernels.tree_loss import TreeLoss
 
 from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.draft_check import check_draft
 from aurora_sglang_plugin.manifest import target_fingerprint
 from aurora_trainer.assemble import Assembler
 from aurora_trainer.batch import Batch, pack
@@ -27,18 +29,21 @@ from aurora_trainer.buffer import Buffer
 from aurora_trainer.checkpoint import Checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.draft import Draft
-from aurora_trainer.gate import Gate
-from aurora_trainer.loss import Score, losses, score
+from aurora_trainer.gate import Decision, Gate
+from aurora_trainer.loss import losses, score
 from aurora_trainer.optimize import Optimizer
 from aurora_trainer.publish_weights import WeightsWriter
 from aurora_trainer.sample import Sample
+from aurora_trainer.score import chains, measure, walked
 from aurora_trainer.served import Served
-from aurora_trainer.step import Step, sample_scores, slots_of
+from aurora_trainer.state import restore, state_of
+from aurora_trainer.step import Step
 from aurora_trainer.target import open_target
 
 log = logging.getLogger(__name__)
 
 SMOOTH = 0.9  # of what the status shows, per step
+MAX_FAILED_STEPS = 1 << 16  # that are remembered: a resumed run over a recording has its batches fail as they did
 
 
 class Training:
@@ -52,6 +57,8 @@ class Training:
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         embed = target.embedding().to(trainer.model.device, getattr(torch, trainer.model.compute_dtype))
+        for note in check_draft(trainer.model.draft, target.config):
+            log.warning("draft directory=%s note=%r", trainer.model.draft, note)
         self._train(Draft.load(trainer.model.draft, embed))
         self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
         model = trainer.model
@@ -69,9 +76,13 @@ class Training:
         self.samples: Counter[str] = Counter()  # by what became of them before the buffer
         self.published: Counter[str] = Counter()  # by outcome
         self.traffic = {"steps": 0, "tokens": 0}  # verify steps of requests, and tokens that they committed
+        # Generated positions by whether there is something to learn at them.
+        self.rows: Counter[str] = Counter(with_target=0, altered=0)
         self.shown: dict[str, float] = {}  # smoothed figures for the status
         self._credit = 0  # slots that came in and were not answered by a step yet
         self._offered_at = 0  # optimizer step at which the gate was last asked
+        self._behind_served = False  # a version was rolled back, and training did not follow yet
+        self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
         torch.manual_seed(trainer.pace.seed)  # after the modules above were made, which draw
 
@@ -83,8 +94,9 @@ class Training:
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
         if message.header.kind == "verify":
-            self.traffic["steps"] += len(message.header.requests)
-            self.traffic["tokens"] += int(message.arrays["feature_lens"].sum())
+            good = [row for row in range(len(message.header.requests)) if row not in message.bad]
+            self.traffic["steps"] += len(good)
+            self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())
         for sample in self.assembler.add(message) + self.assembler.idle(now_s):
             self._keep(sample)
 
@@ -99,7 +111,7 @@ class Training:
         return pace.enabled and self._credit >= pace.new_slots_per_step and len(self.buffer) > 0
 
     def step(self, replay: bool = False) -> Step | None:
-        """Train on one batch. `replay`: only draw it, and return None."""
+        """Train on one batch; None where it has no targets. `replay`: only draw it, and return None."""
         trainer = self.config.trainer
         samples = self.buffer.take(trainer.batch.max_slots)
         self._credit -= trainer.pace.new_slots_per_step
@@ -107,47 +119,81 @@ class Training:
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
+            if self.steps in self._failed_steps:
+                self.buffer.failed()
             return None
         batch = pack(samples, self._packing).to(trainer.model.device)
+        if not any(len(level.rows) for level in batch.on_cpu.levels):
+            return None  # nothing to learn: an update would only be the momentum's
         # Everything is queued on the device before anything is read from it.
-        gated = self.steps % trainer.gate.score_every_steps == 0
-        served = self._losses_served(unseen, batch.depth) if unseen and gated else None
         result = losses(self.draft, batch, trainer.loss)
         result.loss_sum.backward()
         scored = score(batch, result)
-        if served is not None:
-            scores = dict(zip(map(id, samples), sample_scores(batch, scored, len(samples)), strict=True))
-            self.gate.record(sample_scores(served[0], score(*served), len(unseen)), [scores[id(s)] for s in unseen])
+        every = trainer.metrics.rescore_every_steps
+        rescored = bool(unseen) and every > 0 and self.steps % every == 0
+        before = after = None
+        # A chain's walk comes with the loss; a tree has to be grown.
+        if unseen and (rescored or all(s.topk == 1 for s in unseen)):
+            before = self._walk_batch(batch, samples, unseen, result)
         update = self.optimizer.step(result.loss_sum)
+        if not update.applied:
+            self._failed()
         if update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         slots = sum(len(s.features) for s in samples)
         self.slots += slots
-        self._show(update.loss, scored)
-        rows = slots_of(batch, samples, unseen)
-        every = trainer.metrics.rescore_every_steps
-        rescored = unseen and every and self.steps % every == 0
+        self._show(update.loss, before)
+        if rescored:
+            with torch.no_grad():
+                again = losses(self.draft, batch, trainer.loss)
+            after = self._walk_batch(batch, samples, unseen, again)
         return Step(
             update=update,
             score=scored,
             slots=slots,
-            before=scored.accept_length(rows),
-            after=self._rescore(batch).accept_length(rows) if rescored else None,
+            before=before,
+            after=after,
             time_ns=[s.time_ns for s in samples],
             staleness=[self.served.version - int(s.tree_version[-1]) for s in samples if len(s.tree_version)],
         )
+
+    def give_up(self) -> None:
+        """The step that raised is over: no gradient of it stays, and its batch is tried again in parts."""
+        self.draft.zero_grad(set_to_none=True)
+        self._failed()
+        if self.config.trainer.model.device == "cuda":
+            torch.cuda.empty_cache()
 
     def publish(self) -> int | None:
         """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
         if self.updates == self._offered_at:
             return None
-        self._offered_at = self.updates
         tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
-        decision = self.gate.decide(finite)
+        decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
+        if decision.reason == "initial":
+            return self._publish_initial(decision)
         if not decision.passed:
+            self._offered_at = self.updates
             self.published[f"refused_{decision.reason}"] += 1
+            if self.gate.gives_up:
+                log.warning("candidate stayed worse, training goes back to version=%d", self.served.version)
+                self.published["gone_back"] += 1
+                self._take_served()
+                self.gate.restart()
             return None
+        return self._write(tensors, decision, "candidate")
+
+    def _publish_initial(self, decision: Decision) -> int | None:
+        """The initial draft is clearly better than what is served: serve it, and train on from it."""
+        version = self._write(self.served.initial.checkpoint(self.served.dtype), decision, "initial")
+        if version is not None:
+            self._take_served()
+        return version
+
+    def _write(
+        self, tensors: dict[str, torch.Tensor], decision: Decision, role: str
+    ) -> int | None:
         version = self.writer.publish(
             tensors,
             self.draft.config.to_json(str(self.served.dtype).removeprefix("torch.")),
@@ -157,25 +203,28 @@ class Training:
             trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
+        self._offered_at = self.updates  # not before: what the disk refuses is offered again
         if version is None:
             self.published["unchanged"] += 1
             return None
         self.published["published"] += 1
         self.parent = version
         self.served.take(version, tensors)
-        self.gate.restart()
+        self.gate.serve(role)
         log.info("weights published version=%d optimizer_step=%d", version, self.updates)
         return version
 
     def heed_rejections(self) -> None:
         """Where servers rolled the newest version back, go on from the version that they went back to."""
         version = self.served.roll_back()
-        if version is None:
-            return
-        log.warning("version rolled back by a server, training goes on from version=%d", version)
-        self.published["rolled_back"] += 1
-        self._take_served()
-        self.gate.restart()
+        if version is not None:
+            log.warning("version rolled back by a server, training goes on from version=%d", version)
+            self.published["rolled_back"] += 1
+            self._behind_served = True
+        if self._behind_served:
+            self._take_served()
+            self.gate.restart()
+            self._behind_served = False
 
     def go_on_from_published(self) -> None:
         """Without a checkpoint: start from what servers serve now, not from the initial draft."""
@@ -185,64 +234,18 @@ class Training:
 
     def checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What `restore` goes on from: tensors, and JSON."""
-        tensors = {f"draft/{n}": p.detach() for n, p in self.draft.named_parameters()}
-        optimizer_tensors, optimizer_state = self.optimizer.state_dict()
-        tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
-        tensors["random/torch"] = torch.get_rng_state()
-        state = {
-            "target": self.target,
-            "parent": self.parent,
-            "served": self.served.version,
-            "rolled_back": sorted(self.served.rolled_back),
-            "steps": self.steps,
-            "slots": self.slots,
-            "credit": self._credit,
-            "samples": dict(self.samples),
-            "published": dict(self.published),
-            "traffic": self.traffic,
-            "earlier_updates": self.earlier_updates,
-            "trained_until_ns": self.trained_until_ns,
-            "optimizer": optimizer_state,
-            "gate": self.gate.state(),
-            "buffer": self.buffer.state(),
-            "open_requests": self.assembler.open_requests,
-        }
-        return tensors, state
+        return state_of(self)
 
     def restore(self, found: Checkpoint, live: bool) -> None:
-        """Go on from a checkpoint. `live`: buffered samples and open requests are lost, and counted.
-
-        Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for another target.
-        """
-        tensors, state = found.tensors, found.state
-        if state["target"] != self.target:
-            raise ValueError(
-                f"checkpoint of step {found.step} is for target {state['target']}, this one is {self.target}; expected "
-                "the same target: set trainer.checkpoint.directory to a new directory for a new target"
-            )
-        own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
-        self.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
-        self.optimizer.load_state_dict(
-            {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
-            state["optimizer"],
-        )
-        torch.set_rng_state(tensors["random/torch"])
-        self.parent, self.slots, self.earlier_updates = state["parent"], state["slots"], state["earlier_updates"]
-        self.trained_until_ns = state.get("trained_until_ns", 0)
-        self.published = Counter(state["published"])
-        self.served.rolled_back = set(state["rolled_back"])
-        self.gate.restore(state["gate"])
-        if state["served"] != self.served.version:
-            self.gate.restart()
-        if live:
-            self.steps = state["steps"]
-            self.samples = Counter(state["samples"])
-            self.samples["lost_open"] += state["open_requests"]
-            self.traffic = dict(state["traffic"])
-            self.buffer.restore(state["buffer"])
+        """Go on from a checkpoint; `live`: what was buffered is lost. Raises ValueError for another target."""
+        restore(self, found, live)
 
     def close(self) -> None:
         self.writer.close()
+
+    def _failed(self) -> None:
+        self._failed_steps.append(self.steps)
+        self.buffer.failed()
 
     def _take_served(self) -> None:
         self.parent = self.served.version
@@ -261,8 +264,9 @@ class Training:
         if cause:
             self.samples[cause] += 1
             return
-        self._credit += int((sample.slot_node >= 0).sum())
-        self.buffer.put(sample)
+        for given in self.gate.hold(sample):
+            self._credit += int(given.has_target.sum())
+            self.buffer.put(given)
 
     def _unusable(self, sample: Sample) -> str | None:
         """A cause where training cannot use the sample; ids that are too large would index out of the embedding."""
@@ -274,21 +278,31 @@ class Training:
             return "token_out_of_vocabulary"
         if sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
             return "without_targets"
-        return None
+        targets = int(sample.has_target.sum())
+        self.rows["with_target"] += targets
+        self.rows["altered"] += int((sample.slot_node >= 0).sum()) - targets
+        return None if targets else "altered"
+
+    def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
+        """float64 [len(samples), 2]: steps and tokens of each sample's walk with the draft of a role."""
+        trainer, served = self.config.trainer, self.served
+        draft = {"candidate": self.draft, "served": served.draft, "initial": served.initial}[role]
+        return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
 
     @torch.no_grad()
-    def _losses_served(self, samples: list[Sample], depth: int) -> tuple[Batch, TreeLoss]:
-        """The forward pass of the served weights."""
-        trainer = self.config.trainer
-        batch = pack(samples, trainer.batch.model_copy(update={"rejected": False, "depth": depth}))
-        batch = batch.to(trainer.model.device)
-        return batch, losses(self.served.draft, batch, trainer.loss)
+    def _walk_batch(
+        self, batch: Batch, samples: list[Sample], unseen: list[Sample], found: TreeLoss
+    ) -> tuple[float, float]:
+        """Steps and tokens of the walk over the `unseen` of a batch's samples."""
+        chosen = {id(s) for s in unseen}
+        some = [s if id(s) in chosen else None for s in samples]
+        steps, tokens = walked(self.draft, batch, some, chains(self.draft, batch, found)).sum(0)
+        return float(steps), float(tokens)
 
-    @torch.no_grad()
-    def _rescore(self, batch: Batch) -> Score:
-        return score(batch, losses(self.draft, batch, self.config.trainer.loss))
-
-    def _show(self, loss: float, score: Score) -> None:
-        total, count = score.accept_length()
-        for name, value in (("loss", loss), ("accept_length", total / max(count, 1))):
+    def _show(self, loss: float, walk: tuple[float, float] | None) -> None:
+        figures = {"loss": loss}
+        if walk is not None and walk[0]:
+            figures["accept_length"] = walk[1] / walk[0]
+        for name, value in figures.items():
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
+

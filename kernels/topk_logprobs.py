@@ -51,13 +51,13 @@ def topk_logprobs_ref(logits: Tensor, k: int, rows: Tensor | None = None) -> tup
     chunk = max(1, (1 << (24 if logits.is_cuda else 22)) // vocab)
     for at in range(0, count, chunk):
         part = slice(at, at + chunk)
-        top, found = _topk(logits[part], k)
+        top, found = topk(logits[part], k)
         ids[part], kept[part] = found, top.clamp_min(lowest)
         logsumexp[part] = torch.logsumexp(logits[part].float(), dim=-1).clamp_min(torch.finfo(torch.float32).min)
     return ids, kept, logsumexp
 
 
-def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """logits.topk(k), on a CPU among the groups with the K largest maxima, which hold it: selecting among V / 16 maxima
     and 16 K candidates costs less than among V. A group is a column of [16, V / 16]: maxima of rows are vectorised."""
     groups = logits.shape[1] // 16

@@ -14,16 +14,17 @@ import json
 import re
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import make_target
 import psutil
-from demo import CONFIG, NUM_STEPS, TRAINER, Trainer, make_prompts
-from serve import Server, free_port
-from traffic import send
+from children import TRAINER, Trainer, run_to_end
+from clients import send
+from demo import LEARNING, NUM_STEPS, make_prompts
+from passes import write_config
+from serve import Server
 
 MODES = ("off", "absent", "stopped", "receiving", "training")
 SMALL_QUEUE = "plugin.swap.enabled=false plugin.publish.queue_bytes=4000000"
@@ -81,9 +82,8 @@ def main() -> None:
 
 def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list[dict[str, float]]]:
     draft = home / "draft"
-    subprocess.run([*TRAINER, "init-draft", str(target), str(draft), "--kind", options.init], check=True)
-    config = home / "aurora.toml"
-    config.write_text(CONFIG.format(port=free_port(), home=home, target=target, draft=draft))
+    run_to_end([*TRAINER, "init-draft", target, draft, "--kind", options.init])
+    config = write_config(home, target, draft, LEARNING)
     prompts = make_prompts(target, options.requests * (options.rounds + 1))["code"]
     serve = dict(algorithm="AURORA", num_steps=NUM_STEPS, draft=draft, args=["--enable-metrics"])
     settings = f"{SMALL_QUEUE} {options.set}"

@@ -28,10 +28,10 @@ from dense_objective import DenseDraft, dense_loss
 from safetensors.torch import load_file, save_file
 from synthetic_samples import ragged, sample
 
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
-from aurora_trainer.draft_config import DraftConfig
 from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.optimize import Optimizer, OptimizerConfig
 from aurora_trainer.sample import Sample

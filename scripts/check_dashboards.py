@@ -29,9 +29,11 @@ from typing import Any
 
 import make_target
 import yaml
-from demo import CONFIG, NUM_STEPS, TRAINER, Trainer, make_prompts
-from serve import Server, die_with_parent, free_port
-from traffic import send
+from children import TRAINER, Trainer, run_to_end, start
+from clients import send
+from demo import LEARNING, NUM_STEPS, make_prompts
+from passes import write_config
+from serve import Server, free_port
 
 FOLDER = Path(__file__).parents[1] / "docs" / "dashboards"
 INTERVALS = {"$__rate_interval": "20s", "$__interval": "5s"}  # what Grafana would put there
@@ -54,12 +56,9 @@ class Prometheus:
         (home / "rules.yml").write_text(rules)
         (home / "prometheus.yml").write_text(yaml.safe_dump(config))
         self.log = home / "prometheus.log"
-        with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(
-                [executable, "--config.file", home / "prometheus.yml", "--storage.tsdb.path", home / "data",
-                 f"--web.listen-address=127.0.0.1:{self.port}"],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=die_with_parent,
-            )  # fmt: skip
+        address = f"--web.listen-address=127.0.0.1:{self.port}"
+        data = ["--config.file", home / "prometheus.yml", "--storage.tsdb.path", home / "data"]
+        self.process = start([executable, *data, address], self.log)
 
     def __enter__(self) -> Prometheus:
         return self
@@ -99,14 +98,13 @@ def main() -> None:
 def check(executable: str, target: Path, home: Path, options: argparse.Namespace) -> int:
     """Returns how many checks failed."""
     draft, trainer_port = home / "draft", free_port()
-    subprocess.run([*TRAINER, "init-draft", str(target), str(draft), "--kind", "target"], check=True)
-    config = home / "aurora.toml"
-    metrics = f"port = {trainer_port}\nrescore_every_steps = 4\n"
-    config.write_text(CONFIG.format(port=free_port(), home=home, target=target, draft=draft) + metrics)
+    run_to_end([*TRAINER, "init-draft", target, draft, "--kind", "target"])
+    config = write_config(home, target, draft, LEARNING)
+    settings = ["checkpoint.every_s=15", f"metrics.port={trainer_port}", "metrics.rescore_every_steps=4"]
     prompts = make_prompts(target, 2000)["code"]
     serve = dict(algorithm="AURORA", num_steps=NUM_STEPS, draft=draft, args=["--enable-metrics"])
     with (
-        Trainer(config, home / "trainer.log", "--set", "trainer.checkpoint.every_s=15") as trainer,
+        Trainer(config, home / "trainer.log", *(f"--set=trainer.{s}" for s in settings)) as trainer,
         Server(target, **serve, env={"AURORA_CONFIG": str(config)}, log=home / "server.log") as server,
         Prometheus(executable, home, server.port, trainer_port) as prometheus,
         traffic(server, prompts),

@@ -21,12 +21,13 @@ import torch
 from synthetic_samples import ragged
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.batch import BatchConfig, pack
 from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
-from aurora_trainer.draft_config import DraftConfig
 from aurora_trainer.loss import LossConfig, losses, score
 from aurora_trainer.optimize import Optimizer, OptimizerConfig
+from aurora_trainer.score import chains, walked
 
 DEMO = DraftConfig(
     hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1, head_dim=64,
@@ -47,8 +48,7 @@ SHAPES = {  # a draft, and the slots of a step
     ),
     "qwen3-8b": (QWEN3_8B, 8192),
 }  # fmt: skip
-USES = 8  # of a sample (buffer.max_uses): served weights score it once, here the whole batch of every eighth step
-RANGES = ("packing", "upload", "gate scoring", "optimizer")
+RANGES = ("packing", "upload", "scoring", "optimizer")
 INSIDE = {  # of an operation's name, where it or what called it bears it
     "TreeAttention": "attention",
     "TreeLoss": "head and loss",
@@ -60,23 +60,18 @@ INSIDE = {  # of an operation's name, where it or what called it bears it
 }
 
 
-def step(
-    draft: Draft, served: Draft, optimizer: Optimizer, samples: list, device: str, rejected: float, gated: bool
-) -> float:
+def step(draft: Draft, optimizer: Optimizer, samples: list, device: str, rejected: float) -> float:
     """As aurora_trainer.train.Training.step, with named ranges."""
     loss = LossConfig(rejected=rejected)
     with record_function("packing"):
         packed = pack(samples, BatchConfig(rejected=rejected > 0))
     with record_function("upload"):
         batch = packed.to(device)
-    with record_function("gate scoring"), torch.no_grad():
-        of_served = losses(served, batch, loss) if gated else None
     result = losses(draft, batch, loss)
     result.loss_sum.backward()
-    with record_function("gate scoring"):
+    with record_function("scoring"), torch.no_grad():
         score(batch, result)
-        if of_served:
-            score(batch, of_served)
+        walked(draft, batch, samples, chains(draft, batch, result))
     with record_function("optimizer"):
         return optimizer.step(result.loss_sum).loss
 
@@ -102,7 +97,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="demo")
     parser.add_argument("--slots", type=int, help="of a step; default: what suits the shape")
     parser.add_argument("--rejected", type=float, default=0.0, help="weight of the rejected nodes")
-    parser.add_argument("--steps", type=int, default=USES)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--trace", type=Path, help="write a trace for chrome://tracing or Perfetto")
@@ -114,23 +109,21 @@ def main() -> None:
     config, slots = SHAPES[options.shape]
     slots = options.slots or slots
     embed = torch.randn(config.vocab_size, config.hidden_size, generator=torch.Generator().manual_seed(1))
-    draft, served = (Draft(config, embed) for _ in range(2))
+    draft = Draft(config, embed)
     randomise(draft, 1)
-    served.load_state_dict(draft.state_dict())
     masters = {n: p.detach() for n, p in draft.named_parameters()}
     draft.compute_in(options.device, dtype)
-    served.compute_in(options.device, dtype).requires_grad_(False)
     optimizer = Optimizer(draft, OptimizerConfig(lr=1e-4), masters)
     samples = ragged(slots, vocab=config.vocab_size, features=config.feature_size, kept=32)
-    everything = draft, served, optimizer, samples, options.device, options.rejected
+    everything = draft, optimizer, samples, options.device, options.rejected
 
     for _ in range(2 if on_gpu else 1):  # compiles and warms up
-        step(*everything, gated=True)
+        step(*everything)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as recorded:
         began = time.perf_counter()
-        for number in range(options.steps):
-            step(*everything, gated=number % USES == 0)
+        for _ in range(options.steps):
+            step(*everything)
         seconds = (time.perf_counter() - began) / options.steps
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     spent = Counter()

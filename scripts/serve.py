@@ -11,7 +11,6 @@ ends.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import signal
@@ -25,7 +24,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+import children
 
 CPU_ENV = {
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -79,16 +78,7 @@ class Server:
             command += ["--speculative-draft-model-path", str(draft)]
         command += map(str, args)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **({} if on_gpu else CPU_ENV), **(env or {})}
-        with open(self.log, "wb") as output:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
+        self.process = children.start(command, self.log, environment)
         started = time.monotonic()
         try:
             self._wait_until_healthy(timeout_s)
@@ -168,11 +158,6 @@ def has_gpu() -> bool:
 
     return torch.cuda.is_available()
 
-
-def die_with_parent() -> None:
-    """For subprocess's preexec_fn: SIGKILL the child when its parent dies."""
-    # Of the thread that starts the server, to be exact. SGLang's children die with their parent in the same way.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:

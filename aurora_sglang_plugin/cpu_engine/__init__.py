@@ -40,6 +40,11 @@ def is_installed() -> bool:
     return getattr(sys.modules.get("sgl_kernel"), "AURORA_STAND_IN", False)
 
 
+def keeps_packed_weights() -> bool:
+    """Whether products with bfloat16 weights keep a copy of each (packed.py), which takes the memory of the weights."""
+    return os.environ.get("AURORA_CPU_PACK") == "1"
+
+
 def _install_sgl_kernel(ops) -> None:
     from aurora_sglang_plugin.cpu_engine import attention, hashing, slots, tree
 

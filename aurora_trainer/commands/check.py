@@ -14,6 +14,7 @@ from pathlib import Path
 import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
+from aurora_sglang_plugin.draft_check import check_draft, draft_problems
 from aurora_sglang_plugin.endpoint import stays_here
 from aurora_sglang_plugin.keys import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint
@@ -70,14 +71,17 @@ def _draft(model: str, directory: Path) -> str:
     explained = explain(directory, target)
     if explained.problems:
         raise ValueError(explained.text())
-    if explained.conversions:
+    wrong = draft_problems(directory, target.config)
+    if wrong and explained.conversions:
         raise ValueError(
             f"{directory} is not in the form that a server loads ({'; '.join(explained.conversions)}); "
             f"`aurora-trainer import {directory} NEW_DIRECTORY --target {model}` writes it"
         )
+    notes = check_draft(directory, target.config)
     draft = Draft.load(directory, target.embedding())
     size = sum(p.numel() for p in draft.parameters())
-    return f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"
+    fits = f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"
+    return "; ".join([fits, *notes])
 
 
 def _keys(link: LinkConfig) -> str:

@@ -1,13 +1,6 @@
 """Evaluate drafts on a recording: what a server's accept length would have been, had it drafted with them.
 
-Speculation is lossless, so the committed tokens of a recorded request do not depend on the draft that served it: any
-draft can be walked along them. A step at a slot proposes what the server would have drawn there, a chain of the draft's
-first choices or with topk > 1 a tree (grow_tree.py); as much is accepted as agrees with the committed tokens, and the
-walk goes on behind the bonus token, as the server would.
-
-    accept length        tokens per step of that walk. Exact for greedy traffic. For sampled traffic it is unbiased for
-                         SGLang's default rule, which accepts a drafted token with the probability that the target gives
-                         it: the committed token is a draw from just that.
+    accept length        as score.py defines it: tokens per step of a walk along the committed tokens
     as chains            the same with chains of 1, 2, ... draft steps, whatever the server drew
     rejection sampling   1 + sum_d prod_{j<=d} sum min(p, q), at every position along the committed tokens, p the raw
                          target at temperature 1: what a verifier would accept that has drafts drawn from q. An upper
@@ -36,11 +29,12 @@ import torch
 from aurora_sglang_plugin.manifest import current_version, target_fingerprint, version_name
 from aurora_trainer.assemble import AssembleConfig, Assembler
 from aurora_trainer.batch import BatchConfig, group, pack
-from aurora_trainer.commands.grow_tree import tree_runs
-from aurora_trainer.commands.walk import WALK, chains, live, sampling, walk, walks
 from aurora_trainer.draft import Draft
+from aurora_trainer.loss import LossConfig, losses
 from aurora_trainer.recording import Damage, read_messages
+from aurora_trainer.replay import on_one_clock
 from aurora_trainer.sample import Sample
+from aurora_trainer.score import WALK, chains, live, sampling, tree_shape, walked, walks
 from aurora_trainer.target import open_target
 
 log = logging.getLogger(__name__)
@@ -105,7 +99,7 @@ def evaluate(
 
     def take(samples: list[Sample], flush: bool = False) -> None:
         for sample in samples:
-            result.shape = result.shape if any(result.shape) else _shape(sample)
+            result.shape = result.shape if any(result.shape) else tree_shape(sample)
             result.depth = result.depth or sample.num_steps
             if result.shape[1] > 1 and result.depth < result.shape[0]:
                 raise ValueError(f"depth {depth}: the recording has trees of {result.shape[0]} steps; expected no less")
@@ -116,7 +110,7 @@ def evaluate(
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
 
-    for _, message in read_messages(recording, damage):
+    for _, message in on_one_clock(read_messages(recording, damage)):
         header = message.header
         if header.target != fingerprint:
             result.samples["messages_of_another_target"] += 1
@@ -150,11 +144,9 @@ def _evaluate(
 ) -> None:
     batch = pack(samples, BatchConfig(depth=result.depth, rejected=False))
     on_device = batch.to(device)
-    found = [chains(draft, batch, on_device) for draft in drafts]
-    if result.shape[1] > 1:
-        runs = [tree_runs(draft, on_device, *result.shape) for draft in drafts]
-    else:
-        runs = [1 + chain.match.long().cumprod(1).sum(1) for chain in found]
+    results = [losses(draft, on_device, LossConfig()) for draft in drafts]
+    found = [chains(draft, on_device, of) for draft, of in zip(drafts, results)]
+    served = [walked(draft, on_device, samples, of, result.depth) for draft, of in zip(drafts, found)]
     roots, owner = batch.base_is_root, batch.base_sample
     for n, sample in enumerate(samples):
         mine = (owner == n).nonzero()[:, 0]
@@ -166,8 +158,7 @@ def _evaluate(
         request = requests[key]
         is_root = roots[mine]
         for d, chain in enumerate(found):
-            visited = walk(runs[d][mine], known.all(1), is_root)
-            request.served[d] += (len(visited), sum(visited))
+            request.served[d] += served[d][n]
             request.chains[d] += walks(chain.match[mine], chain.overlap[mine], known, is_root)
             request.sampling[d] += sampling(chain.overlap[mine], known)
         request.live += live(sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1))
@@ -185,19 +176,13 @@ def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
         cause = "without_trees"
     elif bool(sample.node_altered.all()):
         cause = "altered_distribution"
-    elif _shape(sample)[1:] != result.shape[1:] or (result.shape[1] > 1 and _shape(sample) != result.shape):
+    elif tree_shape(sample)[1:] != result.shape[1:] or (result.shape[1] > 1 and tree_shape(sample) != result.shape):
         cause = "another_tree_shape"
     if cause:
         result.samples[cause] += 1
     elif sample.start > 0:
         result.samples["without_whole_prompt"] += 1  # evaluated, but with less context than the server had
     return cause is None
-
-
-def _shape(sample: Sample) -> tuple[int, int, int]:
-    """(num_steps, topk, nodes); a chain's nodes follow from its steps and are not told apart."""
-    nodes = len(sample.node_token) // len(sample.tree_first)  # SGLang fills every tree
-    return sample.num_steps, sample.topk, nodes if sample.topk > 1 else 0
 
 
 def _first_slot(samples: list[Sample], n: int) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from aurora_trainer.commands.evaluate import NO_DOMAIN, Evaluation, Request
 from aurora_trainer.commands.terminal import columns, ranges
-from aurora_trainer.commands.walk import WALK
+from aurora_trainer.score import WALK
 
 RESAMPLES = 1000
 CHUNK = 50  # resamples at a time: counts of [CHUNK, n requests] are alive

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
+from aurora_sglang_plugin import aux_layers
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_sglang_plugin.manifest import CURRENT, Manifest, current_version, read_manifest, sha256_file, version_name
 from aurora_trainer import vocab
 from aurora_trainer.checkpoint import read_checkpoint, steps
-from aurora_trainer.draft import canonical
-from aurora_trainer.draft_config import DraftConfig
+from aurora_trainer.draft import read_tensors
 from aurora_trainer.durable import remove_directory, write_directory
 from aurora_trainer.publish_weights import versions
 
@@ -157,17 +158,13 @@ def _config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
     config["torch_dtype"] = config["dtype"]  # its name before transformers 5
     if weights.config.aux_layer_ids:
         # vLLM and speculators name the layers that the features ENTER, at the top
-        config["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in weights.config.aux_layer_ids]
+        config.setdefault(aux_layers.KEY, [i + 1 for i in weights.config.aux_layer_ids])
     config["norm_before_residual"] = False
     return config | {"aurora": weights.origin}
 
 
 def _read_draft(directory: Path, origin: dict[str, Any]) -> Weights:
-    config = DraftConfig.read(directory)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        tensors |= {canonical(name): tensor for name, tensor in load_file(path).items()}
-    tensors.pop("embed_tokens.weight", None)
+    config, tensors = DraftConfig.read(directory), read_tensors(directory)
     if "lm_head.weight" not in tensors:
         raise ValueError(f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its head")
     if "d2t" in tensors:

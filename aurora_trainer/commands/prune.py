@@ -73,7 +73,7 @@ def count_text(paths: Sequence[Path], target: Target) -> Tensor:
     counts = torch.zeros(HALVES, size, dtype=torch.int64)
     for number, line in enumerate(_lines(paths)):
         ids = torch.tensor(tokenizer.encode(line, add_special_tokens=False).ids, dtype=torch.int64)
-        counts[number % HALVES] += ids.bincount(minlength=size)
+        counts[number % HALVES].scatter_add_(0, ids, torch.ones_like(ids))
     return counts
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.draft_check import expected_shapes
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.config import TrainerConfig
-from aurora_trainer.draft_config import DraftConfig
 from aurora_trainer.target import Target
 
 CHUNK_LOGITS = 1 << 21  # of aurora_kernels.tree_loss_ref: logits alive at a time
@@ -106,7 +106,7 @@ def sample_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
 
 def shapes(draft: DraftConfig, target: Target) -> dict[str, tuple[int, ...]]:
     """Every tensor of the draft's file but the vocabulary maps, by name: what the server expects to be there."""
-    found = expected_shapes(draft.to_json(), target.config, draft.num_aux)
+    found = expected_shapes(draft, target.config)
     return {n: shape for n, (shape, needed) in found.items() if needed and n != "d2t"}
 
 
@@ -146,7 +146,8 @@ def trainer_device_bytes(
     weights     c P#, and 4 P# of float32 masters where c < 4 (otherwise the weights are the masters)
     moments     8 P# (AdamW)
     gradients   c P#, and 4 P# for their float32 copies where c < 4 (Optimizer.step)
-    served      c P#: the frozen copy that the gate scores (served.Served)
+    served      2 c P#: the frozen copies that the gate scores, of the served and of the initial weights
+                (served.Served; one and the same until the first version)
     embedding   c V H, shared by both
     loss        the head's gradient in float32, twice (tree_loss keeps it, then scales it); a chunk of logits, twice
     activations rows of `activation_bytes`, for a batch of batch.max_slots slots that all have a target
@@ -159,7 +160,7 @@ def trainer_device_bytes(
         "weights_bytes": count * (c + (MASTER if c < 4 else 0)),
         "moments_bytes": count * MOMENTS,
         "gradients_bytes": count * (c + (4 if c < 4 else 0)),
-        "served_bytes": count * c,
+        "served_bytes": 2 * count * c,
         "embedding_bytes": c * draft.vocab_size * (draft.target_hidden_size or draft.hidden_size),
         "loss_bytes": 2 * head + 2 * 4 * max(32 * draft.draft_vocab_size, CHUNK_LOGITS),
         "activations_bytes": activation_bytes(draft, rows, rows, depth, c),
@@ -186,12 +187,11 @@ def activation_bytes(draft: DraftConfig, slots: int, rows: int, depth: int, c: i
 
 def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
     """Of one optimizer step without attention's scores: 6 for each parameter and row that it multiplies (forward 2,
-    backward 4), and 2 more for the served draft's forward of the half of the batch that is new (the gate).
-    fc sees each slot once, layer and head each row of each level."""
+    backward 4). The gate's forward passes come on top, at each publication. fc sees each slot once, layer and head
+    each row of each level."""
     h, inner = draft.hidden_size, draft.intermediate_size
     q, kv = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     layer = 2 * h * (q + 2 * kv) + q * h + 3 * h * inner
     depth = trainer.batch.depth or load.num_steps
     row = depth * (draft.num_hidden_layers * layer + draft.draft_vocab_size * h) + draft.feature_size * h
-    scored = trainer.buffer.fresh_fraction / trainer.gate.score_every_steps if trainer.gate.enabled else 0.0
-    return float(trainer.batch.max_slots * row * (6 + 2 * scored))
+    return float(trainer.batch.max_slots * row * 6)

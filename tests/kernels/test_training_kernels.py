@@ -58,7 +58,7 @@ def train(site, out, draft, dtype, device, small: bool) -> tuple[list[float], to
         "trainer.model.dtype": dtype,
         "trainer.pace.new_slots_per_step": 4 if small else 24,
         "trainer.batch.max_slots": 16 if small else 512,
-        "trainer.gate.score_every_steps": 5,
+        "trainer.gate.enabled": False,
         "trainer.loss.rejected": 0.3,  # or the trees are left out
         "trainer.loss.rejected_by": "reach",
         "trainer.optimizer.lr": 3e-3,

@@ -38,21 +38,30 @@ class Reference:
             rows.append(self.model(padded).logits[torch.arange(len(some)), last])
         return torch.cat(rows)
 
-    def check_sample(self, sample: Sample, tokens: list[int], rejected: int = 24) -> None:
-        """`tokens`: everything that the client knows of this request, prompt and output."""
+    def check_sample(self, sample: Sample, tokens: list[int], rejected: int = 24, judged=None) -> None:
+        """`tokens`: everything that the client knows of this request, prompt and output.
+
+        `judged(raw logits [n, V], roots [n])` are the logits that SGLang judged with, `roots` the
+        number of each row's tree in the sample; None: the raw ones.
+        """
+        edit = judged or (lambda logits, roots: logits)
         start, slots = sample.start, len(sample.features)
         assert sample.tokens.tolist() == tokens[start : start + slots + 1]  # and never beyond
         features, logits = self.run(tokens)
         _near(sample.features.float(), features[start : start + slots], FEATURE_ATOL, f"features {sample.request}")
         # Every slot's target is the distribution at the next position.
         with_target = torch.where(sample.slot_node >= 0)[0]
-        self._check_nodes(sample, sample.slot_node[with_target], logits[start + 1 + with_target])
+        nodes = sample.slot_node[with_target]
+        tree = torch.bucketize(nodes, sample.tree_first, right=True) - 1
+        self._check_nodes(sample, nodes, edit(logits[start + 1 + with_target], tree))
         assert sample.node_accepted[sample.slot_node[with_target]].all()
         # Nodes off the path, some of them.
         off = torch.where(~sample.node_accepted)[0]
         off = off[torch.randperm(len(off), generator=torch.Generator().manual_seed(0))[:rejected]]
         if len(off):
-            self._check_nodes(sample, off, self.after([_path(sample, tokens, int(node)) for node in off]))
+            tree = torch.bucketize(off, sample.tree_first, right=True) - 1
+            raw = self.after([_path(sample, tokens, int(node)) for node in off])
+            self._check_nodes(sample, off, edit(raw, tree))
 
     def _check_nodes(self, sample: Sample, nodes: torch.Tensor, logits: torch.Tensor) -> None:
         kept = sample.topk_logits[nodes]

@@ -8,6 +8,7 @@ import time
 import urllib.request
 
 import pytest
+import torch
 from reference import Reference
 from rig import generate
 
@@ -112,7 +113,7 @@ def test_stops(name, request, stream, reference, target):
 
 
 def test_end_of_text(chain, stream, reference):
-    """An end-of-text token that a bias brings about: it ends the request, and the row is flagged."""
+    """An end-of-text token that a bias brings about: it ends the request, and is a target as any."""
     batch = [stream[19000 + 50 * i : 19040 + 50 * i] for i in range(8)]
     for prompt, free in zip(batch, chain.generate(batch, {"max_new_tokens": 60})):
         logits = reference.run(known(prompt, free))[1][len(prompt) - 1 : -1]
@@ -124,18 +125,70 @@ def test_end_of_text(chain, stream, reference):
     params = {"max_new_tokens": 60, "ignore_eos": False, "logit_bias": {"0": (short[first] + min(short[:first])) / 2}}
     answer = chain.generate([prompt], params)[0]
     assert answer["output_ids"] == free["output_ids"][:first] + [0]
-    (sample,) = check_whole(reference, chain, prompt, answer, "stop")
-    assert sample.node_altered.all()
+    (sample,) = chain.taken([answer["rid"]])[answer["rid"]]
+    assert sample.reason == "stop" and not sample.node_altered.any()
+    reference.check_sample(sample, known(prompt, answer), judged=edited(sample, params))
 
 
-def test_penalty_is_flagged_and_raw(chain, stream, reference):
-    batch = prompts(stream, 20000, [30, 30])
-    params = [{"max_new_tokens": 32, "frequency_penalty": 1.5}, {"max_new_tokens": 32}]
-    penalised, usual = chain.generate(batch, params)
-    (sample,) = check_whole(reference, chain, batch[0], penalised, "length")  # the raw target's logits, still
-    assert sample.node_altered.all()
-    (sample,) = check_whole(reference, chain, batch[1], usual, "length")
-    assert not sample.node_altered.any()
+END_OF_TEXT = 0
+NEUTRAL = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+}
+
+
+def edited(sample, params):
+    """What SGLang makes of raw logits: penalties as they stood before each step, for which it counts
+    the last token of every step only, then the bias."""
+    roots = sample.node_token[sample.tree_first]
+
+    def judged(logits, trees):
+        logits = logits.clone()
+        for row, tree in zip(logits, trees.tolist()):
+            seen = roots[: tree + 1]
+            counts = torch.bincount(seen, minlength=row.numel())
+            row -= params.get("frequency_penalty", 0) * counts
+            row -= params.get("presence_penalty", 0) * (counts > 0)
+            scale = torch.where(counts > 0, params.get("repetition_penalty", 1.0), 1.0)
+            row.copy_(torch.where(row < 0, row * scale, row / scale))
+            for token, bias in params.get("logit_bias", {}).items():
+                row[int(token)] += bias
+            if tree + 1 < params.get("min_new_tokens", 0):  # one for each step
+                row[END_OF_TEXT] = -torch.inf
+        return logits
+
+    return judged
+
+
+@pytest.mark.parametrize("name", ["chain", "tree"])
+def test_the_target_of_a_row_is_the_distribution_that_judged_it(name, request, stream, reference):
+    """Penalties and bias are part of it; neutral settings are no settings; nothing is flagged."""
+    loop = request.getfixturevalue(name)
+    kinds = [
+        {"frequency_penalty": 1.5},
+        {"presence_penalty": 0.7},
+        {"repetition_penalty": 1.3},
+        {"logit_bias": {"5": 4.0, "9": -100.0}},
+        {"frequency_penalty": -0.4, "repetition_penalty": 1.1, "logit_bias": {"7": 2.0}},
+        {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1},
+        {"min_new_tokens": 8},
+        {},
+    ]
+    batch = prompts(stream, 20000, [30] * len(kinds))
+    answers = loop.generate(batch, [{"max_new_tokens": 24} | kind for kind in kinds])
+    for prompt, answer, kind in zip(batch, answers, kinds):
+        (sample,) = loop.taken([answer["rid"]])[answer["rid"]]
+        tokens = known(prompt, answer)
+        try:
+            reference.check_sample(sample, tokens, judged=edited(sample, kind))
+        except AssertionError as error:
+            raise AssertionError(f"{kind} start {sample.start} of {len(prompt)}: {error}") from None
+        assert not sample.node_altered.any()
+        if any(kind.get(name, neutral) != neutral for name, neutral in NEUTRAL.items()):
+            with pytest.raises(AssertionError, match="off by"):
+                reference.check_sample(sample, tokens)
 
 
 def test_opt_out(chain, stream):

@@ -82,22 +82,21 @@ def verify_step(capture, reqs):
         accept_lens=torch.full((size,), P),
         next_token_ids=torch.arange(size * N) + 1,
     )
-    batch = SimpleNamespace(reqs=reqs, seq_lens=torch.full((size,), 10))
+    info = SimpleNamespace(watermark_candidates_host=[req.rid == "watermarked" for req in reqs])
+    batch = SimpleNamespace(reqs=reqs, seq_lens=torch.full((size,), 10), sampling_info=info)
     capture.before_verify(batch)
-    capture.before_sampling(logits)
-    raw = logits.clone()
-    logits.zero_()  # as sampling may
+    judged = logits.mul_(0.5).clone()  # as sampling may edit them in place
     capture.verify(batch, tree, result, 3, 4)
-    for tensor in (tree.draft_token, tree.positions, result.logits_output.hidden_states, result.next_token_ids):
+    for tensor in (logits, tree.draft_token, tree.positions, result.logits_output.hidden_states, result.next_token_ids):
         tensor.zero_()  # as the next replay of a CUDA graph does
-    return raw
+    return judged
 
 
 def test_verify_takes_the_sampled_rows():
     out = {"aurora_capture": False}
-    reqs = [request("a"), request("b", custom_params=out), request("c", frequency_penalty=0.5)]
+    reqs = [request("a"), request("b", custom_params=out), request("c", grammar=object())]
     capture = make_capture(topk_logits=5)
-    raw = verify_step(capture, reqs)
+    judged = verify_step(capture, reqs)
     ((kind, snapshot, fields),) = capture.publisher.items
     assert (kind, fields["requests"]) == ("verify", ["a", "c"])
     assert fields["flags"] == [0, FLAG_ALTERED_DISTRIBUTION]
@@ -106,7 +105,7 @@ def test_verify_takes_the_sampled_rows():
     assert arrays["positions"].tolist() == [10, 12]
     assert arrays["draft_tokens"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert arrays["next_tokens"].tolist() == [[1, 2, 3], [9, 10, 11]]
-    expected = raw.view(3, N, V)[[0, 2]].topk(5)  # of the raw logits, before they were edited
+    expected = judged.view(3, N, V)[[0, 2]].topk(5)  # of the logits as sampling left them
     assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
     assert abs(arrays["aux_hidden_states"]).min() > 0
     assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
@@ -190,19 +189,22 @@ def test_max_prompt_features(prefix, extend, taken):
     ("change", "altered"),
     [
         ({}, False),
-        ({"logit_bias": {"3": 1.0}}, True),
-        ({"frequency_penalty": 0.1}, True),
-        ({"presence_penalty": -0.1}, True),
-        ({"repetition_penalty": 1.1}, True),
-        ({"min_new_tokens": 2}, True),
-        ({"watermark": object()}, True),
+        ({"logit_bias": {"3": 1.0}}, False),
+        ({"logit_bias": {}}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": -0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"min_new_tokens": 2}, False),
+        ({"rid": "watermarked"}, True),
         ({"grammar": object()}, True),
     ],
 )
 def test_flags(change, altered):
+    """A mask or a watermark, of this row only: other rows of the batch are as they were."""
     capture = make_capture()
-    verify_step(capture, [request("a", **change)])
-    assert capture.publisher.items[0][2]["flags"] == [FLAG_ALTERED_DISTRIBUTION if altered else 0]
+    verify_step(capture, [request("free"), request(**{"rid": "a", **change})])
+    flag = FLAG_ALTERED_DISTRIBUTION if altered else 0
+    assert capture.publisher.items[0][2]["flags"] == [0, flag]
 
 
 @pytest.mark.parametrize(

@@ -339,6 +339,17 @@ def test_a_child_process_of_sglang_finds_the_stand_ins():
         "assert sgl_kernel.AURORA_STAND_IN and not hasattr(torch.ops.sgl_kernel, 'convert_weight_packed')\n"
         "from transformers.utils import is_torchvision_available\n"
         "assert not is_torchvision_available()\n"
+        # general plugins make SGLang's own verification sample, unless all of the batch is greedy
+        "from sglang.srt.plugins import load_plugins\n"
+        "load_plugins()\n"
+        "from sglang.srt.speculative import eagle_utils\n"
+        "from aurora_sglang_plugin.cpu_engine import sampling\n"
+        "for name in ('top_k_renorm_prob', 'top_p_renorm_prob', 'tree_speculative_sampling_target_only',\n"
+        "             'chain_speculative_sampling_triton'):\n"
+        "    assert getattr(eagle_utils, name) is getattr(sampling, name), name\n"
+        "facts = dict(is_cpu=True, is_hip=False, is_xpu=False, use_rejection_sampling=False)\n"
+        "assert eagle_utils._verify_uses_greedy(is_all_greedy=True, **facts)\n"
+        "assert not eagle_utils._verify_uses_greedy(is_all_greedy=False, **facts)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=CPU_ENV, timeout=300)
 

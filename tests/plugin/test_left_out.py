@@ -7,7 +7,7 @@ import pytest
 from test_capture import make_capture, prefill_step, request, verify_step
 
 from aurora_sglang_plugin.left_out import CAUSES, why_left_out
-from aurora_sglang_plugin.wire import MAX_REQUEST_ID_CHARS, request_id_fits
+from aurora_sglang_plugin.rows import MAX_REQUEST_ID_CHARS, request_id_fits
 
 
 def cause(rid="r", **fields):

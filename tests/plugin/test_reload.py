@@ -66,10 +66,14 @@ def test_twin_is_not_written_while_a_swap_reads_it(site):
 
 
 def test_rollback(site):
+    written = [site.count_writes()]
     for seed in (1, 2):
         site.publish(checkpoint(seed))
         site.step()
+        written.append(site.count_writes())
     assert site.reloader.rollback() == 1
+    # Who keeps a copy of a parameter sees each write.
+    assert written == [written[0] + n for n in range(3)] and site.count_writes() == written[0] + 3
     site.assert_whole(1)
     assert site.reloader.rollback() is None
     site.publish(checkpoint(3))

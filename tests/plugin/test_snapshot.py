@@ -7,10 +7,12 @@ from trees import NAMED_TREES
 
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.acceptance import Acceptance
+from aurora_sglang_plugin.config import PublishConfig
+from aurora_sglang_plugin.outbox import Outbox
 from aurora_sglang_plugin.snapshot import End, Prefill, Verify, parents
 from aurora_sglang_plugin.transfer import HostTensors
 
-F, V, P = 6, 40, 3
+F, V, P = 6, 40, 5
 
 
 def links(tree, nodes):
@@ -45,6 +47,7 @@ def test_parents_take_sglang_s_dtypes(dtype):
 
 
 def header(kind, requests, **fields):
+    fields = (dict(num_steps=P - 1, topk=2) if kind == "verify" else {}) | fields
     counters = dict(captured_seq=1, sent_seq=1, heartbeats=0, dropped={}, queued=0)
     return wire.Header(
         wire.SCHEMA_VERSION, kind, "epoch", **counters, target="t", draft_version=0, extend_version=0, time_ns=1,
@@ -69,9 +72,9 @@ def verify_tensors(logits=True, dtype=torch.float32):
         "next_token": child,
         "next_sibling": sibling,
         "positions": torch.tensor([11, 7]),
-        "accept_index": torch.tensor([[0, 1, 3], [nodes, -1, -1]], dtype=torch.int32),
+        "accept_index": torch.tensor([[0, 1, 3, -1, -1], [nodes, -1, -1, -1, -1]], dtype=torch.int32),
         "accept_lens": torch.tensor([3, 1], dtype=torch.int32),
-        "next_tokens": torch.tensor([[1, 3, 30], [31, 77, 77]]),
+        "next_tokens": torch.tensor([[1, 3, 30, 77, 77], [31, 77, 77, 77, 77]]),
     }
     if logits:
         tensors["logits"] = raw
@@ -90,10 +93,10 @@ def test_verify(logits):
     a = message.arrays
     assert a["positions"].tolist() == [11, 7]
     assert a["parents"].tolist() == [NAMED_TREES["ragged"]] * 2
-    assert a["accept_path"].tolist() == [[0, 1, 3], [0, -1, -1]]
+    assert a["accept_path"].tolist() == [[0, 1, 3, -1, -1], [0, -1, -1, -1, -1]]
     assert a["feature_lens"].tolist() == [3, 1]
-    assert a["next_tokens"][0].tolist() == [1, 3, 30] and a["next_tokens"][1, 0] == 31
-    hidden = torch.cat([tensors["hidden"][0], tensors["hidden"][1, :1]])
+    assert a["next_tokens"][0, :3].tolist() == [1, 3, 30] and a["next_tokens"][1, 0] == 31
+    hidden = torch.cat([tensors["hidden"][0, :3], tensors["hidden"][1, :1]])
     np.testing.assert_array_equal(a["aux_hidden_states"], hidden.numpy())
     top = raw.topk(4)
     np.testing.assert_array_equal(a["topk_ids"].reshape(-1, 4), top.indices.numpy())
@@ -112,7 +115,7 @@ def test_bfloat16_travels_as_its_bits():
     message = decoded(header("verify", ["a", "b"], flags=[0, 0]), Verify(HostTensors().stage(tensors), k=4).build())
     assert message.dtype("aux_hidden_states") == "bfloat16"
     bits = message.arrays["aux_hidden_states"].view(np.int16).copy()
-    hidden = torch.cat([tensors["hidden"][0], tensors["hidden"][1, :1]])
+    hidden = torch.cat([tensors["hidden"][0, :3], tensors["hidden"][1, :1]])
     assert torch.equal(torch.from_numpy(bits).view(torch.bfloat16), hidden)
 
 
@@ -120,7 +123,30 @@ def test_infinite_logits_are_sent_finite():
     tensors, raw = verify_tensors()
     raw[3, 2:] = -torch.inf  # a masked vocabulary: fewer tokens than K are left
     message = decoded(header("verify", ["a", "b"], flags=[0, 0]), Verify(HostTensors().stage(tensors), k=4).build())
-    assert np.isfinite(message.arrays["topk_logits"]).all()
+    assert np.isfinite(message.arrays["topk_logits"]).all() and not message.bad
+
+
+@pytest.mark.parametrize("what", ["feature", "logits", "id", "surrogate"])
+def test_a_bad_row_is_left_out_and_the_message_goes(what):
+    tensors, raw = verify_tensors()
+    requests = ["a", "b"]
+    if what == "feature":
+        tensors["hidden"][0, 1, 2] = torch.nan
+    elif what == "logits":
+        raw[2, 7] = torch.nan
+    else:
+        requests[0] = "x" * 2000 if what == "id" else "\ud800"
+    outbox = Outbox(PublishConfig())
+    fields = dict(requests=requests, flags=[0, 1], reasons=[], domains=[], num_steps=P - 1, topk=2)
+    outbox.put("verify", Verify(HostTensors().stage(tensors), k=4), fields | {"draft_version": 1, "extend_version": 1})
+    item = outbox.take()
+    arrays = outbox.leave_out_bad_rows(item, item.snapshot.build())
+    message = decoded(outbox.header(item, "epoch", "target"), arrays)
+    assert message.header.requests == ["b"] and message.header.flags == [1] and not message.bad
+    np.testing.assert_array_equal(message.arrays["aux_hidden_states"], tensors["hidden"][1, :1].numpy())
+    counters = outbox.counters()
+    assert counters["left_out"] == {"request" if what in ("id", "surrogate") else "not_finite": 1}
+    assert counters["captured"] == counters["queued"] == 1 and not counters["dropped"]
 
 
 def test_prefill():
@@ -150,10 +176,10 @@ def test_end():
 @pytest.mark.parametrize("waits", [True, False], ids=["it waits for a trainer first", "it is sent at once"])
 def test_accept_lengths_are_counted_once(waits):
     tensors, _ = verify_tensors()
-    acceptance = Acceptance(num_steps=2)
+    acceptance = Acceptance(num_steps=P - 1)
     snapshot = Verify(HostTensors().stage(tensors), k=4, version=5, acceptance=acceptance)
     if waits:
         snapshot.unload()
-        assert acceptance.by_length.tolist() == [0, 1, 0, 1]  # though it may never be sent
+        assert acceptance.by_length.tolist() == [0, 1, 0, 1, 0, 0]  # though it may never be sent
     snapshot.build()
-    assert acceptance.by_length.tolist() == acceptance.of_role["current"].tolist() == [0, 1, 0, 1]
+    assert acceptance.by_length.tolist() == acceptance.of_role["current"].tolist() == [0, 1, 0, 1, 0, 0]

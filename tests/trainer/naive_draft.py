@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
-from aurora_trainer.draft_config import DraftConfig
 
 CONFIG = DraftConfig(
     hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50,
@@ -22,8 +22,16 @@ VARIANTS = {
     "two layers": replace(CONFIG, num_hidden_layers=2),
     "two aux of another width": replace(CONFIG, aux_layer_ids=(0, 2), num_aux=2, target_hidden_size=12),
     "reduced vocabulary": replace(CONFIG, draft_vocab_size=20),
+    "attention_bias": replace(CONFIG, attention_bias=True),
+    "EAGLE 3.1": replace(CONFIG, norm_before_fc=True, norm_output=True),
+    "yarn rope": replace(CONFIG, rope_scaling={
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0,
+        "extrapolation_factor": 1, "attn_factor": 1.25, "truncate": True,
+    }),
+    "linear rope": replace(CONFIG, rope_scaling={"rope_type": "linear", "factor": 2.0}),
     "llama3 rope": replace(CONFIG, rope_scaling={
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
     }),
 }  # fmt: skip
 
@@ -59,13 +67,26 @@ class Naive:
         half, out = self.c.head_dim // 2, x.clone()
         for i in range(half):
             f = self.c.rope_theta ** (-2 * i / self.c.head_dim)
-            if s := self.c.rope_scaling:
+            size, s = 1.0, self.c.rope_scaling or {"rope_type": "default"}
+            if s["rope_type"] == "llama3":
                 n = s["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original length
                 smooth = min(max((n - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"]), 0), 1)
                 f = f * smooth + f / s["factor"] * (1 - smooth)
+            elif s["rope_type"] == "linear":
+                f = f / s["factor"]
+            elif s["rope_type"] == "yarn":
+                low, high = (
+                    self.c.head_dim * math.log(s["original_max_position_embeddings"] / (2 * math.pi * s[beta]))
+                    / (2 * math.log(self.c.rope_theta))
+                    for beta in ("beta_fast", "beta_slow")
+                )  # fmt: skip
+                slow = min(max((i - max(math.floor(low), 0)) / (math.ceil(high) - max(math.floor(low), 0)), 0), 1)
+                f = f * (1 - slow) + f / s["factor"] * slow
+                size = s["attn_factor"] * (1 + 0.1 * math.log(s["factor"]))
             angle = torch.tensor(position * f, dtype=torch.float64)
             a, b = x[:, i], x[:, i + half]
-            out[:, i], out[:, i + half] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+            cos, sin = size * angle.cos(), size * angle.sin()
+            out[:, i], out[:, i + half] = a * cos - b * sin, b * cos + a * sin
         return out
 
     def project(self, feature):

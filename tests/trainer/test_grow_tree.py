@@ -10,9 +10,9 @@ import torch
 from naive_draft import VARIANTS, make
 from random_sample import random_sample
 
+from aurora_trainer import grow_tree
 from aurora_trainer.batch import BatchConfig, pack
-from aurora_trainer.commands import grow_tree
-from aurora_trainer.commands.grow_tree import tree_runs
+from aurora_trainer.grow_tree import tree_runs
 
 S = 3
 

@@ -9,7 +9,9 @@ from models import make_random_draft, make_random_target
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from aurora_sglang_plugin.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.draft_check import check_draft
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.cli import app
 from aurora_trainer.commands.import_draft import explain, import_draft
 from aurora_trainer.draft import Draft
@@ -95,19 +97,23 @@ def test_every_problem_is_said_at_once(source, target):
     tensors["t2d"] = ~tensors["t2d"]
     tensors["embed_tokens.weight"] = torch.randn(V, H)
     changes = {
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "norm_before_residual": True, "sliding_window": 128,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "norm_before_residual": True, "sliding_window": 128,
+        "rms_norm_eps": None, "num_aux_hidden_states": 4, "fc_norm": "yes",
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 5]},
     }  # fmt: skip
     rewrite(directory, tensors, config | changes)
-    problems = explain(directory, open_target(target)).problems
+    explained = explain(directory, open_target(target))
+    problems = explained.problems
     expected = (
         "extra.weight", "lacks layers.0.mlp.up_proj.weight", "fc.weight is [32, 32]", "norm.weight holds NaN",
-        "t2d and d2t disagree", "embedding differs", "yarn", "norm_before_residual", "sliding_window",
+        "'dynamic'", "norm_before_residual", "num_aux_hidden_states is 4", "fc_norm = 'yes'",
         "expected ids from 0 to 4",
     )  # fmt: skip
     for text in expected:
         assert sum(text in p for p in problems) == 1, (text, problems)
-    assert len(problems) == len(expected)
+    assert len(problems) == len(expected), problems
+    for text in ("t2d and d2t disagree", "embedding differs"):  # SGLang reads neither
+        assert sum(text in note for note in explained.notes) == 1, (text, explained.notes)
 
     result = CliRunner().invoke(app, ["import", str(directory), "--target", str(target)])
     assert result.exit_code == 2 and f"{len(expected)} problems" in result.output
@@ -117,7 +123,8 @@ def test_every_problem_is_said_at_once(source, target):
 def test_a_draft_of_another_target(source, tmp_path):
     other = make_random_target(tmp_path / "other", vocab=128, hidden=64, layers=4)
     problems = explain(source[0], open_target(other)).problems
-    for text in ("vocab_size is 64, the target's is 128", "hidden_size is 32", "expected ids from 0 to 2", "t2d is"):
+    said = ("vocab_size is 64, the target's is 128", "hidden_size is 32", "expected ids from 0 to 2", "fc.weight is")
+    for text in said:
         assert any(text in p for p in problems), (text, problems)
 
 
@@ -147,10 +154,11 @@ def test_a_file_that_can_run_code_is_not_read(source, target):
     assert "pytorch_model.bin" in problem and "can run code" in problem and "safetensors" in problem
 
 
-def test_an_embedding_that_is_the_targets_is_left_out(source, target, tmp_path):
+def test_an_embedding_is_left_out_and_said(source, target, tmp_path):
     directory, tensors, config = source
     embed = open_target(target).embedding()
-    for own, said in ((embed, "is the target's:"), (embed.bfloat16(), "but for rounding")):
+    owns = {"is the target's:": embed, "but for rounding": embed.bfloat16(), "differs": torch.randn(V, H)}
+    for said, own in owns.items():
         rewrite(directory, {**tensors, "embed_tokens.weight": own}, config)
         assert any(said in note for note in import_draft(directory, tmp_path / "out", str(target), force=True).notes)
         assert "embed_tokens.weight" not in load_file(tmp_path / "out" / "model.safetensors")
@@ -167,14 +175,222 @@ def test_another_dtype_and_defaults_said_aloud(tmp_path):
     assert any("--dtype float32" in note for note in explain(tmp_path / "out", open_target(target)).notes)
 
 
-def test_layers_of_a_deepseek_model_are_ambiguous(source, target, tmp_path):
-    """SGLang 0.5.23, models/deepseek_v2.py: ids are outputs only where the first is 1."""
-    latent = tmp_path / "latent"
-    shutil.copytree(target, latent)
-    config = json.loads((latent / "config.json").read_text()) | {"kv_lora_rank": 4}
-    (latent / "config.json").write_text(json.dumps(config))
-    assert any("ENTERS" in note for note in explain(source[0], open_target(latent)).notes)
-    assert not any("ENTERS" in note for note in explain(source[0], open_target(target)).notes)
+def changed_target(target, directory, **config):
+    shutil.copytree(target, directory)
+    raw = json.loads((directory / "config.json").read_text()) | config
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("model", "ids", "outputs"),
+    [
+        ("DeepseekV3ForCausalLM", [2, 3, 5], [1, 2, 4]),  # as they are, where the first is not 1
+        ("DeepseekV3ForCausalLM", [1, 3, 4], [1, 3, 4]),
+        ("GptOssForCausalLM", [2, 4, 6], [1, 3, 5]),  # as they are, where the last is the number of layers
+        ("GptOssForCausalLM", [0, 2, 4], [0, 2, 4]),
+    ],
+)
+def test_models_with_their_own_way_of_naming_layers(model, ids, outputs, source, target, tmp_path):
+    """What eagle_config names is kept as SGLang reads it; for others the import says what the features enter."""
+    opened = open_target(changed_target(target, tmp_path / "own", architectures=[model]))
+    rewrite(source[0], source[1], source[2] | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}})
+    explained = import_draft(source[0], tmp_path / "out", str(opened.directory))
+    assert any("ENTERS" in note and str(outputs) in note for note in explained.notes) == (ids != outputs)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == ids
+    assert config["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in outputs]
+    check_draft(tmp_path / "out", opened.config)
+    # ... and from there it is read as what enters, and named as SGLang names it again.
+    del config["eagle_config"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="at its top"):
+        check_draft(tmp_path / "out", opened.config)
+    import_draft(tmp_path / "out", tmp_path / "again", str(opened.directory))
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["eagle_config"]
+    assert aux_layer_ids({"eagle_config": again}, 6, opened.config) == outputs
+
+
+def eagle31(tensors, config):
+    """The switches of EAGLE 3.1 at the top of speculators' nested config."""
+    names, nested = speculators(tensors, config)
+    return {**names, "input_norm.weight": torch.rand(3 * H)}, {**nested, "norm_output": True, "norm_before_fc": True}
+
+
+def lifted(tensors, config):
+    """The same in eagle_config, of which SGLang reads one."""
+    eagle = config["eagle_config"] | {"norm_output": True, "norm_before_fc": True}
+    return {**tensors, "input_norm.weight": torch.rand(3 * H)}, {**config, "eagle_config": eagle}
+
+
+def inside(tensors, config):
+    """... and in the layer's own config."""
+    names, nested = eagle31(tensors, config)
+    switches = {k: nested.pop(k) for k in ("norm_output", "norm_before_fc")}
+    return names, {**nested, "transformer_layer_config": nested["transformer_layer_config"] | switches}
+
+
+@pytest.mark.parametrize("where", [eagle31, lifted, inside])
+def test_eagle_3_1_is_not_lost(where, source, target, tmp_path):
+    tensors, config = where(source[1], source[2])
+    rewrite(source[0], tensors, config)
+    with pytest.raises(ValueError, match="aurora-trainer import|not an EAGLE3 draft"):
+        check_draft(source[0], open_target(target).config)
+    import_draft(source[0], tmp_path / "out", str(target))
+    draft = Draft.load(tmp_path / "out", open_target(target).embedding())
+    assert draft.config.norm_output and draft.config.norm_before_fc
+    assert torch.equal(draft.input_norm.weight, tensors["input_norm.weight"])
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["norm_output"] is True and raw["eagle_config"]["norm_before_fc"] is True
+    check_draft(tmp_path / "out", open_target(target).config)
+
+
+CONVERTED = {
+    "nested rope": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "rope_scaling": None, "rope_theta": None},
+        lambda c: c.rope_theta == 5e5),
+    "nested rope of two layer types, one of them used": (
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1.5}},
+         "layer_types": ["full_attention"], "rope_scaling": None},
+        lambda c: c.rope_theta == 5e5),
+    "nested yarn": (
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 9e4}}},
+        lambda c: c.rope_scaling["rope_type"] == "yarn" and c.rope_theta == 9e4),
+    "layer types of the target": ({"layer_types": ["full_attention"] * 6}, lambda c: True),
+    "a null where SGLang computes": ({"target_hidden_size": None, "partial_rotary_factor": None}, lambda c: True),
+    "no family": ({"model_type": None}, lambda c: True),
+    "the target's family": ({"model_type": "qwen2", "sliding_window": 64}, lambda c: True),
+    "fewer positions than the target": (
+        {"max_position_embeddings": 128}, lambda c: c.max_position_embeddings == 4096),
+    "layers at the top": (
+        {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": [2, 3, 5]}, lambda c: c.aux_layer_ids == (1, 2, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_what_sglang_would_read_otherwise_is_written_as_meant(name, source, target, tmp_path):
+    change, meant = CONVERTED[name]
+    rewrite(source[0], source[1], source[2] | change)
+    import_draft(source[0], tmp_path / "out", str(target))
+    assert meant(DraftConfig.read(tmp_path / "out"))
+    check_draft(tmp_path / "out", open_target(target).config)
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert raw["model_type"] == "llama" and "layer_types" not in raw
+
+
+def test_nested_rope_that_differs_by_layer_is_refused(source, target):
+    rope = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1.5}}
+    rewrite(source[0], source[1], source[2] | {"rope_parameters": rope, "rope_scaling": None})
+    (problem,) = explain(source[0], open_target(target)).problems
+    assert "nested by layer type" in problem
+
+
+def test_fused_tensors_are_taken_apart(source, target, tmp_path):
+    directory, tensors, config = source
+    reference = Draft.load(directory, open_target(target).embedding()).checkpoint()
+    fused = {n: t for n, t in tensors.items() if not any(f".{p}_proj" in n for p in "q k v gate up".split())}
+    attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
+    fused[attention + "qkv_proj.weight"] = torch.cat([tensors[f"{attention}{p}_proj.weight"] for p in "qkv"])
+    fused[mlp + "gate_up_proj.weight"] = torch.cat([tensors[f"{mlp}{p}_proj.weight"] for p in ("gate", "up")])
+    rewrite(directory, fused, config)
+    with pytest.raises(ValueError, match="aurora-trainer import"):
+        check_draft(directory, open_target(target).config)
+    import_draft(directory, tmp_path / "out", str(target))
+    own = Draft.load(tmp_path / "out", open_target(target).embedding()).checkpoint()
+    assert own.keys() == reference.keys() and all(torch.equal(own[n], reference[n]) for n in own)
+
+
+def test_a_narrower_draft_is_refused_in_one_sentence(source, target, tmp_path):
+    directory, _, config = source
+    h = H // 2
+    narrow = {"hidden_size": h, "target_hidden_size": H, "head_dim": 4, "intermediate_size": 2 * h}
+    config["draft_vocab_size"] = V
+    shapes = {
+        "fc": (h, 3 * H), "norm": (h,), "lm_head": (V, h), "embed_tokens": (V, h),
+        "midlayer.self_attn.q_proj": (h, 2 * h),
+        "midlayer.self_attn.k_proj": (h // 2, 2 * h), "midlayer.self_attn.v_proj": (h // 2, 2 * h),
+        "midlayer.self_attn.o_proj": (h, h), "midlayer.mlp.gate_proj": (2 * h, h), "midlayer.mlp.up_proj": (2 * h, h),
+        "midlayer.mlp.down_proj": (h, 2 * h), "midlayer.hidden_norm": (h,), "midlayer.input_layernorm": (h,),
+        "midlayer.post_attention_layernorm": (h,),
+    }  # fmt: skip
+    rewrite(directory, {f"{n}.weight": torch.ones(s) for n, s in shapes.items()}, config | narrow)
+    (problem,) = explain(directory, open_target(target)).problems
+    assert "an embedding of its own" in problem
+    with pytest.raises(ValueError, match="an embedding of its own"):
+        check_draft(directory, open_target(target).config)
+    with pytest.raises(ValueError, match="embedding"):
+        Draft.load(directory, open_target(target).embedding())
+
+
+TRUNCATED = json.dumps({"architectures": ["LlamaForCausalLMEagle3"]})[:-5]
+BAD_CONFIGS = ["", "[]", "null", "3", TRUNCATED, "[" * 100_000, '{"architectures": NaN}', '"text"', "\ufeff{}"]
+
+
+@pytest.mark.parametrize("text", BAD_CONFIGS)
+def test_a_config_that_is_none_is_one_sentence_everywhere(text, source, target):
+    (source[0] / "config.json").write_text(text)
+    assert_refused_everywhere(source[0], target)
+
+
+def header(text, data=b"\0" * 8):
+    text = text if isinstance(text, bytes) else json.dumps(text).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def one(**field):
+    return header({"norm.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **field}})
+
+
+BAD_FILES = {
+    "empty": b"",
+    "short": b"\1\0",
+    "header longer than the file": (1 << 40).to_bytes(8, "little") + b"{}",
+    "no JSON": header(b"{nonsense"),
+    "a list": header([1]),
+    "deep": header(b"[" * 100_000),
+    "a field that is a list": header({"a": [1]}),
+    "no dtype": header({"a": {"shape": [2], "data_offsets": [0, 8]}}),
+    "unknown dtype": one(dtype="F7"),
+    "dtype no text": one(dtype=3),
+    "negative shape": one(shape=[-2]),
+    "shape of text": one(shape=["2"]),
+    "a shape that is no list": one(shape=2),
+    "a shape of the wrong size": one(shape=[3]),
+    "offsets past the end": one(data_offsets=[0, 16]),
+    "offsets turned round": one(data_offsets=[8, 0]),
+    "three offsets": one(data_offsets=[0, 4, 8]),
+    "a hole": one(data_offsets=[4, 8], shape=[1]),
+    "trailing bytes": one() + b"\0",
+    "metadata of numbers": header({"__metadata__": {"a": 1}}, b""),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_none_is_one_sentence_everywhere(name, source, target):
+    (source[0] / "model.safetensors").write_bytes(BAD_FILES[name])
+    assert_refused_everywhere(source[0], target, "model.safetensors is damaged")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [("{", "is not JSON"), ("[]", "expected a JSON object"), ("{}", "weight_map"),
+     ('{"weight_map": {"a": 1}}', "weight_map"),
+     ('{"weight_map": {"a": "gone.safetensors"}}', "not there: gone.safetensors")],
+)  # fmt: skip
+def test_a_damaged_index_is_one_sentence_everywhere(index, said, source, target):
+    (source[0] / "model.safetensors.index.json").write_text(index)
+    assert_refused_everywhere(source[0], target, said)
+
+
+def assert_refused_everywhere(directory, target, said="."):
+    """import, check, server start and trainer, without a traceback."""
+    opened = open_target(target)
+    assert any(said in p for p in explain(directory, opened).problems)
+    for refuse in (lambda: check_draft(directory, opened.config), lambda: Draft.load(directory, opened.embedding())):
+        with pytest.raises(ValueError, match=said):
+            refuse()
+    result = CliRunner().invoke(app, ["import", str(directory), "--target", str(target)])
+    assert result.exit_code == 2 and "Traceback" not in result.output
 
 
 def test_check_gives_the_same_explanation(source, target, tmp_path):
@@ -185,6 +401,9 @@ def test_check_gives_the_same_explanation(source, target, tmp_path):
     rewrite(source[0], *speculators(source[1], source[2]))
     said = CliRunner().invoke(app, check).output
     assert "FAILED  draft" in said and "aurora-trainer import" in said
-    rewrite(source[0], {n: t for n, t in source[1].items() if n != "norm.weight"}, source[2] | {"sliding_window": 4})
+    rewrite(source[0], {n: t for n, t in source[1].items() if n != "norm.weight"}, source[2] | {"hidden_act": "gelu"})
     said = CliRunner().invoke(app, check).output
-    assert "2 problems" in said and "lacks norm.weight" in said and "sliding_window" in said
+    assert "2 problems" in said and "lacks norm.weight" in said and "hidden_act" in said
+    rewrite(source[0], source[1], source[2] | {"max_position_embeddings": 64, "sliding_window": 4})
+    said = CliRunner().invoke(app, check).output
+    assert "ok      draft" in said and "--context-length 64" in said

@@ -1,9 +1,12 @@
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aurora_sglang_plugin.aux_layers import aux_layer_ids
+from aurora_sglang_plugin.draft_check import check_draft
 from aurora_trainer import vocab
 from aurora_trainer.commands.init_draft import default_aux_layer_ids, init_draft
 from aurora_trainer.draft import Draft
@@ -76,7 +79,10 @@ def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, 
     gate, up, down = (tensors[f"{mlp}{n}_proj.weight"] for n in ("gate", "up", "down"))
     x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
     head = tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"]
-    torch.testing.assert_close(draft.logits(state), norm(x, "model.norm.weight") @ head.T)
+    logits = norm(x, "model.norm.weight") @ head.T
+    softer = draft.norm.weight / tensors["model.norm.weight"]
+    torch.testing.assert_close(softer, softer[:1].expand(16))  # its final norm by one factor
+    torch.testing.assert_close(draft.logits(state), logits * softer[0])
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "llama"])
@@ -119,6 +125,111 @@ def test_aux_layers_that_the_server_would_not_capture_are_refused(ids, tmp_path)
         init_draft(tmp_path, tmp_path / "d", aux_layer_ids=ids)
 
 
+@pytest.mark.parametrize(
+    ("model", "outputs", "ids"),
+    [("Qwen3ForCausalLM", (0, 2, 4), [0, 2, 4]), ("DeepseekV3ForCausalLM", (2, 3, 4), [3, 4, 5]),
+     ("DeepseekV3ForCausalLM", (1, 3, 4), [1, 3, 4]), ("GptOssForCausalLM", (1, 3, 5), [1, 3, 5])],
+)  # fmt: skip
+def test_layers_are_named_as_the_targets_model_reads_them(model, outputs, ids, tmp_path):
+    write_target(tmp_path, layers=6)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": [model]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    init_draft(tmp_path, tmp_path / "d", "random", aux_layer_ids=outputs)
+    raw = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == ids
+    assert aux_layer_ids(raw, 6, config) == list(outputs)
+    check_draft(tmp_path / "d", config)
+    if "Deepseek" in model:
+        with pytest.raises(ValueError, match="the first not 0"):
+            init_draft(tmp_path, tmp_path / "e", "random", aux_layer_ids=(0, 2, 4))
+
+
+@pytest.mark.parametrize("kind", ["random", "target"])
+def test_eagle_3_1_and_fewer_key_heads(kind, tmp_path):
+    write_target(tmp_path)
+    draft = init_draft(tmp_path, tmp_path / "d", kind, kv_heads=1, eagle31=True)
+    raw = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert raw["norm_output"] is True and raw["eagle_config"]["norm_before_fc"] is True
+    assert raw["num_key_value_heads"] == 1 and draft.layers[0].self_attn.k_proj.weight.shape == (8, 32)
+    assert torch.equal(draft.input_norm.weight, torch.ones(48))
+    check_draft(tmp_path / "d", open_target(tmp_path).config)
+    state, _ = draft.slots(torch.tensor([1]), torch.randn(1, 48), torch.arange(1), torch.zeros(1, dtype=torch.int64))
+    assert draft.logits(state).isfinite().all()
+    with pytest.raises(ValueError, match="--kv-heads 3"):
+        init_draft(tmp_path, tmp_path / "e", kind, kv_heads=3)
+
+
+def quantize(directory, how):
+    """Rewrite a target as a quantizer would: codes with scales for the linear layers of every layer."""
+    tensors, config = load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        if how == "blocks of 8":
+            rows, columns = -(-weight.shape[0] // 8), -(-weight.shape[1] // 8)
+            scale = torch.rand(rows, columns) + 0.5
+            whole = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)[: weight.shape[0], : weight.shape[1]]
+            tensors[f"{name}_scale_inv"] = scale
+            config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+        elif how in ("one scale", "int8, a scale for each row"):
+            whole = torch.tensor(0.01) if how == "one scale" else torch.rand(len(weight), 1) * 0.01 + 0.03
+            tensors[f"{name}_scale"] = whole
+        elif how == "a scale for each row":
+            whole = torch.rand(len(weight), 1) * 0.1
+            tensors[f"{name}_scale"] = whole[:, 0]
+        elif how == "without a scale":
+            whole = torch.tensor(1.0)
+        else:  # packed
+            tensors[name.replace("weight", how)] = torch.zeros(2, 2, dtype=torch.int32)
+            continue
+        codes = weight / whole
+        codes = codes.round().clamp(-127, 127).to(torch.int8) if "int8" in how else codes.to(torch.float8_e4m3fn)
+        tensors[name] = codes
+    save_file(tensors, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("how", ["blocks of 8", "one scale", "a scale for each row", "int8, a scale for each row"])
+def test_codes_of_a_quantized_target_are_multiplied_by_their_scales(how, tmp_path):
+    tensors = write_target(tmp_path)
+    quantize(tmp_path, how)
+    draft = init_draft(tmp_path, tmp_path / "d", "target")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        own, meant = getattr(draft.layers[0].mlp, name).weight.detach(), tensors[f"model.layers.3.mlp.{name}.weight"]
+        assert torch.corrcoef(torch.stack([own.flatten(), meant.flatten()]))[0, 1] > 0.95, name
+        assert float(own.norm() / meant.norm()) == pytest.approx(1, abs=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("without a scale", "float8_e4m3fn without scales"), ("qweight", "packed, as model.layers.3.mlp"),
+     ("weight_packed", "a quantized target")],
+)  # fmt: skip
+def test_what_cannot_be_read_without_its_quantizer_is_said(how, said, tmp_path):
+    write_target(tmp_path)
+    quantize(tmp_path, how)
+    with pytest.raises(ValueError, match=said) as error:
+        init_draft(tmp_path, tmp_path / "d", "target")
+    assert "--kind random" in str(error.value)
+    init_draft(tmp_path, tmp_path / "e", "random")
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_packed"])
+def test_a_packed_head_is_not_taken_for_a_tied_one(part, tmp_path):
+    tensors = write_target(tmp_path)
+    head = tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no tensor lm_head.weight"):  # tie_word_embeddings is false
+        open_target(tmp_path).head()
+    save_file({**tensors, f"lm_head.{part}": head.int()}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for tied in (False, None):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+        with pytest.raises(ValueError, match="a quantized target"):
+            open_target(tmp_path).head()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    assert torch.equal(open_target(tmp_path).head(), tensors["model.embed_tokens.weight"])
+
+
 def test_default_aux_layers():
     assert default_aux_layer_ids(36) == (1, 17, 32)  # SGLang's, named as outputs
     assert default_aux_layer_ids(4) == (0, 1, 2)
@@ -148,7 +259,8 @@ def test_the_language_model_of_a_larger_model(tmp_path):
     target = open_target(tmp_path)
     assert target.eos_token_ids == (59,) and torch.equal(target.head(), tensors["lm_head.weight"])
     draft = init_draft(tmp_path, tmp_path / "d", "target")
-    assert torch.equal(draft.norm.weight, tensors["model.norm.weight"])
+    alike = torch.nn.functional.cosine_similarity(draft.norm.weight, tensors["model.norm.weight"], 0)
+    assert alike.item() == pytest.approx(1.0)
 
 
 def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
@@ -161,8 +273,27 @@ def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
     draft = init_draft(tmp_path, tmp_path / "d", "random")
     config = draft.config
     assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (6, 4, 48)
-    assert config.rope_scaling is None and config.rope_theta == 5e4
+    assert config.rope_scaling["rope_type"] == "yarn" and config.rope_theta == 5e4
     kept = {f"language_model.{n}": t for n, t in tensors.items() if "layers.3.mlp" not in n}
     save_file(kept, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="--kind random"):
         init_draft(tmp_path, tmp_path / "e", "target")
+
+
+@pytest.mark.parametrize("massive", [1.0, 300.0])
+def test_started_from_the_target_it_guesses_no_worse_than_uniformly(massive, tmp_path):
+    """Heads as sharp as real ones, and features of which two dimensions are hundreds of times larger than the rest."""
+    tensors = write_target(tmp_path, model_type="llama")
+    tensors["model.norm.weight"] = 7 + tensors["model.norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    draft = init_draft(tmp_path, tmp_path / "d", "target")
+    features = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
+    features[:, [33, 46]] *= massive
+    tokens = torch.arange(64) % 60
+    state, kv = draft.slots(tokens, features, torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    own = torch.arange(64)[:, None]
+    deeper, _ = draft.nodes(tokens, state, torch.arange(64) + 1, kv, None, own[:, 0] * 0, own[:, 0] + 1, own)
+    for states in (state, deeper):
+        # against any next tokens: the mean over them is the worst that a target could ask of this draft on average
+        guess = draft.logits(states).log_softmax(-1)
+        assert -guess.mean() < math.log(60) + 0.1

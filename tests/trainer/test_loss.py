@@ -60,43 +60,9 @@ def test_micro_batches_add_up_to_one_batch():
     whole, score = objective(draft, double(pack(samples, BatchConfig())), config)
     shares = [objective(draft, p, config, counts) for p in parts]
     torch.testing.assert_close(sum(loss for loss, _ in shares), whole)
-    for name in ("count", "loss", "greedy_match", "acceptance"):
+    for name in ("count", "loss", "greedy_match", "overlap"):
         torch.testing.assert_close(sum(getattr(s, name) for _, s in shares), getattr(score, name))
-    assert torch.equal(torch.cat([s.run for _, s in shares]), score.run)
     assert torch.equal(score.count, counts)
-
-
-def test_run_is_the_accept_length_of_a_greedy_chain():
-    """The targets' first choices are made those of the draft for two of three, so that runs of every length occur."""
-    draft = make(VARIANTS["plain"])
-    sample = random_sample(4, prompt_len=3, verifies=30, num_steps=3)
-    choice = draft.logits(states(draft, double(pack([sample], BatchConfig())))[0]).argmax(-1)
-    for i, node in enumerate(sample.slot_node[sample.prompt_len - 1 :]):
-        if node >= 0 and i % 3:
-            sample.topk_ids[node, 0] = choice[i]
-    batch = double(pack([sample], BatchConfig()))
-    _, score = objective(draft, batch, LossConfig())
-    first = sample.prompt_len - 1
-    choices = [draft.logits(s).argmax(-1) for s in states(draft, batch)]
-    for i in range(first, len(sample.features)):
-        if i + 2 >= len(sample.features):  # the chain's third target lies beyond the sample; the last slot has none
-            assert score.run[i - first] == -1
-            continue
-        if (sample.slot_node[i : i + 3] < 0).any():
-            assert score.run[i - first] == -1
-            continue
-        run = 1
-        for d in range(3):
-            if choices[d][i - first] != sample.topk_ids[sample.slot_node[i + d], 0]:
-                break
-            run += 1
-        assert score.run[i - first] == run
-    total, count = score.accept_length()
-    known = score.run[score.run >= 0]
-    assert len(known.unique()) > 1
-    assert (total, count) == (known.sum().item(), len(known)) and count > 5
-    total, count = score.accept_length(batch.base_is_root)
-    assert count == ((score.run >= 0) & batch.base_is_root).sum() and 0 < count < len(known)
 
 
 def test_scores_without_gradient_are_the_same():
@@ -105,14 +71,14 @@ def test_scores_without_gradient_are_the_same():
     _, score = objective(draft, batch, LossConfig())
     with torch.no_grad():
         loss, again = objective(draft, batch, LossConfig())
-    assert not loss.requires_grad and torch.equal(again.loss, score.loss) and torch.equal(again.run, score.run)
+    assert not loss.requires_grad and torch.equal(again.loss, score.loss)
 
 
 def test_a_batch_without_any_target_costs_nothing():
     draft = make(VARIANTS["plain"])
     batch = double(pack([random_sample(0, verifies=0)], BatchConfig()))
     loss, score = objective(draft, batch, LossConfig(rejected=1.0))
-    assert loss == 0 and score.accept_length() == (0.0, 0) and score.mean("loss").isnan().all()
+    assert loss == 0 and score.mean("loss").isnan().all()
     loss.backward()
     assert not any(p.grad.any() for p in draft.parameters() if p.grad is not None)
 

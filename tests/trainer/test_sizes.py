@@ -168,7 +168,7 @@ torch.randn(1000, 1000) @ torch.randn(1000, 1000)  # what the libraries take onc
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before = status("VmRSS:")
 embed = target.embedding().float().clone()
-draft, served = Draft.load(folder, embed), Draft.load(folder, embed).requires_grad_(False)
+draft, served, initial = (Draft.load(folder, embed) for _ in range(3))
 optimizer = Optimizer(draft, OptimizerConfig())
 for _ in range(2):
     step(draft, optimizer)

@@ -1,0 +1,41 @@
+"""The status record's part that is about training: numbers, and numbers by cause."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aurora_trainer.families import EVENTS
+from aurora_trainer.train import Training
+
+
+def status_of(training: Training) -> dict[str, Any]:
+    """Every figure of what was assembled, trained and published."""
+    decided = training.gate.newest
+    return {
+        "steps": training.steps,
+        "optimizer_step": training.updates,
+        "draft_version": training.served.version,
+        "tokens": training.slots,
+        # loss; accept_length: of requests before they were trained on
+        **training.shown,
+        "accept_length_served": decided.served if decided else None,
+        "accept_length_candidate": decided.candidate if decided else None,
+        "accept_length_initial": decided.initial if decided else None,
+        "gate_requests": decided.requests if decided else None,
+        "gate_held": training.gate.held,
+        "accept_length_traffic": training.traffic["tokens"] / max(training.traffic["steps"], 1),
+        "traffic": dict(training.traffic),
+        "published": dict(training.published),
+        "gate": dict(training.gate.decisions),
+        "rows": dict(training.rows),
+        "samples": dict(training.samples),
+        "unusable": {cause: n for cause, n in training.samples.items() if cause != "assembled"},
+        "assembler": dict(training.assembler.counters),
+        "bad_rows": dict(training.assembler.bad_rows),
+        "assembly_events": {event: training.assembler.counters[event] for event in EVENTS},
+        "open_requests": training.assembler.open_requests,
+        "open_bytes": training.assembler.nbytes,
+        "buffer": training.buffer.stats(),
+        "buffer_dropped": dict(training.buffer.dropped),
+        "skipped_updates": training.optimizer.skipped,
+    }

@@ -1,0 +1,166 @@
+"""Traffic of the demos and benchmarks: concurrent requests over HTTP, results as they finish."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve import Server
+
+CLIENTS = 8  # requests at a time
+GREEDY = {"temperature": 0.0, "extra_body": {"repetition_penalty": 1.0}}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a user says, and a label for the kind of it."""
+
+    domain: str
+    text: str
+
+
+@dataclass
+class Reply:
+    """One finished request."""
+
+    number: int  # its place in the list of prompts
+    domain: str
+    tokens: list[int] = field(repr=False)
+    accept_length: float  # 1 + correct drafts per verify step; 1.0 without speculation
+    latency_s: float = 0.0
+    finished_s: float = 0.0  # since the traffic began
+
+
+def send(
+    server: Server,
+    prompts: Sequence[list[int]],
+    *,
+    tokens: int = 128,
+    concurrency: int = CLIENTS,
+    until: threading.Event | None = None,
+    domain: str | None = None,
+) -> Iterator[Reply]:
+    """Yield a Reply for every prompt of token ids, decoded greedily, in the order in which they
+    finish. `until`: send no more once it is set. `domain`: a label that the requests carry, for
+    `aurora-trainer eval`.
+
+    Output always has `tokens` tokens: the end of text is ignored, so that every request weighs the
+    same. Raises the first error of any request.
+    """
+    params: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
+    if domain:
+        params["custom_params"] = {"aurora_domain": domain}
+
+    def ask(number: int) -> Reply:
+        answer = server.generate(prompts[number], params)
+        return Reply(
+            number, domain or "", answer["output_ids"], _accept_length(answer["meta_info"])
+        )
+
+    return _concurrently(ask, len(prompts), concurrency, until)
+
+
+def chat(
+    server: Server,
+    prompts: Sequence[Prompt],
+    *,
+    tokens: int,
+    greedy: bool = False,
+    concurrency: int = CLIENTS,
+) -> Iterator[Reply]:
+    """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides
+    the output is set but its largest length: the server's own defaults sample, unless `greedy`.
+    """
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1800)
+    setting = GREEDY if greedy else {}
+    # What the answer says of itself.
+    report = {"return_spec_tokens_details": True, "return_output_ids_in_sglext": True}
+
+    def ask(number: int) -> Reply:
+        prompt = prompts[number]
+        label = {"custom_params": {"aurora_domain": prompt.domain}}
+        answer = client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": prompt.text}],
+            max_tokens=tokens,
+            **setting | {"extra_body": setting.get("extra_body", {}) | report | label},
+        )
+        about = answer.model_extra["sglext"]
+        return Reply(
+            number,
+            prompt.domain,
+            about["output_ids"][0],
+            _accept_length(about.get("spec_tokens_details") or {}),
+        )
+
+    return _concurrently(ask, len(prompts), concurrency, None)
+
+
+def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = None) -> float:
+    """Of all requests, or of the `last` ones, while every client was busy, so that passes of any
+    length compare: from the finish of the first few requests to that of the last few, `concurrency`
+    of each (of all, where they are few)."""
+    end = len(replies) - concurrency
+    first = max(concurrency, end - last if last else 0)
+    if end <= first:
+        first, end = 0, len(replies)
+    if not end:
+        return 0.0
+    began = replies[first - 1].finished_s if first else 0.0
+    return sum(len(r.tokens) for r in replies[first:end]) / max(
+        replies[end - 1].finished_s - began, 1e-9
+    )
+
+
+def _accept_length(counts: dict[str, Any]) -> float:
+    steps = counts.get("spec_verify_ct") or 0
+    return 1 + counts["spec_num_correct_drafts"] / steps if steps else 1.0
+
+
+def _concurrently(
+    ask: Callable[[int], Reply], count: int, concurrency: int, until: threading.Event | None
+) -> Iterator[Reply]:
+    """`ask` for each number, from so many threads; times are filled in here."""
+    results: queue.Queue[Reply | BaseException | None] = queue.Queue()
+    numbers = iter(range(count))
+    lock = threading.Lock()
+    began = time.monotonic()
+    stop = until or threading.Event()
+
+    def worker() -> None:
+        try:
+            while not stop.is_set():
+                with lock:
+                    number = next(numbers, None)
+                if number is None:
+                    break
+                start = time.monotonic()
+                reply = ask(number)
+                now = time.monotonic()
+                reply.latency_s, reply.finished_s = now - start, now - began
+                results.put(reply)
+        except BaseException as error:
+            results.put(error)
+        finally:
+            results.put(None)
+
+    for _ in range(concurrency):
+        threading.Thread(target=worker, daemon=True).start()
+    running = concurrency
+    try:
+        while running:
+            result = results.get()
+            if result is None:
+                running -= 1
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                yield result
+    finally:
+        stop.set()

@@ -1,0 +1,216 @@
+"""What a draft loses where it sees less of a request than the server's draft does, on a recording.
+
+    python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60]
+
+Two kinds of loss, in accept length (aurora_trainer/score.py), on requests that were not trained on:
+
+    context     a prefix-cache hit begins a sample without its prompt, a long output is cut into parts with
+                `trainer.assemble.context_slots` of context. Two drafts are trained on the same requests, one
+                with whole prompts, one without their first `--cut` positions; both are walked with whole
+                prompts (as the server drafts) and with cut ones (as the gate scores such samples).
+    old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is walked with
+                the keys and values of these positions from the initial draft, and from itself after half of the
+                training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aurora_trainer.assemble import Assembler
+from aurora_trainer.batch import pack
+from aurora_trainer.config import TrainerFile, load_trainer_config
+from aurora_trainer.draft import Draft
+from aurora_trainer.gate import accept_length, difference
+from aurora_trainer.loss import losses
+from aurora_trainer.recording import Damage, read_messages
+from aurora_trainer.sample import Sample
+from aurora_trainer.score import chains, measure
+from aurora_trainer.train import Training
+
+POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)  # of generated tokens
+
+
+def requests(recording: Path, config: TrainerFile, shared: int) -> list[Sample]:
+    """Whole requests, in the order of their ends.
+
+    shared: first tokens that all requests have (a chat template's system prompt). Where a cache hit took
+    just these away, their features are those of the first request that has them.
+    """
+    assembler = Assembler(config.trainer.assemble.model_copy(update={"part_slots": 1 << 14}))
+    samples = []
+    for _, message in read_messages(recording, Damage()):
+        samples += assembler.add(message)
+    samples = [s for s in samples if s.prompt_len > 1 and bool(s.has_target.any())]
+    first = next((s for s in samples if s.start == 0), None)
+    return [
+        s if s.start == 0 else with_prefix(s, first)
+        for s in samples
+        if s.start == 0 or first is not None and s.start == shared
+    ]
+
+
+def with_prefix(sample: Sample, first: Sample) -> Sample:
+    """The sample with the positions before it, as another request has them."""
+    n = sample.start
+    nowhere = torch.full((n,), -1)
+    return replace(
+        sample,
+        start=0,
+        tokens=torch.cat([first.tokens[:n], sample.tokens]),
+        features=torch.cat([first.features[:n], sample.features]),
+        slot_version=torch.cat([first.slot_version[:n], sample.slot_version]),
+        slot_node=torch.cat([nowhere, sample.slot_node]),
+        node_slot=sample.node_slot + n,
+    )
+
+
+def without_prefix(sample: Sample, positions: int) -> Sample:
+    """The sample as a cache hit of the prompt's first `positions` leaves it."""
+    cut = min(positions, sample.prompt_len - 1)
+    return replace(
+        sample,
+        start=sample.start + cut,
+        tokens=sample.tokens[cut:],
+        features=sample.features[cut:],
+        slot_version=sample.slot_version[cut:],
+        slot_node=sample.slot_node[cut:],
+        node_slot=sample.node_slot - cut,
+    )
+
+
+def train(config: TrainerFile, samples: Sequence[Sample]) -> tuple[Draft, dict[str, Tensor]]:
+    """The draft after `samples`, and its weights after half of them."""
+    training, half = Training(config), {}
+    for number, sample in enumerate(samples):
+        training._keep(sample)
+        while training.due():
+            training.step()
+        if number == len(samples) // 2:
+            half = training.draft.checkpoint()
+    training.close()
+    return training.draft.requires_grad_(False), half
+
+
+class OldPrefix:
+    """A draft whose prompts' keys and values another one wrote. One layer only."""
+
+    def __init__(self, draft: Draft, old: Draft, prompt_slots: Tensor):
+        self._draft, self._old, self._prompt = draft, old, prompt_slots
+
+    def __getattr__(self, name: str):
+        return getattr(self._draft, name)
+
+    @torch.no_grad()
+    def slots(self, tokens, features, positions, slot_start, rows):
+        draft = self._draft
+        (new,), (old,) = (d.slots(tokens, features, positions, slot_start)[1] for d in (draft, self._old))
+        kv = tuple(torch.where(self._prompt[:, None, None], o, n) for o, n in zip(old, new))
+        (layer,) = draft.layers
+        state = draft._project(features.to(draft.fc.weight.dtype))[rows]
+        x = layer.attention_input(draft._embeds(tokens[rows]), state)
+        rope = draft._rope(positions[rows])
+        return layer.finish(state, draft._attend(layer, x, rope, kv, None, slot_start[rows], rows + 1, None)), [kv]
+
+
+def old_prefix(
+    draft: Draft, old: Draft, samples: Sequence[Sample], positions: int, config: TrainerFile
+) -> np.ndarray:
+    """As score.measure, one sample at a time."""
+    trainer, found = config.trainer, []
+    for sample in samples:
+        prompt = torch.arange(len(sample.features)) < min(positions, sample.prompt_len - 1)
+        mixed = OldPrefix(draft, old, prompt)
+        found.append(measure(mixed, [sample], trainer.batch, trainer.loss, "cpu")[0])
+    return np.stack(found)
+
+
+@torch.no_grad()
+def by_position(draft: Draft, samples: Sequence[Sample], config: TrainerFile) -> dict[str, float]:
+    """Agreement of the first drafted token by the position of its slot behind the prompt."""
+    trainer, right, all_ = config.trainer, np.zeros(len(POSITIONS)), np.zeros(len(POSITIONS))
+    packing = trainer.batch.model_copy(update={"rejected": False})
+    for sample in samples:
+        batch = pack([sample], packing)
+        chain = chains(draft, batch, losses(draft, batch, trainer.loss))
+        at = batch.levels[0].parent + 1 - sample.prompt_len
+        bucket = np.searchsorted(POSITIONS, at.numpy(), side="right") - 1
+        known = chain.known[:, 0].numpy()
+        np.add.at(all_, bucket[known], 1)
+        np.add.at(right, bucket[known], chain.match[known, 0].numpy())
+    return {f"{p}+": round(r / n, 3) for p, r, n in zip(POSITIONS, right, all_) if n >= 50}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("recording", type=Path)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--train", type=int, default=150, help="requests")
+    parser.add_argument("--judge", type=int, default=60, help="requests after those")
+    parser.add_argument("--shared", type=int, default=0, help="first tokens that all requests have")
+    parser.add_argument("--cut", type=int, default=64, help="first positions of a prompt that are cached")
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as weights:
+        own = [f"weights.directory={weights}", "trainer.gate.enabled=false"]
+        figures = run(options, load_trainer_config(options.config, own))
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def run(options: argparse.Namespace, config: TrainerFile) -> dict:
+    torch.set_num_threads(config.trainer.pace.threads)
+    samples = requests(options.recording, config, options.shared)
+    taught, judged = samples[: options.train], samples[options.train :][: options.judge]
+    if not judged:
+        raise ValueError(
+            f"{options.recording} has {len(samples)} whole requests; expected more than --train {options.train}"
+        )
+    cut = [without_prefix(s, options.cut) for s in judged]
+    drafts, trainer, half = {}, config.trainer, {}
+    drafts["whole prompts"], half = train(config, taught)
+    drafts["cut prompts"], _ = train(config, [without_prefix(s, options.cut) for s in taught])
+    initial = Draft.load(trainer.model.draft, drafts["whole prompts"].embed.float())
+    walked = {
+        f"trained on {name}, walked with {context}": measure(draft, of, trainer.batch, trainer.loss, "cpu")
+        for name, draft in drafts.items()
+        for context, of in (("whole prompts", judged), ("cut prompts", cut))
+    }
+    halfway = Draft.load(trainer.model.draft, initial.embed)
+    halfway.load_checkpoint({n: t for n, t in half.items() if n not in ("d2t", "t2d")})
+    whole = drafts["whole prompts"]
+    for name, old in (("the initial draft", initial), ("half of the training", halfway)):
+        old.compute_in("cpu", whole.fc.weight.dtype).requires_grad_(False)
+        walked[f"trained on whole prompts, prefix' KV of {name}"] = old_prefix(
+            whole, old, judged, options.cut, config
+        )
+    base = walked["trained on whole prompts, walked with whole prompts"]
+    return {
+        "requests": {"trained": len(taught), "judged": len(judged)},
+        "prompt_tokens_mean": float(np.mean([s.prompt_len for s in judged])),
+        "generated_mean": float(np.mean([len(s.tokens) - s.prompt_len for s in judged])),
+        "accept_length": {name: round(accept_length(scores), 4) for name, scores in walked.items()},
+        "minus_the_first_and_its_standard_error": {
+            name: [round(x, 4) for x in difference(scores, base)]
+            for name, scores in walked.items()
+            if scores is not base
+        },
+        "first_token_agreement_by_position": {
+            name: by_position(d, judged, config) for name, d in drafts.items()
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
