@@ -152,28 +152,30 @@ def test_updates_that_fail(loop, other, expected, tmp_path):
     assert outputs(loop) == expected and captured_target(loop) == loop.fingerprint
 
 
-def serialized(tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """As SGLang's MultiprocessingSerializer: tensors travel by their names in shared memory."""
+def tensors(shape: int = 64) -> dict:
+    """A norm of the target, as SGLang's MultiprocessingSerializer would send it; for one call."""
     torch.multiprocessing.set_sharing_strategy("file_system")
     buffer = io.BytesIO()
-    ForkingPickler(buffer).dump(tensors)
-    return base64.b64encode(buffer.getvalue()).decode()
+    ForkingPickler(buffer).dump([("model.norm.weight", torch.linspace(0.1, 2, shape))])
+    return {"serialized_named_tensors": [base64.b64encode(buffer.getvalue()).decode()]}
 
 
 def test_tensors_in_a_session(loop, other, expected):
-    norm = [("model.norm.weight", torch.linspace(0.1, 2, 64))]
-    tensor = {"serialized_named_tensors": [serialized(norm)]}
     with unharmed(loop):
-        assert not call(loop, "/update_weights_from_tensor", tensor)[0]  # no session
+        assert not call(loop, "/update_weights_from_tensor", tensors())[0]  # no session
         assert call(loop, "/begin_weight_update", {"selector": "draft"})[0]
-        success, text = call(loop, "/update_weights_from_tensor", {**tensor, "selector": "draft"})
+        success, text = call(loop, "/update_weights_from_tensor", tensors() | {"selector": "draft"})
         assert not success and "published instead" in text
         assert call(loop, "/end_weight_update")[0]
     for selector in ("all", "target"):
         with unharmed(loop, target_stays=False):
             assert call(loop, "/begin_weight_update", {"selector": selector})[0]
-            answers = [call(loop, "/update_weights_from_tensor", {**tensor, "selector": selector})]
-            assert answers[0][0], answers
+            body = tensors(63) | {"selector": selector}
+            success, text = call(loop, "/update_weights_from_tensor", body)
+            assert not success and "may hold a part" in text
+            body = tensors() | {"selector": selector}
+            success, text = call(loop, "/update_weights_from_tensor", body)
+            assert success, text
             assert call(loop, "/end_weight_update")[0]
         assert captured_target(loop) not in (loop.fingerprint, target_fingerprint(str(other)))
         assert outputs(loop) != expected

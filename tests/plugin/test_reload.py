@@ -343,7 +343,7 @@ def spoil(site):
 
 
 def test_what_drafts_is_put_back(site):
-    """The draft that the server began with, a version, and what a rollback left: each from the copy that holds it."""
+    """The draft that the server began with, a version, what a rollback left: each from its copy."""
     initial = {n: p.detach().clone() for n, p in site.model.named_parameters()}
     spoil(site)
     site.reloader.restore()
@@ -375,7 +375,7 @@ def test_what_no_copy_holds_is_read_again(site):
 
 
 def test_another_target(site):
-    """A version that was staged for the old target is not swapped in, one that was refused is looked at again."""
+    """What was staged for the old target is not swapped in, what was refused is looked at again."""
     site.publish(checkpoint(1))
     site.step()
     site.publish(checkpoint(2))
@@ -391,16 +391,19 @@ def test_another_target(site):
     site.reloader.retarget(TARGET)
     assert site.step() == 4
     site.assert_whole(4)
-    assert site.reloader.counters()["target_changes"] == 2
-    assert site.step() is None
+    refused = dict(site.reloader._watcher.failures)
+    site.reloader.retarget("e" * 32)
+    assert site.step() is None  # what drafts goes on, and is no news
+    assert site.reloader._watcher.failures == refused
+    assert site.reloader.counters()["target_changes"] == 3
 
 
 def test_a_rejection_by_another_server_is_heeded_while_the_version_drafts(site):
     for seed in (1, 2):
         site.publish(checkpoint(seed))
         site.step()
-    manifest = json.loads((site.directory / version_name(2) / "manifest.json").read_text())
-    (site.directory / version_name(2) / "manifest.json").write_text(json.dumps(manifest | {"parent": 1}))
+    path = site.directory / version_name(2) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"parent": 1}))
     assert site.step() is None
     with open(site.directory / "REJECTED", "a") as file:
         file.write('{"version": 2}\n')
