@@ -92,7 +92,10 @@ def layer_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[s
 
 def position_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """Where SGLang would refuse the target's context length for this draft."""
-    own, of_target = config.get("max_position_embeddings", 2048), target_config.get("max_position_embeddings")
+    draft, of_target = DraftConfig.from_json(config), target_config.get("max_position_embeddings")
+    own, scaling = draft.max_position_embeddings, draft.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        own = int(own * scaling["factor"])
     if type(of_target) is not int or own >= of_target:
         return []
     return [

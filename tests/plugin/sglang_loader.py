@@ -1,7 +1,9 @@
-"""SGLang's own loader, asked about drafts: python sglang_loader.py DIRECTORY... prints one JSON object a line.
+"""SGLang's own loader, asked about drafts: python sglang_loader.py TARGET reads their directories, one a line, and
+prints one JSON object a line.
 
 Of a draft: {"error": ...}, or the parameters' shapes, those that no tensor was loaded into, the switches that the
-module was built with, and rows of its rotary table. The last line is what each of SGLang's targets captures.
+module was built with, and rows of its rotary table; in both cases what AURORA's own start says of its config ("start",
+None: nothing). The last line is what each of SGLang's targets captures.
 """
 
 import inspect
@@ -26,6 +28,8 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype  # noqa: E402
 from sglang.srt.models.registry import ModelRegistry  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, override_platform, publish  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+
+from aurora_sglang_plugin import algorithm  # noqa: E402
 
 POSITIONS = (0, 1, 2, 7, 63, 200)
 LAYERS = 12
@@ -71,6 +75,14 @@ def describe(model: torch.nn.Module) -> dict:
     }
 
 
+def start_says(record: ServerArgs, directory: str) -> str | None:
+    try:
+        algorithm._read_as_sglang(record, Path(directory))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def captured() -> dict[str, dict]:
     """Architecture -> where it is defined, and what it captures (what ENTERS these layers) for each of IDS."""
     found = {}
@@ -99,11 +111,12 @@ def _capture(method, ids) -> list[int]:
 
 if __name__ == "__main__":
     start()
+    record = ServerArgs(model_path=sys.argv[1], device="cpu")
     out, sys.stdout = sys.stdout, sys.stderr
     for directory in map(str.strip, sys.stdin):
         try:
             answer = describe(load(directory))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(answer), file=out)
+        print(json.dumps(answer | {"start": start_says(record, directory)}), file=out)
     print(json.dumps({"layers": LAYERS, "ids": IDS, **captured()}), file=out, flush=True)

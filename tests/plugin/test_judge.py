@@ -27,7 +27,7 @@ from aurora_trainer.target import open_target  # noqa: E402
 AUX, H = [0, 2, 4], 64
 IDS = {"eagle_aux_hidden_state_layer_ids": AUX}
 ABSENT = object()
-VALUES = [ABSENT, None, "x", [1], {}, -1, 0, 1, 1.5, True, False, math.nan, "4"]
+VALUES = [ABSENT, None, "x", [1], {}, -1, 0, 1, 1.5, True, False, math.nan]
 READ = (
     "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings vocab_size "
@@ -111,6 +111,12 @@ REFUSED = {
     "an empty quantization": ({"quantization_config": {}}, "quantization_config"),
 }  # fmt: skip
 
+# Changes that only transformers or the server's own length refuses: keys that nobody reads, too many to list.
+AT_START = {
+    "fewer positions": ({"max_position_embeddings": 64}, "context_length"),
+    "an unknown layer type": ({"layer_types": ["no such type"]}, "layer_types"),
+}
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
@@ -134,6 +140,8 @@ class Site:
         for key in (*READ, *UNREAD):
             for n, value in enumerate(VALUES):
                 self.add(f"{key} {n}", {key: value})
+        for name, (change, _) in AT_START.items():
+            self.add(name, change)
         ones, bias = torch.ones, torch.randn(H)
         self.add("EAGLE 3.1", {"norm_output": True, "norm_before_fc": True}, {"input_norm.weight": torch.rand(3 * H)})
         self.add("EAGLE 3.1 in eagle_config", {"eagle_config": {**IDS, "norm_before_fc": True}, "norm_output": True},
@@ -185,7 +193,7 @@ class Site:
 
     def ask(self):
         result = subprocess.run(
-            [sys.executable, Path(__file__).with_name("sglang_loader.py")],
+            [sys.executable, Path(__file__).with_name("sglang_loader.py"), str(self.target.directory)],
             input="\n".join(str(self.path(n)) for n in self.names), env={**os.environ, "TMPDIR": str(self.folder)},
             capture_output=True, text=True, timeout=600,
         )  # fmt: skip
@@ -202,6 +210,8 @@ def assert_served_as_trained(site: Site, name: str) -> None:
     answer = site.answers[name]
     assert "error" not in answer, (name, answer)
     assert answer["unloaded"] == [], (name, answer["unloaded"])
+    short = "max_position" in name or "positions" in name or "length by default" in name
+    assert short or answer["start"] is None, (name, answer["start"])
     draft = Draft.load(site.path(name), site.target.embedding())
     config, shapes = draft.config, answer["shapes"]
     assert (config.norm_output, config.norm_before_fc, config.fc_norm) == tuple(
@@ -235,6 +245,13 @@ def test_what_is_refused_is_refused_in_one_sentence(site, name):
     assert "\n" not in problem and problem.endswith(".")
     fails = list(REFUSED).index(name) >= list(REFUSED).index("rope nested")
     assert ("error" in site.answers[name]) == fails, site.answers[name]
+
+
+@pytest.mark.parametrize("name", AT_START)
+def test_what_sglang_refuses_besides_is_refused_at_start(site, name):
+    assert site.problems(name) == []
+    said = site.answers[name]["start"]
+    assert "SGLang refuses its config.json" in said and AT_START[name][1] in said and "\n" not in said
 
 
 def test_no_value_of_a_key_ends_in_a_traceback_or_is_served_otherwise(site):
