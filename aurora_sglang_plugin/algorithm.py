@@ -220,26 +220,33 @@ def _has_dp_attention(record: Any) -> bool:
     return attn_dp_enabled_of(resolved_view(record))
 
 
-def _target_config(record: Any) -> dict[str, Any]:
-    """The (text) config, with the architectures of the whole, by which SGLang chooses the model."""
+def _model_config(record: Any) -> Any:
     try:
         from sglang.srt.arg_groups.overrides import model_config_of
     except ImportError:
-        found = record.get_model_config()
-    else:
-        found = model_config_of(record)
+        return record.get_model_config()
+    return model_config_of(record)
+
+
+def _target_config(record: Any) -> dict[str, Any]:
+    """The (text) config, with the architectures of the whole, by which SGLang chooses the model."""
+    found = _model_config(record)
     return found.hf_text_config.to_dict() | {"architectures": found.hf_config.architectures}
 
 
 def _read_as_sglang(record: Any, draft: Path) -> None:
-    """Raises ValueError where SGLang itself cannot read the draft's config.json, which it does again minutes later."""
+    """Raises ValueError where SGLang refuses the draft's config, which it reads in the same way minutes later."""
     from sglang.srt.configs.model_config import ModelConfig
 
+    length = _model_config(record).context_len
     try:
-        ModelConfig.from_server_args(record, model_path=str(draft), is_draft_model=True)
+        ModelConfig.from_server_args(record, model_path=str(draft), is_draft_model=True, context_length=length)
     except Exception as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"draft {draft}: SGLang cannot read its config.json: {type(error).__name__}: {text}") from None
+        raise ValueError(
+            f"draft {draft}: SGLang refuses its config.json: {type(error).__name__}: {text} "
+            "`aurora-trainer import` writes one that it takes."
+        ) from None
 
 
 def _draft_directory(server_args: Any) -> Path:

@@ -1,8 +1,10 @@
-"""Which layers of the target feed the draft: what SGLang 0.5.23 captures for the ids that a draft's config names.
+"""Which layers of the target feed the draft: what SGLang 0.5.23 captures for the ids that a draft's
+config names.
 
-SGLang captures the state that ENTERS a layer. By default an id means that layer's OUTPUT, one layer earlier than what
-enters the next; some models read the ids in a way of their own (`CONVENTIONS`: set_eagle3_layers_to_capture of each
-model under sglang/srt/models). This module imports neither torch nor sglang.
+SGLang captures the state that ENTERS a layer. By default an id means that layer's OUTPUT, one layer
+earlier than what enters the next; some models read the ids in a way of their own (`CONVENTIONS`:
+set_eagle3_layers_to_capture of each model under sglang/srt/models). This module imports neither
+torch nor sglang.
 
 L target layers; an output o is what enters layer o + 1.
 """
@@ -51,12 +53,16 @@ def convention(target_config: Mapping[str, Any]) -> Convention:
 
 
 def aux_layer_ids(
-    draft_config: Mapping[str, Any], num_target_layers: int, target_config: Mapping[str, Any] | None = None
+    draft_config: Mapping[str, Any],
+    num_target_layers: int,
+    target_config: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The layers of the target whose OUTPUT the draft reads, low to high; SGLang's default where none are named.
+    """The layers of the target whose OUTPUT the draft reads, low to high; SGLang's default where
+    none are named.
 
-    target_config says which model it is (architectures, model_type); None: one without a convention of its own.
-    Raises ValueError where SGLang would capture others than the draft asks for, or fewer.
+    target_config says which model it is (architectures, model_type); None: one without a convention
+    of its own. Raises ValueError where SGLang would capture others than the draft asks for, or
+    fewer.
     """
     how, layers = convention(target_config or {}), num_target_layers
     ids = named_ids(draft_config)
@@ -65,7 +71,8 @@ def aux_layer_ids(
         outputs = [e - 1 for e in entering]
         if outputs != sorted(set(outputs)) or outputs[0] < 0 or entering[-1] >= layers:
             raise ValueError(
-                f"eagle_config.{KEY} is not set, and SGLang's default {outputs} does not name three layers of a "
+                f"eagle_config.{KEY} is not set, and SGLang's default {outputs} does not name "
+                f"three layers of a "
                 f"target of {layers}; set it, for example to {_spread(layers)}."
             )
         return outputs
@@ -75,12 +82,14 @@ def aux_layer_ids(
     if not whole or not all(low <= i <= high for i in ids):
         why = "" if how.last_output else " (the last layer's output is never captured)"
         raise ValueError(
-            f"{KEY} {ids}: expected ids from {low} to {high} for a target of {layers} layers{why}, for example "
+            f"{KEY} {ids}: expected ids from {low} to {high} for a target of {layers} layers{why}, "
+            f"for example "
             f"{_spread(layers, first=int(how.outputs_if_first_is_1))}."
         )
     if ids != sorted(set(ids)):
         raise ValueError(
-            f"{KEY} {ids}: SGLang captures each layer once, low to high; expected {sorted(set(ids))} and fc.weight to "
+            f"{KEY} {ids}: SGLang captures each layer once, low to high; expected "
+            f"{sorted(set(ids))} and fc.weight to "
             "match."
         )
     return [e - 1 for e in _entering(ids, layers, how)]
@@ -100,9 +109,14 @@ def ids_that_name(outputs: Sequence[int], target_config: Mapping[str, Any]) -> l
             continue
     how = convention(target_config)
     highest = layers - 1 if how.last_output else layers - 2
-    first = ", the first not 0 (SGLang has no ids for that in this model)" if how.outputs_if_first_is_1 else ""
+    first = (
+        ", the first not 0 (SGLang has no ids for that in this model)"
+        if how.outputs_if_first_is_1
+        else ""
+    )
     raise ValueError(
-        f"aux layers {list(outputs)} of a target of {layers} layers: expected different ids, ascending, between 0 and "
+        f"aux layers {list(outputs)} of a target of {layers} layers: expected different ids, "
+        f"ascending, between 0 and "
         f"{highest}{first}"
     )
 
@@ -116,10 +130,13 @@ def named_ids(draft_config: Mapping[str, Any]) -> Any:
 def _entering(ids: list[int] | None, layers: int, how: Convention) -> list[int]:
     if ids is None:
         return [i + how.default_shift for i in (2, layers // 2, layers - 3)]
-    as_they_are = (how.outputs_if_first_is_1 and ids[0] != 1) or (how.entering_if_last_is_count and max(ids) == layers)
+    as_they_are = (how.outputs_if_first_is_1 and ids[0] != 1) or (
+        how.entering_if_last_is_count and max(ids) == layers
+    )
     return [i if as_they_are else i + 1 for i in ids]
 
 
 def _spread(num_layers: int, first: int = 0) -> list[int]:
-    """Three captured outputs, low, middle and high, of a target that has as many; fewer where it has fewer."""
+    """Three captured outputs, low, middle and high, of a target that has as many; fewer where it
+    has fewer."""
     return sorted({first, (num_layers - 2) // 2, num_layers - 2}) if num_layers > 1 else []

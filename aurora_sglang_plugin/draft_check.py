@@ -1,11 +1,13 @@
-"""Does this EAGLE3 draft fit this target? Answered from config.json and the safetensors headers, in milliseconds.
+"""Does this EAGLE3 draft fit this target? Answered from config.json and the safetensors headers, in
+milliseconds.
 
-SGLang skips unknown tensors silently, keeps random weights where one is missing, and fails on a wrong shape only deep
-inside a forward pass; so a draft is checked before any model is loaded, and everything that is wrong is said at once.
-Server start, `aurora-trainer check`, `import` and the trainer ask this module: what it accepts, all of them take.
-It imports neither torch nor sglang.
+SGLang skips unknown tensors silently, keeps random weights where one is missing, and fails on a
+wrong shape only deep inside a forward pass; so a draft is checked before any model is loaded, and
+everything that is wrong is said at once. Server start, `aurora-trainer check`, `import` and the
+trainer ask this module: what it accepts, all of them take. It imports neither torch nor sglang.
 
-H draft hidden size, Ht target hidden size, V target vocabulary, VD draft vocabulary, L target layers, A aux layers.
+H draft hidden size, Ht target hidden size, V target vocabulary, VD draft vocabulary, L target
+layers, A aux layers.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ __all__ = ["aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", 
 
 REMEDY = "`aurora-trainer init-draft` makes an untrained draft that fits any target."
 FLOATS = ("F32", "F16", "BF16", "F64")
-INTEGERS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}  # which SGLang adds to int64 ids; array's codes
+# Of d2t, which SGLang adds to int64 ids; the codes are array's.
+INTEGERS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
 # What training leaves behind and no draft computes with, so that skipping it does no harm.
-LEFT_OVER = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|verifier_(norm|lm_head)\.weight")
+LEFT_OVER = re.compile(
+    r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|verifier_(norm|lm_head)\.weight"
+)
 
 Shapes = dict[str, tuple[tuple[int, ...], bool]]
 
 
 def check_draft(draft_dir: Path | str, target_config: dict[str, Any]) -> list[str]:
-    """Check the draft in `draft_dir` against its target's (text) config; returns what its user should know.
+    """Check the draft in `draft_dir` against its target's (text) config; returns what its user
+    should know.
 
     Raises ValueError, which names the draft and everything that does not fit, and what to do.
     """
@@ -45,14 +51,17 @@ def check_draft(draft_dir: Path | str, target_config: dict[str, Any]) -> list[st
 
 
 def draft_problems(directory: Path, target_config: dict[str, Any]) -> list[str]:
-    """Everything that keeps a server from serving this draft for this target, or a trainer from training it."""
+    """Everything that keeps a server from serving this draft for this target, or a trainer from
+    training it."""
     try:
         config = read_json(directory / "config.json")
     except ValueError as error:
         return [str(error)]
     problems = config_problems(config, target_config)
     if (directory / "hf_quant_config.json").exists():
-        problems.append("hf_quant_config.json stands beside it: a quantized draft. Expected float tensors.")
+        problems.append(
+            "hf_quant_config.json stands beside it: a quantized draft. Expected float tensors."
+        )
     try:
         entries = read_entries(directory)
     except ValueError as error:
@@ -63,40 +72,54 @@ def draft_problems(directory: Path, target_config: dict[str, Any]) -> list[str]:
 def config_problems(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """What config.json alone says against this draft for this target."""
     draft, problems = read_draft_config(config)
-    h, ht, vocab = config.get("hidden_size"), target_config["hidden_size"], target_config["vocab_size"]
+    ht, vocab = target_config["hidden_size"], target_config["vocab_size"]
+    h = config.get("hidden_size")
     if draft is not None and draft.target_hidden_size == ht != h:
         problems.append(
-            f"hidden_size is {h}, the target's is {ht}: a draft of a width of its own has an embedding of its own, "
-            f"which AURORA neither trains nor swaps; expected {ht}."
+            f"hidden_size is {h}, the target's is {ht}: a draft of a width of its own has an "
+            f"embedding of its own, which AURORA neither trains nor swaps; expected {ht}."
         )
     elif draft is not None and (draft.target_hidden_size or h) != ht:
         key = "target_hidden_size" if draft.target_hidden_size else "hidden_size"
-        problems.append(f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target.")
+        problems.append(
+            f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target."
+        )
     if draft is not None and draft.vocab_size != vocab:
-        problems.append(f"vocab_size is {draft.vocab_size}, the target's is {vocab}: made for another target.")
+        problems.append(
+            f"vocab_size is {draft.vocab_size}, the target's is {vocab}: made for another target."
+        )
     return problems + _layer_problems(config, target_config)
 
 
 def layer_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """Which layers feed a draft that fits, where its config does not simply say so."""
-    ids, named = aux_layer_ids(config, target_config["num_hidden_layers"], target_config), aux_layers.named_ids(config)
+    ids = aux_layer_ids(config, target_config["num_hidden_layers"], target_config)
+    named = aux_layers.named_ids(config)
     if named is None:
         return [
-            f"its config names no aux layers, so SGLang takes the outputs of layers {ids}: make sure that the draft "
+            f"its config names no aux layers, so SGLang takes the outputs of layers {ids}: make "
+            f"sure that the draft "
             "was trained on these"
         ]
     if named != ids:
-        return [f"SGLang reads the layers {named} of this model as what ENTERS them: the outputs of {ids}"]
+        return [
+            f"SGLang reads the layers {named} of this model as what ENTERS them: the outputs of "
+            f"{ids}"
+        ]
     return []
 
 
 def position_notes(config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
     """Where SGLang would refuse the target's context length for this draft."""
-    own, of_target = config.get("max_position_embeddings", 2048), target_config.get("max_position_embeddings")
+    draft, of_target = DraftConfig.from_json(config), target_config.get("max_position_embeddings")
+    own, scaling = draft.max_position_embeddings, draft.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        own = int(own * scaling["factor"])
     if type(of_target) is not int or own >= of_target:
         return []
     return [
-        f"its max_position_embeddings is {own}, the target's {of_target}: a server needs --context-length {own} or "
+        f"its max_position_embeddings is {own}, the target's {of_target}: a server needs "
+        f"--context-length {own} or "
         "less, or SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1; `aurora-trainer import` raises it"
     ]
 
@@ -140,17 +163,24 @@ def expected_shapes(config: DraftConfig, target_config: dict[str, Any]) -> Shape
     return shapes
 
 
-def tensor_problems(entries: dict[str, Entry], config: dict[str, Any], target_config: dict[str, Any]) -> list[str]:
+def tensor_problems(
+    entries: dict[str, Entry], config: dict[str, Any], target_config: dict[str, Any]
+) -> list[str]:
     """What the files' headers, and d2t, say against this draft."""
     draft, _ = read_draft_config(config)
-    if draft is None or draft.hidden_size != target_config["hidden_size"] == draft.target_hidden_size:
+    if (
+        draft is None
+        or draft.hidden_size != target_config["hidden_size"] == draft.target_hidden_size
+    ):
         return []  # config_problems said so; there is nothing to compare with
     shapes = expected_shapes(draft, target_config)
     problems = []
     unknown = sorted(n for n in entries.keys() - shapes.keys() if not harmless(n, entries[n]))
     fused = [n for n in unknown if "qkv_proj" in n or "gate_up_proj" in n]
     if fused:
-        problems.append(f"holds fused tensors ({some(fused)}); `aurora-trainer import` takes them apart.")
+        problems.append(
+            f"holds fused tensors ({some(fused)}); `aurora-trainer import` takes them apart."
+        )
     elif unknown:
         problems.append(f"holds tensors that SGLang would skip silently: {some(unknown)}.")
     missing = sorted(name for name, (_, needed) in shapes.items() if needed and name not in entries)
@@ -160,7 +190,9 @@ def tensor_problems(entries: dict[str, Entry], config: dict[str, Any], target_co
     for name, entry in known.items():
         if entry.shape != shapes[name][0]:
             wanted = list(shapes[name][0])
-            problems.append(f"{name} is {list(entry.shape)}, config.json and the target want {wanted}.")
+            problems.append(
+                f"{name} is {list(entry.shape)}, config.json and the target want {wanted}."
+            )
         elif name != "d2t" and entry.dtype not in FLOATS:
             problems.append(f"{name} is {entry.dtype}, expected one of {', '.join(FLOATS)}.")
     if "d2t" in known and known["d2t"].shape == shapes["d2t"][0]:
@@ -179,7 +211,8 @@ def _layer_problems(config: dict[str, Any], target_config: dict[str, Any]) -> li
             taken = []
         if top != [i + 1 for i in taken]:
             return [
-                f"config.json names the aux layers {shown(top)} at its top, where SGLang does not look: it would take "
+                f"config.json names the aux layers {shown(top)} at its top, where SGLang does not "
+                f"look: it would take "
                 f"the outputs of {taken}. `aurora-trainer import` writes them into eagle_config."
             ]
     try:
@@ -206,6 +239,10 @@ def _d2t_problems(entry: Entry, vocab: int) -> list[str]:
     ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
     if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= vocab:
         absolute = len(set(offsets)) == len(offsets) and min(offsets) >= 0 and max(offsets) < vocab
-        hint = " It seems to hold the target ids themselves; expected target id minus draft id." if absolute else ""
+        hint = (
+            " It seems to hold the target ids themselves; expected target id minus draft id."
+            if absolute
+            else ""
+        )
         return [f"d2t maps draft ids outside 0..{vocab - 1} or two of them to one target id.{hint}"]
     return []

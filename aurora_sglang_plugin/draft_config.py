@@ -1,8 +1,9 @@
-"""A draft's config.json as SGLang 0.5.23 reads it: the one home of what its keys mean and which values are computed.
+"""A draft's config.json as SGLang 0.5.23 reads it: the one home of what its keys mean and which
+values are computed.
 
-Server start, `aurora-trainer check`, `import` and the trainer all ask here. A key that SGLang never reads is not
-looked at; one that transformers would refuse is refused here first, in a sentence. `tests/plugin/test_judge.py` asks
-SGLang's own loader. This module imports neither torch nor sglang.
+Server start, `aurora-trainer check`, `import` and the trainer all ask here. A key that SGLang never
+reads is not looked at; one that transformers would refuse is refused here first, in a sentence.
+`tests/plugin/test_judge.py` asks SGLang's own loader. This module imports neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from aurora_sglang_plugin.rope import read_rope
 
 @dataclass(frozen=True)
 class DraftConfig:
-    """Shapes and switches of a draft, e.g. H = hidden_size 256, VD = draft_vocab_size 2048, F = 3 * 256 features."""
+    """Shapes and switches of a draft, e.g. H = hidden_size 256, VD = draft_vocab_size 2048, F = 3 *
+    256 features."""
 
     hidden_size: int
     intermediate_size: int
@@ -29,7 +31,8 @@ class DraftConfig:
     head_dim: int
     vocab_size: int
     draft_vocab_size: int
-    # as eagle_config names them (aux_layers.py says what that means); None: the server's default three
+    # as eagle_config names them (aux_layers.py says what that means); None: the server's default
+    # three
     aux_layer_ids: tuple[int, ...] | None = None
     # the same as vLLM and speculators name them, by what they enter; None: one more each
     entered_layer_ids: tuple[int, ...] | None = None
@@ -38,7 +41,9 @@ class DraftConfig:
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # rope_type and its parameters (rope.py); None: the plain one
+    rope_scaling: dict[str, Any] | None = (
+        None  # rope_type and its parameters (rope.py); None: the plain one
+    )
     max_position_embeddings: int = 2048
     bias: bool = False  # of fc and o_proj, as SGLang reads the key `bias`
     attention_bias: bool = False  # of o_proj
@@ -68,7 +73,8 @@ class DraftConfig:
         return config
 
     def to_json(self, dtype: str = "float32") -> dict[str, Any]:
-        """config.json as SGLang reads it; rope is written in the old and the new spelling of transformers."""
+        """config.json as SGLang reads it; rope is written in the old and the new spelling of
+        transformers."""
         rope = self.rope_scaling or {"rope_type": "default"}
         raw = {
             "architectures": [ARCHITECTURE],
@@ -107,7 +113,8 @@ class DraftConfig:
 
 
 def read_draft_config(raw: Mapping[str, Any]) -> tuple[DraftConfig | None, list[str]]:
-    """(what the config says, everything about it that cannot be served and trained on, a sentence or two each).
+    """(what the config says, everything about it that cannot be served and trained on, a sentence
+    or two each).
 
     None where the keys that shapes follow from are missing or of another type.
     """
@@ -148,22 +155,26 @@ def read_draft_config(raw: Mapping[str, Any]) -> tuple[DraftConfig | None, list[
 def _read_eagle(
     raw: Mapping[str, Any], count: int | None, problems: list[str]
 ) -> tuple[tuple[int, ...] | None, int, dict[str, Any]]:
-    """(ids, number of aux features, eagle_config), and what is wrong with them, or said where SGLang does not read."""
+    """(ids, number of aux features, eagle_config), and what is wrong with them, or said where
+    SGLang does not read."""
     eagle = raw.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         problems.append(f"config.json has eagle_config = {shown(eagle)}, expected an object.")
         eagle = {}
     if eagle.get("use_aux_hidden_state", True) is not True:
         problems.append(
-            f"eagle_config.use_aux_hidden_state is {shown(eagle['use_aux_hidden_state'])}: AURORA drafts from aux "
+            f"eagle_config.use_aux_hidden_state is {shown(eagle['use_aux_hidden_state'])}: AURORA "
+            f"drafts from aux "
             "hidden states only."
         )
     if "norm_before_fc" in eagle and not fits(SWITCH, eagle["norm_before_fc"]):
         problems.append(
-            f"eagle_config has norm_before_fc = {shown(eagle['norm_before_fc'])}, expected {SWITCH}."
+            f"eagle_config has norm_before_fc = {shown(eagle['norm_before_fc'])}, expected "
+            f"{SWITCH}."
         )
     problems += [
-        f"eagle_config.{key} is true, and SGLang reads it at the top of config.json only; `aurora-trainer import` "
+        f"eagle_config.{key} is true, and SGLang reads it at the top of config.json only; "
+        f"`aurora-trainer import` "
         "writes it there."
         for key in ("norm_output", "fc_norm")
         if eagle.get(key) and not raw.get(key)
@@ -172,7 +183,11 @@ def _read_eagle(
     listed = isinstance(ids, list) and bool(ids) and all(type(i) is int for i in ids)
     number = len(ids) if listed else 3
     if count is not None and count != number:
-        named = f"{number} layers are captured: {ids}" if listed else "SGLang's default captures three layers"
+        named = (
+            f"{number} layers are captured: {ids}"
+            if listed
+            else "SGLang's default captures three layers"
+        )
         problems.append(f"num_aux_hidden_states is {count}, but {named}.")
     return (tuple(ids) if listed else None), count or number, eagle
 
@@ -189,8 +204,10 @@ def _draft_vocab(raw: Mapping[str, Any], vocab: int, problems: list[str]) -> int
     size = raw.get("draft_vocab_size")
     if size is None:
         problems.append(
-            "config.json has no draft_vocab_size; where draft_vocab_size is absent or null, SGLang drafts with the "
-            "target's own head, which a swap must never write. Expected the size, and the draft's own lm_head.weight."
+            "config.json has no draft_vocab_size; where draft_vocab_size is absent or null, SGLang "
+            "drafts with the "
+            "target's own head, which a swap must never write. Expected the size, and the draft's "
+            "own lm_head.weight."
         )
     elif type(size) is not int or not 0 < size <= vocab:
         problems.append(f"draft_vocab_size is {shown(size)}, expected 1 to {vocab}.")
@@ -205,12 +222,16 @@ def _shape_problems(config: DraftConfig) -> list[str]:
     if heads % kv_heads:
         problems.append(f"{heads} attention heads, {kv_heads} key-value heads: expected a divisor.")
     if h % heads:
-        problems.append(f"hidden_size {h} is not a multiple of num_attention_heads {heads}, as transformers demands.")
+        problems.append(
+            f"hidden_size {h} is not a multiple of num_attention_heads {heads}, as transformers "
+            f"demands."
+        )
     if config.head_dim % 2:
         problems.append(f"head_dim is {config.head_dim}, expected an even number.")
     if config.feature_size == h:
         problems.append(
-            f"one aux layer of the draft's own width {h} never passes through fc (SGLang would never apply fc); name "
+            f"one aux layer of the draft's own width {h} never passes through fc (SGLang would "
+            f"never apply fc); name "
             "two or more."
         )
     return problems

@@ -1,6 +1,8 @@
-"""Which tensors lie in a draft's directory, from the safetensors headers alone. Imports neither torch nor sglang.
+"""Which tensors lie in a draft's directory, from the safetensors headers alone. Imports neither
+torch nor sglang.
 
-Files and names are chosen as SGLang's loader chooses them, so that whoever reads a draft reads the same one.
+Files and names are chosen as SGLang's loader chooses them, so that whoever reads a draft reads the
+same one.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Entry(NamedTuple):
 
 
 def canonical_name(name: str) -> str:
-    """The name under which SGLang's draft takes a tensor in: midlayer.x and model.layers.0.x are layers.0.x.
+    """The name under which SGLang's draft takes a tensor in: midlayer.x and model.layers.0.x are
+    layers.0.x.
 
-    The head is the one part that stands outside `model.`: model.lm_head.weight would be skipped, and stays as it is.
+    The head is the one part that stands outside `model.`: model.lm_head.weight would be skipped,
+    and stays as it is.
     """
     for old, new in LEGACY_NAMES.items():
         name = name.replace(old, new)
@@ -70,7 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that SGLang loads: those that the index names where there is one, else all.
+    """The safetensors files that SGLang loads: those that the index names where there is one, else
+    all.
 
     Raises ValueError for none, for an index that is damaged or names files that are absent.
     """
@@ -78,7 +83,8 @@ def weight_files(directory: Path) -> list[Path]:
     if not paths:
         others = sorted(p.name for p in directory.glob("*") if p.suffix in CODE_FORMATS)
         raise ValueError(
-            f"holds {', '.join(others)} and no *.safetensors: a file in that format can run code when it is read, so "
+            f"holds {', '.join(others)} and no *.safetensors: a file in that format can run code "
+            f"when it is read, so "
             "it is not read. Ask its author for safetensors, or convert it where that does no harm "
             "(docs/troubleshooting.md)."
             if others
@@ -91,7 +97,9 @@ def weight_files(directory: Path) -> list[Path]:
     named = set(weight_map(directory).values())
     absent = sorted(name for name in named if not (directory / name).is_file())
     if absent:
-        raise ValueError(f"{INDEX} names files that are not there: {some(absent)} (an incomplete download?).")
+        raise ValueError(
+            f"{INDEX} names files that are not there: {some(absent)} (an incomplete download?)."
+        )
     paths = [p for p in paths if p.name in named]
     if not paths:
         raise ValueError(f"{INDEX} names none of the *.safetensors there.")
@@ -101,13 +109,20 @@ def weight_files(directory: Path) -> list[Path]:
 def weight_map(directory: Path) -> dict[str, str]:
     """Tensor name -> file name, of the index. Raises ValueError."""
     found = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(f, str) for f in found.values()):
-        raise ValueError(f"{INDEX} is damaged; expected a weight_map from tensor names to file names.")
+    if (
+        not isinstance(found, dict)
+        or not found
+        or not all(isinstance(f, str) for f in found.values())
+    ):
+        raise ValueError(
+            f"{INDEX} is damaged; expected a weight_map from tensor names to file names."
+        )
     return found
 
 
 def read_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor that SGLang would load from the directory, by its canonical name. Reads headers only.
+    """Every tensor that SGLang would load from the directory, by its canonical name. Reads headers
+    only.
 
     Raises ValueError for no file, a damaged header, or a tensor that is there twice.
     """
@@ -122,7 +137,8 @@ def read_entries(directory: Path) -> dict[str, Entry]:
 
 
 def read_header(path: Path) -> list[tuple[str, Entry]]:
-    """The names and places of one file's tensors, checked as safetensors checks them. Raises ValueError."""
+    """The names and places of one file's tensors, checked as safetensors checks them. Raises
+    ValueError."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:

@@ -1,7 +1,8 @@
-"""What each key of a draft's config.json must hold for SGLang 0.5.23 to read it, and for the trainer to compute it.
+"""What each key of a draft's config.json must hold for SGLang 0.5.23 to read it, and for the
+trainer to compute it.
 
-A key that SGLang never reads is not looked at, unless transformers would refuse its value. This module imports neither
-torch nor sglang.
+A key that SGLang never reads is not looked at, unless transformers would refuse its value. This
+module imports neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 from aurora_sglang_plugin.draft_files import shown
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-# model_type -> defaults of absent keys that differ from Llama's. transformers reads what is written out the same way
-# for all of these, and SGLang builds the same Llama layer from it; others add something of their own.
+# model_type -> defaults of absent keys that differ from Llama's. transformers reads what is written
+# out the same way for all of these, and SGLang builds the same Llama layer from it; others add
+# something of their own.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"num_key_value_heads": 32},
@@ -27,12 +29,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
 }
-SHAPED = ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers")  # what shapes follow from
+SHAPED = (
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_hidden_layers",
+)  # what shapes follow from
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 
 COUNT, COUNT_OR_NULL = "a positive integer", "a positive integer or null"
 FLAG, SWITCH = "true or false", "true, false or null"
-INTEGER, SMALL = "an integer or null", "a number above 0 written with a point or exponent, like 1e-06"
+INTEGER, SMALL = (
+    "an integer or null",
+    "a number above 0 written with a point or exponent, like 1e-06",
+)
 KINDS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda v: type(v) is int and v > 0,
     COUNT_OR_NULL: lambda v: v is None or (type(v) is int and v > 0),
@@ -49,7 +59,8 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "the name of a dtype": lambda v: v is None or (isinstance(v, str) and v in DTYPES),
 }
 DTYPES = ("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16")
-# What a key must hold where it is there. The last lines are of keys that SGLang does not read and transformers checks.
+# What a key must hold where it is there. The last lines are of keys that SGLang does not read and
+# transformers checks.
 TYPES = {
     **dict.fromkeys((*SHAPED, "vocab_size", "max_position_embeddings", "target_hidden_size"), COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "num_aux_hidden_states"), COUNT_OR_NULL),
@@ -64,11 +75,17 @@ TYPES = {
     "initializer_range": "a number from 0 to 1 written with a point",
     "auto_map": "an object",
 }  # fmt: skip
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")  # read by rope.py
+ROPE = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+)  # read by rope.py
 
 
 def read_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(values of the keys that hold what they must, nulls and wrong ones left out; a sentence for each problem).
+    """(values of the keys that hold what they must, nulls and wrong ones left out; a sentence for
+    each problem).
 
     Absent keys of a family other than Llama have the family's defaults.
     """
@@ -95,47 +112,68 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
     problems = []
     found = raw.get("architectures")
     if not isinstance(found, list) or found[:1] != [ARCHITECTURE]:
-        problems.append(f"architectures is {shown(found)}, expected {[ARCHITECTURE]}: not an EAGLE3 draft.")
+        problems.append(
+            f"architectures is {shown(found)}, expected {[ARCHITECTURE]}: not an EAGLE3 draft."
+        )
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         problems.append(
-            f"config.json has model_type = {shown(kind)}; expected one of {', '.join(FAMILIES)}, which SGLang reads as "
+            f"config.json has model_type = {shown(kind)}; expected one of {', '.join(FAMILIES)}, "
+            f"which SGLang reads as "
             "they are written. Where the draft is a Llama layer, say llama."
         )
     problems += [
-        f"config.json nests a model in {key}, which SGLang would read in its stead; expected the draft's keys alone."
+        f"config.json nests a model in {key}, which SGLang would read in its stead; expected the "
+        f"draft's keys alone."
         for key in NESTED
         if key in raw
     ]
     if raw.get("hidden_act", "silu") != "silu":
-        problems.append(f"config.json has hidden_act = {shown(raw['hidden_act'])}; this trainer computes only 'silu'.")
+        problems.append(
+            f"config.json has hidden_act = {shown(raw['hidden_act'])}; this trainer computes only "
+            f"'silu'."
+        )
     if raw.get("tie_word_embeddings") is True:
         problems.append("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
     for key in ("quantization_config", "compression_config"):
         if raw.get(key) is not None:
-            problems.append(f"config.json has {key}: a quantized draft. Expected float tensors, and no such key.")
+            problems.append(
+                f"config.json has {key}: a quantized draft. Expected float tensors, and no such "
+                f"key."
+            )
     if raw.get("norm_before_residual"):
         problems.append(
-            "norm_before_residual is true: a computation of speculators that SGLang's draft lacks (it adds the state "
+            "norm_before_residual is true: a computation of speculators that SGLang's draft lacks "
+            "(it adds the state "
             "as it came)."
         )
     factor = raw.get("partial_rotary_factor", 1)
     if type(factor) not in (int, float) or factor != 1:
         problems.append(
-            f"config.json has partial_rotary_factor = {shown(factor)}; this trainer computes only 1, all of a head."
+            f"config.json has partial_rotary_factor = {shown(factor)}; this trainer computes only "
+            f"1, all of a head."
         )
-    if not raw.get("rope_is_neox_style", True) or not isinstance(raw.get("rope_is_neox_style", True), bool | int):
+    if not raw.get("rope_is_neox_style", True) or not isinstance(
+        raw.get("rope_is_neox_style", True), bool | int
+    ):
         problems.append(
-            f"config.json has rope_is_neox_style = {shown(raw['rope_is_neox_style'])}; this trainer computes only true."
+            f"config.json has rope_is_neox_style = {shown(raw['rope_is_neox_style'])}; this "
+            f"trainer computes only true."
         )
     cap = raw.get("final_logit_softcapping")
     if cap is not None and (type(cap) not in (int, float) or cap > 0):
-        problems.append(f"config.json has final_logit_softcapping = {shown(cap)}, which this trainer does not compute.")
+        problems.append(
+            f"config.json has final_logit_softcapping = {shown(cap)}, which this trainer does not "
+            f"compute."
+        )
     layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
-    listed = isinstance(types, list) and len(types) == layers and all(isinstance(t, str) for t in types)
+    listed = (
+        isinstance(types, list) and len(types) == layers and all(isinstance(t, str) for t in types)
+    )
     if types is not None and not listed:
         problems.append(
-            f"config.json has layer_types = {shown(types)}, which transformers refuses for {shown(layers)} layers; "
+            f"config.json has layer_types = {shown(types)}, which transformers refuses for "
+            f"{shown(layers)} layers; "
             "`aurora-trainer import` leaves it out."
         )
     return problems

@@ -1,7 +1,9 @@
-"""The rotary embedding that SGLang 0.5.23 gives a draft, read from its config.json. Imports neither torch nor sglang.
+"""The rotary embedding that SGLang 0.5.23 gives a draft, read from its config.json. Imports neither
+torch nor sglang.
 
-transformers takes `rope_scaling` whole before `rope_parameters`, and fills what is absent; SGLang hands all of it to
-get_rope (srt/layers/rotary_embedding/factory.py), by whose defaults the parameters below go.
+transformers takes `rope_scaling` whole before `rope_parameters`, and fills what is absent; SGLang
+hands all of it to get_rope (srt/layers/rotary_embedding/factory.py), by whose defaults the
+parameters below go.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 from aurora_sglang_plugin.draft_files import shown
 
 REQUIRED = object()
-# Of the types that are computed: parameter -> SGLang's default. original_max_position_embeddings is added to all that
-# stretch a trained length.
+# Of the types that are computed: parameter -> SGLang's default. original_max_position_embeddings is
+# added to all that stretch a trained length.
 PARAMETERS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": REQUIRED},
@@ -34,42 +36,69 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, lis
     problems: list[str] = []
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) is not None and not isinstance(raw[key], dict):
-            problems.append(f"config.json has {key} = {shown(raw[key])}, expected an object or null.")
+            problems.append(
+                f"config.json has {key} = {shown(raw[key])}, expected an object or null."
+            )
     if problems:
         return THETA, None, problems
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     theta = rope.get("rope_theta", raw.get("rope_theta", THETA))
     if type(theta) not in (int, float) or not 0 < theta < math.inf:
-        return THETA, None, [f"config.json has rope_theta = {shown(theta)}, expected a positive number."]
+        return (
+            THETA,
+            None,
+            [f"config.json has rope_theta = {shown(theta)}, expected a positive number."],
+        )
     if nested(rope):
-        return theta, None, [
-            "its rope parameters are nested by layer type, and SGLang reads one flat set only; `aurora-trainer import` "
-            "writes it where the layer types agree."
-        ]
+        return (
+            theta,
+            None,
+            [
+                "its rope parameters are nested by layer type, and SGLang reads one flat set only; "
+                "`aurora-trainer import` "
+                "writes it where the layer types agree."
+            ],
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in PARAMETERS:
         known = ", ".join(PARAMETERS)
         return theta, None, [f"its rope type is {shown(kind)}, this trainer computes only {known}."]
     if "mrope_section" in rope or (kind == "default" and rope.get("use_fope")):
-        return theta, None, ["its rotary embedding is of several axes or learned (mrope_section, use_fope)."]
+        return (
+            theta,
+            None,
+            ["its rotary embedding is of several axes or learned (mrope_section, use_fope)."],
+        )
     if kind == "default":
         return float(theta), None, []
     if raw.get("model_type") == "phi3":
-        return theta, None, ["it stretches the rope of a phi3 config, which transformers reads as longrope; say llama."]
+        return (
+            theta,
+            None,
+            [
+                "it stretches the rope of a phi3 config, which transformers reads as longrope; say "
+                "llama."
+            ],
+        )
     found: dict[str, Any] = {"rope_type": kind}
     for name, default in PARAMETERS[kind].items():
         value = rope.get(name, default)
         if value is REQUIRED:
             problems.append(f"its rope of type {kind} lacks {name}.")
         elif not _fits(name, value):
-            problems.append(f"its rope of type {kind} has {name} = {shown(value)}, expected {_wanted(name)}.")
+            problems.append(
+                f"its rope of type {kind} has {name} = {shown(value)}, expected {_wanted(name)}."
+            )
         elif value is not None:
             found[name] = value
     if kind in STRETCHED:
         # the config's own key goes before the one among the parameters
         original = raw.get(ORIGINAL) or rope.get(ORIGINAL, raw.get("max_position_embeddings"))
         if type(original) is not int or original < 1:
-            problems.append(f"its rope of type {kind} has {ORIGINAL} = {shown(original)}, expected a positive integer.")
+            problems.append(
+                f"its rope of type {kind} has {ORIGINAL} = {shown(original)}, expected a positive "
+                f"integer."
+            )
         found[ORIGINAL] = original
     if kind == "yarn" and theta <= 1:
         problems.append(f"its rope of type yarn has rope_theta = {theta}, expected more than 1.")

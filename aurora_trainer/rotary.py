@@ -1,5 +1,5 @@
-"""The draft's rotary embedding, computed as SGLang 0.5.23 does (srt/layers/rotary_embedding: base.py, yarn.py and
-rope_variant.py); tests/plugin/test_judge.py compares with SGLang's own tables.
+"""The draft's rotary embedding, computed as SGLang 0.5.23 does (srt/layers/rotary_embedding:
+base.py, yarn.py and rope_variant.py); tests/plugin/test_judge.py compares with SGLang's own tables.
 
 Dimensions: D head, R rows.
 """
@@ -64,7 +64,8 @@ def _llama3(powers: Tensor, scaling: dict[str, Any], config: DraftConfig) -> Ten
 
 
 def _yarn(powers: Tensor, scaling: dict[str, Any], config: DraftConfig) -> Tensor:
-    """Frequencies that turn often within the original length stay, slow ones are stretched, with a ramp between."""
+    """Frequencies that turn often within the original length stay, slow ones are stretched, with a
+    ramp between."""
     d, theta = config.head_dim, config.rope_theta
 
     def dimension(turns: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,13 @@ class Target:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Those of config.json and of generation_config.json, where there is one."""
         path = self.directory / "generation_config.json"
-        generation = json.loads(path.read_text()) if path.exists() else {}
-        ids = (config.get("eos_token_id") for config in (self.config, generation))
-        return tuple(sorted({i for e in ids if e is not None for i in (e if isinstance(e, list) else [e])}))
+        try:
+            generation = read_json(path) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from None
+        named = (config.get("eos_token_id") for config in (self.config, generation))
+        ids = {i for e in named for i in (e if isinstance(e, list) else [e])}
+        return tuple(sorted(i for i in ids if type(i) is int))
 
     def tensor(self, name: str) -> Tensor:
         """In the checkpoint's dtype; float32 where it is stored as codes with scales.

@@ -6,8 +6,8 @@
                         SGLang's name for the same feature; in a layer above the first the state's norm is
                         input_layernorm (SGLang: hidden_norm)
 
-`read_foreign` puts config and names into SGLang's form and says what it changed; it looks at no weight. Whether the
-result can be served is draft_check.py's to judge.
+`read_foreign` puts config and names into SGLang's form and says what it changed; it looks at no
+weight. Whether the result can be served is draft_check.py's to judge.
 """
 
 from __future__ import annotations
@@ -20,16 +20,31 @@ from typing import Any
 
 from aurora_sglang_plugin import aux_layers
 from aurora_sglang_plugin.draft_config import ARCHITECTURE, DraftConfig, read_draft_config
-from aurora_sglang_plugin.draft_files import Entry, canonical_name, read_header, read_json, shown, weight_files
+from aurora_sglang_plugin.draft_files import (
+    Entry,
+    canonical_name,
+    read_header,
+    read_json,
+    shown,
+    weight_files,
+)
 from aurora_sglang_plugin.rope import flattened, nested
 
 FLAT = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "LlamaForCausalLM")
 PREFIXES = ("module.", "draft_model.", "model.")
 MLA = ("kv_a_proj", "kv_b_proj", "q_a_proj")
 LAYER = "transformer_layer_config"
-# What a draft computes, where speculators or a trainer's own config say it: at the top, in eagle_config or in LAYER.
+# What a draft computes, where speculators or a trainer's own config say it: at the top, in
+# eagle_config or in LAYER.
 SWITCHES = ("norm_output", "norm_before_fc", "fc_norm", "use_aux_norm", "norm_before_residual")
-OUTER = ("draft_vocab_size", "target_hidden_size", "num_aux_hidden_states", "dtype", "torch_dtype", "eagle_config")
+OUTER = (
+    "draft_vocab_size",
+    "target_hidden_size",
+    "num_aux_hidden_states",
+    "dtype",
+    "torch_dtype",
+    "eagle_config",
+)
 # null is as good as absent for what is meant, and not for SGLang, which computes with it
 NULLS = (
     "target_hidden_size", "rope_theta", "partial_rotary_factor", "rope_is_neox_style", "attention_bias", "mlp_bias",
@@ -45,13 +60,17 @@ class Foreign:
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)  # by SGLang's name
-    conversions: list[str] = field(default_factory=list)  # without which the server would not read it as meant
-    problems: list[str] = field(default_factory=list)  # nothing can be read, or it is another kind of draft
+    conversions: list[str] = field(
+        default_factory=list
+    )  # without which the server would not read it as meant
+    problems: list[str] = field(
+        default_factory=list
+    )  # nothing can be read, or it is another kind of draft
 
 
 def read_foreign(directory: Path, target_config: Mapping[str, Any]) -> Foreign:
-    """Config and names of the draft in `directory`, in SGLang's form for this target. Never raises for what the files
-    say."""
+    """Config and names of the draft in `directory`, in SGLang's form for this target. Never raises
+    for what the files say."""
     found = Foreign(Path(directory))
     try:
         found.config = _flat(read_json(found.directory / "config.json"), found, target_config)
@@ -85,19 +104,24 @@ def _flat(raw: dict[str, Any], found: Foreign, target_config: Mapping[str, Any])
         found.conversions.append("config.json has no model_type: written as llama")
     absent = [key for key in NULLS if key in config and config[key] is None]
     if absent:
-        found.conversions.append(f"{', '.join(absent)} of null, with which SGLang would compute: left out")
+        found.conversions.append(
+            f"{', '.join(absent)} of null, with which SGLang would compute: left out"
+        )
         config = {k: v for k, v in config.items() if k not in absent}
     _lift_eagle(config, found, target_config)
     _flatten_rope(config, found)
     types = config.get("layer_types")
     if isinstance(types, list) and len(types) != config.get("num_hidden_layers"):
-        found.conversions.append(f"layer_types of {len(types)} layers, which SGLang's draft does not read: left out")
+        found.conversions.append(
+            f"layer_types of {len(types)} layers, which SGLang's draft does not read: left out"
+        )
         del config["layer_types"]
     return config
 
 
 def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[str, Any]) -> None:
-    """Switches to the top, where SGLang reads them, and the layers' ids into eagle_config, as outputs."""
+    """Switches to the top, where SGLang reads them, and the layers' ids into eagle_config, as
+    outputs."""
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         return  # the judge says so
@@ -106,7 +130,9 @@ def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[s
         # of norm_before_fc SGLang reads both, eagle_config first
         if key in eagle and key != "norm_before_fc" and eagle[key] and not config.get(key):
             config[key] = eagle.pop(key)
-            found.conversions.append(f"eagle_config.{key} is written at the top, where SGLang reads it")
+            found.conversions.append(
+                f"eagle_config.{key} is written at the top, where SGLang reads it"
+            )
     entering = config.get(aux_layers.KEY)
     whole = isinstance(entering, list) and bool(entering) and all(type(i) is int for i in entering)
     if whole and not eagle.get(aux_layers.KEY):
@@ -116,7 +142,8 @@ def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[s
         except ValueError:
             eagle[aux_layers.KEY] = outputs  # the judge says what is wrong with them
         found.conversions.append(
-            f"{aux_layers.KEY} {entering} name what enters a layer: eagle_config says {eagle[aux_layers.KEY]}, as "
+            f"{aux_layers.KEY} {entering} name what enters a layer: eagle_config says "
+            f"{eagle[aux_layers.KEY]}, as "
             "SGLang names them"
         )
     if eagle:
@@ -161,7 +188,9 @@ def _read_names(found: Foreign) -> None:
 def _take_fused_apart(found: Foreign) -> None:
     """qkv_proj and gate_up_proj into their parts, which lie one after the other in the file."""
     config, _ = read_draft_config(found.config)
-    for name in [n for n in found.entries if n.endswith(("qkv_proj.weight", "gate_up_proj.weight"))]:
+    for name in [
+        n for n in found.entries if n.endswith(("qkv_proj.weight", "gate_up_proj.weight"))
+    ]:
         entry = found.entries[name]
         parts = _parts(name, config)
         if len(entry.shape) != 2 or entry.shape[0] != sum(parts.values()):
@@ -170,7 +199,9 @@ def _take_fused_apart(found: Foreign) -> None:
         del found.entries[name]
         for part, rows in parts.items():
             stop = start + rows * row
-            found.entries[part] = entry._replace(shape=(rows, entry.shape[1]), start=start, stop=stop)
+            found.entries[part] = entry._replace(
+                shape=(rows, entry.shape[1]), start=start, stop=stop
+            )
             start = stop
         found.conversions.append(f"{name} is taken apart into {', '.join(parts)}")
 
@@ -180,22 +211,35 @@ def _parts(name: str, config: DraftConfig | None) -> dict[str, int]:
     if config is None:
         return {}
     if "gate_up_proj" in name:
-        return {name.replace("gate_up_proj", f"{p}_proj"): config.intermediate_size for p in ("gate", "up")}
-    heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
+        return {
+            name.replace("gate_up_proj", f"{p}_proj"): config.intermediate_size
+            for p in ("gate", "up")
+        }
+    heads = {
+        "q": config.num_attention_heads,
+        "k": config.num_key_value_heads,
+        "v": config.num_key_value_heads,
+    }
     return {name.replace("qkv_proj", f"{p}_proj"): n * config.head_dim for p, n in heads.items()}
 
 
 def _name_the_kind(found: Foreign) -> None:
-    """Other drafts that share a name with EAGLE3: one clear sentence instead of a list of tensors."""
+    """Other drafts that share a name with EAGLE3: one clear sentence instead of a list of
+    tensors."""
     h = found.config.get("hidden_size")
     if any(part in name for name in found.entries for part in MLA):
         found.problems.append(
-            "its attention is latent (MLA, as DeepSeek's): expected a Llama layer; AURORA trains no other."
+            "its attention is latent (MLA, as DeepSeek's): expected a Llama layer; AURORA trains "
+            "no other."
         )
-    elif type(h) is int and "fc.weight" in found.entries and found.entries["fc.weight"].shape == (h, 2 * h) and (
-        "layers.0.hidden_norm.weight" not in found.entries
+    elif (
+        type(h) is int
+        and "fc.weight" in found.entries
+        and found.entries["fc.weight"].shape == (h, 2 * h)
+        and ("layers.0.hidden_norm.weight" not in found.entries)
     ):
         found.problems.append(
-            "fc reads the embedding and one state, and there is no hidden_norm: an EAGLE or EAGLE-2 draft, expected "
+            "fc reads the embedding and one state, and there is no hidden_norm: an EAGLE or "
+            "EAGLE-2 draft, expected "
             "EAGLE3."
         )

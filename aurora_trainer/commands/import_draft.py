@@ -1,5 +1,6 @@
-"""`aurora-trainer import`: check a draft made elsewhere against its target, explain all that does not fit, and write
-it in the form that AURORA's server and trainer load. Weights keep their bits unless another dtype is asked for.
+"""`aurora-trainer import`: check a draft made elsewhere against its target, explain all that does
+not fit, and write it in the form that AURORA's server and trainer load. Weights keep their bits
+unless another dtype is asked for.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ import torch
 from torch import Tensor
 
 from aurora_sglang_plugin.aux_layers import aux_layer_ids, ids_that_name
-from aurora_sglang_plugin.draft_check import INTEGERS, config_problems, harmless, layer_notes, tensor_problems
+from aurora_sglang_plugin.draft_check import (
+    INTEGERS,
+    config_problems,
+    harmless,
+    layer_notes,
+    tensor_problems,
+)
 from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_sglang_plugin.draft_files import Entry
 from aurora_trainer import vocab
@@ -27,7 +34,8 @@ ROUNDING = 2.0**-7  # of bfloat16, relative: two copies of one embedding may dif
 
 @dataclass(frozen=True)
 class Explained:
-    """What `explain` found. `problems` keep a draft out; `conversions` are what import_draft would change."""
+    """What `explain` found. `problems` keep a draft out; `conversions` are what import_draft would
+    change."""
 
     foreign: Foreign
     problems: tuple[str, ...]
@@ -60,15 +68,20 @@ def explain(directory: Path, target: Target) -> Explained:
     return Explained(found, tuple(problems), tuple(found.conversions), tuple(notes))
 
 
-def import_draft(directory: Path, out: Path, model: str, dtype: str = "same", force: bool = False) -> Explained:
-    """Write the draft in `directory` to `out` in AURORA's form. Raises ValueError with every problem."""
+def import_draft(
+    directory: Path, out: Path, model: str, dtype: str = "same", force: bool = False
+) -> Explained:
+    """Write the draft in `directory` to `out` in AURORA's form. Raises ValueError with every
+    problem."""
     target = open_target(model)
     explained = explain(directory, target)
     if explained.problems:
         raise ValueError(explained.text())
     found, config = explained.foreign, DraftConfig.from_json(explained.foreign.config)
     outputs = aux_layer_ids(found.config, target.config["num_hidden_layers"], target.config)
-    ids = config.aux_layer_ids or ids_that_name(outputs, target.config)  # SGLang's default, said aloud
+    ids = config.aux_layer_ids or ids_that_name(
+        outputs, target.config
+    )  # SGLang's default, said aloud
     entered = tuple(o + 1 for o in outputs)
     config = replace(
         config,
@@ -90,10 +103,15 @@ def import_draft(directory: Path, out: Path, model: str, dtype: str = "same", fo
 
 
 def _positions(config: DraftConfig, target: Target) -> int:
-    """max_position_embeddings: the target's where it has more, as no rotary embedding that is computed depends on it
-    once the trained length of a stretched one is written out. SGLang refuses a target whose context is longer."""
+    """max_position_embeddings: the target's where it has more, as no rotary embedding that is
+    computed depends on it once the trained length of a stretched one is written out. SGLang refuses
+    a target whose context is longer."""
     of_target = target.config.get("max_position_embeddings")
-    return max(config.max_position_embeddings, of_target) if type(of_target) is int else config.max_position_embeddings
+    return (
+        max(config.max_position_embeddings, of_target)
+        if type(of_target) is int
+        else config.max_position_embeddings
+    )
 
 
 def _value_problems(found: Foreign, target: Target, notes: list[str]) -> list[str]:
@@ -106,12 +124,18 @@ def _value_problems(found: Foreign, target: Target, notes: list[str]) -> list[st
         if not tensor_of(entry).isfinite().all():
             problems.append(f"{name} holds NaN or infinite values.")
     if len(dtypes) > 1:
-        notes.append(f"its tensors are of several dtypes ({', '.join(sorted(dtypes))}): --dtype makes them one")
+        notes.append(
+            f"its tensors are of several dtypes ({', '.join(sorted(dtypes))}): --dtype makes them "
+            f"one"
+        )
     elif dtypes:
         own, of_target = DTYPES[dtypes.pop()], target.embedding().dtype
         if own != of_target:
             names = [str(t).removeprefix("torch.") for t in (own, of_target)]
-            notes.append(f"it is {names[0]}, the target {names[1]}: --dtype {names[1]} spares a server's --dtype")
+            notes.append(
+                f"it is {names[0]}, the target {names[1]}: --dtype {names[1]} spares a server's "
+                f"--dtype"
+            )
     if "embed_tokens.weight" in found.entries:
         notes.append(_embedding_note(found.entries["embed_tokens.weight"], target.embedding()))
     v, d2t, t2d = (found.config.get("vocab_size"), *map(found.entries.get, ("d2t", "t2d")))
@@ -120,7 +144,10 @@ def _value_problems(found: Foreign, target: Target, notes: list[str]) -> list[st
         inside = ids[(ids >= 0) & (ids < v)]
         mask = torch.zeros(v, dtype=torch.bool).index_fill_(0, inside, True)
         if not torch.equal(mask, tensor_of(t2d).bool()):
-            notes.append("its t2d and d2t disagree on which target tokens it has: SGLang reads d2t, t2d is made anew")
+            notes.append(
+                "its t2d and d2t disagree on which target tokens it has: SGLang reads d2t, t2d is "
+                "made anew"
+            )
     return problems
 
 
@@ -132,8 +159,11 @@ def _embedding_note(entry: Entry, target: Tensor) -> str:
             return "its embedding is the target's: left out, SGLang shares the target's own"
         difference = float((own.float() - target.float()).abs().max())
         if difference <= ROUNDING * float(target.abs().max()):
-            return "its embedding is the target's but for rounding: left out, SGLang shares the target's own"
+            return (
+                "its embedding is the target's but for rounding: left out, SGLang shares the "
+                "target's own"
+            )
     return (
-        "its embedding differs from the target's: left out, SGLang drafts with the target's own. If it was trained "
-        "with its own it will accept little"
+        "its embedding differs from the target's: left out, SGLang drafts with the target's own. "
+        "If it was trained with its own it will accept little"
     )

@@ -5,12 +5,14 @@ time, and only those that the collected tests name.
     chain   topk 1, 4 steps, prefill in chunks of 64
     tree    topk 2, 4 steps, 8 nodes, a reduced draft vocabulary
     mixed   topk 1, 3 steps, mixed chunks of 32, and a running request retracted every few steps
+    modern  topk 2, 4 steps, 6 nodes; a draft of EAGLE 3.1's shape with yarn, a bias and its target's family as its own
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -25,10 +27,12 @@ from rig import START_S, Loop
 from serve import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.draft import Draft
 
 ROOT = Path(__file__).parents[2]
-SERVERS = ("plain", "chain", "tree", "mixed")
+SERVERS = ("plain", "chain", "tree", "mixed", "modern")
 DRAFT_VOCAB = 700
 
 
@@ -72,6 +76,23 @@ def taught(target, model, stream, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def modern_draft(target, model, stream, tmp_path_factory) -> Path:
+    """What a draft published elsewhere may be: every switch of its config changes what it computes."""
+    folder = tmp_path_factory.mktemp("modern")
+    shaped = init_draft(target, folder, "target", kv_heads=1, eagle31=True)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    change = {"rope_scaling": yarn, "rope_parameters": None, "attention_bias": True, "model_type": "qwen2"}
+    config = DraftConfig.from_json({**shaped.config.to_json(), **change})
+    draft = Draft(config, shaped.embed, shaped.d2t)
+    bias = {n: torch.zeros_like(p) for n, p in draft.named_parameters() if n.endswith("bias")}
+    draft.load_checkpoint({**shaped.checkpoint(), **bias})
+    teach(draft, model, stream).save(folder)
+    raw = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen2", "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(raw | {"use_sliding_window": False}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def starts(request, target, taught, tmp_path_factory):
     """Futures of the servers that the collected tests need."""
     folder = tmp_path_factory.mktemp("loop")
@@ -87,6 +108,8 @@ def starts(request, target, taught, tmp_path_factory):
         if name == "tree":
             args = ["--chunked-prefill-size", "64"]
             return Loop(folder / name, target, draft, topk=2, num_steps=4, num_draft_tokens=8, args=args)
+        if name == "modern":
+            return Loop(folder / name, target, modern_draft, topk=2, num_steps=4, num_draft_tokens=6)
         args = ["--chunked-prefill-size", "32", "--enable-mixed-chunk"]
         env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "23"}
         settings = ["plugin.capture.max_prompt_features=100"]
@@ -94,6 +117,7 @@ def starts(request, target, taught, tmp_path_factory):
 
     named = [n for item in request.session.items for n in (*item.fixturenames, *_parameters(item))]
     wanted = [name for name in dict.fromkeys(named) if name in SERVERS]
+    modern_draft = request.getfixturevalue("modern_draft") if "modern" in wanted else None
     with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
         futures = {name: pool.submit(start, name) for name in wanted}
         yield futures
@@ -127,3 +151,8 @@ def tree(starts) -> Loop:
 @pytest.fixture(scope="session")
 def mixed(starts) -> Loop:
     return starts["mixed"].result()
+
+
+@pytest.fixture(scope="session")
+def modern(starts) -> Loop:
+    return starts["modern"].result()

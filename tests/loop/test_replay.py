@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from drafts import disturb, make_draft
 from parity import compare, compare_across, eligible
 
 from aurora_trainer.draft import Draft
+from aurora_trainer.rotary import inverse_frequencies
 
 PARITY = 0.999
 
@@ -58,6 +60,28 @@ def test_tree(tree, stream):
     _, samples = serve(tree, cut(stream, 0, lengths), {"max_new_tokens": 64})
     result = check(tree, samples, version, "tree")
     assert result.strayed > 0  # else growing along true ancestors would have done as well
+
+
+def test_a_draft_as_others_publish_it(modern, stream):
+    """EAGLE 3.1's norms, yarn, a bias and another family's config: as served so trained, after a swap too."""
+    version = modern.version()
+    _, samples = serve(modern, cut(stream, 20000, [3, 40, 100, 200, 257]), {"max_new_tokens": 64})
+    check(modern, samples, version, "modern")
+    taught, fit = modern.draft(version), eligible(samples, version)
+    for left_out in ({"norm_output": False}, {"norm_before_fc": False}):
+        draft = modern.draft(version)
+        draft.config = replace(taught.config, **left_out)
+        other = compare(draft, fit)
+        assert other.same < 0.95 * other.nodes, (left_out, other.text())
+    draft = modern.draft(version)
+    draft.inv_freq = inverse_frequencies(replace(taught.config, rope_scaling=None))
+    assert not torch.equal(draft.inv_freq, taught.inv_freq) and taught.rope_magnitude > 1
+    other = compare(draft, fit)
+    assert other.same < 0.95 * other.nodes, other.text()
+    version = modern.publish(disturb(taught, seed=6, size=0.02))
+    modern.wait_for_version(version)
+    _, samples = serve(modern, cut(stream, 23000, [20, 90, 180]), {"max_new_tokens": 48})
+    check(modern, samples, version, "modern after a swap")
 
 
 def test_after_a_swap(tree, stream, target, tmp_path):

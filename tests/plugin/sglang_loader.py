@@ -1,7 +1,10 @@
-"""SGLang's own loader, asked about drafts: python sglang_loader.py DIRECTORY... prints one JSON object a line.
+"""SGLang's own loader, asked about drafts: python sglang_loader.py TARGET reads their directories,
+one a line, and prints one JSON object a line.
 
-Of a draft: {"error": ...}, or the parameters' shapes, those that no tensor was loaded into, the switches that the
-module was built with, and rows of its rotary table. The last line is what each of SGLang's targets captures.
+Of a draft: {"error": ...}, or the parameters' shapes, those that no tensor was loaded into, the
+switches that the module was built with, and rows of its rotary table; in both cases what AURORA's
+own start says of its config ("start", None: nothing). The last line is what each of SGLang's
+targets captures.
 """
 
 import inspect
@@ -11,7 +14,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 from aurora_sglang_plugin import cpu_engine
 
@@ -20,12 +28,17 @@ cpu_engine.install()
 import torch  # noqa: E402
 from sglang.srt.configs.load_config import LoadConfig  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
-from sglang.srt.distributed.parallel_state import init_distributed_environment, initialize_model_parallel  # noqa: E402
+from sglang.srt.distributed.parallel_state import (  # noqa: E402
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from sglang.srt.model_loader.loader import DefaultModelLoader, _initialize_model  # noqa: E402
 from sglang.srt.model_loader.utils import set_default_torch_dtype  # noqa: E402
 from sglang.srt.models.registry import ModelRegistry  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, override_platform, publish  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
+
+from aurora_sglang_plugin import algorithm  # noqa: E402
 
 POSITIONS = (0, 1, 2, 7, 63, 200)
 LAYERS = 12
@@ -34,7 +47,9 @@ IDS = (None, [1, 5, 8], [2, 6, 9], [0, 4, 10], [3, 7, 11], [4, 8, 12])
 
 def start() -> None:
     override_platform(has_amx=True).install()
-    publish(ServerArgs(model_path="none", device="cpu"), role="test", ranks=SpawnRanks(world_rank=0))
+    publish(
+        ServerArgs(model_path="none", device="cpu"), role="test", ranks=SpawnRanks(world_rank=0)
+    )
     store = f"file://{os.environ['TMPDIR']}/aurora-store-{os.getpid()}"
     init_distributed_environment(1, 0, store, 0, backend="gloo")
     initialize_model_parallel(backend="gloo")
@@ -42,13 +57,17 @@ def start() -> None:
 
 def load(directory: str) -> torch.nn.Module:
     """As a server loads a draft, but that a parameter without a tensor stays NaN."""
-    config = ModelConfig(directory, is_draft_model=True, dtype="float32", speculative_algorithm="EAGLE3")
+    config = ModelConfig(
+        directory, is_draft_model=True, dtype="float32", speculative_algorithm="EAGLE3"
+    )
     loader = DefaultModelLoader(LoadConfig())
     with set_default_torch_dtype(config.dtype):
         model = _initialize_model(config, loader.load_config)
         for parameter in model.parameters():
             parameter.data.fill_(torch.nan)
-        loader.load_weights_and_postprocess(model, loader._get_all_weights(config, model), torch.device("cpu"))
+        loader.load_weights_and_postprocess(
+            model, loader._get_all_weights(config, model), torch.device("cpu")
+        )
     return model
 
 
@@ -58,7 +77,9 @@ def describe(model: torch.nn.Module) -> dict:
     parameters = dict(model.named_parameters())
     return {
         "shapes": {n: list(p.shape) for n, p in parameters.items()},
-        "unloaded": [n for n, p in parameters.items() if p.isnan().any() and "embed_tokens" not in n],
+        "unloaded": [
+            n for n, p in parameters.items() if p.isnan().any() and "embed_tokens" not in n
+        ],
         "norm_output": bool(model.model.norm_output),
         "norm_before_fc": model.model.input_norm is not None,
         "fc_norm": model.model.fc_norm is not None,
@@ -71,8 +92,17 @@ def describe(model: torch.nn.Module) -> dict:
     }
 
 
+def start_says(record: ServerArgs, directory: str) -> str | None:
+    try:
+        algorithm._read_as_sglang(record, Path(directory))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def captured() -> dict[str, dict]:
-    """Architecture -> where it is defined, and what it captures (what ENTERS these layers) for each of IDS."""
+    """Architecture -> where it is defined, and what it captures (what ENTERS these layers) for each
+    of IDS."""
     found = {}
     for name in sorted(ModelRegistry.get_supported_archs()):
         model_class = ModelRegistry.models[name]
@@ -90,20 +120,25 @@ def captured() -> dict[str, dict]:
 def _capture(method, ids) -> list[int]:
     inner = SimpleNamespace(layers=[SimpleNamespace() for _ in range(LAYERS + 1)])
     inner.set_eagle3_layers_to_capture = lambda taken: setattr(inner, "layers_to_capture", taken)
-    config = SimpleNamespace(num_hidden_layers=LAYERS, text_config=SimpleNamespace(num_hidden_layers=LAYERS))
+    config = SimpleNamespace(
+        num_hidden_layers=LAYERS, text_config=SimpleNamespace(num_hidden_layers=LAYERS)
+    )
     group = SimpleNamespace(is_last_rank=True)
-    outer = SimpleNamespace(pp_group=group, config=config, model=inner, language_model=SimpleNamespace())
+    outer = SimpleNamespace(
+        pp_group=group, config=config, model=inner, language_model=SimpleNamespace()
+    )
     method(outer, None if ids is None else list(ids))
     return getattr(inner, "layers_to_capture", None) or outer.language_model.layers_to_capture
 
 
 if __name__ == "__main__":
     start()
+    record = ServerArgs(model_path=sys.argv[1], device="cpu")
     out, sys.stdout = sys.stdout, sys.stderr
     for directory in map(str.strip, sys.stdin):
         try:
             answer = describe(load(directory))
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print(json.dumps(answer), file=out)
+        print(json.dumps(answer | {"start": start_says(record, directory)}), file=out)
     print(json.dumps({"layers": LAYERS, "ids": IDS, **captured()}), file=out, flush=True)

@@ -223,6 +223,14 @@ def test_accepts_sglang_default_layers_where_they_are_three(draft):
     assert aux_layer_ids({}, 36) == [1, 17, 32]
 
 
+def test_what_a_draft_leaves_to_sglang_is_said(draft):
+    (note,) = check_draft(draft(aux_layer_ids=None), {**TARGET, "num_hidden_layers": 8})
+    assert "the outputs of layers [1, 3, 4]" in note
+    (note,) = check_draft(draft(changes={"max_position_embeddings": 64}), {**TARGET, "max_position_embeddings": 128})
+    assert "--context-length 64" in note
+    assert check_draft(draft(), TARGET) == []
+
+
 @pytest.mark.parametrize("layers", [4, 5, 6])
 def test_refuses_default_layers_that_collapse(draft, layers):
     message = refusal(draft(aux_layer_ids=None), {**TARGET, "num_hidden_layers": layers})

@@ -1,4 +1,5 @@
-"""A target's fingerprint: the same on a machine that holds only what the trainer reads, another for another target."""
+"""A target's fingerprint: the same on a machine that holds only what the trainer reads, another for
+another target."""
 
 import json
 import shutil
@@ -34,7 +35,10 @@ def shard(directory: Path, *, tied=False, prefix="") -> None:
         files.setdefault(f"model-0000{part}-of-00003.safetensors", {})[prefix + name] = tensor
     for file, part in files.items():
         save_file(part, directory / file)
-    index = {"metadata": {"total_size": 1}, "weight_map": {n: f for f, part in files.items() for n in part}}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {n: f for f, part in files.items() for n in part},
+    }
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": tied}
     (directory / "config.json").write_text(json.dumps(config))
@@ -56,7 +60,9 @@ def test_the_trainers_machine_needs_what_it_reads_only(kind, kept, target, tmp_p
     if 3 in kept or kind.get("tied"):
         assert torch.equal(opened.head(), open_target(target).head())
     else:
-        with pytest.raises(ValueError, match="model-00003-of-00003.safetensors is not here.*lm_head"):
+        with pytest.raises(
+            ValueError, match="model-00003-of-00003.safetensors is not here.*lm_head"
+        ):
             opened.head()
     with pytest.raises(ValueError, match="is not here"):
         opened.tensor("model.layers.5.input_layernorm.weight")
@@ -66,12 +72,20 @@ def test_without_its_own_file_the_embedding_is_named(target):
     shard(target)
     (target / "model-00001-of-00003.safetensors").unlink()
     for read in (lambda: target_fingerprint(str(target)), lambda: open_target(target).embedding()):
-        with pytest.raises(ValueError, match="model-00001-of-00003.safetensors is not (there|here).*embed"):
+        with pytest.raises(
+            ValueError, match="model-00001-of-00003.safetensors is not (there|here).*embed"
+        ):
             read()
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.5.mlp.down_proj.weight"]
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.5.mlp.down_proj.weight",
+    ],
 )
 def test_two_fine_tunes_differ(name, target):
     before = target_fingerprint(str(target))
@@ -99,7 +113,10 @@ def test_another_config_or_dtype_is_another_target(target):
     assert target_fingerprint(str(target)) == before  # the same, written otherwise
     (target / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
     changed = target_fingerprint(str(target))
-    save_file({n: t.half() for n, t in load_file(target / "model.safetensors").items()}, target / "model.safetensors")
+    save_file(
+        {n: t.half() for n, t in load_file(target / "model.safetensors").items()},
+        target / "model.safetensors",
+    )
     assert len({before, changed, target_fingerprint(str(target))}) == 3
 
 
