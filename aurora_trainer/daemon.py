@@ -1,7 +1,7 @@
 """The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
-No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes on. A batch that cannot
-be trained on is tried again in parts, so that it costs the one sample that is at fault.
+No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes on. A batch that
+cannot be trained on is tried again in parts, so that it costs the one sample that is at fault.
 
 Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps; SIGTERM or SIGINT
 ends it after the running step, with a checkpoint. Over a recording, everything that changes the weights depends on the
