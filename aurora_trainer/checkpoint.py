@@ -66,11 +66,12 @@ def save_checkpoint(
     files["manifest.json"] = json.dumps({"format": FORMAT, "step": step, "files": described}).encode()
     name = f"step-{step:08d}"
     path = write_directory(directory, name, files, on_step)
-    for old in steps(directory)[:-keep]:
-        try:
+    try:
+        remove_temporaries(directory)  # what could not be removed before
+        for old in steps(directory)[:-keep]:
             remove_directory(directory / f"step-{old:08d}", on_step)
-        except OSError as error:  # the next checkpoint tries again
-            log.warning("old checkpoint not removed step=%d error=%s", old, error)
+    except OSError as error:  # the next checkpoint tries again
+        log.warning("old checkpoints not removed error=%s", error)
     return path
 
 

@@ -147,11 +147,12 @@ class WeightsWriter:
 
     def _remove_old(self, current: int) -> None:
         kept = [v for v in versions(self.directory) if v != current]
-        for version in kept[: max(0, len(kept) + 1 - self.keep)]:
-            try:
+        try:
+            remove_temporaries(self.directory)  # what could not be removed before
+            for version in kept[: max(0, len(kept) + 1 - self.keep)]:
                 remove_directory(self.directory / contract.version_name(version), self.step)
-            except OSError as error:  # the next publication tries again
-                log.warning("old version not removed version=%d error=%s", version, error)
+        except OSError as error:  # the next publication tries again
+            log.warning("old versions not removed error=%s", error)
 
 
 def _lock(directory: Path) -> TextIO:

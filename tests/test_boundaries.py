@@ -20,7 +20,7 @@ SEAM = {
     "aurora_sglang_plugin/worker.py",  # the steps
 }
 CPU_ENGINE = "aurora_sglang_plugin/cpu_engine/"  # stands in for what SGLang lacks on a CPU
-CONTRACTS = ("wire", "manifest", "config", "draft_check", "watch")
+CONTRACTS = ("wire", "rows", "manifest", "config", "draft_check", "watch")
 
 
 def imports(path: Path) -> set[str]:

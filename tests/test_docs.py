@@ -220,6 +220,7 @@ def test_the_errors_of_the_troubleshooting_page_are_the_programs_own():
 def test_every_cause_is_explained():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     causes = [*server_metrics.DROPS, *server_metrics.REFUSALS, *families.REJECTIONS, *families.UNUSABLE, *families.LEFT]
+    causes += families.ROW_CAUSES
     outcomes = set(families.OUTCOMES) - {"published"}
     missing = [cause for cause in [*causes, *outcomes] if f"`{cause}`" not in page]
     assert not missing

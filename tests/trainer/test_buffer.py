@@ -10,10 +10,10 @@ from aurora_trainer.buffer import Buffer, BufferConfig
 from aurora_trainer.sample import Sample
 
 
-def sample(number, slots=10, time_s=None):
+def sample(number, slots=10, time_s=None, domain="", epoch="e"):
     z = torch.zeros(0, dtype=torch.int64)
     return Sample(
-        request=str(number), epoch="e", attempt=0, start=0, prompt_len=1, reason="stop",
+        request=str(number), epoch=epoch, domain=domain, attempt=0, start=0, prompt_len=1, reason="stop",
         time_ns=int((number if time_s is None else time_s) * 1e9), tokens=torch.zeros(slots + 1, dtype=torch.int64),
         features=torch.zeros(slots, 4), slot_version=torch.zeros(slots, dtype=torch.int32),
         slot_node=torch.full((slots,), -1), node_token=z, node_parent=z, node_depth=z, node_slot=z,
@@ -121,3 +121,93 @@ def test_stats():
     stats = buffer.stats()
     assert (stats["samples"], stats["fresh_samples"], stats["fresh_slots"], stats["slots"]) == (4, 3, 30, 40)
     assert (stats["age_mean_s"], stats["age_max_s"]) == (1.5, 3.0)
+
+
+HOUR_S = 3600
+
+
+@pytest.mark.parametrize("ahead_s", [HOUR_S + 60, -HOUR_S - 60, 2**63 / 1e9 - 100])
+def test_a_wrong_clock_harms_no_other_server(ahead_s):
+    buffer = filled(0, max_age_s=HOUR_S)
+    for number in range(10):
+        buffer.put(sample(number, time_s=100_000 + number, epoch="right"))
+        buffer.put(sample(100 + number, time_s=max(0, 100_000 + number + ahead_s), epoch="wrong"))
+    assert len(buffer) == 20 and not buffer.dropped and buffer.stats()["age_max_s"] <= 10
+    buffer.put(sample(20, time_s=100_003 + HOUR_S + 0.5, epoch="right"))  # and its own age as ever
+    assert buffer.dropped == {"stale": 4}
+
+
+def test_a_clock_that_is_put_right_harms_its_own_server_once_at_most():
+    buffer = filled(0, max_age_s=HOUR_S)
+    for number, time_s in enumerate([10_000, 10_001, 20_000, 10_002, 10_003]):
+        buffer.put(sample(number, time_s=time_s))
+    assert buffer.dropped == {"stale": 2} and len(buffer) == 3
+
+
+def held(buffer):
+    return Counter(e.sample.domain for e in buffer._entries.values())
+
+
+def test_a_flood_takes_from_its_own_domain_only():
+    size = sample(0).nbytes
+    buffer = filled(0, max_bytes=20 * size)
+    for number in range(6):
+        buffer.put(sample(number, domain="code" if number % 2 else ""))
+    for number in range(10, 300):
+        buffer.put(sample(number, domain="flood"))
+    assert held(buffer) == {"": 3, "code": 3, "flood": 14} and buffer.nbytes <= 20 * size
+    assert [n for n in sorted(names([e.sample for e in buffer._entries.values()])) if n > 9] == [*range(286, 300)]
+    batch = buffer.take(60)  # and the fresh part of a batch is shared as well
+    assert Counter(s.domain for s in batch) == {"": 2, "code": 2, "flood": 2}
+
+
+def test_a_flood_of_labels_leaves_others_their_shares():
+    size = sample(0).nbytes
+    buffer = filled(0, max_bytes=90 * size)
+    for number in range(8):
+        buffer.put(sample(number, domain="code" if number % 2 else ""))
+    for number in range(10, 2000):
+        buffer.put(sample(number, domain=f"label-{number}"))
+    assert held(buffer)["code"] == held(buffer)[""] == 4
+    assert {"", "code"} <= {s.domain for s in buffer.take(200)}
+
+
+def test_servers_share_a_domain():
+    size = sample(0).nbytes
+    buffer = filled(0, max_bytes=10 * size)
+    for number in range(3):
+        buffer.put(sample(number, epoch="small"))
+    for number in range(10, 100):
+        buffer.put(sample(number, epoch="flood"))
+    assert Counter(e.sample.epoch for e in buffer._entries.values()) == {"small": 3, "flood": 7}
+    off = filled(0, max_bytes=10 * size, share_by=())
+    for number in range(30):
+        off.put(sample(number, epoch="small" if number < 3 else "flood"))
+    assert names(off.take(1000)) == [*range(29, 19, -1)]
+
+
+def test_while_unseen_samples_are_lost_batches_hold_no_repeats():
+    size = sample(0).nbytes
+    buffer = filled(40, max_bytes=40 * size)
+    buffer.take(100)
+    mixed = names(buffer.take(100))
+    assert set(mixed) & set(range(30, 40)), "half of a batch is a repeat"
+    for number in range(40, 60):
+        buffer.put(sample(number))  # as many unseen ones leave
+    assert buffer.dropped["evicted"] > 0
+    assert names(buffer.take(100)) == [*range(59, 49, -1)]
+    again = names(buffer.take(100))  # nothing more was lost: as ever
+    assert again[:5] == [*range(49, 44, -1)] and len(set(again) & set(range(50, 60)) | set(again) & set(range(40))) == 5
+
+
+def test_the_one_sample_at_fault_goes_and_all_others_are_trained_on():
+    buffer, trained = filled(40, max_uses=2), Counter()
+    for _ in range(200):
+        if not (batch := buffer.take(80)):
+            break
+        if 17 in names(batch):
+            buffer.failed()
+        else:
+            trained.update(names(batch))
+    assert buffer.dropped == {"failed": 1, "used_up": 39} and len(buffer) == buffer.nbytes == 0
+    assert set(trained) == set(range(40)) - {17} and all(uses == 2 for uses in trained.values())

@@ -13,8 +13,11 @@ import zmq
 from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.publish import Publisher
+from aurora_trainer.books import Books
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.recording import RecordConfig, Recording, read_messages
+
+HOUR_S = 3600.0
 
 
 class End:
@@ -185,12 +188,16 @@ def test_books_balance_after_the_trainer_was_killed_or_stopped(link, publish, re
     assert epoch["captured"] == 106 and epoch["dropped"]["queue_full"] > 0
 
 
-def parts_of(number, **changes):
-    fields = dict(
+def fields_of(number):
+    return dict(
         schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number, heartbeats=0,
         dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1, requests=["r"],
         reasons=["stop"],
     )  # fmt: skip
+
+
+def parts_of(number, **changes):
+    fields = fields_of(number)
     arrays = {"committed_lens": ("int32", np.array([number], np.int32))}
     return [bytes(part) for part in wire.encode(wire.Header(**fields | changes), arrays)]
 
@@ -291,3 +298,54 @@ def test_damaged_books_are_replaced(link, receive, push, tmp_path):
     receiver.close()
     assert Receiver(link, ReceiveConfig(), tmp_path / "books.json").close() is None
     assert b'"received":1' in (tmp_path / "books.json").read_bytes()
+
+
+def header_of(epoch, sent_seq, **changes):
+    return wire.decode(parts_of(sent_seq, epoch=epoch, **changes), max_bytes=1 << 20).header
+
+
+@pytest.mark.parametrize("bound", [8192, 16])
+def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
+    """80 in turns. Where more speak than are remembered, none is charged what was there before it was forgotten."""
+    monkeypatch.setattr("aurora_trainer.books.MAX_EPOCHS", bound)
+    books = Books(tmp_path / "books.json")
+    for sent_seq in range(1, 31):
+        for server in range(80):
+            if (sent_seq + server) % 10:  # one in ten is lost
+                assert books.accept(header_of(f"e{server}", sent_seq, captured_seq=sent_seq))
+        if sent_seq == 15:
+            books.write()
+            books = Books(tmp_path / "books.json")
+    assert len(books.epochs) == min(80, bound) and (books.forgotten_epochs == 0) == (bound > 80)
+    for name, epoch in books.epochs.items():
+        assert epoch.sent_seq - epoch.before == epoch.received + epoch.lost, name
+    if bound > 80:
+        lost = sum(not (sent_seq + server) % 10 for server in range(80) for sent_seq in range(1, 30))
+        assert lost - 80 <= sum(e.lost for e in books.epochs.values()) <= lost
+    else:
+        assert books.forgotten_epochs > 0 and sum(e.lost for e in books.epochs.values()) <= 16
+
+
+@pytest.mark.parametrize("ahead_s", [HOUR_S, -HOUR_S, 1.0])
+def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, push):
+    receiver, now_ns = receive(target="target"), time.time_ns()
+    there_ns = now_ns + int(ahead_s * 1e9)
+    beat = dict(kind="heartbeat", heartbeats=1, requests=[], reasons=[], captured_seq=0, time_ns=there_ns)
+    push.send_multipart([bytes(p) for p in wire.encode(wire.Header(**fields_of(1) | beat), {})])
+    push.send_multipart(parts_of(2, captured_seq=1, time_ns=there_ns))
+    push.send_multipart(parts_of(1, epoch="another", time_ns=now_ns))
+    found = {m.header.epoch: m.header.time_ns - now_ns for m in (receiver.get(10.0), receiver.get(10.0))}
+    assert found["another"] == 0 and abs(found["fuzz"]) < 20e9
+    if abs(ahead_s) < 5:
+        assert found["fuzz"] == int(ahead_s * 1e9)  # as it came: it may have waited on the way
+
+
+def test_a_disk_that_takes_no_books_is_counted_and_they_come_later(link, receive, push, tmp_path):
+    receiver = receive()
+    (tmp_path / "books.json.tmp").mkdir()  # nothing can be written there
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+    until(lambda: receiver.books()["write_faults"])
+    (tmp_path / "books.json.tmp").rmdir()
+    push.send_multipart(parts_of(2))
+    until(lambda: (tmp_path / "books.json").exists())

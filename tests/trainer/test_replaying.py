@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pytest
 from traffic import HIDDEN, STEP_NS, VOCAB, messages
 
@@ -18,7 +20,7 @@ from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
 from aurora_trainer.receive import ReceiveConfig, Receiver
 from aurora_trainer.recording import RecordConfig, Recording, read_messages, recording_files
-from aurora_trainer.replay import paced, push
+from aurora_trainer.replay import on_one_clock, paced, push
 
 REQUESTS = 24
 
@@ -105,6 +107,49 @@ def test_a_recording_keeps_its_own_pace():
     assert [n for n, _ in times] == [5, 6, 8]
     assert [t for _, t in times] == pytest.approx([0, 0.1, 0.3], abs=0.08)
     assert len(list(paced(iter([(0, At(0)), (1, At(10**15))]), lambda: True))) == 2  # stopping does not wait
+
+
+def told(*times_s):
+    """(epoch, seconds) as messages; a heartbeat where the epoch's name is in capitals."""
+    for epoch, time_s in times_s:
+        kind = "heartbeat" if epoch.isupper() else "verify"
+        yield 0, SimpleNamespace(header=SimpleNamespace(epoch=epoch.lower(), time_ns=int(time_s * 1e9), kind=kind))
+
+
+def on_clock(*times_s):
+    return [round(m.header.time_ns / 1e9, 3) for _, m in on_one_clock(told(*times_s))]
+
+
+def test_a_recordings_clock_is_nobodys_wrong_one():
+    right = [("a", 100.0), ("a", 100.5), ("b", 101.0), ("A", 102.0), ("b", 103.0)]
+    assert on_clock(*right) == [t for _, t in right]
+    ahead = [("a", 100), ("b", 3701), ("a", 102), ("b", 3703), ("a", 104)]
+    assert on_clock(*ahead) == [100, 100, 102, 102, 104]
+    assert on_clock(("a", 100), ("b", -3499 + 3600), ("a", 102), ("a", 2**63 / 1e9), ("b", 103)) == [
+        100, 101, 102, 102, 103
+    ]  # fmt: skip
+    behind = [("a", 5000), ("B", 1400), ("a", 5001), ("b", 1401), ("B", 1402)]
+    assert on_clock(*behind) == [5000, 5000, 5001, 5001, 5002]
+    set_back = [("a", 5000), ("a", 1400), ("A", 1401), ("a", 1403)]  # only a heartbeat did not wait on the way
+    assert on_clock(*set_back) == [5000, 1400, 5000, 5002]
+
+
+def test_a_wrong_clock_in_a_recording_changes_nobody_elses_training(models, recording, tmp_path):
+    """A second server whose clock is an hour ahead: the first one's open requests are not taken for idle."""
+    mixed, parts = tmp_path / "mixed", [r.parts for r, _ in read_messages(recording)]
+    about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
+    other = list(messages(**about, requests=2, epoch="z"))
+    writer = Recording(mixed, RecordConfig())
+    for number, part in enumerate(parts):
+        writer.write(part)
+        if number < len(other):
+            header = msgspec.msgpack.decode(other[number][0])
+            header["time_ns"] += 3600 * 10**9
+            writer.write([msgspec.msgpack.encode(header), *other[number][1:]])
+    writer.close()
+    daemon = train(models, tmp_path, mixed)
+    assert daemon.training.assembler.counters["samples_idle"] == 0 and not daemon.training.buffer.dropped["stale"]
+    assert daemon.training.samples["assembled"] == REQUESTS + 2
 
 
 def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_path):

@@ -68,7 +68,7 @@ def test_every_family_is_filled_from_somewhere(first):
     found = values(first[2])
     live = ("received", "lost", "rejected", "reported", "receive_queue", "servers", "message_age")  # test_daemon.py
     live += ("refused_peers", "recorded", "unrecorded", "recording")  # the same
-    faults = ("skipped_steps", "checkpoint_errors", "unusable_samples", "assembly_events")
+    faults = ("skipped_steps", "checkpoint_errors", "unusable_samples", "assembly_events", "bad_rows", "faults")
     untouched = {f"aurora_trainer_{name}" for name in faults}
     for name in observed | set(COUNTED) | set(SHOWN):
         if name not in untouched and not name.removeprefix("aurora_trainer_").startswith(live):
