@@ -67,7 +67,12 @@ def main(options: argparse.Namespace, home: Path) -> None:
     site = Site(
         options.model, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers
     )
-    traffic = dict(tokens=options.max_tokens, greedy=options.greedy, concurrency=options.clients)
+    traffic = dict(
+        tokens=options.max_tokens,
+        greedy=options.greedy,
+        concurrency=options.clients,
+        turns=options.turns,
+    )
 
     print(
         f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True
@@ -161,6 +166,9 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--requests", type=int, default=250, help="of the live pass")
     parser.add_argument("--clients", type=int, default=8, help="requests at a time")
+    parser.add_argument(
+        "--turns", type=int, default=1, help="of a conversation: each repeats what was said before"
+    )
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")
     parser.add_argument(
         "--greedy",

@@ -27,6 +27,7 @@ def chatting(quick_target, tmp_path_factory) -> Path:  # noqa: F811
     shutil.copytree(quick_target, directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     defaults = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+    defaults["repetition_penalty"] = 1.1
     (directory / "generation_config.json").write_text(json.dumps(defaults))
     return directory
 
@@ -54,6 +55,8 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
         "600",
         "--frozen-every",
         "2",
+        "--turns",
+        "2",
     ]
     run = subprocess.run(
         [*command, "--home", tmp_path], capture_output=True, text=True, cwd=ROOT, env=os.environ
@@ -65,6 +68,10 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
     }  # fmt: skip
     assert all(p["tokens_per_s"] > 0 and p["accept_length"] >= 1 for p in found["passes"].values())
     assert found["passes"]["plain"]["accept_length"] == 1
+    # What the server sets by itself, a penalty among it, is learned from like anything else.
+    status = json.loads((tmp_path / "demo-real" / "status.json").read_text())
+    assert status["rows"]["with_target"] > 200 and not status["rows"]["altered"]
+    assert status["optimizer_step"] > 0 or status["rows"]["with_target"] < 512
     assert (
         found["sampling"] == "the server's defaults" and found["draft_vocabulary"]["tokens"] == 600
     )
