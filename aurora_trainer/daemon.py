@@ -292,6 +292,7 @@ class Daemon:
         """The last checkpoint (live), the last status."""
         if receiver is not None and self.training.steps != self._saved_step:
             self._save(None, time.monotonic(), at_once=True)
+        self._say_if_nothing_is_taught()
         self.metrics.report(self.status(receiver), LINE)
         self.training.close()
         log.info("trainer ended steps=%d draft_version=%d", self.training.steps, self.training.served.version)

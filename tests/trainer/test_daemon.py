@@ -222,9 +222,24 @@ def test_receiving_without_training(models, tmp_path):
         assert found["aurora_trainer_recording_bytes"] > found["aurora_trainer_received_bytes_total"]
         assert found["aurora_trainer_received_bytes_total"] > 1000 and found["aurora_trainer_message_age_seconds"] < 10
         assert found['aurora_trainer_time_seconds_total{activity="wait"}'] > 0
-        assert status["steps"] == 0 and status["buffer"]["samples"] == 5
+        assert status["steps"] == 0 and status["buffer"]["samples"] + status["gate_held"] == 5
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
+
+
+def test_traffic_that_teaches_nothing_says_so_and_moves_nothing(models, tmp_path, caplog):
+    """Every row under a grammar: no step, no drift of momentum, and a counter, a cause and a line of log."""
+    about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
+    write_trace(tmp_path / "altered", requests=10, flag=1, **about)
+    daemon = Daemon(config(models, tmp_path))
+    before = daemon.training.draft.checkpoint()
+    daemon.run_recording(tmp_path / "altered")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["steps"] == status["optimizer_step"] == 0 and status["unusable"] == {"altered": 10}
+    assert status["rows"]["with_target"] == 0 and status["rows"]["altered"] > 100
+    after = daemon.training.draft.checkpoint()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "nothing to learn from: samples=" in caplog.text and "'altered': " in caplog.text
 
 
 def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):

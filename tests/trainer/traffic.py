@@ -22,7 +22,7 @@ STEP_NS = 1_000_000
 
 def messages(
     *, target: str, vocab: int, features: int, requests: int, epoch: str = "e", seed: int = 0, outputs: int = 24,
-    domain: str = "",
+    domain: str = "", flag: int = 0,
 ) -> Iterator[list[bytes]]:
     """Parts of prefill, verify and end messages of `requests` requests of about `outputs` tokens, one after another."""
     rng = random.Random(seed)
@@ -67,7 +67,7 @@ def messages(
                 "topk_ids": _i32([ids]),
                 "topk_logits": ("float32", np.tile(np.array([4, 1, 0, -1], np.float32), (1, S + 1, 1))),
                 "logsumexp": ("float32", np.full((1, S + 1), 4.2, np.float32)),
-            }, num_steps=S, topk=1, flags=[0])  # fmt: skip
+            }, num_steps=S, topk=1, flags=[flag])  # fmt: skip
             root += accepted + 1
         yield send("end", rid, {"committed_lens": _i32([root])}, reasons=["length"])
 
