@@ -124,7 +124,8 @@ def canonical_variates(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, Tensor
 
 def _whitening(x: Tensor) -> Tensor:
     covariance = x.T @ x / len(x)
-    values, vectors = torch.linalg.eigh(covariance + RIDGE * covariance.trace() / len(covariance) * torch.eye(x.shape[1]))
+    covariance += RIDGE * covariance.trace() / len(covariance) * torch.eye(len(covariance))
+    values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.rsqrt() @ vectors.T
 
 

@@ -67,7 +67,8 @@ def test_started_from_the_target_it_has_its_head_and_norms(kind, tmp_path):
     assert draft.config.head_dim == (4 if kind.get("model_type") == "llama" else 8)
     # 16 numbers of embedding: 4 heads of 4 hold them, 2 of 8
     assert draft.config.num_key_value_heads == (4 if kind.get("model_type") == "llama" else 2)
-    assert torch.equal(draft.lm_head.weight, tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"])
+    head = tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"]
+    assert torch.equal(draft.lm_head.weight, head)
     softer = draft.norm.weight / tensors["model.norm.weight"]
     torch.testing.assert_close(softer, softer[:1].expand(16))
     for n, norm in enumerate(draft.fc_norm):
