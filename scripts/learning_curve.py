@@ -88,7 +88,8 @@ def main() -> None:
         means = " ".join(f"{sum(b) / len(b):.2f}" for b in bins)
         print(f"{text or 'as configured':60} {means} | {cpu_s / max(len(lengths), 1):.3f} s, {steps}", flush=True)
         if options.json:
-            row = {"settings": text, "lengths": lengths, "last_40": sum(lengths[-40:]) / 40, "cpu_s": cpu_s, "steps": steps}
+            last = sum(lengths[-40:]) / 40
+            row = {"settings": text, "lengths": lengths, "last_40": last, "cpu_s": cpu_s, "steps": steps}
             with open(options.json, "a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -130,7 +130,7 @@ def _whitening(x: Tensor) -> Tensor:
 
 
 def _copied(x: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """(values [rank, H] of x, back [H, rank]): what the head reads best as the token, by least squares over x [V, H]."""
+    """(values [rank, H] of x, back [H, rank]): the head's rows [V, H] by least squares from `rank` numbers of x."""
     rows = rows - rows.mean(0)
     rows = rows / rows.square().mean(-1, keepdim=True).sqrt()
     x = x - x.mean(0)
