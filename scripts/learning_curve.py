@@ -3,14 +3,16 @@
     aurora-trainer run --config demo.toml --record recording      # record while a server serves
     python scripts/learning_curve.py recording --config demo.toml --try "" --try "optimizer.lr=1e-3 loss.gamma=1"
 
-Every sample is scored before it is trained on, with the weights that would have been served then, by walking it as
-greedy verification does. That is exact for greedy traffic and a chain, because its tokens do not depend on the draft.
+Every sample is scored before it is trained on, with the weights that would have been served then, by walking it along
+its committed tokens as `aurora-trainer eval` does. That is exact for greedy traffic and a chain, because its tokens do
+not depend on the draft. `batch.depth=3` scores and trains chains of 3 draft steps, whatever the server drew.
 The rejected nodes of the recording, however, are those of the draft that served while it was recorded.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import tempfile
 import time
@@ -19,11 +21,10 @@ from pathlib import Path
 import torch
 
 from aurora_trainer.assemble import Assembler
-from aurora_trainer.batch import pack
 from aurora_trainer.config import TrainerFile, load_trainer_config
-from aurora_trainer.loss import objective
 from aurora_trainer.recording import Damage, read_messages
 from aurora_trainer.sample import Sample
+from aurora_trainer.score import measure
 from aurora_trainer.train import Training
 
 
@@ -50,20 +51,12 @@ def replay(recording: Path, config: TrainerFile, publish_every: int, requests: i
     return lengths, cpu_s, steps
 
 
-@torch.no_grad()
 def accept_lengths(training: Training, samples: list[Sample]) -> list[float]:
-    """Tokens per verify step of each sample, had its chains been drafted by the served weights."""
+    """Tokens per verify step of each sample, had the served weights drafted it."""
     trainer = training.config.trainer
-    batch = pack(samples, trainer.batch.model_copy(update={"rejected": False}))
-    score = objective(training.served.draft, batch, trainer.loss)[1]
-    lengths = []
-    for n in range(len(samples)):
-        runs, at, steps = score.run[batch.base_sample == n].tolist(), 0, 0
-        while at < len(runs) and runs[at] > 0:  # -1: its chain runs past the end
-            at, steps = at + runs[at], steps + 1
-        if steps:
-            lengths.append(at / steps)
-    return lengths
+    device = trainer.model.device
+    scores = measure(training.served.draft, samples, trainer.batch, trainer.loss, device)
+    return [float(tokens / steps) for steps, tokens in scores if steps]
 
 
 def main() -> None:
@@ -74,6 +67,7 @@ def main() -> None:
     parser.add_argument("--publish-every", type=int, default=15, help="requests between two swaps")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--bin", type=int, default=50, help="requests in a printed mean")
+    parser.add_argument("--json", type=Path, help="file to append one line a setting to")
     options = parser.parse_args()
     print(f"accept length, mean of {options.bin} requests each; CPU seconds of training a request; optimizer steps")
     for text in options.tries or [""]:
@@ -84,6 +78,11 @@ def main() -> None:
         bins = [lengths[i : i + options.bin] for i in range(0, len(lengths), options.bin)]
         means = " ".join(f"{sum(b) / len(b):.2f}" for b in bins)
         print(f"{text or 'as configured':60} {means} | {cpu_s / max(len(lengths), 1):.3f} s, {steps}", flush=True)
+        if options.json:
+            last = sum(lengths[-40:]) / 40
+            row = {"settings": text, "lengths": lengths, "last_40": last, "cpu_s": cpu_s, "steps": steps}
+            with open(options.json, "a") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """An untrained draft for a given target: random, or started from the target's own last layer and head.
 
-Started from the target, the highest aux feature passes through `fc` unchanged, attention adds the embedding of the
-slot's own token (as the residual stream of the next position begins with it), and the target's last MLP, final norm and
-head read the sum. The final norm is scaled down: the target's head is sharp because the target's states know the next
-token, and the draft's, which still say what came before it, would be sharp and wrong.
+Started from the target, it has the target's head and norms, an RMS norm for each feature, and as many key heads as hold
+the embedding. It can copy: it looks for its own token earlier on and proposes what followed (look_back.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,12 +17,13 @@ from aurora_sglang_plugin.aux_layers import ids_that_name
 from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_sglang_plugin.rope import nested, read_rope
 from aurora_trainer import vocab
+from aurora_trainer.commands.look_back import look_back
 from aurora_trainer.draft import Draft
 from aurora_trainer.target import Target, open_target
 
 Kind = Literal["random", "target"]
-# Standard deviation of the first logits of a state that knows nothing: above a uniform guess by half its square (nats).
-SPREAD = 0.25
+# Standard deviation of the logits of a state that knows nothing; half its square is lost, in nats.
+SPREAD = 0.35
 
 
 def init_draft(
@@ -42,7 +42,8 @@ def init_draft(
 
     draft_vocab: keep this many target tokens, the most frequent of token_counts [V] (and every end-of-text token).
     aux_layer_ids: layers of the target whose output is a feature, low to high; None for `default_aux_layer_ids`.
-    kv_heads: key-value heads of its attention; None: the target's. eagle31: see `draft_config`.
+    kv_heads: key-value heads of its attention; None: the target's, or as many as hold the embedding for
+    kind "target". eagle31: see `draft_config`; such a draft takes the target's head and norm, and does not copy.
     Raises ValueError for a target that a draft cannot be made for.
     """
     target = open_target(target_dir)
@@ -54,17 +55,16 @@ def init_draft(
         if token_counts is None or token_counts.shape != (v,):
             raise ValueError(f"a draft vocabulary of {draft_vocab} needs token_counts of shape ({v},)")
         d2t = vocab.most_frequent(token_counts, draft_vocab, keep=target.eos_token_ids)
+    if kind == "target" and not eagle31:
+        heads = kv_heads or enough_key_heads(config)
+        config = replace(config, fc_norm=True, num_key_value_heads=heads)
+    elif kind not in ("random", "target"):
+        raise ValueError(f"kind {kind!r}: expected random or target")
     draft = Draft(config, embed, d2t)
     randomise(draft, seed)
     if kind == "target":
-        act = target.config.get("hidden_act") or target.config.get("hidden_activation") or "silu"
-        if act != "silu":
-            raise ValueError(
-                f"{target.directory}: its MLP computes {act}, a draft's computes silu; expected --kind random"
-            )
-        start_from_target(draft, target)
-    elif kind != "random":
-        raise ValueError(f"kind {kind!r}: expected random or target")
+        outputs = tuple(aux_layer_ids or default_aux_layer_ids(target.config["num_hidden_layers"]))
+        start_from_target(draft, target, outputs, seed)
     draft.save(out_dir, dtype)
     return draft
 
@@ -140,58 +140,27 @@ def randomise(draft: Draft, seed: int) -> None:
 
 
 @torch.no_grad()
-def start_from_target(draft: Draft, target: Target) -> None:
-    """Overwrite what the target's last layer, final norm and head can supply, and `look_at_own_token`."""
-    h, layer = draft.config.hidden_size, draft.layers[0]
-    last = f"model.layers.{target.config['num_hidden_layers'] - 1}."
-    if not (target.stored(f"{last}mlp.gate_proj.weight") or target.packed(f"{last}mlp.gate_proj.weight")):
-        raise ValueError(
-            f"{target.directory}: its last layer has no dense MLP that a draft could start from (a mixture of experts?)"
-            "; expected one, or --kind random"
-        )
-    draft.fc.weight.zero_()
-    draft.fc.weight[:, -h:] = torch.eye(h)
-    layer.hidden_norm.weight.copy_(target.tensor(last + "input_layernorm.weight"))
+def start_from_target(draft: Draft, target: Target, outputs: tuple[int, ...], seed: int) -> None:
+    """Overwrite what the target can supply; `outputs` are the target's layers whose outputs are the features."""
+    layer = draft.layers[0]
     layer.input_layernorm.weight.copy_(target.tensor("model.layers.0.input_layernorm.weight"))
-    layer.post_attention_layernorm.weight.copy_(target.tensor(last + "post_attention_layernorm.weight"))
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        getattr(layer.mlp, name).weight.copy_(target.tensor(f"{last}mlp.{name}.weight"))
-    norm, head = target.tensor("model.norm.weight").float(), target.head()[vocab.target_ids(draft.d2t)].float()
-    # over the vocabulary, of a normalised state of any direction: 3.8 on Qwen2.5-0.5B
+    # The target's head is sharp because its states know the next token. These do not: sharp and wrong
+    # costs more than a uniform guess.
+    norm = target.tensor("model.norm.weight").float()
+    head = target.head()[vocab.target_ids(draft.d2t)].float()
     spread = (head * norm).square().sum(-1).mean().sqrt()
     draft.norm.weight.copy_(norm * (SPREAD / spread).clamp(max=1.0))
     draft.lm_head.weight.copy_(head)
-    look_at_own_token(draft)
+    if not draft.config.fc_norm:
+        return
+    # The target's next layer reads the output through this norm, which makes massive dimensions small.
+    for fc_norm, output in zip(draft.fc_norm, outputs, strict=True):
+        fc_norm.weight.copy_(target.tensor(f"model.layers.{output + 1}.input_layernorm.weight"))
+    look_back(draft, target, outputs[0], head * norm, seed)
 
 
-@torch.no_grad()
-def look_at_own_token(draft: Draft, sharpness: float = 8.0, sample: int = 8192) -> None:
-    """Attention of the first layer that adds, at first, the embedding of the slot's own token to the state.
-
-    In each group of query heads the first one attends to its own slot: its q and the group's k are one random
-    projection of the embedding, so that a slot's score with itself (about `sharpness`) exceeds all others. Values are
-    the embedding's principal components (as many as all key heads hold), and o_proj maps them back, by least squares
-    over `sample` tokens. The other query heads stay random and add nothing yet.
-    """
-    layer, config = draft.layers[0], draft.config
-    attention, h, d, kv_heads = layer.self_attn, config.hidden_size, config.head_dim, config.num_key_value_heads
-    group = config.num_attention_heads // kv_heads
-    tokens = torch.linspace(0, config.vocab_size - 1, min(sample, config.vocab_size)).long()
-    raw = draft.embed[tokens].float()
-    x = layer.input_layernorm(raw)  # what the embedding half of q, k and v reads
-    rank = min(kv_heads * d, h)
-    components = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)[:, :rank].T  # [rank, H], largest first
-    attention.v_proj.weight.zero_()
-    attention.v_proj.weight[:rank, :h] = components
-    back = torch.linalg.lstsq(x @ components.T, raw).solution.T  # [H, rank]
-    attention.o_proj.weight.zero_()
-    for head in range(kv_heads):
-        projection = torch.linalg.qr(attention.k_proj.weight[head * d : (head + 1) * d, :h].T).Q.T  # [min(D, H), H]
-        size = (x @ projection.T).square().sum(-1).mean()  # of a slot's product with itself
-        projection = projection * (sharpness * d**0.5 / size).sqrt()
-        query, key = head * group * d, head * d  # first rows of the group's first query head and of its key head
-        for weight, first in ((attention.q_proj.weight, query), (attention.k_proj.weight, key)):
-            weight[first : first + d] = 0
-            weight[first : first + len(projection), :h] = projection
-        part = back[:, key : key + d]
-        attention.o_proj.weight[:, query : query + part.shape[1]] = part
+def enough_key_heads(config: DraftConfig) -> int:
+    """As few as hold the whole embedding: the next token enters the draft through its value heads alone."""
+    heads = config.num_attention_heads
+    enough = (n for n in range(config.num_key_value_heads, heads + 1) if n * config.head_dim >= config.hidden_size)
+    return next((n for n in enough if heads % n == 0), heads)

@@ -9,13 +9,14 @@ from aurora_sglang_plugin.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.draft_check import check_draft
 from aurora_trainer import vocab
 from aurora_trainer.commands.init_draft import default_aux_layer_ids, init_draft
+from aurora_trainer.commands.look_back import low_features
 from aurora_trainer.draft import Draft
 from aurora_trainer.target import open_target
 
 
-def write_target(directory, *, model_type="qwen3", layers=4, tied=False, sharded=False):
+def write_target(directory, *, model_type="qwen3", layers=4, tied=False, sharded=False, h=16, v=60):
     """A random target as Hugging Face would save it; Qwen3's q_norm and k_norm have no place in the draft."""
-    h, i, heads, kv, d, v = 16, 24, 4, 2, 8, 60
+    i, heads, kv, d = 24, 4, 2, 8
     g = torch.Generator().manual_seed(0)
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": model_type, "hidden_size": h, "intermediate_size": i,
@@ -57,7 +58,7 @@ def write_target(directory, *, model_type="qwen3", layers=4, tied=False, sharded
 @pytest.mark.parametrize(
     "kind", [{}, {"sharded": True}, {"tied": True}, {"model_type": "llama"}, {"model_type": "llama", "tied": True}]
 )
-def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, tmp_path):
+def test_started_from_the_target_it_has_its_head_and_norms(kind, tmp_path):
     target = tmp_path / "target"
     target.mkdir()
     tensors = write_target(target, **kind)
@@ -66,36 +67,32 @@ def test_started_from_the_target_it_applies_the_targets_last_mlp_and_head(kind, 
     draft = Draft.load(out, open_target(target).embedding())
     assert draft.config.aux_layer_ids == (0, 1, 2) and draft.config.rope_theta == 5e4
     assert draft.config.head_dim == (4 if kind.get("model_type") == "llama" else 8)
-
-    torch.nn.init.zeros_(draft.layers[0].self_attn.o_proj.weight)  # of attention: the next test
-    features = torch.randn(3, 48)
-    state, _ = draft.slots(torch.tensor([1, 2, 3]), features, torch.arange(3), torch.zeros(3, dtype=torch.int64))
-    x = features[:, 32:]  # the highest aux feature, untouched by fc
-
-    def norm(x, name):
-        return torch.nn.functional.rms_norm(x, (16,), tensors[name], 1e-5)
-
-    y, mlp = norm(x, "model.layers.3.post_attention_layernorm.weight"), "model.layers.3.mlp."
-    gate, up, down = (tensors[f"{mlp}{n}_proj.weight"] for n in ("gate", "up", "down"))
-    x = x + (torch.nn.functional.silu(y @ gate.T) * (y @ up.T)) @ down.T
+    # 16 numbers of embedding: 4 heads of 4 hold them, 2 of 8
+    assert draft.config.num_key_value_heads == (4 if kind.get("model_type") == "llama" else 2)
     head = tensors["model.embed_tokens.weight" if kind.get("tied") else "lm_head.weight"]
-    logits = norm(x, "model.norm.weight") @ head.T
+    assert torch.equal(draft.lm_head.weight, head)
     softer = draft.norm.weight / tensors["model.norm.weight"]
-    torch.testing.assert_close(softer, softer[:1].expand(16))  # its final norm by one factor
-    torch.testing.assert_close(draft.logits(state), logits * softer[0])
+    torch.testing.assert_close(softer, softer[:1].expand(16))
+    for n, norm in enumerate(draft.fc_norm):
+        assert torch.equal(norm.weight, tensors[f"model.layers.{n + 1}.input_layernorm.weight"])
 
 
-@pytest.mark.parametrize("model_type", ["qwen3", "llama"])
-def test_started_from_the_target_a_slot_begins_with_its_own_tokens_embedding(model_type, tmp_path):
-    """Eight slots of one sequence; of llama's 8 value dimensions for 16 of embedding, half must be lost."""
-    write_target(tmp_path, model_type=model_type)
+def test_started_from_the_target_it_proposes_what_followed_its_token_before(tmp_path):
+    """Twelve tokens, then the same twelve again: in the second half it knows the next one, in the first half never."""
+    tensors = write_target(tmp_path, model_type="llama", tied=True, h=128, v=300)
+    # as much as the embedding, as in a trained model
+    tensors = {n: 0.1 * t if ".mlp." in n else t.abs() if "norm" in n else t for n, t in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
     draft = init_draft(tmp_path, tmp_path / "d", "target")
-    torch.nn.init.zeros_(draft.layers[0].mlp.down_proj.weight)
-    tokens = torch.arange(8) * 7
-    state, _ = draft.slots(tokens, torch.zeros(8, 48), torch.arange(8), torch.zeros(8, dtype=torch.int64))
-    alike = torch.nn.functional.cosine_similarity(state[:, None], draft.embed[None, tokens], -1)
-    assert alike.diagonal().mean() > (0.9 if model_type == "qwen3" else 0.6)
-    assert (alike.argmax(-1) == torch.arange(8)).sum() >= 6
+    random = torch.Generator().manual_seed(1)
+    text = torch.randperm(300, generator=random)[:12].repeat(2)
+    at, held = text[:-1], text[1:]  # of each slot: the token at its position, its own
+    low = low_features(open_target(tmp_path), 0, draft.embed[at].float(), 1e-5)
+    features = torch.cat([low + 0.3 * low.std() * torch.randn(low.shape, generator=random),
+                          torch.randn(23, 256, generator=random)], 1)  # fmt: skip
+    state, _ = draft.slots(held, features, torch.arange(23), torch.zeros(23, dtype=torch.int64))
+    right = draft.logits(state).argmax(-1)[:-1] == text[2:]
+    assert right[11:].float().mean() > 0.7 and right[:10].float().mean() < 0.3
 
 
 def test_random_is_reproducible_by_seed_and_owes_the_target_nothing(tmp_path):
@@ -190,27 +187,28 @@ def quantize(directory, how):
 
 @pytest.mark.parametrize("how", ["blocks of 8", "one scale", "a scale for each row", "int8, a scale for each row"])
 def test_codes_of_a_quantized_target_are_multiplied_by_their_scales(how, tmp_path):
-    tensors = write_target(tmp_path)
-    quantize(tmp_path, how)
-    draft = init_draft(tmp_path, tmp_path / "d", "target")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        own, meant = getattr(draft.layers[0].mlp, name).weight.detach(), tensors[f"model.layers.3.mlp.{name}.weight"]
-        assert torch.corrcoef(torch.stack([own.flatten(), meant.flatten()]))[0, 1] > 0.95, name
-        assert float(own.norm() / meant.norm()) == pytest.approx(1, abs=0.1), name
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [("without a scale", "float8_e4m3fn without scales"), ("qweight", "packed, as model.layers.3.mlp"),
-     ("weight_packed", "a quantized target")],
-)  # fmt: skip
-def test_what_cannot_be_read_without_its_quantizer_is_said(how, said, tmp_path):
     write_target(tmp_path)
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    meant = low_features(open_target(tmp_path), 2, x, 1e-6) - x
     quantize(tmp_path, how)
-    with pytest.raises(ValueError, match=said) as error:
+    own = low_features(open_target(tmp_path), 2, x, 1e-6) - x
+    assert torch.corrcoef(torch.stack([own.flatten(), meant.flatten()]))[0, 1] > 0.95
+    assert float(own.norm() / meant.norm()) == pytest.approx(1, abs=0.1)
+    init_draft(tmp_path, tmp_path / "d", "target")
+
+
+def test_codes_without_a_scale_are_refused_and_packed_ones_left_out(tmp_path):
+    write_target(tmp_path)
+    quantize(tmp_path, "without a scale")
+    with pytest.raises(ValueError, match="float8_e4m3fn without scales") as error:
         init_draft(tmp_path, tmp_path / "d", "target")
     assert "--kind random" in str(error.value)
     init_draft(tmp_path, tmp_path / "e", "random")
+    write_target(tmp_path)
+    quantize(tmp_path, "weight_packed")
+    x = torch.randn(40, 16)
+    assert torch.equal(low_features(open_target(tmp_path), 2, x, 1e-6), x)
+    init_draft(tmp_path, tmp_path / "f", "target")
 
 
 @pytest.mark.parametrize("part", ["qweight", "weight_packed"])
@@ -264,7 +262,7 @@ def test_the_language_model_of_a_larger_model(tmp_path):
 
 
 def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
-    """As in Kimi K2.5: what the target has none of is chosen, and its sparse last layer is nothing to start from."""
+    """As in Kimi K2.5: what the target has none of is chosen, and its sparse layers are left out."""
     write_target(tmp_path)
     tensors = nest(
         tmp_path, kv_lora_rank=4, v_head_dim=6, n_routed_experts=8, num_key_value_heads=4, num_attention_heads=4,
@@ -276,8 +274,8 @@ def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
     assert config.rope_scaling["rope_type"] == "yarn" and config.rope_theta == 5e4
     kept = {f"language_model.{n}": t for n, t in tensors.items() if "layers.3.mlp" not in n}
     save_file(kept, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="--kind random"):
-        init_draft(tmp_path, tmp_path / "e", "target")
+    started = init_draft(tmp_path, tmp_path / "e", "target")
+    assert torch.equal(started.lm_head.weight, tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("massive", [1.0, 300.0])
