@@ -12,7 +12,7 @@ FALSE_ALARM = 1e-6  # how often a test rejects what is right
 def continuations(
     first: torch.Tensor, following: Callable[[Sequence[int]], torch.Tensor], length: int
 ) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence of `length` tokens; `following(tokens so far)` gives distributions [V]."""
+    """Probability of every sequence of `length` tokens; `following(tokens so far)` gives [V]."""
     found = {(): 1.0}
     for _ in range(length):
         longer = {}
@@ -25,7 +25,7 @@ def continuations(
 
 
 def p_value(drawn: torch.Tensor, expected: dict[tuple[int, ...], float]) -> float:
-    """Pearson's chi-square of sequences [draws, length]; sequences expected fewer than 5 times are one cell.
+    """Pearson's chi-square of sequences [draws, length]; those expected fewer than 5 times are a cell.
 
     0.0 if a sequence was drawn that cannot be.
     """
@@ -44,4 +44,3 @@ def p_value(drawn: torch.Tensor, expected: dict[tuple[int, ...], float]) -> floa
     freedom = len(cells) - 1
     half = torch.tensor([freedom / 2, statistic / 2], dtype=torch.float64)
     return float(torch.special.gammaincc(half[0], half[1]))
-

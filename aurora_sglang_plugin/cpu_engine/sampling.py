@@ -1,4 +1,4 @@
-"""Sampling verification on the CPU: what SGLang calls when a request of the batch has a temperature.
+"""Sampling verification on the CPU: what SGLang calls when a request of the batch samples.
 
 SGLang has these kernels on CUDA only, and therefore takes the argmax on a CPU whatever a request
 asks for. `attach` gives its own `eagle_sample` the stand-ins below, and lets it take the branch
@@ -23,7 +23,7 @@ from aurora_sglang_plugin.snapshot import parents
 
 logger = logging.getLogger(__name__)
 
-# So many of the largest probabilities are looked at first; a nucleus that is wider is found by bisection.
+# So many of the largest probabilities are looked at first; a wider nucleus is found by bisection.
 NUCLEUS = 256
 BELOW_ONE = 1 - 2**-24
 TINY = torch.finfo(torch.float32).tiny
@@ -48,7 +48,7 @@ def attach() -> None:
 
 
 def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
-    """Keep the `top_ks` [R] largest of each row of `probs` [R, V], and all that equal the last of them.
+    """Keep the `top_ks` [R] largest of each row of `probs` [R, V], and ties with the last.
 
     Returns probabilities again; float32 `probs` are overwritten. A `top_ks` of 1 is SGLang's
     temperature 0: of equal largest ones the first is kept, as argmax does.
@@ -67,7 +67,7 @@ def top_k_renorm_prob(probs: Tensor, top_ks: Tensor) -> Tensor:
 
 
 def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
-    """Keep the fewest largest of each row of `probs` [R, V] that reach `top_ps` [R] together, and ties.
+    """Keep the fewest largest of each row of `probs` [R, V] that reach `top_ps` [R], and ties.
 
     Returns probabilities again; float32 `probs` are overwritten.
     """
@@ -82,10 +82,10 @@ def top_p_renorm_prob(probs: Tensor, top_ps: Tensor) -> Tensor:
 
 
 def _wide_nucleus(probs: Tensor, top_ps: Tensor, above: Tensor) -> Tensor:
-    """The largest threshold [r, 1] that leaves a mass of `top_ps` [r, 1]; at `above` [r, 1] less is left.
+    """The largest threshold [r, 1] that leaves a mass of `top_ps` [r, 1]; `above` leaves less.
 
-    Bisects the bits of the threshold, whose order is that of positive floats: 30 passes at most, where
-    sorting a row would cost 100.
+    Bisects the bits of the threshold, whose order is that of positive floats: 30 passes at most;
+    sorting a row costs 100.
     """
     high, scaled = above.view(torch.int32), torch.empty_like(probs)
     low = torch.zeros_like(high)
@@ -99,7 +99,7 @@ def _wide_nucleus(probs: Tensor, top_ps: Tensor, above: Tensor) -> Tensor:
 
 
 def _keep(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Write zeros where a row of `probs` is below its `threshold` [R, 1]; what is kept sums to 1 again."""
+    """Write zeros where `probs` are below the row's `threshold` [R, 1]; the rest sums to 1 again."""
     # In units of its threshold one number serves every row, and torch has a fast pass for that.
     threshold_(probs.div_(threshold.clamp(min=TINY)), BELOW_ONE, 0.0)
     return probs.div_(probs.sum(1, keepdim=True))
@@ -131,7 +131,10 @@ def tree_speculative_sampling_target_only(
     [B, N] and `uniform_samples_for_final_sampling` [B].
     """
     parent = parents(retrive_next_token, retrive_next_sibling)
-    p, coin = _of_parent(target_probs, parent, candidates), uniform_samples.gather(1, parent.clamp(min=0))
+    p, coin = (
+        _of_parent(target_probs, parent, candidates),
+        uniform_samples.gather(1, parent.clamp(min=0)),
+    )
     sibling = (parent[:, :, None] == parent[:, None, :]).tril()
     # [B, N] a node and its older siblings together
     reached = (sibling * p[:, None, :]).sum(2)
@@ -167,7 +170,7 @@ def chain_speculative_sampling_triton(
     *,
     block_verification: bool = False,
 ) -> None:
-    """Rejection sampling of chains (`--speculative-use-rejection-sampling`); written as by the tree's.
+    """Rejection sampling of chains (`--speculative-use-rejection-sampling`), written like trees.
 
     A token that the draft sampled with probability q (`draft_probs` [B, S, V]) is kept with
     min(1, p/q); after the first that is not, the next token is drawn from max(0, p - q).
@@ -194,7 +197,7 @@ def chain_speculative_sampling_triton(
 
 
 def _of_parent(probs: Tensor, parent: Tensor, tokens: Tensor) -> Tensor:
-    """Each node's own token in its parent's distribution: [B, N] of probs [B, N, V]; 0 where there is no parent."""
+    """A node's token in its parent's distribution: [B, N] of probs [B, N, V]; 0 without parent."""
     rows = torch.arange(len(parent))[:, None]
     return torch.where(parent >= 0, probs[rows, parent.clamp(min=0), tokens], 0.0)
 
@@ -208,7 +211,7 @@ def _write_path(
     candidates: Tensor,
     retrive_index: Tensor,
 ) -> Tensor:
-    """Write the nodes that are `accepted` [B, N] by their parents, from the root on; returns the last ones, [B]."""
+    """Write the path of nodes that are `accepted` [B, N] by their parents; returns its last, [B]."""
     path = torch.zeros_like(accepted)
     path[:, 0] = True
     for _ in range(accept_index.shape[1] - 1):
@@ -224,7 +227,7 @@ def _write_path(
 
 
 def _draw(weights: Tensor, otherwise: Tensor, coins: Tensor) -> Tensor:
-    """One id per row, [B], drawn with `weights` [B, V] by `coins` [B]; from `otherwise` where all weights are 0."""
+    """Draw [B] ids by `coins` [B] from `weights` [B, V], or from `otherwise` if these are all 0."""
     nothing = weights.sum(1, keepdim=True) <= 0
     cdf = torch.where(nothing, otherwise, weights).cumsum(1)
     total = cdf[:, -1:].contiguous()

@@ -1,8 +1,8 @@
-"""Sampled requests on real servers: what is generated follows the target's own distribution, after the first token
-and within a verify step, and greedy requests beside them are what a plain server says.
+"""Sampled requests on real servers: what is generated follows the target's own distribution, after
+the first token and within a verify step; greedy requests beside them say what a plain server says.
 
-A server of each rule, on a target with so few tokens that every continuation can be counted. Goodness of fit is
-judged by chi-square tests; a right server fails one of them once in a million times (FALSE_ALARM).
+A server of each rule, on a target with so few tokens that every continuation can be counted.
+Goodness of fit is judged by chi-square tests; a right server fails one in a million (FALSE_ALARM).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracle(tiny):
-    """Logits [V] of what follows the prompt and the tokens so far, and greedy continuations, by Hugging Face."""
+    """By Hugging Face: logits [V] after the prompt and some tokens, and greedy continuations."""
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(tiny[0], dtype=torch.float32).eval()
     logits = {}
@@ -76,12 +76,16 @@ def test_what_is_generated_follows_the_target(shape, tiny, oracle, tmp_path):
     # greedy ones in between, and longer
     prompts = [[1 + i % 7, i // 7 % 8, 5, i % 3, i % 8] for i in range(24)]
     for i, prompt in enumerate(prompts):
-        requests.insert(i * len(requests) // len(prompts), (prompt, {"temperature": 0, "max_new_tokens": 24}))
+        requests.insert(
+            i * len(requests) // len(prompts), (prompt, {"temperature": 0, "max_new_tokens": 24})
+        )
 
     args = SERVED + SHAPES[shape].get("args", [])
     loop = Loop(tmp_path, *tiny, **(SHAPES[shape] | {"args": args}))
     try:
-        answers = loop.generate([prompt for prompt, _ in requests], [params for _, params in requests])
+        answers = loop.generate(
+            [prompt for prompt, _ in requests], [params for _, params in requests]
+        )
     finally:
         loop.stop()
 
@@ -94,10 +98,14 @@ def test_what_is_generated_follows_the_target(shape, tiny, oracle, tmp_path):
     print(f"{shape}: {right / steps:.2f} drafts accepted in a verify step, of {steps}")
     assert right / steps > 0.1, "the draft is never accepted, and nothing is shown"
     for kind in KINDS:
-        drawn = [a["output_ids"] for a, params in sampled if params == kind | {"max_new_tokens": LENGTH}]
+        drawn = [
+            a["output_ids"] for a, params in sampled if params == kind | {"max_new_tokens": LENGTH}
+        ]
         assert len(drawn) == DRAWS
         expected = continuations(
-            distribution(logits[()], **kind), lambda seen, kind=kind: distribution(logits[seen], **kind), LENGTH
+            distribution(logits[()], **kind),
+            lambda seen, kind=kind: distribution(logits[seen], **kind),
+            LENGTH,
         )
         p = p_value(torch.tensor(drawn), expected)
         print(f"{shape}: {kind} p {p:.3f}")
@@ -108,7 +116,11 @@ def test_what_is_generated_follows_the_target(shape, tiny, oracle, tmp_path):
 def test_greedy_requests_beside_sampled_ones_are_a_plain_servers(name, request, plain, stream):
     loop = request.getfixturevalue(name)
     batch = [stream[35000 + 97 * i : 35000 + 97 * i + 10 + 7 * i] for i in range(12)]
-    sampled = [{"temperature": 1.0, "top_p": 0.9}, {"temperature": 0.8, "top_k": 20}, {"temperature": 1.2}]
+    sampled = [
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.8, "top_k": 20},
+        {"temperature": 1.2},
+    ]
     params = [sampled[i // 2 % 3] if i % 2 else {} for i in range(len(batch))]
     expected = [a["output_ids"] for a in generate(plain, batch[::2], {"max_new_tokens": 40}, None)]
     answers = loop.generate(batch, [p | {"max_new_tokens": 40} for p in params])

@@ -1,8 +1,8 @@
-"""Sampling verification on the CPU: by rule as SGLang's kernels, and in distribution as the target itself.
+"""Sampling verification on the CPU: its rules are SGLang's, its distribution is the target's.
 
-The oracles are SGLang's Triton kernels, interpreted (this file runs itself as a script, once, because
-TRITON_INTERPRET must be set before triton is imported), and for trees, whose kernel is CUDA only, its
-walk in plain Python. The distributions are judged by chi-square tests with fixed seeds; a right rule
+The oracles are SGLang's Triton kernels, interpreted (this file runs itself as a script, once, as
+TRITON_INTERPRET must be set before triton is imported), and for trees, whose kernel is CUDA only,
+its walk in plain Python. Chi-square tests with fixed seeds judge the distributions; a right rule
 fails one of them by chance for one seed in a million (FALSE_ALARM).
 """
 
@@ -19,11 +19,16 @@ from trees import NAMED_TREES
 
 from aurora_sglang_plugin.cpu_engine import sampling
 
-CPU_ENV = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+CPU_ENV = {
+    **os.environ,
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
 
 
 def run_sglangs_kernels(path):
-    """The oracle: chains verified by rejection, and rows cut by top-k and top-p, by SGLang's Triton kernels."""
+    """The oracle: chains verified by rejection, and rows cut, by SGLang's Triton kernels."""
     from sglang.kernels.ops.sampling import renorm_triton
     from sglang.kernels.ops.speculative import reject_sampling
 
@@ -55,7 +60,7 @@ def empty(batch, nodes, steps=None):
 
 
 def chains(batch, nodes, vocab):
-    """Arguments of a verification; the draft's distributions are near the target's, so that some is accepted."""
+    """Arguments of a verification; the draft is near the target, so that some is accepted."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(batch, nodes, vocab, generator=generator) * 2
     noise = torch.randn(batch, nodes - 1, vocab, generator=generator)
@@ -123,7 +128,7 @@ def test_a_nucleus_ends_where_probabilities_underflow():
 
 
 def links(parents):
-    """First children and next siblings [N] of a tree, -1 where there is none, as SGLang keeps them."""
+    """First children and next siblings [N] of a tree, -1 if there is none, as SGLang keeps them."""
     child, sibling = [-1] * len(parents), [-1] * len(parents)
     newest = {}
     for node, parent in enumerate(parents[1:], 1):
@@ -136,7 +141,7 @@ def links(parents):
 
 
 def trees(parents, batch, vocab, seed):
-    """Arguments of verification of `batch` trees of one shape, whose siblings carry different tokens."""
+    """Arguments of a verification of trees of one shape, whose siblings carry different tokens."""
     generator, n = torch.Generator().manual_seed(seed), len(parents)
     tokens = torch.zeros(batch, n, dtype=torch.long)
     for node in range(n):
@@ -178,14 +183,17 @@ def walk(tokens, index, child, sibling, coins, last, target, draft, single, acc,
     return predicts, path
 
 
-@pytest.mark.parametrize("single, acc", [(1.0, 1.0), (0.4, 1.0), (1.0, 0.5), (0.3, 0.7), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    "single, acc", [(1.0, 1.0), (0.4, 1.0), (1.0, 0.5), (0.3, 0.7), (0.0, 0.0)]
+)
 @pytest.mark.parametrize("name", NAMED_TREES)
 def test_trees_are_verified_as_by_sglangs_kernel(name, single, acc):
     parents, batch, vocab = NAMED_TREES[name], 20, 10
     arguments = trees(parents, batch, vocab, seed=len(parents))
     # a distribution of few tokens, and one of a single token, as top-k leaves them
     arguments[6][:10] = sampling.top_k_renorm_prob(
-        arguments[6][:10].flatten(0, 1), torch.tensor([1, 3, 1, 2, 9] * 2).repeat_interleave(len(parents))
+        arguments[6][:10].flatten(0, 1),
+        torch.tensor([1, 3, 1, 2, 9] * 2).repeat_interleave(len(parents)),
     ).view(10, len(parents), vocab)
     depth = 8
     out = empty(batch, len(parents), depth)
@@ -203,7 +211,11 @@ def test_a_coin_beyond_what_rounding_left_still_draws_a_token_of_the_target():
     """Siblings hold all of the mass, and sum to a little less than 1."""
     tokens = torch.tensor([[0, 1, 2]])
     p = torch.tensor([0.0, 0.7, 0.29999995, 0.0]).expand(1, 3, 4).contiguous()
-    child, sibling, index = torch.tensor([[1, -1, -1]]), torch.tensor([[-1, 2, -1]]), torch.arange(3)[None]
+    child, sibling, index = (
+        torch.tensor([[1, -1, -1]]),
+        torch.tensor([[-1, 2, -1]]),
+        torch.arange(3)[None],
+    )
     coins = torch.full((1, 3), 1 - 2**-24)
     out = empty(1, 3, 1)
     arguments = (tokens, index, child, sibling, coins, coins[:, 0], p, torch.zeros_like(p))
@@ -211,7 +223,7 @@ def test_a_coin_beyond_what_rounding_left_still_draws_a_token_of_the_target():
     assert out[2].tolist() == [0] and int(out[0][0]) in (1, 2)
 
 
-# Distributions. The target is a Markov chain over V tokens: a node's distribution is its token's row.
+# Distributions. The target is a Markov chain over V tokens: a row for each token.
 
 V, DRAWS, LENGTH = 6, 8000, 3
 TREE = [-1, 0, 0, 1, 1, 2, 3]  # topk 2, 3 steps
@@ -226,12 +238,14 @@ def target_rows(temperature=1.0, top_k=1 << 30, top_p=1.0):
 
 
 def draw(rule, rows, seed):
-    """DRAWS verifications of drafts that start at token 0; returns the LENGTH tokens that follow, [DRAWS, LENGTH].
+    """Verify drafts that start at token 0; returns the tokens that follow, [DRAWS, LENGTH].
 
     What a verification does not reach is drawn from the chain itself.
     """
     torch.manual_seed(seed)
-    draft = (rows.clamp(min=1e-3).log() + torch.randn(V, V, generator=torch.Generator().manual_seed(6))).softmax(1)
+    draft = (
+        rows.clamp(min=1e-3).log() + torch.randn(V, V, generator=torch.Generator().manual_seed(6))
+    ).softmax(1)
     parents = torch.tensor([-1, 0, 1, 2] if rule == "chain" else TREE)
     n = len(parents)
     tokens = torch.zeros(DRAWS, n, dtype=torch.long)
@@ -244,7 +258,11 @@ def draw(rule, rows, seed):
             older = sum(int(parents[j] == parents[i]) for j in range(1, i))
             tokens[:, i] = favourites[tokens[:, parents[i]], older]
     child, sibling = (x.expand(DRAWS, n).contiguous() for x in links(parents.tolist()))
-    index, coins, last = torch.arange(DRAWS * n).view(DRAWS, n), torch.rand(DRAWS, n), torch.rand(DRAWS)
+    index, coins, last = (
+        torch.arange(DRAWS * n).view(DRAWS, n),
+        torch.rand(DRAWS, n),
+        torch.rand(DRAWS),
+    )
     out = empty(DRAWS, n, 3)
     arguments = (tokens, index, child, sibling, coins, last, rows[tokens])
     if rule == "chain":
@@ -283,7 +301,7 @@ def test_what_is_generated_follows_the_target(rule, settings):
 
 
 def by_draft(probs, parent, tokens):
-    """A broken rule: children are accepted with another distribution's probability than the target's."""
+    """A broken rule: children are accepted with another probability than the target's."""
     return 0.5 * sampling_of_parent(probs, parent, tokens) + 0.05
 
 
