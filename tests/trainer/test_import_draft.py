@@ -259,6 +259,7 @@ CONVERTED = {
     "layer types of the target": ({"layer_types": ["full_attention"] * 6}, lambda c: True),
     "a null where SGLang computes": ({"target_hidden_size": None, "partial_rotary_factor": None}, lambda c: True),
     "no family": ({"model_type": None}, lambda c: True),
+    "defaults left out": ({"rms_norm_eps": None, "hidden_act": None}, lambda c: c.rms_norm_eps == 1e-6),
     "the target's family": ({"model_type": "qwen2", "sliding_window": 64}, lambda c: True),
     "fewer positions than the target": (
         {"max_position_embeddings": 128}, lambda c: c.max_position_embeddings == 4096),
