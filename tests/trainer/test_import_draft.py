@@ -133,6 +133,8 @@ def test_a_draft_of_another_target(source, tmp_path):
     [
         (lambda t, c: ({"x.kv_a_proj.weight": torch.ones(2), **t}, c), "latent (MLA"),
         (lambda t, c: ({"fc.weight": torch.ones(H, 2 * H)}, c), "EAGLE or EAGLE-2"),
+        (lambda t, c: (t, {**speculators(t, c)[1], "speculators_model_type": "eagle"}), "expected eagle3"),
+        (lambda t, c: (t, {"transformer_layer_config": [1]}), "transformer_layer_config = [1]"),
         (lambda t, c: (t, {**c, "architectures": ["Eagle3DeepseekV2ForCausalLM"]}), "not an EAGLE3 draft"),
         (lambda t, c: (t, {**c, "draft_vocab_size": None}), "has no draft_vocab_size"),
         (lambda t, c: (t, {**c, "tie_word_embeddings": True}), "tie_word_embeddings"),
