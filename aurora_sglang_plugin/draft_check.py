@@ -73,7 +73,7 @@ def config_problems(config: dict[str, Any], target_config: dict[str, Any]) -> li
     """What config.json alone says against this draft for this target."""
     draft, problems = read_draft_config(config)
     ht, vocab = target_config["hidden_size"], target_config["vocab_size"]
-    h = config.get("hidden_size")
+    h = draft.hidden_size if draft is not None else None
     if draft is not None and draft.target_hidden_size == ht != h:
         problems.append(
             f"hidden_size is {h}, the target's is {ht}: a draft of a width of its own has an "
@@ -82,7 +82,8 @@ def config_problems(config: dict[str, Any], target_config: dict[str, Any]) -> li
     elif draft is not None and (draft.target_hidden_size or h) != ht:
         key = "target_hidden_size" if draft.target_hidden_size else "hidden_size"
         problems.append(
-            f"{key} is {config[key]}, the target's hidden_size is {ht}: made for another target."
+            f"{key} is {draft.target_hidden_size or h}, the target's hidden_size is {ht}: made for "
+            "another target."
         )
     if draft is not None and draft.vocab_size != vocab:
         problems.append(

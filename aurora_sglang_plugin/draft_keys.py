@@ -14,20 +14,39 @@ from typing import Any
 from aurora_sglang_plugin.draft_files import shown
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-# model_type -> defaults of absent keys that differ from Llama's. transformers reads what is written
-# out the same way for all of these, and SGLang builds the same Llama layer from it; others add
-# something of their own.
+# model_type -> what transformers takes for absent keys, which speculators leaves out where it is
+# so. It reads what is written out in the same way for all of these, and SGLang builds the same
+# Llama layer from it; other families add something of their own.
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+LATENT = (7168, 18432, 61, 128, 129280, 4096)
+
+
+def _sizes(*sizes: int, **more: Any) -> dict[str, Any]:
+    return dict(zip(SIZES, sizes, strict=True)) | more
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen2_moe": {"num_key_value_heads": 16},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {"num_key_value_heads": 4},
-    "mistral": {"num_key_value_heads": 8},
-    "deepseek_v3": {"num_key_value_heads": 128, "head_dim": 64},
-    "kimi_k2": {"num_key_value_heads": 128, "head_dim": 64},
-    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
-    "phi3": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "llama": _sizes(4096, 11008, 32, 32, 32000, 2048),
+    "qwen2": _sizes(4096, 22016, 32, 32, 151936, 32768, num_key_value_heads=32),
+    "qwen2_moe": _sizes(2048, 5632, 24, 16, 151936, 32768, num_key_value_heads=16),
+    "qwen3": _sizes(4096, 22016, 32, 32, 151936, 32768, num_key_value_heads=32, head_dim=128),
+    "qwen3_moe": _sizes(2048, 6144, 24, 32, 151936, 32768, num_key_value_heads=4),
+    "mistral": _sizes(4096, 14336, 32, 32, 32000, 131072, num_key_value_heads=8),
+    "mixtral": _sizes(
+        4096, 14336, 32, 32, 32000, 131072, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1e6
+    ),
+    "phi3": _sizes(
+        3072, 8192, 32, 32, 32064, 4096, rms_norm_eps=1e-5, original_max_position_embeddings=4096
+    ),
+    "deepseek_v3": _sizes(*LATENT, num_key_value_heads=128, head_dim=64),
+    "kimi_k2": _sizes(*LATENT, num_key_value_heads=128, head_dim=64),
 }
 SHAPED = (
     "hidden_size",
@@ -94,9 +113,8 @@ def read_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = _kind_problems(raw, values)
     usable = {}
     for key, wanted in TYPES.items():
-        needed = key in SHAPED or key == "vocab_size"
-        if (key in values or needed) and not fits(wanted, values.get(key)):
-            problems.append(f"config.json has {key} = {shown(values.get(key))}, expected {wanted}.")
+        if key in values and not fits(wanted, values[key]):
+            problems.append(f"config.json has {key} = {shown(values[key])}, expected {wanted}.")
         elif values.get(key) is not None:
             usable[key] = values[key]
     return {key: values[key] for key in ROPE if key in values} | usable, problems
@@ -166,7 +184,7 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
             f"config.json has final_logit_softcapping = {shown(cap)}, which this trainer does not "
             f"compute."
         )
-    layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
+    layers, types = values.get("num_hidden_layers"), raw.get("layer_types")
     listed = (
         isinstance(types, list) and len(types) == layers and all(isinstance(t, str) for t in types)
     )

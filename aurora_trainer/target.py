@@ -119,8 +119,8 @@ class Target:
             scale = scale[:, None]
         if scale.numel() > 1:
             block = (self.config.get("quantization_config") or {}).get("weight_block_size")
-            block = block or [-(-s // n) for s, n in zip(size, scale.shape, strict=True)]
-            if [-(-s // b) for s, b in zip(size, block, strict=True)] != list(scale.shape):
+            block = block or [-(-s // n) for s, n in zip(size, scale.shape)]
+            if [-(-s // b) for s, b in zip(size, block)] != list(scale.shape) or len(size) != 2:
                 raise ValueError(
                     f"{self.directory}: {names[0]} is {list(scale.shape)}, expected one scale for each block of "
                     f"{block} of {list(size)}; give the unquantized model"

@@ -59,13 +59,12 @@ class Foreign:
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
-    entries: dict[str, Entry] = field(default_factory=dict)  # by SGLang's name
-    conversions: list[str] = field(
-        default_factory=list
-    )  # without which the server would not read it as meant
-    problems: list[str] = field(
-        default_factory=list
-    )  # nothing can be read, or it is another kind of draft
+    # by SGLang's name
+    entries: dict[str, Entry] = field(default_factory=dict)
+    # without which the server would not read it as meant
+    conversions: list[str] = field(default_factory=list)
+    # nothing can be read, or it is another kind of draft
+    problems: list[str] = field(default_factory=list)
 
 
 def read_foreign(directory: Path, target_config: Mapping[str, Any]) -> Foreign:
@@ -93,6 +92,9 @@ def _flat(raw: dict[str, Any], found: Foreign, target_config: Mapping[str, Any])
         outer = {k: raw[k] for k in (*OUTER, *SWITCHES, aux_layers.KEY) if raw.get(k) is not None}
         config = {**layer, **outer, "tie_word_embeddings": False, "architectures": [ARCHITECTURE]}
         found.conversions.append(f"config.json nests the layer's shapes in {LAYER}: written flat")
+        kind = raw.get("speculators_model_type", "eagle3")
+        if kind != "eagle3":
+            found.problems.append(f"speculators_model_type is {shown(kind)}, expected eagle3.")
     else:
         architectures = raw.get("architectures")
         known = [a for a in architectures if a in FLAT] if isinstance(architectures, list) else []

@@ -252,6 +252,8 @@ def test_refuses_a_directory_that_is_no_draft(tmp_path, target):
     "changes, says",
     [
         ({"hidden_size": 128}, "hidden_size is 128"),
+        ({"hidden_size": None}, "hidden_size = None"),
+        ({"model_type": "glm4"}, "model_type = 'glm4'"),
         ({"target_hidden_size": 128}, "target_hidden_size is 128"),
         ({"vocab_size": 1000}, "vocab_size is 1000"),
         ({"num_attention_heads": 8}, "o_proj.weight is [64, 64]"),
@@ -270,6 +272,16 @@ def test_refuses_a_directory_that_is_no_draft(tmp_path, target):
 )
 def test_refuses_a_config_that_does_not_fit(draft, changes, says):
     assert says in refusal(draft(changes=changes))
+
+
+def test_absent_sizes_are_those_of_the_family(draft):
+    path = draft()
+    config = json.loads((path / "config.json").read_text())
+    for key in ("hidden_size", "num_attention_heads", "vocab_size"):
+        del config[key]
+    (path / "config.json").write_text(json.dumps(config))
+    message = refusal(path)
+    assert "hidden_size is 4096, the target's hidden_size is 64" in message and "vocab_size is 32000" in message
 
 
 def test_refuses_a_null_draft_vocabulary(draft):

@@ -20,6 +20,7 @@ from models import make_random_draft, make_random_target  # noqa: E402
 
 from aurora_sglang_plugin import draft_check  # noqa: E402
 from aurora_sglang_plugin.aux_layers import CONVENTIONS, aux_layer_ids, ids_that_name  # noqa: E402
+from aurora_sglang_plugin.draft_config import read_draft_config  # noqa: E402
 from aurora_sglang_plugin.draft_keys import FAMILIES  # noqa: E402
 from aurora_trainer.draft import Draft  # noqa: E402
 from aurora_trainer.target import open_target  # noqa: E402
@@ -382,3 +383,22 @@ def test_the_last_output_is_captured_by_the_models_that_are_said_to():
         classes = re.findall(r"^class (\w+For(?:CausalLM|ConditionalGeneration))\b", text, re.M)
         if "def set_eagle3_layers_to_capture" in text and classes and re.search(pattern, text):
             assert set(classes) & said, path.name
+
+
+def test_absent_keys_are_what_transformers_takes_for_them():
+    """Speculators writes only what differs from its family's defaults."""
+    from transformers import AutoConfig
+
+    for family, defaults in FAMILIES.items():
+        if family == "kimi_k2":  # an alias that SGLang registers
+            continue
+        theirs = AutoConfig.for_model(family)
+        named = {**theirs.rope_parameters, **vars(theirs)}
+        for key, value in {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu", **defaults}.items():
+            assert named[key] == value, (family, key)
+        config = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": family, "draft_vocab_size": 10}
+        draft, problems = read_draft_config(config)
+        assert problems == [] and draft.hidden_size == theirs.hidden_size, (family, problems)
+        assert draft.num_key_value_heads == theirs.num_key_value_heads
+        assert draft.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // draft.num_attention_heads)
+        assert not theirs.tie_word_embeddings and not getattr(theirs, "attention_bias", False)

@@ -133,6 +133,8 @@ def test_a_draft_of_another_target(source, tmp_path):
     [
         (lambda t, c: ({"x.kv_a_proj.weight": torch.ones(2), **t}, c), "latent (MLA"),
         (lambda t, c: ({"fc.weight": torch.ones(H, 2 * H)}, c), "EAGLE or EAGLE-2"),
+        (lambda t, c: (t, {**speculators(t, c)[1], "speculators_model_type": "eagle"}), "expected eagle3"),
+        (lambda t, c: (t, {"transformer_layer_config": [1]}), "transformer_layer_config = [1]"),
         (lambda t, c: (t, {**c, "architectures": ["Eagle3DeepseekV2ForCausalLM"]}), "not an EAGLE3 draft"),
         (lambda t, c: (t, {**c, "draft_vocab_size": None}), "has no draft_vocab_size"),
         (lambda t, c: (t, {**c, "tie_word_embeddings": True}), "tie_word_embeddings"),
@@ -259,6 +261,7 @@ CONVERTED = {
     "layer types of the target": ({"layer_types": ["full_attention"] * 6}, lambda c: True),
     "a null where SGLang computes": ({"target_hidden_size": None, "partial_rotary_factor": None}, lambda c: True),
     "no family": ({"model_type": None}, lambda c: True),
+    "defaults left out": ({"rms_norm_eps": None, "hidden_act": None}, lambda c: c.rms_norm_eps == 1e-6),
     "the target's family": ({"model_type": "qwen2", "sliding_window": 64}, lambda c: True),
     "fewer positions than the target": (
         {"max_position_embeddings": 128}, lambda c: c.max_position_embeddings == 4096),
