@@ -49,17 +49,14 @@ def init_draft(
     target = open_target(target_dir)
     v = target.config["vocab_size"]
     embed = target.embedding()
-    config = draft_config(target, draft_vocab or v, aux_layer_ids, kv_heads, eagle31)
+    if kind not in ("random", "target"):
+        raise ValueError(f"kind {kind!r}: expected random or target")
+    config = draft_config(target, draft_vocab or v, aux_layer_ids, kv_heads, eagle31, kind)
     d2t = None
     if config.draft_vocab_size < v:
         if token_counts is None or token_counts.shape != (v,):
             raise ValueError(f"a draft vocabulary of {draft_vocab} needs token_counts of shape ({v},)")
         d2t = vocab.most_frequent(token_counts, draft_vocab, keep=target.eos_token_ids)
-    if kind == "target" and not eagle31:
-        heads = kv_heads or enough_key_heads(config)
-        config = replace(config, fc_norm=True, num_key_value_heads=heads)
-    elif kind not in ("random", "target"):
-        raise ValueError(f"kind {kind!r}: expected random or target")
     draft = Draft(config, embed, d2t)
     randomise(draft, seed)
     if kind == "target":
@@ -83,8 +80,10 @@ def draft_config(
     aux_layer_ids: tuple[int, ...] | None = None,
     kv_heads: int | None = None,
     eagle31: bool = False,
+    kind: Kind = "target",
 ) -> DraftConfig:
-    """One layer with the target's widths and heads. Raises ValueError.
+    """One layer with the target's widths and heads; of kind "target" with a norm for each feature and as many key
+    heads as hold the embedding. Raises ValueError.
 
     Where the target has none of its own to go by: an MLP of 3 H where the target's experts are narrower than that is
     useful, 8 key heads for latent attention, and no rope scaling for a scaling that the trainer does not compute.
@@ -101,14 +100,14 @@ def draft_config(
         raw["rope_parameters"] = by_layer_type.get("full_attention", next(iter(by_layer_type.values())))
     theta, scaling, _ = read_rope(raw)
     layers, heads = raw["num_hidden_layers"], raw["num_attention_heads"]
-    kv_heads = kv_heads or raw.get("num_key_value_heads") or heads
+    chosen, kv_heads = kv_heads, kv_heads or raw.get("num_key_value_heads") or heads
     if heads % kv_heads:
         raise ValueError(f"--kv-heads {kv_heads}: expected a divisor of the target's {heads} attention heads")
     outputs = tuple(aux_layer_ids or default_aux_layer_ids(layers))
     if len(outputs) < 2:
         raise ValueError(f"aux layers {outputs}: expected two or more different ids, ascending")
     ids = ids_that_name(outputs, target.config)
-    return DraftConfig(
+    config = DraftConfig(
         hidden_size=raw["hidden_size"],
         intermediate_size=inner,
         num_attention_heads=heads,
@@ -126,6 +125,10 @@ def draft_config(
         norm_before_fc=eagle31,
         norm_output=eagle31,
     )
+    if kind == "target" and not eagle31:
+        heads = chosen or enough_key_heads(config)
+        config = replace(config, fc_norm=True, num_key_value_heads=heads)
+    return config
 
 
 @torch.no_grad()

@@ -187,6 +187,7 @@ def quantize(directory, how):
 
 @pytest.mark.parametrize("how", ["blocks of 8", "one scale", "a scale for each row", "int8, a scale for each row"])
 def test_codes_of_a_quantized_target_are_multiplied_by_their_scales(how, tmp_path):
+    torch.manual_seed(0)  # of the scales: one near 0 would leave a row to rounding
     write_target(tmp_path)
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     meant = low_features(open_target(tmp_path), 2, x, 1e-6) - x

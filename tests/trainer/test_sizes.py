@@ -34,7 +34,7 @@ def target(tmp_path_factory):
 
 
 def draft_of(target, draft_vocab=None):
-    return draft_config(open_target(target), draft_vocab or V)
+    return draft_config(open_target(target), draft_vocab or V, kind="random")
 
 
 @pytest.mark.parametrize("load", [sizes.Load(running=5, num_steps=4), sizes.Load(running=3, topk=2, draft_tokens=9)])
