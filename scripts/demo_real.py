@@ -25,8 +25,14 @@ PROMPT_TOKENS = 512  # a longer prompt is left out
 LEARNING = """\
 device = "{device}"
 dtype = "bfloat16"
+[trainer.pace]
+new_slots_per_step = 128  # few requests: a step for one or two of them
+[trainer.batch]
+max_slots = 1024
 [trainer.optimizer]
-lr = 3e-4
+lr = 4e-4
+[trainer.gate]
+requests = 16
 [trainer.publish]
 every_s = 10.0
 """
