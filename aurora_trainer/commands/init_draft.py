@@ -23,7 +23,7 @@ from aurora_trainer.target import Target, open_target
 
 Kind = Literal["random", "target"]
 # Standard deviation of the logits of a state that knows nothing; half its square is lost, in nats.
-SPREAD = 0.35
+SPREAD = 0.5
 
 
 def init_draft(

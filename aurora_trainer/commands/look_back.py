@@ -2,7 +2,7 @@
 
 Slot j holds the token after position j and the features of position j. The lowest feature says which token stood AT j.
 So a slot whose own token stood at j before attends to slot j, and proposes the token that slot j holds. Half of the key
-heads do this. The other half attend to their own slot and hand its embedding to the MLP, which adds nothing yet.
+heads do this. The other half attend to their own slot and hand its embedding to the MLP, the target's last.
 
 What links the two views of a token, its embedding and the lowest feature, are canonical variates over the vocabulary:
 the pairs of directions that agree best. Features of single tokens come from the target's low layers, attention left
@@ -30,6 +30,7 @@ OWN_SHARPNESS = 8.0  # and of a slot with itself
 # Sizes of what makes up the state: the token at its position, the highest feature, all features mixed at random, its
 # own token's embedding, the token to copy.
 AT, HIGHEST, MIXED, OWN, COPY = 3.0, 0.5, 0.1, 1.0, 3.0
+MLP = 0.2  # of what the target's last MLP would add
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def look_back(draft: Draft, target: Target, lowest: int, rows: Tensor, seed: int
     draft.fc.weight[:, -h:] += HIGHEST * torch.eye(h)
     layer.hidden_norm.weight.fill_(1.0)
     state = (AT**2 * matched / h + HIGHEST**2) ** 0.5  # its size, about, which hidden_norm divides by
-    layer.mlp.down_proj.weight.zero_()
+    _last_mlp(draft, target)
 
     attention, group = layer.self_attn, config.num_attention_heads // kv_heads
     copies = max(1, kv_heads // 2)
@@ -90,6 +91,20 @@ def look_back(draft: Draft, target: Target, lowest: int, rows: Tensor, seed: int
             first = (head_of - copies) * d
             part = own[first : first + d]
             attention.o_proj.weight[:, query : query + len(part)] = OWN * part.T * (h / len(own)) ** 0.5
+
+
+def _last_mlp(draft: Draft, target: Target) -> None:
+    """The target's last MLP, where it is dense and of the draft's width; its share is small: it knows other states."""
+    layer, at = draft.layers[0], f"model.layers.{target.config['num_hidden_layers'] - 1}."
+    layer.mlp.down_proj.weight.zero_()
+    names = [f"{name}_proj" for name in ("gate", "up", "down")]
+    if not all(target.stored(f"{at}mlp.{name}.weight") for name in names):
+        return
+    weights = [target.tensor(f"{at}mlp.{name}.weight").float() for name in names]
+    if weights[0].shape == layer.mlp.gate_proj.weight.shape:
+        layer.post_attention_layernorm.weight.copy_(target.tensor(at + "post_attention_layernorm.weight"))
+        for name, weight, share in zip(names, weights, (1.0, 1.0, MLP), strict=True):
+            getattr(layer.mlp, name).weight.copy_(share * weight)
 
 
 @torch.no_grad()

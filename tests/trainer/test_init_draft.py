@@ -295,4 +295,4 @@ def test_started_from_the_target_it_guesses_no_worse_than_uniformly(massive, tmp
     for states in (state, deeper):
         # against any next tokens: the mean over them is the worst that a target could ask of this draft on average
         guess = draft.logits(states).log_softmax(-1)
-        assert -guess.mean() < math.log(60) + 0.1
+        assert -guess.mean() < math.log(60) + 0.15
