@@ -325,6 +325,31 @@ def test_a_narrower_draft_is_refused_in_one_sentence(source, target, tmp_path):
         Draft.load(directory, open_target(target).embedding())
 
 
+KEYS = (
+    "architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps "
+    "rope_theta rope_scaling rope_parameters max_position_embeddings vocab_size draft_vocab_size target_hidden_size "
+    "num_aux_hidden_states eagle_config eagle_aux_hidden_state_layer_ids fc_norm norm_output layer_types "
+    "transformer_layer_config speculators_model_type partial_rotary_factor dtype norm_before_residual text_config"
+).split()
+VALUES = [None, "x", [1], ["x"], {}, {"full_attention": 1}, {"rope_type": "yarn"}, -1, 0, 1, 1.5, True, False]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_any_value_of_a_key_is_converted_or_explained(key, source, target, tmp_path):
+    """Import never ends in a traceback, and what it writes is what a server takes."""
+    opened = open_target(target)
+    for value in VALUES:
+        config = source[2] | {key: value}
+        for nested in (config, speculators(source[1], config)[1] | {key: value}):
+            (source[0] / "config.json").write_text(json.dumps(nested))
+            explained = explain(source[0], opened)
+            assert all("\n" not in p for p in explained.problems)
+            if not explained.problems:
+                import_draft(source[0], tmp_path / "out", str(target), force=True)
+                check_draft(tmp_path / "out", opened.config)
+                Draft.load(tmp_path / "out", opened.embedding())
+
+
 TRUNCATED = json.dumps({"architectures": ["LlamaForCausalLMEagle3"]})[:-5]
 BAD_CONFIGS = ["", "[]", "null", "3", TRUNCATED, "[" * 100_000, '{"architectures": NaN}', '"text"', "\ufeff{}"]
 
