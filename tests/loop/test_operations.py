@@ -1,9 +1,9 @@
 """The operator's API under AURORA: whatever is called, the process lives, the draft is the newest
 version, a changed target says so and only its own versions are loaded, and the accounting adds up.
 
-One server with trees of one draft step and pages of 16 tokens, in the order of this file. What needs CUDA (memory that is
-really given back, updates over CUDA IPC) is tested at the seam: tests/plugin/test_weight_updates.py
-and test_reload.py.
+One server with trees of one draft step and pages of 16 tokens, in the order of this file. What needs
+CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
+tests/plugin/test_weight_updates.py and test_reload.py.
 """
 
 from __future__ import annotations
