@@ -1,9 +1,9 @@
 """The operator's API under AURORA: whatever is called, the process lives, the draft is the newest
 version, a changed target says so and only its own versions are loaded, and the accounting adds up.
 
-One server with trees of one draft step, in the order of this file. What needs CUDA (memory that is
-really given back, updates over CUDA IPC) is tested at the seam: tests/plugin/test_weight_updates.py
-and test_reload.py.
+One server with trees of one draft step and pages of 16 tokens, in the order of this file. What needs
+CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
+tests/plugin/test_weight_updates.py and test_reload.py.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -25,6 +26,7 @@ from models import make_random_draft, make_random_target
 from rig import Loop, checksums, wait_until
 from safetensors.torch import load_file, save_file
 from serve import free_port
+from torch.distributed import distributed_c10d as c10d
 from transformers import AutoModelForCausalLM
 
 from aurora_sglang_plugin.manifest import target_fingerprint
@@ -44,7 +46,8 @@ def loop(tmp_path_factory):
     folder = tmp_path_factory.mktemp("operations")
     target = make_random_target(folder / "target", tokenizer=True)
     draft = make_random_draft(folder / "draft", target, aux_layer_ids=[0, 2, 4])
-    loop = Loop(folder, target, draft, topk=1, num_steps=1, args=["--chunked-prefill-size", "32"])
+    args = ["--chunked-prefill-size", "32", "--page-size", "16"]
+    loop = Loop(folder, target, draft, topk=1, num_steps=1, args=args)
     loop.wait_for_version(loop.publish(disturb(loop.draft(0), seed=1, size=0.1)))
     yield loop
     loop.stop()
@@ -195,18 +198,19 @@ def test_tensors_by_a_process_group(loop, expected):
         "group_name": name,
     }
 
-    def send(group) -> None:
-        group.broadcast([norm]).wait()
-
     with ThreadPoolExecutor(1) as pool, unharmed(loop, target_stays=False):
         joined = pool.submit(call, loop, "/init_weights_update_group", about)
-        store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=True)
-        group = torch.distributed.ProcessGroupGloo(torch.distributed.PrefixStore(name, store), 0, 2)
-        assert joined.result()[0], joined.result()
+        store, *_ = next(c10d.rendezvous(f"tcp://127.0.0.1:{port}", 0, 2))
+        store = c10d.PrefixStore(name, store)
+        backend = c10d.Backend("gloo")
+        group, _ = c10d._new_process_group_helper(
+            2, 0, [], backend, store, group_name=name, timeout=timedelta(seconds=60)
+        )
+        assert joined.result(60)[0], joined.result()
         assert call(loop, "/begin_weight_update", {})[0]
         done = pool.submit(call, loop, "/update_weights_from_distributed", body)
-        send(group)
-        assert done.result()[0], done.result()
+        group.broadcast([norm], c10d.BroadcastOptions()).wait()
+        assert done.result(60)[0], done.result()
         assert call(loop, "/end_weight_update")[0]
     assert captured_target(loop) != loop.fingerprint
     call(loop, "/destroy_weights_update_group", {"group_name": name})
