@@ -28,9 +28,11 @@ dtype = "bfloat16"
 [trainer.pace]
 new_slots_per_step = 128  # few requests: a step for one or two of them
 [trainer.batch]
-max_slots = 1024
+max_slots = 2048
+[trainer.buffer]
+max_uses = 16
 [trainer.optimizer]
-lr = 4e-4
+lr = 5e-4
 [trainer.gate]
 requests = 16
 [trainer.publish]
