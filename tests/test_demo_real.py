@@ -112,7 +112,7 @@ def test_stretches_of_traffic_share_a_clock():
 
     replies = [r for _ in range(2) for r in clients._concurrently(ask, 6, 2, None)]
     finished = [r.finished_s for r in replies]
-    assert len(finished) == 12 and finished == sorted(finished)
+    assert len(finished) == 12 and max(finished[:6]) < min(finished[6:])
     assert all(0.01 <= r.latency_s < 10 for r in replies)
 
 
