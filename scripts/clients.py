@@ -37,7 +37,7 @@ class Reply:
     tokens: list[int] = field(repr=False)
     accept_length: float  # 1 + correct drafts per verify step; 1.0 without speculation
     latency_s: float = 0.0
-    finished_s: float = 0.0  # since the traffic began
+    finished_s: float = 0.0  # of time.monotonic()
 
 
 def send(
@@ -124,10 +124,9 @@ def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = 
         first, end = 0, len(replies)
     if not end:
         return 0.0
-    began = replies[first - 1].finished_s if first else 0.0
-    return sum(len(r.tokens) for r in replies[first:end]) / max(
-        replies[end - 1].finished_s - began, 1e-9
-    )
+    began = min(r.finished_s - r.latency_s for r in replies)
+    seconds = replies[end - 1].finished_s - (replies[first - 1].finished_s if first else began)
+    return sum(len(r.tokens) for r in replies[first:end]) / max(seconds, 1e-9)
 
 
 def _accept_length(counts: dict[str, Any]) -> float:
@@ -142,7 +141,6 @@ def _concurrently(
     results: queue.Queue[Reply | BaseException | None] = queue.Queue()
     numbers = iter(range(count))
     lock = threading.Lock()
-    began = time.monotonic()
     stop = until or threading.Event()
 
     def worker() -> None:
@@ -155,7 +153,7 @@ def _concurrently(
                 start = time.monotonic()
                 reply = ask(number)
                 now = time.monotonic()
-                reply.latency_s, reply.finished_s = now - start, now - began
+                reply.latency_s, reply.finished_s = now - start, now
                 results.put(reply)
         except BaseException as error:
             results.put(error)

@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chat_prompts
+import clients
 import demo_real
 import pytest
 import summary
@@ -108,6 +110,17 @@ def test_tokens_per_second_are_of_busy_clients(tmp_path):
     assert tokens_per_s(replies, 8, last=16) == pytest.approx(10)
     assert tokens_per_s(replies[:4], 8) == pytest.approx(40 / 104)
     assert tokens_per_s([], 8) == 0
+
+
+def test_stretches_of_traffic_share_a_clock():
+    def ask(number: int) -> Reply:
+        time.sleep(0.01)
+        return Reply(number, "chat", [number], 1.0)
+
+    replies = [r for _ in range(2) for r in clients._concurrently(ask, 6, 2, None)]
+    finished = [r.finished_s for r in replies]
+    assert len(finished) == 12 and max(finished[:6]) < min(finished[6:])
+    assert all(0.01 <= r.latency_s < 10 for r in replies)
 
 
 def test_prompts_are_objects_or_lines(tmp_path):
