@@ -99,7 +99,7 @@ def top(
 def init_draft(
     target: Annotated[str, typer.Argument(help="Directory of the target model, or its name in the local HF cache.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the draft to.")],
-    kind: Annotated[Kind, typer.Option(help="Random, or started from the target's last layer.")] = Kind.target,
+    kind: Annotated[Kind, typer.Option(help="Random, or from the target's weights, able to copy.")] = Kind.target,
     draft_vocab: Annotated[int | None, typer.Option(min=1, help="Keep so many target tokens (--counts).")] = None,
     counts: Annotated[
         Path | None, typer.Option(help="JSON list: how often each target token was generated (length V).")
