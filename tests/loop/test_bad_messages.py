@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import zmq
+from rig import wait_until
 
 from aurora_sglang_plugin import wire
 
@@ -56,3 +57,19 @@ def test_garbage_while_a_server_publishes(chain, stream):
     for answers in rounds:
         for rid, samples in chain.taken([a["rid"] for a in answers]).items():
             assert samples and samples[-1].reason == "length", rid
+
+
+def test_a_request_that_cannot_travel_costs_nobody_else(chain, stream):
+    """A client's id of 2,000 characters beside others': its rows are left out, theirs are whole."""
+    chain.quiet()
+    holes, out = chain.assembler.counters["holes"], chain.metrics().get("aurora_left_out_rows{request}", 0)
+    rids = [f"beside-{n}" for n in range(3)]
+    prompts = [stream[35000 + 50 * i : 35040 + 50 * i] for i in range(4)]
+    answers = chain.generate(prompts, {"max_new_tokens": 24}, [*rids, "x" * 2000])
+    assert len(answers) == 4 and all(len(a["output_ids"]) == 24 for a in answers)
+    for rid, samples in chain.taken(rids).items():
+        assert [s.reason for s in samples] == ["length"], rid
+    books = chain.quiet()
+    assert books["rejected"] == 0 and chain.assembler.counters["holes"] == holes
+    assert not chain.assembler.bad_rows and all(len(rid) <= 256 for rid in chain.samples)
+    wait_until(lambda: chain.metrics()["aurora_left_out_rows{request}"] > out, "left out rows in the metrics")

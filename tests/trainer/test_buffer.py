@@ -127,8 +127,9 @@ HOUR_S = 3600
 
 
 @pytest.mark.parametrize("ahead_s", [HOUR_S + 60, -HOUR_S - 60, 2**63 / 1e9 - 100])
-def test_a_wrong_clock_harms_no_other_server(ahead_s):
-    buffer = filled(0, max_age_s=HOUR_S)
+@pytest.mark.parametrize("share_by", [(), ("domain", "server")])
+def test_a_wrong_clock_harms_no_other_server(ahead_s, share_by):
+    buffer = filled(0, max_age_s=HOUR_S, share_by=share_by)
     for number in range(10):
         buffer.put(sample(number, time_s=100_000 + number, epoch="right"))
         buffer.put(sample(100 + number, time_s=max(0, 100_000 + number + ahead_s), epoch="wrong"))

@@ -56,6 +56,7 @@ def test_a_version_that_fails_at_any_step_leaves_old_or_new(tmp_path, error):
         assert read_current(directory) in [(2, 2.0), (3, 3.0)] and not (failed and temporaries(directory))
         for version in versions(directory):
             read_manifest(directory / f"v{version:06d}")
+        assert versions(directory)[-1] == read_current(directory)[0], "a version that nobody was given"
         writer.step = lambda name: None
         again = writer.publish(tensors(3), {}, **FIELDS)  # the same weights, where the first time failed
         assert (again is not None) == failed and read_current(directory)[1] == 3.0
