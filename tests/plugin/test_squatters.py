@@ -18,7 +18,8 @@ from aurora_sglang_plugin.publish import Publisher
 from aurora_trainer.receive import ReceiveConfig, Receiver
 
 PROMPT = "the secret prompt"
-MARK = np.frombuffer(PROMPT.encode().ljust(20), np.int32)
+# Lengths that a message may carry, and that nothing else on the way looks like.
+MARK = np.array([7340031, 1234567, 7654321, 1111111, 2222222], np.int32)
 
 
 class End:

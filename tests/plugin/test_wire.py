@@ -190,7 +190,7 @@ REFUSED = BAD_HEADER | {
 
 # What costs one request: the other one of the message goes on.
 BAD_ROW = {
-    "long id": ("verify", head(requests=["x" * 257, "b"]), "request"),
+    "long id": ("verify", head(requests=["x" * 1025, "b"]), "request"),
     "domain too long": ("end", head(domains=["x" * 33, ""]), "domain"),
     "domain with a control character": ("end", head(domains=["a\x1b[2J", ""]), "domain"),
     "negative position": ("verify", at("positions", 0, -1), "position"),
