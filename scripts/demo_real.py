@@ -64,9 +64,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
     on_gpu = has_gpu()
     config = write_config(home, target, draft, LEARNING.format(device="cuda" if on_gpu else "cpu"))
     servers = {} if on_gpu else dict(args=CPU_ARGS, env=CPU_ENV)
-    site = Site(
-        options.model, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers
-    )
+    name = target.name if Path(options.model).is_dir() else options.model
+    site = Site(name, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers)
     traffic = dict(tokens=options.max_tokens, greedy=options.greedy, concurrency=options.clients)
 
     print(
