@@ -35,7 +35,7 @@ def draw(
     """Write a PNG.
 
     `live`, `frozen`: accept length per request in order of finishing, of every request or of 1 in `frozen_every`.
-    `swaps`: requests done at each swap. `domains`: (first request, name) of each stretch of traffic, where there are several. `ceiling`: the
+    `swaps`: requests done at each swap. `domains`: (first request, name) of each stretch of traffic. `ceiling`: the
     largest possible accept length.
     """
     import matplotlib
