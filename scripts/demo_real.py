@@ -72,9 +72,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
     on_gpu = has_gpu()
     config = write_config(home, target, draft, LEARNING.format(device="cuda" if on_gpu else "cpu"))
     servers = {} if on_gpu else dict(args=CPU_ARGS, env=CPU_ENV)
-    site = Site(
-        options.model, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers
-    )
+    name = target.name if Path(options.model).is_dir() else options.model
+    site = Site(name, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers)
     traffic = dict(
         tokens=options.max_tokens,
         greedy=options.greedy,
@@ -190,7 +189,7 @@ def arguments() -> argparse.Namespace:
         help="how the untrained draft starts",
     )
     parser.add_argument(
-        "--draft-vocab", type=int, default=16384, help="tokens that the draft can propose"
+        "--draft-vocab", type=int, default=8192, help="tokens that the draft can propose"
     )
     parser.add_argument(
         "--frozen-every", type=int, default=4, help="the other passes serve 1 in so many requests"

@@ -45,9 +45,7 @@ def report(
     } | figures(live, frozen, plain, shift)
     (home / SUMMARY).write_text(json.dumps(summary, indent=1))
     domains = (
-        [(0, "")]
-        if shift is None
-        else [(0, live.replies[0].domain), (shift, live.replies[-1].domain)]
+        [] if shift is None else [(0, live.replies[0].domain), (shift, live.replies[-1].domain)]
     )
     different = ", ".join(
         f"{name} {share:.0%}" for name, share in summary["distinct_4grams"].items()

@@ -69,7 +69,7 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
         "live": 18, "frozen": 9, "plain": 9,
     }  # fmt: skip
     assert all(p["tokens_per_s"] > 0 and p["accept_length"] >= 1 for p in found["passes"].values())
-    assert found["passes"]["plain"]["accept_length"] == 1
+    assert found["passes"]["plain"]["accept_length"] == 1 and found["model"] == "target"
     # What the server sets by itself, a penalty among it, is learned from like anything else.
     status = json.loads((tmp_path / "demo-real" / "status.json").read_text())
     assert status["rows"]["with_target"] > 200 and not status["rows"]["altered"]
