@@ -26,9 +26,10 @@ LEARNING = """\
 device = "{device}"
 dtype = "bfloat16"
 [trainer.pace]
-new_slots_per_step = 128  # few requests: a step for one or two of them
+new_slots_per_step = 64  # few requests: a step for each of them
+nice = 0  # two cores for all: a trainer that stands back would learn half as much
 [trainer.batch]
-max_slots = 2048
+max_slots = 1024
 [trainer.buffer]
 max_uses = 16
 [trainer.optimizer]
@@ -36,7 +37,7 @@ lr = 5e-4
 [trainer.gate]
 requests = 16
 [trainer.publish]
-every_s = 10.0
+every_s = 25.0  # the gate's walk over its requests takes seconds of a core
 """
 
 # A share of the memory that is free at the start, and an upper bound: the KV cache has a size of its
