@@ -44,7 +44,8 @@ class Served:
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         """A new version was published."""
         if self.draft is self.initial:
-            self.draft = copy.deepcopy(self.initial)
+            embed = self.initial.embed  # one copy of the largest matrix for all drafts
+            self.draft = copy.deepcopy(self.initial, {id(embed): embed})
         self.version = version
         self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
 

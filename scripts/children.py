@@ -32,7 +32,7 @@ def start(
             stderr=output,
             env=env,
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
 
 
@@ -49,7 +49,7 @@ def run_to_end(command: Sequence[str | Path]) -> None:
         raise subprocess.CalledProcessError(status, command)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     # With the thread that starts the child, to be exact. SGLang's children die with their parent in
     # the same way.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from children import die_with_parent
 from rig import checksums, generate, metrics, wait_until
 from safetensors.torch import load_file
-from serve import Server, die_with_parent, free_port
+from serve import Server, free_port
 
 from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
 from aurora_trainer.commands.init_draft import init_draft

@@ -29,6 +29,7 @@ def open_training(models, site, dtype: str) -> Training:
         "trainer.batch.max_slots": 256,
         "trainer.optimizer.lr": 4e-3,
         "trainer.assemble.eos_token_ids": [VOCAB - 1],
+        "trainer.gate.enabled": False,
     }
     return Training(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()]))
 
@@ -69,6 +70,9 @@ def test_what_is_in_which_dtype(models, stream, tmp_path):
     assert {t.dtype for t in training.optimizer.state_dict()[0].values()} == {torch.float32}
 
     version = training.publish()
+    assert training.served.draft is not training.served.initial
+    for draft in (training.served.draft, training.served.initial):
+        assert draft.embed.data_ptr() == training.draft.embed.data_ptr()
     published = load_file(tmp_path / "weights" / version_name(version) / "model.safetensors")
     for name, master in training.optimizer.masters.items():
         assert torch.equal(published[name], master), name  # float32, as the initial draft is
