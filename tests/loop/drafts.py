@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.commands.init_draft import init_draft, randomise
 from aurora_trainer.draft import Draft
 from aurora_trainer.target import open_target
 
@@ -15,10 +15,13 @@ WINDOW, WINDOWS, STEPS = 64, 6, 80
 
 
 def make_draft(directory: Path, target: Path, *, draft_vocab: int | None = None, seed: int = 0) -> Path:
-    """Random, or with a reduced vocabulary of its own for each seed. It accepts next to nothing."""
+    """Random, of the shape of those that the servers began with, or with a reduced vocabulary of its own for each
+    seed. It accepts next to nothing."""
     size = open_target(target).config["vocab_size"]
     counts = torch.rand(size, generator=torch.Generator().manual_seed(seed))
-    init_draft(target, directory, "random", draft_vocab=draft_vocab, token_counts=counts, seed=seed)
+    draft = init_draft(target, directory, "target", draft_vocab=draft_vocab, token_counts=counts, seed=seed)
+    randomise(draft, seed)
+    draft.save(directory)
     return directory
 
 
