@@ -136,14 +136,18 @@ def test_ranks_swap_at_the_same_step(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    results = fork.Queue()
-    ranks = [fork.Process(target=rank, args=(n, tmp_path, port, results)) for n in (0, 1)]
+    # Not forked: this process has threads by now, whose locks a forked one would wait for.
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    ranks = [
+        spawn.Process(target=rank, args=(n, tmp_path, port, results), daemon=True) for n in (0, 1)
+    ]
     for process in ranks:
         process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
+    first, second = results.get(timeout=300), results.get(timeout=300)
     for process in ranks:
-        process.join()
+        process.join(60)
+        assert process.exitcode == 0
     assert first == second
     assert [v for _, v in first] == [1, 2] and 41 < first[1][0] <= 41 + 2 * 8
 

@@ -1,6 +1,8 @@
 """Resume checkpoints: whole or not at all, and a damaged one is passed over."""
 
-import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,28 +77,42 @@ def test_all_damaged_is_an_error_not_a_silent_start(tmp_path):
         load_newest(tmp_path)
 
 
+# It forks, so it runs in a process of its own that has no threads yet.
+KILLED_SAVER = """
+import os, sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from test_checkpoint import content, save_checkpoint
+
+for i in range(1000):
+    directory = Path({directory!r}) / str(i)
+    directory.mkdir()
+    for step in (1, 2):
+        save_checkpoint(directory, step, *content(step), keep=2)
+    pid = os.fork()
+    if pid == 0:
+        count = iter(range(1000))
+
+        def kill_at(name):
+            if next(count) == i:
+                os.kill(os.getpid(), 9)
+
+        save_checkpoint(directory, 3, *content(3), keep=2, on_step=kill_at)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1] == 0:
+        break
+print(i + 1)
+"""
+
+
 def test_killed_at_any_step(tmp_path):
+    code = KILLED_SAVER.format(path=[str(Path(__file__).parent)], directory=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
     found = []
-    for i in range(1000):
-        directory = tmp_path / str(i)
-        directory.mkdir()
-        for step in (1, 2):
-            save_checkpoint(directory, step, *content(step), keep=2)
-        pid = os.fork()
-        if pid == 0:
-            count = iter(range(1000))
-
-            def kill_at(name, count=count, i=i):
-                if next(count) == i:
-                    os.kill(os.getpid(), 9)
-
-            save_checkpoint(directory, 3, *content(3), keep=2, on_step=kill_at)
-            os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        newest = load_newest(directory)
-        assert newest.damaged == 0 and not list(directory.glob("*.tmp-*"))
+    for i in range(int(run.stdout)):
+        newest = load_newest(tmp_path / str(i))
+        assert newest.damaged == 0 and not list((tmp_path / str(i)).glob("*.tmp-*"))
         assert_content(newest, newest.step)
         found.append(newest.step)
-        if status == 0:
-            break
-    assert i > 10 and set(found) == {2, 3} and found == sorted(found)
+    assert len(found) > 11 and set(found) == {2, 3} and found == sorted(found)
