@@ -1,7 +1,9 @@
-"""How many tokens verify steps committed: of all captured requests, and of the two newest draft versions by themselves.
+"""How many tokens verify steps committed: of all captured requests, and of the two newest draft
+versions by themselves.
 
-Filled on the publisher's thread from arrays that are on the host anyway, once for each message, whether it is sent or
-has to wait for a trainer that is not there. Dimensions: b requests of a step, S draft steps.
+Filled on the publisher's thread from arrays that are on the host anyway, once for each message,
+whether it is sent or has to wait for a trainer that is not there. Dimensions: b requests of a step,
+S draft steps.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ ROLES = ("current", "previous")
 
 
 class Acceptance:
-    """`by_length[n]` counts verify steps of requests that committed n tokens, 1 to S + 1, bonus included."""
+    """`by_length[n]` counts verify steps of requests that committed n tokens, 1 to S + 1, bonus
+    included.
+    """
 
     def __init__(self, num_steps: int):
         self.by_length = np.zeros(num_steps + 2, np.int64)
@@ -25,9 +29,12 @@ class Acceptance:
 
     def add(self, version: int, accept_lens: Any) -> None:
         """accept_lens: integers [b]; `version` drafted the trees."""
-        counts = np.bincount(np.asarray(accept_lens), minlength=len(self.by_length))[: len(self.by_length)]
+        counts = np.bincount(np.asarray(accept_lens), minlength=len(self.by_length))[
+            : len(self.by_length)
+        ]
         if version != self._version["current"]:
-            back = version == self._version["previous"]  # rolled back: what it had accepted before still counts
+            # rolled back: what it had accepted before still counts
+            back = version == self._version["previous"]
             fresh = self.of_role["previous"] if back else np.zeros_like(self.by_length)
             self.of_role = {"current": fresh, "previous": self.of_role["current"]}
             self._version = {"current": version, "previous": self._version["current"]}

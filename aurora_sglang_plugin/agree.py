@@ -1,10 +1,12 @@
-"""Tensor-parallel ranks agree on the step of a swap, by a reduction that is started early and read late.
+"""Tensor-parallel ranks agree on the step of a swap, by a reduction that is started early and read
+late.
 
     step k      every rank offers the version that it has staged (0: none)
     step k + m  every rank reads the answer: the version, where all offered the same, else 0
 
-All ranks count the same steps, so they swap at the same one. Reading m steps later makes the wait empty in practice;
-it is kept, because a rank that went on without the answer would draft with other weights than its peers.
+All ranks count the same steps, so they swap at the same one. Reading m steps later makes the wait
+empty in practice; it is kept, because a rank that went on without the answer would draft with other
+weights than its peers.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ class Agreement:
         self._work = dist.all_reduce(self._extremes, dist.ReduceOp.MIN, self._group, async_op=True)
 
     def answer(self) -> int | None:
-        """At the last step before the next offer: the agreed version, 0 for none. At other steps None."""
+        """At the last step before the next offer: the agreed version, 0 for none.
+
+        At other steps None.
+        """
         if self._work is None or self._steps % INTERVAL_STEPS:
             return None
         return self._read()

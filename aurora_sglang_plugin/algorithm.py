@@ -1,4 +1,5 @@
-"""The name AURORA in SGLang: an algorithm that answers every question as EAGLE3 does, with a worker of its own.
+"""The name AURORA in SGLang: an algorithm that answers every question as EAGLE3 does, with a worker
+of its own.
 
 What SGLang decides by comparing the name itself is listed in docs/algorithm.md.
 """
@@ -27,7 +28,8 @@ TESTED = "0.5.23"
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
 # The one attention backend of SGLang that drafts on the CPU.
 DRAFTS_ON_CPU = "intel_amx"
-# Environment variables of SGLang for benchmarks: accepted tokens, or the experts that are asked, are made up.
+# Environment variables of SGLang for benchmarks: accepted tokens, or the experts that are asked,
+# are made up.
 MADE_UP = (
     "SGLANG_SIMULATE_ACC_LEN",
     "SGLANG_SIMULATE_UNIFORM_EXPERTS",
@@ -37,7 +39,10 @@ PREDICATES = ("is_", "supports_", "has_", "need_", "carries_")
 
 
 class AuroraAlgorithm(CustomSpecAlgo):
-    """EAGLE3 by every predicate and by ==. Below the class, SpeculativeAlgorithm's own methods are added to it."""
+    """EAGLE3 by every predicate and by ==.
+
+    Below the class, SpeculativeAlgorithm's own methods are added to it.
+    """
 
     def __eq__(self, other: object) -> bool:
         return other is self or other is SpeculativeAlgorithm.EAGLE3
@@ -46,24 +51,32 @@ class AuroraAlgorithm(CustomSpecAlgo):
         return hash(SpeculativeAlgorithm.EAGLE3)
 
     def handle_server_args(self, server_args: Any) -> None:
-        """Check SGLang's version, the configuration and the draft, then resolve arguments as SGLang does for EAGLE3.
+        """Check SGLang's version, the configuration and the draft, then resolve arguments as SGLang
+        does for EAGLE3.
 
         Runs before any model is loaded. Raises ValueError.
         """
         check_sglang_version(version("sglang"))
-        load_server_config()  # the worker reads it again, minutes later: a bad file must not cost the loading
+        # the worker reads it again, minutes later: a bad file must not cost the loading
+        load_server_config()
         if server_args.enable_multi_layer_eagle:
-            raise ValueError("AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle")
+            raise ValueError(
+                "AURORA drafts with a single EAGLE3 draft; start without --enable-multi-layer-eagle"
+            )
         steps = getattr(server_args, "speculative_num_steps", None) or 0
         nodes = getattr(server_args, "speculative_num_draft_tokens", None) or 0
         if steps > MAX_STEPS or nodes > MAX_NODES:
             raise ValueError(
-                f"AURORA's trees have at most {MAX_STEPS} steps and {MAX_NODES} nodes, this server's {steps} and "
-                f"{nodes}: no trainer would take them; lower --speculative-num-steps or --speculative-num-draft-tokens"
+                f"AURORA's trees have at most {MAX_STEPS} steps and {MAX_NODES} nodes, this"
+                f" server's {steps} and {nodes}: no trainer would take them; lower"
+                " --speculative-num-steps or --speculative-num-draft-tokens"
             )
         if getattr(server_args, "enable_attn_tp_input_scattered", False):
-            # SGLang switches this off for the name EAGLE3, deep in the model: scattered inputs spoil aux features.
-            raise ValueError("AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered")
+            # SGLang switches this off for the name EAGLE3, deep in the model: scattered inputs
+            # spoil aux features.
+            raise ValueError(
+                "AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered"
+            )
         if server_args.speculative_draft_model_path is None:
             raise ValueError(
                 "AURORA needs a draft of the target's shape: --speculative-draft-model-path DIR. "
@@ -74,14 +87,16 @@ class AuroraAlgorithm(CustomSpecAlgo):
         check_cpu(server_args)
         if _has_dp_attention(record):
             raise ValueError(
-                "AURORA captures on the first rank of a tensor-parallel group; with attention data parallelism each "
-                "rank has requests of its own: start without it"
+                "AURORA captures on the first rank of a tensor-parallel group; with attention data"
+                " parallelism each rank has requests of its own: start without it"
             )
         draft, target_config = _draft_directory(server_args), _target_config(record)
         for note in check_draft(draft, target_config):
             logger.warning("aurora draft directory=%s note=%r", draft, note)
         _read_as_sglang(record, draft)
-        check_dtype(server_args.dtype, json.loads((draft / "config.json").read_text()), target_config)
+        check_dtype(
+            server_args.dtype, json.loads((draft / "config.json").read_text()), target_config
+        )
         _resolve_as_eagle3(record)
 
 
@@ -96,11 +111,15 @@ def register() -> None:
 
 
 def check_sglang_version(installed: str) -> None:
-    """Raises ValueError for a version that AURORA was not written for; warns for one that it was not tested with."""
+    """Raises ValueError for a version that AURORA was not written for; warns for one that it was
+    not tested with.
+    """
     number = tuple(int(part) if part.isdigit() else 0 for part in installed.split(".")[:3])
     if not OLDEST <= number <= NEWEST:
         span = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-        raise ValueError(f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}")
+        raise ValueError(
+            f"AURORA works with SGLang {span} (tested with {TESTED}); this server runs {installed}"
+        )
     if installed != TESTED:
         logger.warning("aurora is tested with SGLang %s, this server runs %s", TESTED, installed)
 
@@ -110,9 +129,9 @@ def check_options(server_args: Any) -> None:
     quantization = server_args.speculative_draft_model_quantization
     if quantization is not None:
         raise ValueError(
-            "AURORA swaps the weights of a draft that is not quantized; SGLang would quantize it by "
-            f"{quantization} (--quantization is for the draft as well): "
-            "add --speculative-draft-model-quantization unquant"
+            "AURORA swaps the weights of a draft that is not quantized; SGLang would quantize it"
+            f" by {quantization} (--quantization is for the draft as well): add"
+            " --speculative-draft-model-quantization unquant"
         )
     if server_args.speculative_draft_window_size is not None:
         raise ValueError(
@@ -129,7 +148,9 @@ def check_options(server_args: Any) -> None:
 
 
 def check_cpu(server_args: Any) -> None:
-    """Raises ValueError for an attention backend that cannot draft on the CPU, at the first step."""
+    """Raises ValueError for an attention backend that cannot draft on the CPU, at the first
+    step.
+    """
     if server_args.device != "cpu":
         return
     base = server_args.attention_backend
@@ -146,20 +167,25 @@ def check_cpu(server_args: Any) -> None:
             )
 
 
-def check_dtype(requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]) -> None:
-    """Raises ValueError where `--dtype auto` would give draft and target different dtypes: the draft reads the target's
-    embedding and features as they are, so that SGLang fails in its first forward."""
+def check_dtype(
+    requested: str, draft_config: dict[str, Any], target_config: dict[str, Any]
+) -> None:
+    """Raises ValueError where `--dtype auto` would give draft and target different dtypes: the
+    draft reads the target's embedding and features as they are, so that SGLang fails in its first
+    forward."""
 
     def resolved(config: dict[str, Any]) -> str | None:
         found = config.get("dtype") or config.get("torch_dtype")
         name = None if found is None else str(found).removeprefix("torch.")
-        return "float16" if name == "float32" else name  # SGLang's choice
+        # SGLang's choice
+        return "float16" if name == "float32" else name
 
     draft, target = resolved(draft_config), resolved(target_config)
     if requested == "auto" and None not in (draft, target) and draft != target:
         raise ValueError(
-            f"--dtype auto makes the target {target} and this draft {draft}; expected the same of both: "
-            f"start with --dtype {target}, or make the draft with `aurora-trainer init-draft --dtype {target}`"
+            f"--dtype auto makes the target {target} and this draft {draft}; expected the same of"
+            f" both: start with --dtype {target}, or make the draft with `aurora-trainer init-draft"
+            f" --dtype {target}`"
         )
 
 
@@ -171,12 +197,14 @@ def _as_eagle3(name: str) -> Any:
     return predicate
 
 
-# CustomSpecAlgo lacks some methods of the enum that SGLang calls on any algorithm (carries_draft_hidden_states,
-# create_future_map, need_topk in 0.5.23) and answers others as no EAGLE would. Take all of them from the enum.
+# CustomSpecAlgo lacks some methods of the enum that SGLang calls on any algorithm
+# (carries_draft_hidden_states, create_future_map, need_topk in 0.5.23) and answers others as no
+# EAGLE would. Take all of them from the enum.
 for _name, _member in list(vars(SpeculativeAlgorithm).items()):
     if not inspect.isfunction(_member) or _name in vars(AuroraAlgorithm):
         continue
-    if _name.startswith(PREDICATES) and _name != "supports_overlap":  # that one is an attribute of CustomSpecAlgo
+    # that one is an attribute of CustomSpecAlgo
+    if _name.startswith(PREDICATES) and _name != "supports_overlap":
         setattr(AuroraAlgorithm, _name, _as_eagle3(_name))
     elif not _name.startswith("_") and _name != "create_worker":
         setattr(AuroraAlgorithm, _name, _member)
@@ -189,13 +217,17 @@ def _record(server_args: Any) -> Any:
     """
     try:
         view = object.__getattribute__(server_args, "_cfg")
-    except AttributeError:  # SGLang before the stand-in
+    except AttributeError:
+        # SGLang before the stand-in
         return server_args
     return object.__getattribute__(view, "_server_args")
 
 
 def _resolve_as_eagle3(record: Any) -> None:
-    """Run SGLang's resolution of an EAGLE3 server. It reads the algorithm's name, so the name is EAGLE3 meanwhile."""
+    """Run SGLang's resolution of an EAGLE3 server.
+
+    It reads the algorithm's name, so the name is EAGLE3 meanwhile.
+    """
     _write_name(record, SpeculativeAlgorithm.EAGLE3.name)
     try:
         SpeculativeAlgorithm.EAGLE3.handle_server_args(record)
@@ -206,7 +238,8 @@ def _resolve_as_eagle3(record: Any) -> None:
 def _write_name(record: Any, name: str) -> None:
     try:
         from sglang.srt.arg_groups.overrides import declare_resolution
-    except ImportError:  # SGLang before declarations: resolvers write the fields
+    except ImportError:
+        # SGLang before declarations: resolvers write the fields
         record.speculative_algorithm = name
     else:
         declare_resolution(record, "aurora", speculative_algorithm=name)
@@ -215,7 +248,8 @@ def _write_name(record: Any, name: str) -> None:
 def _has_dp_attention(record: Any) -> bool:
     try:
         from sglang.srt.arg_groups.overrides import attn_dp_enabled_of, resolved_view
-    except ImportError:  # SGLang before attention data parallelism was resolved from sizes
+    except ImportError:
+        # SGLang before attention data parallelism was resolved from sizes
         return bool(getattr(record, "enable_dp_attention", False))
     return attn_dp_enabled_of(resolved_view(record))
 
@@ -235,12 +269,16 @@ def _target_config(record: Any) -> dict[str, Any]:
 
 
 def _read_as_sglang(record: Any, draft: Path) -> None:
-    """Raises ValueError where SGLang refuses the draft's config, which it reads in the same way minutes later."""
+    """Raises ValueError where SGLang refuses the draft's config, which it reads in the same way
+    minutes later.
+    """
     from sglang.srt.configs.model_config import ModelConfig
 
     length = _model_config(record).context_len
     try:
-        ModelConfig.from_server_args(record, model_path=str(draft), is_draft_model=True, context_length=length)
+        ModelConfig.from_server_args(
+            record, model_path=str(draft), is_draft_model=True, context_length=length
+        )
     except Exception as error:
         text = " ".join(str(error).split())
         raise ValueError(
@@ -257,9 +295,14 @@ def _draft_directory(server_args: Any) -> Path:
 
     try:
         revision = server_args.speculative_draft_model_revision
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                str(path), revision=revision, allow_patterns=["*.json", "*.safetensors"]
+            )
+        )
     except Exception as error:
         raise ValueError(
-            f"--speculative-draft-model-path {path}: neither a directory nor a model that Hugging Face gives: {error}. "
-            "`aurora-trainer init-draft` makes an untrained draft for any target."
+            f"--speculative-draft-model-path {path}: neither a directory nor a model that Hugging"
+            f" Face gives: {error}. `aurora-trainer init-draft` makes an untrained draft for any"
+            " target."
         ) from None

@@ -22,23 +22,31 @@ KEY = "eagle_aux_hidden_state_layer_ids"
 class Convention:
     """How one of SGLang's models reads the ids, and what it can capture."""
 
-    outputs_if_first_is_1: bool = False  # outputs only where the first id is 1, else what enters
-    entering_if_last_is_count: bool = False  # what enters where the largest id is L, else outputs
-    last_output: bool = False  # the output of the last layer can be captured too
-    default_shift: int = 0  # of the three layers that are taken where no ids are named
+    # outputs only where the first id is 1, else what enters
+    outputs_if_first_is_1: bool = False
+    # what enters where the largest id is L, else outputs
+    entering_if_last_is_count: bool = False
+    # the output of the last layer can be captured too
+    last_output: bool = False
+    # of the three layers that are taken where no ids are named
+    default_shift: int = 0
 
 
 # By the target's architectures or model_type.
 CONVENTIONS = {
-    ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM",
-     "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration", "MistralLarge3ForCausalLM", "deepseek_v2",
+    ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+     "GlmMoeDsaForCausalLM", "KimiK25ForConditionalGeneration", "MistralLarge3ForCausalLM",
+     "deepseek_v2",
      "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25"):
         Convention(outputs_if_first_is_1=True),
     ("GptOssForCausalLM", "gpt_oss"): Convention(entering_if_last_is_count=True, last_output=True),
-    ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma4ForCausalLM", "Gemma4ForConditionalGeneration",
+    ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration", "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
      "gemma3", "gemma3_text", "gemma4", "gemma4_text", "MiniMaxM3SparseForCausalLM", "minimax_m3"):
         Convention(last_output=True),
-    ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl"): Convention(last_output=True, default_shift=1),
+    ("MiniMaxM3SparseForConditionalGeneration", "minimax_m3_vl"): Convention(last_output=True,
+    default_shift=1),
 }  # fmt: skip
 
 
@@ -72,7 +80,7 @@ def aux_layer_ids(
         if outputs != sorted(set(outputs)) or outputs[0] < 0 or entering[-1] >= layers:
             raise ValueError(
                 f"eagle_config.{KEY} is not set, and SGLang's default {outputs} does not name "
-                f"three layers of a "
+                "three layers of a "
                 f"target of {layers}; set it, for example to {_spread(layers)}."
             )
         return outputs
@@ -83,7 +91,7 @@ def aux_layer_ids(
         why = "" if how.last_output else " (the last layer's output is never captured)"
         raise ValueError(
             f"{KEY} {ids}: expected ids from {low} to {high} for a target of {layers} layers{why}, "
-            f"for example "
+            "for example "
             f"{_spread(layers, first=int(how.outputs_if_first_is_1))}."
         )
     if ids != sorted(set(ids)):
@@ -116,7 +124,7 @@ def ids_that_name(outputs: Sequence[int], target_config: Mapping[str, Any]) -> l
     )
     raise ValueError(
         f"aux layers {list(outputs)} of a target of {layers} layers: expected different ids, "
-        f"ascending, between 0 and "
+        "ascending, between 0 and "
         f"{highest}{first}"
     )
 

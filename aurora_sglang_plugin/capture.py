@@ -1,6 +1,6 @@
-"""What a step teaches, taken on the scheduler's thread: decide which requests are sampled, copy the step's tensors,
-queue a snapshot. Everything else (top-K on the CPU, parents, packing) happens on the publisher's thread, in
-snapshot.py. No state per request.
+"""What a step teaches, taken on the scheduler's thread: decide which requests are sampled, copy the
+step's tensors, queue a snapshot. Everything else (top-K on the CPU, parents, packing) happens on
+the publisher's thread, in snapshot.py. No state per request.
 
 Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabulary.
 """
@@ -35,11 +35,13 @@ logger = logging.getLogger(__name__)
 DOMAIN_LABEL = "aurora_domain"
 
 KINDS = ("prefill", "verify", "end")
-SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # buckets
+# buckets
+SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class Capture:
-    """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the publisher.
+    """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the
+    publisher.
 
     Methods never raise into serving: this is one of the two serving boundaries (style rule 10).
     """
@@ -57,20 +59,28 @@ class Capture:
         self.publisher = publisher
         self.num_steps = num_steps
         self.topk = topk
-        self.rejection = rejection  # --speculative-use-rejection-sampling
+        # --speculative-use-rejection-sampling
+        self.rejection = rejection
         if device.type == "cuda":
             self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
         else:
             self.transfer = HostTensors()
-        self.seconds = {kind: Tally(SECONDS) for kind in KINDS}  # of the scheduler's thread, for each message
+        # of the scheduler's thread, for each message
+        self.seconds = {kind: Tally(SECONDS) for kind in KINDS}
         self.acceptance = Acceptance(num_steps)
         self.errors = 0
-        self.prompt_tokens_skipped = 0  # beyond max_prompt_features
-        self.left_out: Counter[str] = Counter()  # requests by cause (left_out.py)
-        self._seconds = 0.0  # for the message that is being made
-        self._size = 0  # B of the verify step that is running
-        self._rows: list[int] = []  # of the verify step that is running: which of its requests are sampled
-        self._index: torch.Tensor | None = None  # the same on the device
+        # beyond max_prompt_features
+        self.prompt_tokens_skipped = 0
+        # requests by cause (left_out.py)
+        self.left_out: Counter[str] = Counter()
+        # for the message that is being made
+        self._seconds = 0.0
+        # B of the verify step that is running
+        self._size = 0
+        # of the verify step that is running: which of its requests are sampled
+        self._rows: list[int] = []
+        # the same on the device
+        self._index: torch.Tensor | None = None
 
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
@@ -87,7 +97,8 @@ class Capture:
             if not chunks:
                 return
             hidden = result.logits_output.hidden_states
-            row_bytes = hidden.shape[1] * hidden.element_size() + 64  # ids, and the padding of a slot
+            # ids, and the padding of a slot
+            row_bytes = hidden.shape[1] * hidden.element_size() + 64
             for group in _fitting(chunks, self.config.pinned_slot_bytes // row_bytes):
                 if not self.transfer.has_room():
                     self.publisher.drop("no_slot")
@@ -96,7 +107,8 @@ class Capture:
                 tensors = {
                     "hidden": take(hidden),
                     "input_ids": take(input_ids),
-                    "rotated_ids": take(batch.input_ids),  # the last one of a chunk is the token after it
+                    # the last one of a chunk is the token after it
+                    "rotated_ids": take(batch.input_ids),
                     "seq_lens": _copy(batch.seq_lens),
                 }
                 host = dict(
@@ -109,9 +121,13 @@ class Capture:
                 self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
 
     def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
-        """(row, request, features to take, end of its rows in the batch) of every chunk that is taken."""
+        """(row, request, features to take, end of its rows in the batch) of every chunk that is
+        taken.
+        """
         chunks, end = [], 0
-        for row, (req, prefix, extend) in enumerate(zip(batch.reqs, batch.prefix_lens, batch.extend_lens)):
+        for row, (req, prefix, extend) in enumerate(
+            zip(batch.reqs, batch.prefix_lens, batch.extend_lens)
+        ):
             end += extend
             if self.sampled(req):
                 first = max(prefix, len(req.origin_input_ids) - self.config.max_prompt_features)
@@ -126,11 +142,14 @@ class Capture:
         with self._boundary("rows"):
             self._seconds, self._size = 0.0, len(batch.seq_lens)
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
-            if rows and not self.transfer.has_room():  # known before anything is computed or copied for nothing
+            # known before anything is computed or copied for nothing
+            if rows and not self.transfer.has_room():
                 self.publisher.drop("no_slot")
                 return
             cuda = batch.seq_lens.is_cuda
-            self._index = torch.tensor(rows, pin_memory=cuda).to(batch.seq_lens.device, non_blocking=True)
+            self._index = torch.tensor(rows, pin_memory=cuda).to(
+                batch.seq_lens.device, non_blocking=True
+            )
             self._rows = rows
 
     def verify(
@@ -147,7 +166,9 @@ class Capture:
             select = self._select
             tensors = {
                 **self._judged(result.logits_output.next_token_logits),
-                "hidden": select(result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]),
+                "hidden": select(
+                    result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]
+                ),
                 "draft_tokens": select(tree.draft_token.view(size, nodes)),
                 "next_token": select(tree.retrieve_next_token),
                 "next_sibling": select(tree.retrieve_next_sibling),
@@ -178,7 +199,9 @@ class Capture:
                 return
             length = len(req.output_ids) if req.finished_len is None else req.finished_len
             end = End(len(req.origin_input_ids) + length)
-            self.publisher.offer("end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req]))
+            self.publisher.offer(
+                "end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req])
+            )
 
     def _judged(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is kept of the logits [B * N, V], of the sampled rows."""
@@ -193,17 +216,31 @@ class Capture:
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """A private copy of the sampled rows of [B, ...]."""
-        return _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
+        return (
+            _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
+        )
 
     def _node_rows(self, rows: int) -> torch.Tensor | None:
-        """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are. Read where they lie:
+        """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are.
+
+        Read where they lie:
         a copy of the logits would cost as much as the top-K."""
         if len(self._rows) == self._size:
             return None
         nodes = rows // self._size
-        return (self._index[:, None] * nodes + torch.arange(nodes, device=self._index.device)).flatten()
+        return (
+            self._index[:, None] * nodes + torch.arange(nodes, device=self._index.device)
+        ).flatten()
 
-    def _offer(self, kind: str, snapshot_type: type, tensors: dict, host: dict, requests: list, **header: Any) -> None:
+    def _offer(
+        self,
+        kind: str,
+        snapshot_type: type,
+        tensors: dict,
+        host: dict,
+        requests: list,
+        **header: Any,
+    ) -> None:
         staged = self.transfer.stage(tensors)
         if staged is None:
             self.publisher.drop("too_large" if self.transfer.has_room() else "no_slot")
@@ -212,14 +249,19 @@ class Capture:
 
     @contextmanager
     def _boundary(self, what: str) -> Iterator[None]:
-        """Time what runs on the scheduler's thread; count its failures, log the first, let serving go on."""
+        """Time what runs on the scheduler's thread; count its failures, log the first, let serving
+        go on.
+        """
         start = time.perf_counter()
         try:
             yield
         except Exception:
             self.errors += 1
             if self.errors == 1:
-                logger.exception("aurora capture failed what=%s: serving goes on, further failures are counted", what)
+                logger.exception(
+                    "aurora capture failed what=%s: serving goes on, further failures are counted",
+                    what,
+                )
         self._seconds += time.perf_counter() - start
         if what in KINDS:
             self.seconds[what].observe(self._seconds)
@@ -227,7 +269,9 @@ class Capture:
 
 
 def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
-    """The chunks in order, as many at a time as have `max_rows` features together: what fits a slot and a message."""
+    """The chunks in order, as many at a time as have `max_rows` features together: what fits a slot
+    and a message.
+    """
     group, rows = [], 0
     for chunk in chunks:
         if group and rows + chunk[2] > max_rows:
@@ -262,9 +306,13 @@ def _flags(batch: Any, rows: list[int]) -> list[int]:
 
 
 def _domains(reqs: list[Any]) -> list[str]:
-    """Their labels, "" where there is none that is fit to travel; nothing where no request has one."""
+    """Their labels, "" where there is none that is fit to travel; nothing where no request has
+    one.
+    """
     labels = [(req.sampling_params.custom_params or {}).get(DOMAIN_LABEL) for req in reqs]
-    labels = [label if isinstance(label, str) and DOMAIN.fullmatch(label) else "" for label in labels]
+    labels = [
+        label if isinstance(label, str) and DOMAIN.fullmatch(label) else "" for label in labels
+    ]
     return labels if any(labels) else []
 
 

@@ -1,8 +1,10 @@
-"""One TOML file configures both sides: `[link]` and `[weights]` are shared, `[plugin.*]` is read in the server,
-`[trainer.*]` by the trainer (`aurora_trainer.config` adds those sections to this model).
+"""One TOML file configures both sides: `[link]` and `[weights]` are shared, `[plugin.*]` is read in
+the server, `[trainer.*]` by the trainer (`aurora_trainer.config` adds those sections to this
+model).
 
-The server finds the file through AURORA_CONFIG; AURORA_SET="plugin.capture.sample_rate=0.1 link.endpoint=..." overrides
-single keys. Unknown keys are errors. This module imports neither torch nor sglang.
+The server finds the file through AURORA_CONFIG; AURORA_SET="plugin.capture.sample_rate=0.1
+link.endpoint=..." overrides single keys. Unknown keys are errors. This module imports neither torch
+nor sglang.
 """
 
 from __future__ import annotations
@@ -31,10 +33,14 @@ class Section(BaseModel):
 class LinkConfig(Section):
     """The ZeroMQ link. The trainer binds, every server connects."""
 
-    endpoint: str = "tcp://127.0.0.1:5590"  # where servers connect, and the trainer binds unless `bind` says otherwise
-    bind: str | None = None  # where the trainer binds, e.g. tcp://0.0.0.0:5590
-    trainer_keys: Path | None = None  # read by the trainer (keys.py); both or neither
-    server_keys: Path | None = None  # read by servers
+    # where servers connect, and the trainer binds unless `bind` says otherwise
+    endpoint: str = "tcp://127.0.0.1:5590"
+    # where the trainer binds, e.g. tcp://0.0.0.0:5590
+    bind: str | None = None
+    # read by the trainer (keys.py); both or neither
+    trainer_keys: Path | None = None
+    # read by servers
+    server_keys: Path | None = None
     insecure_plaintext_beyond_loopback: bool = False
     max_message_bytes: PositiveInt = 64 << 20
 
@@ -49,16 +55,17 @@ class LinkConfig(Section):
         check_endpoint("link.bind", self.bound, wildcard=True)
         if (self.trainer_keys is None) != (self.server_keys is None):
             raise ValueError(
-                "link.trainer_keys and link.server_keys: expected both or neither, in the one file of both sides "
-                "(each side reads its own directory only)"
+                "link.trainer_keys and link.server_keys: expected both or neither, in the one file"
+                " of both sides (each side reads its own directory only)"
             )
         for name, endpoint in (("endpoint", self.endpoint), ("bind", self.bound)):
             if self.trainer_keys or self.insecure_plaintext_beyond_loopback or stays_here(endpoint):
                 continue
             raise ValueError(
-                f"link.{name} {endpoint!r} leaves this machine and nothing would be encrypted; expected ipc://PATH or "
-                "tcp://127.0.0.1:PORT, or keys in link.trainer_keys and link.server_keys (aurora-trainer keygen). Who "
-                "trusts the network with every prompt says link.insecure_plaintext_beyond_loopback = true"
+                f"link.{name} {endpoint!r} leaves this machine and nothing would be encrypted;"
+                " expected ipc://PATH or tcp://127.0.0.1:PORT, or keys in link.trainer_keys and"
+                " link.server_keys (aurora-trainer keygen). Who trusts the network with every"
+                " prompt says link.insecure_plaintext_beyond_loopback = true"
             )
         return self
 
@@ -73,10 +80,14 @@ class CaptureConfig(Section):
     """What is taken from the verify step."""
 
     enabled: bool = True
-    sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0  # of requests, by a hash of the request id
-    topk_logits: Annotated[int, Field(ge=1, le=128)] = 32  # kept target logits per node
-    max_prompt_features: Annotated[int, Field(ge=0)] = 1024  # of a prompt's last tokens; the rest is counted
-    pinned_slots: PositiveInt = 4  # CUDA: steps on their way to the host; none free is a counted drop
+    # of requests, by a hash of the request id
+    sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # kept target logits per node
+    topk_logits: Annotated[int, Field(ge=1, le=128)] = 32
+    # of a prompt's last tokens; the rest is counted
+    max_prompt_features: Annotated[int, Field(ge=0)] = 1024
+    # CUDA: steps on their way to the host; none free is a counted drop
+    pinned_slots: PositiveInt = 4
     pinned_slot_bytes: PositiveInt = 64 << 20
 
 
@@ -115,7 +126,8 @@ class ConfigError(ValueError):
 
 
 def load(model: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
-    """Read `path` (None: all defaults), apply `section.key=value` overrides (TOML values, or bare strings), check.
+    """Read `path` (None: all defaults), apply `section.key=value` overrides (TOML values, or bare
+    strings), check.
 
     Raises ConfigError.
     """
@@ -130,14 +142,21 @@ def load(model: type[C], path: Path | None, overrides: Sequence[str] = ()) -> C:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
-        raise ConfigError("\n".join([f"{path or 'defaults'} is not a valid configuration:", *lines])) from None
+        lines = [
+            f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})"
+            for e in error.errors()
+        ]
+        raise ConfigError(
+            "\n".join([f"{path or 'defaults'} is not a valid configuration:", *lines])
+        ) from None
 
 
 def load_server_config() -> ServerConfig:
     """The one place where the plugin reads the environment."""
     path = os.environ.get(ENV_CONFIG)
-    return load(ServerConfig, Path(path) if path else None, shlex.split(os.environ.get(ENV_SET, "")))
+    return load(
+        ServerConfig, Path(path) if path else None, shlex.split(os.environ.get(ENV_SET, ""))
+    )
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

@@ -136,7 +136,8 @@ def expected_shapes(config: DraftConfig, target_config: dict[str, Any]) -> Shape
         "norm.weight": ((h,), True),
         "lm_head.weight": ((vd, h), True),
         "d2t": ((vd,), vd < vocab),
-        "embed_tokens.weight": ((vocab, h), False),  # SGLang puts the target's own in its place
+        # SGLang puts the target's own in its place
+        "embed_tokens.weight": ((vocab, h), False),
     }
     if config.bias:
         shapes["fc.bias"] = ((h,), True)
@@ -145,7 +146,8 @@ def expected_shapes(config: DraftConfig, target_config: dict[str, Any]) -> Shape
     if config.norm_before_fc:
         shapes["input_norm.weight"] = ((num_aux * ht,), True)
     for i in range(config.num_hidden_layers):
-        width = 2 * h if i == 0 else h  # only the first layer sees embedding and state side by side
+        # only the first layer sees embedding and state side by side
+        width = 2 * h if i == 0 else h
         layer = {
             "self_attn.q_proj": (heads * head_dim, width),
             "self_attn.k_proj": (kv_heads * head_dim, width),
@@ -173,7 +175,8 @@ def tensor_problems(
         draft is None
         or draft.hidden_size != target_config["hidden_size"] == draft.target_hidden_size
     ):
-        return []  # config_problems said so; there is nothing to compare with
+        # config_problems said so; there is nothing to compare with
+        return []
     shapes = expected_shapes(draft, target_config)
     problems = []
     unknown = sorted(n for n in entries.keys() - shapes.keys() if not harmless(n, entries[n]))

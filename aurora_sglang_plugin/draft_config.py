@@ -37,19 +37,24 @@ class DraftConfig:
     # the same as vLLM and speculators name them, by what they enter; None: one more each
     entered_layer_ids: tuple[int, ...] | None = None
     num_aux: int = 3
-    target_hidden_size: int = 0  # 0: hidden_size
+    # 0: hidden_size
+    target_hidden_size: int = 0
     num_hidden_layers: int = 1
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = (
-        None  # rope_type and its parameters (rope.py); None: the plain one
-    )
+    # rope_type and its parameters (rope.py); None: the plain one
+    rope_scaling: dict[str, Any] | None = None
     max_position_embeddings: int = 2048
-    bias: bool = False  # of fc and o_proj, as SGLang reads the key `bias`
-    attention_bias: bool = False  # of o_proj
-    fc_norm: bool = False  # an RMSNorm for each aux feature before fc
-    norm_before_fc: bool = False  # one RMSNorm over all aux features before fc
-    norm_output: bool = False  # the state handed to the next step is post-norm
+    # of fc and o_proj, as SGLang reads the key `bias`
+    bias: bool = False
+    # of o_proj
+    attention_bias: bool = False
+    # an RMSNorm for each aux feature before fc
+    fc_norm: bool = False
+    # one RMSNorm over all aux features before fc
+    norm_before_fc: bool = False
+    # the state handed to the next step is post-norm
+    norm_output: bool = False
 
     @property
     def feature_size(self) -> int:

@@ -11,9 +11,11 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-MAX_HEADER_BYTES = 100_000_000  # as safetensors allows
+# as safetensors allows
+MAX_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
-NAMED = 5  # tensors or files named in one sentence, of which there may be hundreds
+# tensors or files named in one sentence, of which there may be hundreds
+NAMED = 5
 # Older names that SGLang still reads, wherever in a name they stand.
 LEGACY_NAMES = {
     "midlayer": "layers.0",
@@ -21,10 +23,12 @@ LEGACY_NAMES = {
     "aux_norm_mid": "fc_norm.1",
     "aux_norm_high": "fc_norm.2",
 }
-CODE_FORMATS = (".bin", ".pt", ".pth", ".ckpt")  # reading them can run what they hold
+# reading them can run what they hold
+CODE_FORMATS = (".bin", ".pt", ".pth", ".ckpt")
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "C64": 64,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "C64": 64,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
@@ -35,7 +39,8 @@ class Entry(NamedTuple):
     path: Path
     dtype: str
     shape: tuple[int, ...]
-    start: int  # bytes from the beginning of the file
+    # bytes from the beginning of the file
+    start: int
     stop: int
 
     def read(self) -> bytes:
@@ -84,7 +89,7 @@ def weight_files(directory: Path) -> list[Path]:
         others = sorted(p.name for p in directory.glob("*") if p.suffix in CODE_FORMATS)
         raise ValueError(
             f"holds {', '.join(others)} and no *.safetensors: a file in that format can run code "
-            f"when it is read, so "
+            "when it is read, so "
             "it is not read. Ask its author for safetensors, or convert it where that does no harm "
             "(docs/troubleshooting.md)."
             if others
@@ -153,7 +158,8 @@ def read_header(path: Path) -> list[tuple[str, Entry]]:
         end = 8 + length
         for entry in sorted((entry for _, entry in entries), key=lambda e: (e.start, e.stop)):
             if entry.start != end:
-                raise ValueError  # a hole, or two tensors in one place
+                # a hole, or two tensors in one place
+                raise ValueError
             end = entry.stop
         if end != size:
             raise ValueError

@@ -48,12 +48,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _sizes(*LATENT, num_key_value_heads=128, head_dim=64),
     "kimi_k2": _sizes(*LATENT, num_key_value_heads=128, head_dim=64),
 }
+# what shapes follow from
 SHAPED = (
     "hidden_size",
     "num_attention_heads",
     "intermediate_size",
     "num_hidden_layers",
-)  # what shapes follow from
+)
 NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 
 COUNT, COUNT_OR_NULL = "a positive integer", "a positive integer or null"
@@ -81,7 +82,8 @@ DTYPES = ("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "t
 # What a key must hold where it is there. The last lines are of keys that SGLang does not read and
 # transformers checks.
 TYPES = {
-    **dict.fromkeys((*SHAPED, "vocab_size", "max_position_embeddings", "target_hidden_size"), COUNT),
+    **dict.fromkeys((*SHAPED, "vocab_size", "max_position_embeddings", "target_hidden_size"),
+    COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "num_aux_hidden_states"), COUNT_OR_NULL),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias"), FLAG),
     **dict.fromkeys(("bias", "fc_norm", "use_aux_norm", "norm_before_fc", "norm_output"), SWITCH),
@@ -94,12 +96,13 @@ TYPES = {
     "initializer_range": "a number from 0 to 1 written with a point",
     "auto_map": "an object",
 }  # fmt: skip
+# read by rope.py
 ROPE = (
     "rope_theta",
     "rope_scaling",
     "rope_parameters",
     "original_max_position_embeddings",
-)  # read by rope.py
+)
 
 
 def read_keys(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -137,19 +140,19 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
     if not isinstance(kind, str) or kind not in FAMILIES:
         problems.append(
             f"config.json has model_type = {shown(kind)}; expected one of {', '.join(FAMILIES)}, "
-            f"which SGLang reads as "
+            "which SGLang reads as "
             "they are written. Where the draft is a Llama layer, say llama."
         )
     problems += [
         f"config.json nests a model in {key}, which SGLang would read in its stead; expected the "
-        f"draft's keys alone."
+        "draft's keys alone."
         for key in NESTED
         if key in raw
     ]
     if raw.get("hidden_act", "silu") != "silu":
         problems.append(
             f"config.json has hidden_act = {shown(raw['hidden_act'])}; this trainer computes only "
-            f"'silu'."
+            "'silu'."
         )
     if raw.get("tie_word_embeddings") is True:
         problems.append("tie_word_embeddings is true; expected false and a head in lm_head.weight.")
@@ -157,7 +160,7 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
         if raw.get(key) is not None:
             problems.append(
                 f"config.json has {key}: a quantized draft. Expected float tensors, and no such "
-                f"key."
+                "key."
             )
     if raw.get("norm_before_residual"):
         problems.append(
@@ -169,20 +172,20 @@ def _kind_problems(raw: Mapping[str, Any], values: Mapping[str, Any]) -> list[st
     if type(factor) not in (int, float) or factor != 1:
         problems.append(
             f"config.json has partial_rotary_factor = {shown(factor)}; this trainer computes only "
-            f"1, all of a head."
+            "1, all of a head."
         )
     if not raw.get("rope_is_neox_style", True) or not isinstance(
         raw.get("rope_is_neox_style", True), bool | int
     ):
         problems.append(
             f"config.json has rope_is_neox_style = {shown(raw['rope_is_neox_style'])}; this "
-            f"trainer computes only true."
+            "trainer computes only true."
         )
     cap = raw.get("final_logit_softcapping")
     if cap is not None and (type(cap) not in (int, float) or cap > 0):
         problems.append(
             f"config.json has final_logit_softcapping = {shown(cap)}, which this trainer does not "
-            f"compute."
+            "compute."
         )
     layers, types = values.get("num_hidden_layers"), raw.get("layer_types")
     listed = (

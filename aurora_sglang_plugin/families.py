@@ -1,8 +1,9 @@
 """Metric families as tables: what is exported, under which name, with which labels, in plain words.
 
-Both sides have one (`metrics.FAMILIES`); docs/metrics.md explains them and a test compares it with what is exported.
-A label has a bounded list of values, each exported from the start, so that a rate over a first event is right; a value
-that is not in the list counts as "other", because causes also come from other processes.
+Both sides have one (`metrics.FAMILIES`); docs/metrics.md explains them and a test compares it with
+what is exported. A label has a bounded list of values, each exported from the start, so that a rate
+over a first event is right; a value that is not in the list counts as "other", because causes also
+come from other processes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Family:
-    """`labels` maps each label to its values. A counter's name gets `_total`. `bounds` are a histogram's buckets."""
+    """`labels` maps each label to its values. A counter's name gets `_total`.
+
+    `bounds` are a histogram's buckets.
+    """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
@@ -40,14 +44,16 @@ def histogram(help: str, bounds: Sequence[float], **labels: Sequence[str]) -> Fa
 
 
 class Tally:
-    """A histogram in plain Python: an observation costs its thread a bisection and two additions, no lock.
+    """A histogram in plain Python: an observation costs its thread a bisection and two additions,
+    no lock.
 
     One thread observes; another may read, and may see a count without its sum for a moment.
     """
 
     def __init__(self, bounds: Sequence[float]):
         self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)  # of (previous bound, bound], the last one without bound
+        # of (previous bound, bound], the last one without bound
+        self.counts = [0] * (len(self.bounds) + 1)
         self.sum = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
@@ -56,17 +62,25 @@ class Tally:
 
 
 class Exported:
-    """A table of families registered with prometheus_client, and what was last reported of each series.
+    """A table of families registered with prometheus_client, and what was last reported of each
+    series.
 
     `constant` are labels of every series, e.g. {"tp_rank": "0"}.
     """
 
-    def __init__(self, families: Mapping[str, Family], registry: Any = None, constant: Mapping[str, str] | None = None):
-        from prometheus_client import REGISTRY, Counter, Gauge, Histogram  # late: see metrics.py
+    def __init__(
+        self,
+        families: Mapping[str, Family],
+        registry: Any = None,
+        constant: Mapping[str, str] | None = None,
+    ):
+        # late: see metrics.py
+        from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
         self._constant = tuple((constant or {}).values())
         self._metrics: dict[str, Any] = {}
-        self._children: dict[tuple[str, ...], Any] = {}  # by name and values
+        # by name and values
+        self._children: dict[tuple[str, ...], Any] = {}
         self._last: dict[tuple[str, ...], Any] = {}
         for name, family in families.items():
             names = [*(constant or {}), *family.labels]
@@ -78,26 +92,33 @@ class Exported:
             else:
                 metric = Histogram(name, family.help, buckets=family.bounds, **about)
             for values in product(*family.labels.values()):
-                child = self._children[name, *values] = metric.labels(*self._constant, *values) if names else metric
+                child = self._children[name, *values] = (
+                    metric.labels(*self._constant, *values) if names else metric
+                )
                 if family.kind == "gauge":
-                    child.set(nan)  # not known yet
+                    # not known yet
+                    child.set(nan)
             self._metrics[name] = metric
 
     def child(self, name: str, *values: str) -> Any:
         """prometheus_client's own object of one series."""
         found = self._children.get((name, *values))
-        if found is None:  # not remembered: nobody knows how many values there are
+        # not remembered: nobody knows how many values there are
+        if found is None:
             found = self._metrics[name].labels(*self._constant, *(OTHER for _ in values))
         return found
 
     def set(self, name: str, value: float, *values: str) -> None:
         self.child(name, *values).set(value)
 
-    def count_to(self, name: str, totals: float | Mapping[str, float], before: bool = False) -> None:
-        """A counter moves by what its total, or that of each of its label's values, grew since the last call.
+    def count_to(
+        self, name: str, totals: float | Mapping[str, float], before: bool = False
+    ) -> None:
+        """A counter moves by what its total, or that of each of its label's values, grew since the
+        last call.
 
-        Where a total fell (books forgotten) it stays. `before`: the totals were reached before this process began,
-        which counts from 0.
+        Where a total fell (books forgotten) it stays. `before`: the totals were reached before this
+        process began, which counts from 0.
         """
         by_value: dict[tuple[str, ...], float] = {}
         for value, total in totals.items() if isinstance(totals, Mapping) else [(None, totals)]:
@@ -114,7 +135,8 @@ class Exported:
         key, counts, total = (name, *values), list(tally.counts), tally.sum
         old_counts, old_total = self._last.get(key, ([0] * len(counts), 0.0))
         child = self.child(*key)
-        for bucket, new, old in zip(child._buckets, counts, old_counts, strict=True):  # there is no public bulk way
+        # there is no public bulk way
+        for bucket, new, old in zip(child._buckets, counts, old_counts, strict=True):
             if new != old:
                 bucket.inc(new - old)
         child._sum.inc(total - old_total)

@@ -1,12 +1,14 @@
-"""The link's CURVE keys: one directory of small text files for each side, as `aurora-trainer keygen` writes them.
+"""The link's CURVE keys: one directory of small text files for each side, as `aurora-trainer
+keygen` writes them.
 
     link.trainer_keys               link.server_keys, one for each server
         trainer.secret                  server.secret
         trainer.public                  trainer.public
         servers/NAME.public             server.public
 
-`servers/` is the allow-list. A file holds one Z85 key of 40 characters, beside lines that begin with "# ". Secrets are
-in no setting, no log line and no error; a secret that others can read, or a list that others can write, is refused.
+`servers/` is the allow-list. A file holds one Z85 key of 40 characters, beside lines that begin
+with "# ". Secrets are in no setting, no log line and no error; a secret that others can read, or a
+list that others can write, is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +31,10 @@ _MAX_FILE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TrainerKeys:
-    """The trainer's own secret, and the servers that may connect: {public key: name}. Keys are Z85 bytes [40]."""
+    """The trainer's own secret, and the servers that may connect: {public key: name}.
+
+    Keys are Z85 bytes [40].
+    """
 
     secret: bytes = field(repr=False)
     servers: dict[bytes, str]
@@ -53,11 +58,14 @@ def load_trainer_keys(directory: Path) -> TrainerKeys:
     """Raises ValueError where a key is missing, damaged, or not private enough."""
     _check_directory(directory, "link.trainer_keys")
     _check_directory(directory / SERVERS, "the allow-list")
-    servers = {_read(path, secret=False): path.stem for path in sorted((directory / SERVERS).glob("*.public"))}
+    servers = {
+        _read(path, secret=False): path.stem
+        for path in sorted((directory / SERVERS).glob("*.public"))
+    }
     if not servers:
         raise ValueError(
-            f"{directory / SERVERS} holds no *.public: no server may connect; expected one file for each server, as "
-            f"`aurora-trainer keygen {directory.parent} --server NAME` writes it"
+            f"{directory / SERVERS} holds no *.public: no server may connect; expected one file for"
+            f" each server, as `aurora-trainer keygen {directory.parent} --server NAME` writes it"
         )
     return TrainerKeys(_read(directory / f"{TRAINER}.secret", secret=True), servers)
 
@@ -66,38 +74,45 @@ def load_server_keys(directory: Path) -> ServerKeys:
     """Raises ValueError where a key is missing, damaged, or not private enough."""
     _check_directory(directory, "link.server_keys")
     secret = _read(directory / f"{SERVER}.secret", secret=True)
-    return ServerKeys(secret, zmq.curve_public(secret), _read(directory / f"{TRAINER}.public", secret=False))
+    return ServerKeys(
+        secret, zmq.curve_public(secret), _read(directory / f"{TRAINER}.public", secret=False)
+    )
 
 
 def check_pair(trainer: TrainerKeys, server: ServerKeys) -> None:
     """Raises ValueError where these two would not speak to each other."""
     if zmq.curve_public(trainer.secret) != server.trainer:
         raise ValueError(
-            "the server's trainer.public is not the public key of this trainer; expected a copy of trainer.public from "
-            "link.trainer_keys in link.server_keys"
+            "the server's trainer.public is not the public key of this trainer; expected a copy of"
+            " trainer.public from link.trainer_keys in link.server_keys"
         )
     if server.public not in trainer.servers:
         raise ValueError(
-            f"the trainer does not list the server's key {server.public.decode()}; expected a copy of its "
-            "server.public in servers/ of link.trainer_keys"
+            f"the trainer does not list the server's key {server.public.decode()}; expected a copy"
+            " of its server.public in servers/ of link.trainer_keys"
         )
 
 
 def make_keys(directory: Path, servers: Sequence[str]) -> bool:
-    """Make the trainer's pair, unless it is there, and a pair for each named server. True where the trainer's is new.
+    """Make the trainer's pair, unless it is there, and a pair for each named server.
 
-    Directories get mode 0700, files 0600; nothing is ever overwritten. Raises ValueError, before anything is written,
-    for a name that is taken or no name; OSError.
+    True where the trainer's is new.
+
+    Directories get mode 0700, files 0600; nothing is ever overwritten. Raises ValueError, before
+    anything is written, for a name that is taken or no name; OSError.
     """
     trainer = directory / TRAINER
     for name in servers:
         if not _NAME.fullmatch(name) or name == TRAINER:
-            raise ValueError(f"--server {name!r}: expected letters, digits, '.', '_', '-', and not {TRAINER!r}")
+            raise ValueError(
+                f"--server {name!r}: expected letters, digits, '.', '_', '-', and not {TRAINER!r}"
+            )
         for taken in (directory / name, trainer / SERVERS / f"{name}.public"):
             if os.path.lexists(taken):
                 raise ValueError(
-                    f"{taken} exists, and keys are never overwritten; expected another --server NAME, or remove "
-                    f"{directory / name} and {trainer / SERVERS / name}.public first"
+                    f"{taken} exists, and keys are never overwritten; expected another --server"
+                    f" NAME, or remove {directory / name} and {trainer / SERVERS / name}.public"
+                    " first"
                 )
     if len(set(servers)) != len(servers):
         raise ValueError("--server: a name twice; expected each server once")
@@ -119,13 +134,17 @@ def make_keys(directory: Path, servers: Sequence[str]) -> bool:
 
 def _write_pair(directory: Path, role: str) -> bytes:
     public, secret = zmq.curve_keypair()
-    _write(directory / f"{role}.secret", secret, f"SECRET key of the {role}: for this user's eyes only")
+    _write(
+        directory / f"{role}.secret", secret, f"SECRET key of the {role}: for this user's eyes only"
+    )
     _write(directory / f"{role}.public", public, f"public key of the {role}")
     return public
 
 
 def _write(path: Path, key: bytes, what: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(
+        path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
     with os.fdopen(descriptor, "wb") as file:
         file.write(b"# Aurora, %s\n%s\n" % (what.encode(), key))
         file.flush()
@@ -134,9 +153,12 @@ def _write(path: Path, key: bytes, what: str) -> None:
 
 def _read(path: Path, *, secret: bool) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not hold a start up
+        # a pipe must not hold a start up
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise ValueError(f"key {path}: {error.strerror}; expected a file of `aurora-trainer keygen`") from None
+        raise ValueError(
+            f"key {path}: {error.strerror}; expected a file of `aurora-trainer keygen`"
+        ) from None
     with os.fdopen(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -146,7 +168,9 @@ def _read(path: Path, *, secret: bool) -> bytes:
     keys = [line.strip() for line in lines if line.strip() and not line.startswith(b"# ")]
     if len(keys) != 1 or len(keys[0]) != 40 or not _Z85.issuperset(keys[0]):
         # What was read is not shown: it may be most of a secret.
-        raise ValueError(f"key {path} is damaged; expected one line of 40 Z85 characters, as keygen wrote it")
+        raise ValueError(
+            f"key {path} is damaged; expected one line of 40 Z85 characters, as keygen wrote it"
+        )
     return keys[0]
 
 
@@ -155,10 +179,14 @@ def _check_directory(directory: Path, what: str) -> None:
         status = os.stat(directory)
     except OSError as error:
         raise ValueError(
-            f"{what} {directory}: {error.strerror}; expected a directory that `aurora-trainer keygen` wrote"
+            f"{what} {directory}: {error.strerror}; expected a directory that `aurora-trainer"
+            " keygen` wrote"
         ) from None
     if not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{what} {directory} is not a directory; expected one that `aurora-trainer keygen` wrote")
+        raise ValueError(
+            f"{what} {directory} is not a directory; expected one that `aurora-trainer keygen`"
+            " wrote"
+        )
     _check_private(directory, status, 0o022)
 
 
@@ -168,11 +196,11 @@ def _check_private(path: Path, status: os.stat_result, forbidden: int) -> None:
         deed = "read" if forbidden & 0o044 else "changed"
         mode = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
         raise ValueError(
-            f"{path} can be {deed} by other users (mode {stat.S_IMODE(status.st_mode):04o}); expected "
-            f"chmod {mode:o} {path}, and new keys where others were on this machine"
+            f"{path} can be {deed} by other users (mode {stat.S_IMODE(status.st_mode):04o});"
+            f" expected chmod {mode:o} {path}, and new keys where others were on this machine"
         )
     if status.st_uid not in (0, os.geteuid()):
         raise ValueError(
-            f"{path} belongs to user {status.st_uid}, this process runs as {os.geteuid()}; expected "
-            f"chown {os.geteuid()} {path}"
+            f"{path} belongs to user {status.st_uid}, this process runs as {os.geteuid()}; expected"
+            f" chown {os.geteuid()} {path}"
         )

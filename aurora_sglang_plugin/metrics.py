@@ -1,11 +1,14 @@
-"""The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the books by a thread of its own.
+"""The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the books by a
+thread of its own.
 
-SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory, which it names in the
-environment before it starts them: hence the late import in families.py, and nothing else to set up here. Scheduler and
-publisher only count in plain attributes, as they do without metrics.
+SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory,
+which it names in the environment before it starts them: hence the late import in families.py, and
+nothing else to set up here. Scheduler and publisher only count in plain attributes, as they do
+without metrics.
 
-Every series has the labels tp_rank and dp_rank of its scheduler. Each tensor-parallel rank exports what each rank does
-(attached, version, swaps); capture is rank 0's alone, so its sums count nothing twice. docs/metrics.md explains all.
+Every series has the labels tp_rank and dp_rank of its scheduler. Each tensor-parallel rank exports
+what each rank does (attached, version, swaps); capture is rank 0's alone, so its sums count nothing
+twice. docs/metrics.md explains all.
 """
 
 from __future__ import annotations
@@ -33,26 +36,41 @@ log = logging.getLogger(__name__)
 REFRESH_S = 1.0
 MODES = ("live", "shadow")
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
-HANDSHAKES = ("key", "protocol", "unfinished")  # causes of handshakes.py
+# causes of handshakes.py
+HANDSHAKES = ("key", "protocol", "unfinished")
 REFUSALS = (
-    "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name", "names", "rejected",
+    "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name",
+    "names", "rejected",
     "shape", "size", "stage", "swap", "target", "values",
 )  # fmt: skip
 
 # Of every tensor-parallel rank.
 OF_RANK: dict[str, Family] = {
     "aurora_attached": gauge("1 where AURORA runs in this scheduler process"),
-    "aurora_mode": gauge("1 for the present mode: live drafts, shadow only collects and follows", mode=MODES),
-    "aurora_draft_version": gauge("Version of the draft's weights that drafts now, 0: those the server started with"),
-    "aurora_weights_age_seconds": gauge("Time since the weights that draft now were published, or the server started"),
+    "aurora_mode": gauge(
+        "1 for the present mode: live drafts, shadow only collects and follows", mode=MODES
+    ),
+    "aurora_draft_version": gauge(
+        "Version of the draft's weights that drafts now, 0: those the server started with"
+    ),
+    "aurora_weights_age_seconds": gauge(
+        "Time since the weights that draft now were published, or the server started"
+    ),
     "aurora_swaps": counter("Swaps of the draft's weights, rollbacks included"),
-    "aurora_swap_stall_seconds": histogram("Time that the scheduler's thread spent on a swap", STALL_S),
-    "aurora_swap_seconds": histogram("Time from noticing a new version to drafting with it", SWAP_S),
+    "aurora_swap_stall_seconds": histogram(
+        "Time that the scheduler's thread spent on a swap", STALL_S
+    ),
+    "aurora_swap_seconds": histogram(
+        "Time from noticing a new version to drafting with it", SWAP_S
+    ),
     "aurora_freshness_seconds": histogram(
-        "At each swap: age of the newest verify step that the new weights were trained on", FRESHNESS_S
+        "At each swap: age of the newest verify step that the new weights were trained on",
+        FRESHNESS_S,
     ),
     "aurora_target_changes": counter("Operator's calls that gave the server another target"),
-    "aurora_weights_refused": counter("Published versions that were not loaded, or not swapped in", cause=REFUSALS),
+    "aurora_weights_refused": counter(
+        "Published versions that were not loaded, or not swapped in", cause=REFUSALS
+    ),
 }
 
 
@@ -64,33 +82,51 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_sent_messages": counter("Captured messages sent to the trainer"),
         "aurora_sent_bytes": counter("Bytes sent to the trainer, heartbeats included"),
         "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
-        "aurora_left_out_rows": counter("Requests left out of a captured message: unfit to be used", cause=ROW_CAUSES),
+        "aurora_left_out_rows": counter(
+            "Requests left out of a captured message: unfit to be used", cause=ROW_CAUSES
+        ),
         "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
         "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
-        "aurora_link_blocked_seconds": gauge("Time since the link to the trainer took a message or a heartbeat"),
-        "aurora_link_refused": counter("Attempts to connect that failed at the trainer's handshake", cause=HANDSHAKES),
+        "aurora_link_blocked_seconds": gauge(
+            "Time since the link to the trainer took a message or a heartbeat"
+        ),
+        "aurora_link_refused": counter(
+            "Attempts to connect that failed at the trainer's handshake", cause=HANDSHAKES
+        ),
         "aurora_capture_seconds": histogram(
             "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
         ),
         "aurora_capture_errors": counter("Steps whose capture failed; they were served as usual"),
         "aurora_left_out_requests": counter("Requests that are not captured, by why", cause=CAUSES),
-        "aurora_skipped_prompt_tokens": counter("Prompt tokens left out by plugin.capture.max_prompt_features"),
-        "aurora_accept_length_tokens": histogram(
-            "Tokens committed by a verify step of a captured request, bonus included", range(1, num_steps + 2)
+        "aurora_skipped_prompt_tokens": counter(
+            "Prompt tokens left out by plugin.capture.max_prompt_features"
         ),
-        "aurora_accepted_drafts": counter("Draft tokens accepted, by position in the draft", position=positions),
+        "aurora_accept_length_tokens": histogram(
+            "Tokens committed by a verify step of a captured request, bonus included",
+            range(1, num_steps + 2),
+        ),
+        "aurora_accepted_drafts": counter(
+            "Draft tokens accepted, by position in the draft", position=positions
+        ),
         "aurora_version_accept_length_tokens": gauge(
-            "Mean accept length of all steps drafted by the current and by the previous version", role=ROLES
+            "Mean accept length of all steps drafted by the current and by the previous version",
+            role=ROLES,
         ),
         "aurora_version_acceptance_ratio": gauge(
-            "Share of the version's verify steps that accepted this position", role=ROLES, position=positions
+            "Share of the version's verify steps that accepted this position",
+            role=ROLES,
+            position=positions,
         ),
-        "aurora_version_verify_steps": gauge("Verify steps that the two figures above rest on", role=ROLES),
+        "aurora_version_verify_steps": gauge(
+            "Verify steps that the two figures above rest on", role=ROLES
+        ),
     }
 
 
 class ServerMetrics:
-    """Copies the counters of capture (None: off, or another rank's) and reloader to prometheus once a second."""
+    """Copies the counters of capture (None: off, or another rank's) and reloader to prometheus once
+    a second.
+    """
 
     def __init__(
         self,
@@ -140,7 +176,11 @@ class ServerMetrics:
         exported.load("aurora_swap_seconds", reloader.durations)
         exported.load("aurora_freshness_seconds", reloader.freshness)
         exported.count_to("aurora_target_changes", swaps["target_changes"])
-        refused = {n.removeprefix("refused_"): count for n, count in swaps.items() if n.startswith("refused_")}
+        refused = {
+            n.removeprefix("refused_"): count
+            for n, count in swaps.items()
+            if n.startswith("refused_")
+        }
         exported.count_to("aurora_weights_refused", refused)
 
     def _refresh_link(self) -> None:
@@ -171,13 +211,21 @@ class ServerMetrics:
             exported.set("aurora_version_verify_steps", steps, role)
             exported.set("aurora_version_accept_length_tokens", mean_length(by_length), role)
             for position, count in enumerate(accepted(by_length), 1):
-                exported.set("aurora_version_acceptance_ratio", count / steps if steps else 0.0, role, str(position))
+                exported.set(
+                    "aurora_version_acceptance_ratio",
+                    count / steps if steps else 0.0,
+                    role,
+                    str(position),
+                )
 
     def _run(self) -> None:
         while not self._stop.wait(REFRESH_S):
             try:
                 self.refresh()
-            except Exception:  # a full disk under the multiprocess directory must not end anything
+            except Exception:
+                # a full disk under the multiprocess directory must not end anything
                 if not self._failed:
-                    log.exception("aurora metrics failed: serving goes on, further failures are not logged")
+                    log.exception(
+                        "aurora metrics failed: serving goes on, further failures are not logged"
+                    )
                 self._failed = True

@@ -1,6 +1,8 @@
-"""The publisher's queue and its books: bounded in bytes and messages, the OLDEST message is dropped, each by a cause.
+"""The publisher's queue and its books: bounded in bytes and messages, the OLDEST message is
+dropped, each by a cause.
 
-    captured = sent + sum(dropped) + queued        (messages; the one in flight counts as queued; heartbeats are apart)
+    captured = sent + sum(dropped) + queued        (messages; the one in flight counts as queued;
+                                                   heartbeats are apart)
 
 holds at every instant that `counters` sees.
 """
@@ -19,7 +21,8 @@ from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import PublishConfig
 from aurora_sglang_plugin.rows import bad_rows, left_out
 
-Arrays = dict[str, tuple[str, np.ndarray]]  # frame name -> (wire dtype, C-contiguous array), in wire.FRAMES' order
+# frame name -> (wire dtype, C-contiguous array), in wire.FRAMES' order
+Arrays = dict[str, tuple[str, np.ndarray]]
 
 
 class Snapshot(Protocol):
@@ -30,10 +33,16 @@ class Snapshot(Protocol):
         """Held while it is queued: the measure of the queue."""
 
     def unload(self) -> None:
-        """Give back what is scarce (pinned memory): the message has to wait. On the publisher thread, before build."""
+        """Give back what is scarce (pinned memory): the message has to wait.
+
+        On the publisher thread, before build.
+        """
 
     def build(self) -> Arrays:
-        """The frames of the message. Called at most once, on the publisher thread; may raise (cause `build`)."""
+        """The frames of the message.
+
+        Called at most once, on the publisher thread; may raise (cause `build`).
+        """
 
 
 @dataclass(slots=True)
@@ -43,12 +52,16 @@ class Item:
     nbytes: int
     captured_seq: int
     time_ns: int
-    fields: dict[str, Any]  # of the header, as the scheduler knew them
+    # of the header, as the scheduler knew them
+    fields: dict[str, Any]
     unloaded: bool = False
 
 
 class Outbox:
-    """put() and drop() are for the scheduler's thread, the rest is the publisher's. The lock is held for moments."""
+    """put() and drop() are for the scheduler's thread, the rest is the publisher's.
+
+    The lock is held for moments.
+    """
 
     def __init__(self, config: PublishConfig):
         self._config = config
@@ -67,9 +80,13 @@ class Outbox:
         return len(self._queue)
 
     def put(self, kind: wire.Kind, snapshot: Snapshot, fields: dict[str, Any]) -> bool:
-        """Queue one message, dropping older ones for it. True where the queue was empty before. O(1) amortised."""
+        """Queue one message, dropping older ones for it. True where the queue was empty before.
+
+        O(1) amortised.
+        """
         nbytes, now_ns = snapshot.nbytes, time.time_ns()
-        released = []  # freed after the lock is given back
+        # freed after the lock is given back
+        released = []
         with self._lock:
             self._captured += 1
             self._draft_version = fields["draft_version"] or self._draft_version
@@ -102,7 +119,9 @@ class Outbox:
             return self._in_flight
 
     def unload(self) -> None:
-        """Nobody takes messages now: have those that came since the last call give back what is scarce."""
+        """Nobody takes messages now: have those that came since the last call give back what is
+        scarce.
+        """
         came = []
         with self._lock:
             for item in reversed(self._queue):
@@ -110,13 +129,16 @@ class Outbox:
                     break
                 item.unloaded = True
                 came.append(item.snapshot)
-        for snapshot in reversed(came):  # one that is dropped meanwhile lives until this is done
+        # one that is dropped meanwhile lives until this is done
+        for snapshot in reversed(came):
             snapshot.unload()
 
     def leave_out_bad_rows(self, item: Item, arrays: Arrays) -> Arrays:
-        """The frames of `item` without the requests whose row cannot be used (rows.py), which are counted by cause.
+        """The frames of `item` without the requests whose row cannot be used (rows.py), which are
+        counted by cause.
 
-        The message goes all the same, if need be without any row, so that it leaves no hole in its epoch.
+        The message goes all the same, if need be without any row, so that it leaves no hole in its
+        epoch.
         """
         fields = item.fields
         dtypes = {name: dtype for name, (dtype, _) in arrays.items()}
@@ -198,7 +220,8 @@ class Outbox:
                 "queued_bytes": self._queued_bytes + (in_flight.nbytes if in_flight else 0),
                 "bytes_sent": self._bytes_sent,
                 "heartbeats": self._heartbeats,
-                "blocked_s": time.monotonic() - self._taken_at,  # since anything was taken, a heartbeat included
+                # since anything was taken, a heartbeat included
+                "blocked_s": time.monotonic() - self._taken_at,
             }
 
     def _drop(self, cause: str) -> None:

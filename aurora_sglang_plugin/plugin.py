@@ -1,8 +1,9 @@
 """The entry point that SGLang calls in every one of its processes, before arguments are parsed.
 
-It must be cheap there, whatever the algorithm: it registers the name AURORA and one hook, and imports no worker.
-SGLang swallows a plugin's exceptions and serves on without it; `failure` then says why, and so does the log. A server
-that was asked for AURORA fails by itself in that case ("Unknown speculative algorithm").
+It must be cheap there, whatever the algorithm: it registers the name AURORA and one hook, and
+imports no worker. SGLang swallows a plugin's exceptions and serves on without it; `failure` then
+says why, and so does the log. A server that was asked for AURORA fails by itself in that case
+("Unknown speculative algorithm").
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-failure: str | None = None  # why `register` did not finish, in this process
+# why `register` did not finish, in this process
+failure: str | None = None
 
 
 def register() -> None:
@@ -44,12 +46,14 @@ def _register() -> None:
         HookRegistry.register(name, _last_loc, HookType.REPLACE)
         sampling.attach()
     algorithm.register()
-    HookRegistry.register("sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE)
+    HookRegistry.register(
+        "sglang.srt.mem_cache.common.release_kv_cache", _on_release, HookType.BEFORE
+    )
 
 
 def _keep_the_attention_backend_that_drafts() -> None:
-    # Without AMX SGLang replaces `intel_amx` by `torch_native`, which cannot draft. The CPU engine stands in for the
-    # ops of that backend; nothing else that this server runs reads the fact.
+    # Without AMX SGLang replaces `intel_amx` by `torch_native`, which cannot draft. The CPU engine
+    # stands in for the ops of that backend; nothing else that this server runs reads the fact.
     from sglang.srt.runtime_context import override_platform
 
     override_platform(has_amx=True).install()
@@ -64,6 +68,7 @@ def _last_loc(*args: Any) -> Any:
 
 def _on_release(req: Any, *args: Any, **kwargs: Any) -> None:
     """Every end of a request gives its KV rows back: finished, aborted or retracted."""
-    worker = sys.modules.get("aurora_sglang_plugin.worker")  # loaded only where AURORA runs
+    # loaded only where AURORA runs
+    worker = sys.modules.get("aurora_sglang_plugin.worker")
     if worker is not None:
         worker.on_release(req)

@@ -1,12 +1,14 @@
 """Publish captured messages to the trainer: the left end of the wire. Serving never waits for it.
 
-    scheduler's thread   offer() -> outbox (bounded; the OLDEST message is dropped and counted by cause)
-    publisher's thread   outbox -> build() -> wire.encode -> PUSH socket, only while the trainer takes messages
+    scheduler's thread   offer() -> outbox (bounded; the OLDEST message is dropped and counted by
+                         cause)
+    publisher's thread   outbox -> build() -> wire.encode -> PUSH socket, only while the trainer
+                         takes messages
 
-Delivery is at most once. ZeroMQ's own queue would keep the oldest messages, count them in messages and fill while
-nobody is connected; it is kept at SEND_QUEUE_MESSAGES and unused while unconnected. A message that ZeroMQ took and the
-trainer never got is `sent` here and `lost` in the trainer's books. With link.server_keys nothing is sent to a peer that
-does not have the trainer's secret key.
+Delivery is at most once. ZeroMQ's own queue would keep the oldest messages, count them in messages
+and fill while nobody is connected; it is kept at SEND_QUEUE_MESSAGES and unused while unconnected.
+A message that ZeroMQ took and the trainer never got is `sent` here and `lost` in the trainer's
+books. With link.server_keys nothing is sent to a peer that does not have the trainer's secret key.
 """
 
 from __future__ import annotations
@@ -29,21 +31,32 @@ from aurora_sglang_plugin.outbox import Arrays, Item, Outbox, Snapshot
 log = logging.getLogger(__name__)
 
 SEND_QUEUE_MESSAGES = 4
-WRITABLE_POLL_MS = 10  # while nobody takes messages: how soon a new one is unloaded, or closing is noticed
+# while nobody takes messages: how soon a new one is unloaded, or closing is noticed
+WRITABLE_POLL_MS = 10
 REOPEN_S = 1.0
 REMEDIES = {
-    "key": "the trainer does not list this server's key; add it to servers/ in link.trainer_keys, restart the trainer",
-    "protocol": "who listens there does not encrypt as this side does; expected a trainer with the same [link]",
-    "unfinished": "who listens there is stopped, or is not the trainer whose key link.server_keys holds",
+    "key": (
+        "the trainer does not list this server's key; add it to servers/ in link.trainer_keys,"
+        " restart the trainer"
+    ),
+    "protocol": (
+        "who listens there does not encrypt as this side does; expected a trainer with the same"
+        " [link]"
+    ),
+    "unfinished": (
+        "who listens there is stopped, or is not the trainer whose key link.server_keys holds"
+    ),
     "garbage": "who listens there is no trainer; expected one, or another link.endpoint",
 }
 
 
 class Publisher:
-    """One server's end of the link. Create it once per process; `offer` and `drop` are for one thread.
+    """One server's end of the link.
 
-    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used (an absent trainer is
-    not an error).
+    Create it once per process; `offer` and `drop` are for one thread.
+
+    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used
+    (an absent trainer is not an error).
     """
 
     def __init__(self, link: LinkConfig, config: PublishConfig, target: str):
@@ -52,7 +65,8 @@ class Publisher:
         self._outbox = Outbox(config)
         self._logged: set[str] = set()
         self._wake = threading.Event()
-        self._close_at: float | None = None  # monotonic; set once by close()
+        # monotonic; set once by close()
+        self._close_at: float | None = None
         self._keys = load_server_keys(link.server_keys) if link.server_keys else None
         check_ipc_directory(link.endpoint, keys=self._keys is not None)
         self._refused: Counter[str] = Counter()
@@ -78,8 +92,8 @@ class Publisher:
     ) -> None:
         """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
 
-        A dropped message's snapshot is released without `build`; the arrays that `build` returned are sent without a
-        copy and released when ZeroMQ is done with them.
+        A dropped message's snapshot is released without `build`; the arrays that `build` returned
+        are sent without a copy and released when ZeroMQ is done with them.
         """
         fields = {
             "target": self._target,
@@ -105,16 +119,20 @@ class Publisher:
         self._outbox.drop(cause)
 
     def counters(self) -> dict:
-        """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes, bytes_sent; heartbeats.
+        """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes,
+        bytes_sent; heartbeats.
 
-        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `left_out` {cause: n} counts rows of
-        requests that were left out of messages, by the causes of rows.py; `refused` {cause: n} attempts to connect that
-        failed at the handshake, by the causes of handshakes.py.
+        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `left_out`
+            {cause: n} counts rows of
+        requests that were left out of messages, by the causes of rows.py; `refused` {cause: n}
+        attempts to connect that failed at the handshake, by the causes of handshakes.py.
         """
         return self._outbox.counters() | {"refused": dict(self._refused)}
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Send what the trainer takes within `timeout_s`, count the rest as dropped by cause `closed`. Idempotent."""
+        """Send what the trainer takes within `timeout_s`, count the rest as dropped by cause
+        `closed`. Idempotent.
+        """
         self._outbox.seal()
         if self._close_at is None:
             self._close_at = time.monotonic() + timeout_s
@@ -127,11 +145,14 @@ class Publisher:
         self._socket = socket = self._context.socket(zmq.PUSH)
         socket.sndhwm = SEND_QUEUE_MESSAGES
         socket.linger = 0
-        socket.immediate = 1  # nothing is queued for a peer that is not there
-        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000  # ms
+        # nothing is queued for a peer that is not there
+        socket.immediate = 1
+        # ms
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000
         socket.handshake_ivl = int(handshakes.HANDSHAKE_S * 1000)
         socket.ipv6 = self._link.endpoint.startswith("tcp://[")
-        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20  # s
+        # s
+        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20
         if self._keys is not None:
             self._keys.encrypt(socket)
         self._connected = handshakes.Connected(socket, self._refused)
@@ -139,14 +160,18 @@ class Publisher:
             socket.connect(self._link.endpoint)
         except zmq.ZMQError as error:
             self._disconnect()
-            raise ValueError(f"link.endpoint {self._link.endpoint!r}: {error}; {EXPECTED}") from None
+            raise ValueError(
+                f"link.endpoint {self._link.endpoint!r}: {error}; {EXPECTED}"
+            ) from None
 
     def _disconnect(self, linger_ms: int = 0) -> None:
         self._connected.monitor.close()
         self._socket.close(linger=linger_ms)
 
     def _mind(self) -> None:
-        """Nobody takes messages: try again where libzmq would not, and say why, once for each cause."""
+        """Nobody takes messages: try again where libzmq would not, and say why, once for each
+        cause.
+        """
         self._connected.turn()
         for cause in self._refused.keys() - self._logged:
             self._logged.add(cause)
@@ -155,12 +180,16 @@ class Publisher:
                 "aurora link refused cause=%s endpoint=%s%s (counted, logged once): %s",
                 cause, self._link.endpoint, key, REMEDIES[cause],
             )  # fmt: skip
-        if self._connected.stuck is not None and time.monotonic() > self._connected.stuck + REOPEN_S:
+        if (
+            self._connected.stuck is not None
+            and time.monotonic() > self._connected.stuck + REOPEN_S
+        ):
             self._disconnect()
             self._connect()
 
     def _run(self) -> None:
-        heartbeat_at = time.monotonic()  # the first one tells the trainer that this epoch began
+        # the first one tells the trainer that this epoch began
+        heartbeat_at = time.monotonic()
         while self._close_at is None or (self._outbox and time.monotonic() < self._close_at):
             self._wake.clear()
             try:
@@ -174,7 +203,8 @@ class Publisher:
                     if not self._send_heartbeat():
                         self._mind()
                     heartbeat_at = time.monotonic() + self._heartbeat_s
-            except Exception as error:  # serving goes on without publishing until the socket works again
+            except Exception as error:
+                # serving goes on without publishing until the socket works again
                 self._log_once("publish", error)
                 self._disconnect()
                 heartbeat_at = time.monotonic() + REOPEN_S
@@ -184,7 +214,8 @@ class Publisher:
     def _finish(self) -> None:
         assert self._close_at is not None
         self._outbox.discard()
-        try:  # the last books
+        # the last books
+        try:
             while not self._send_heartbeat() and (left_s := self._close_at - time.monotonic()) > 0:
                 self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
         except Exception as error:
@@ -193,13 +224,17 @@ class Publisher:
         self._context.term()
 
     def _send_next(self) -> bool:
-        """Send the oldest message if the trainer takes one. The queue goes on dropping its oldest meanwhile."""
+        """Send the oldest message if the trainer takes one.
+
+        The queue goes on dropping its oldest meanwhile.
+        """
         if not self._writable() or (item := self._outbox.take()) is None:
             return False
         cause = "closed"
         try:
             arrays = self._outbox.leave_out_bad_rows(item, item.snapshot.build())
-            item.snapshot = None  # only the arrays are needed from here on
+            # only the arrays are needed from here on
+            item.snapshot = None
             while not (nbytes := self._send(item, arrays)):
                 if self._close_at is not None and time.monotonic() >= self._close_at:
                     break
@@ -209,28 +244,35 @@ class Publisher:
         except zmq.ZMQError:
             self._outbox.settle("publish")
             raise
-        except Exception as error:  # a fault of capture's conversions must not end publishing
+        except Exception as error:
+            # a fault of capture's conversions must not end publishing
             self._log_once("build", error)
             nbytes, cause = 0, "build"
         self._outbox.settle(cause, nbytes)
         return nbytes > 0
 
     def _writable(self) -> bool:
-        """Whether the trainer takes a message. Where it does not at once, what is queued gives back its pinned slots:
-        else the few slots would hold the oldest messages, and the newest would be the ones that are dropped."""
+        """Whether the trainer takes a message.
+
+        Where it does not at once, what is queued gives back its pinned slots:
+        else the few slots would hold the oldest messages, and the newest would be the ones that are
+        dropped."""
         if self._socket.poll(0, zmq.POLLOUT):
             return True
         try:
             self._outbox.unload()
-        except Exception as error:  # that message fails to build as well, and is counted there
+        except Exception as error:
+            # that message fails to build as well, and is counted there
             self._log_once("unload", error)
         self._mind()
         return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
-        """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's bound.
+        """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
+        bound.
 
-        `item` None is a heartbeat. The header is made anew for each attempt, so that its books are those of sending.
+        `item` None is a heartbeat. The header is made anew for each attempt, so that its books are
+        those of sending.
         """
         parts = wire.encode(self._outbox.header(item, self.epoch, self._target), arrays)
         nbytes = sum(map(len, parts))
@@ -241,7 +283,9 @@ class Publisher:
             try:
                 self._socket.send(part, zmq.DONTWAIT | more, copy=False)
             except zmq.Again:
-                if i:  # the peer went away within a message: a fresh socket is the way to be rid of the rest
+                # the peer went away within a message: a fresh socket is the way to be rid of the
+                # rest
+                if i:
                     self._disconnect()
                     self._connect()
                 return 0
@@ -256,4 +300,6 @@ class Publisher:
     def _log_once(self, cause: str, error: Exception) -> None:
         if cause not in self._logged:
             self._logged.add(cause)
-            log.error("aurora publisher failed cause=%s (counted, logged once)", cause, exc_info=error)
+            log.error(
+                "aurora publisher failed cause=%s (counted, logged once)", cause, exc_info=error
+            )

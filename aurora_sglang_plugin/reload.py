@@ -1,13 +1,18 @@
-"""Load new weights into a running draft: staged beside it by the watcher, swapped in by the scheduler thread.
+"""Load new weights into a running draft: staged beside it by the watcher, swapped in by the
+scheduler thread.
 
-    watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own load_weights
-    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin, hot_token_id
-                   READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a step
+    watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own
+                       load_weights
+    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin,
+                               hot_token_id
+                   READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a
+                                                              step
 
-The twin is the draft module once more, with parameters of its own in the very layout of the live ones (fused qkv and
-gate_up, this rank's shard), so that the swap is copies only: same addresses, CUDA graphs stay valid. A READY twin that
-nobody took yet is taken back when a newer version comes, so that the newest wins. The target's embedding, which the
-draft holds by reference, is shared with the twin and never written. This module imports no sglang.
+The twin is the draft module once more, with parameters of its own in the very layout of the live
+ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same addresses,
+CUDA graphs stay valid. A READY twin that nobody took yet is taken back when a newer version comes,
+so that the newest wins. The target's embedding, which the draft holds by reference, is shared with
+the twin and never written. This module imports no sglang.
 """
 
 from __future__ import annotations
@@ -42,9 +47,10 @@ FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 class Reloader:
     """Owns the twin, the previous version's copy, and which version is live.
 
-    `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a reduced vocabulary,
-    `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU group where there is more than one.
-    Raises ValueError for a draft whose weights cannot be swapped.
+    `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a
+    reduced vocabulary, `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU
+    group where there is more than one. Raises ValueError for a draft whose weights cannot be
+    swapped.
     """
 
     def __init__(
@@ -56,55 +62,72 @@ class Reloader:
         target: str,
         group: ProcessGroup | None = None,
     ):
-        self.version = 0  # 0: the draft that the server was started with
+        # 0: the draft that the server was started with
+        self.version = 0
         self.previous_version: int | None = None
         self.swaps = 0
         self.swap_seconds_sum = 0.0
         self.swap_seconds_max = 0.0
-        self.stalls = Tally(STALL_S)  # of the scheduler's thread
-        self.durations = Tally(SWAP_S)  # from noticing a version to drafting with it
-        self.freshness = Tally(FRESHNESS_S)  # from the capture of the newest step that it was trained on
-        self.created_unix_s = self._previous_created = time.time()  # when what drafts was published
+        # of the scheduler's thread
+        self.stalls = Tally(STALL_S)
+        # from noticing a version to drafting with it
+        self.durations = Tally(SWAP_S)
+        # from the capture of the newest step that it was trained on
+        self.freshness = Tally(FRESHNESS_S)
+        # when what drafts was published
+        self.created_unix_s = self._previous_created = time.time()
         self._model = model
         self._hot = hot_token_id
-        with torch.inference_mode(False):  # the watcher's thread must be able to write to what is made here
+        # the watcher's thread must be able to write to what is made here
+        with torch.inference_mode(False):
             self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
             self._twin = make_twin(model)
         twin_parameters = dict(trainable(self._twin))
         self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
-        # Made now, not at the first swap: memory that is missing must be missed before anything is served.
+        # Made now, not at the first swap: memory that is missing must be missed before anything is
+        # served.
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
         # Which versions the two copies hold whole, for `restore`; None while the twin is filled.
         self._in_previous, self._in_twin = 0, None
-        self._failed = 0  # swaps that raised
+        # swaps that raised
+        self._failed = 0
         self._target = target
         self.target_changes = 0
         self._state = FREE
-        self._handoff = threading.Lock()  # held for a comparison and an assignment, never for a copy
+        # held for a comparison and an assignment, never for a copy
+        self._handoff = threading.Lock()
         self._staged_version = 0
-        self._staged: tuple[Manifest, float] | None = None  # and when it was noticed
+        # and when it was noticed
+        self._staged: tuple[Manifest, float] | None = None
         device = self._pairs[0][0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
         expected = expected_weights(model, hot_token_id, target)
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
-        self._watching = not swap.enabled  # disabled: as if it had been started, and never ready
+        # disabled: as if it had been started, and never ready
+        self._watching = not swap.enabled
         self._agreement = Agreement(group) if group is not None else None
 
     def step(self) -> int | None:
-        """Once per verify step of every rank, before draft-extend: swap if a version is ready. Returns it, or None.
+        """Once per verify step of every rank, before draft-extend: swap if a version is ready.
 
-        Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs forbids. With several
-        tensor-parallel ranks the swap happens at the same step on all of them (`agree.py`).
+        Returns it, or None.
+
+        Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs
+        forbids. With several tensor-parallel ranks the swap happens at the same step on all of them
+        (`agree.py`).
         """
         try:
             return self._step()
-        except Exception:  # a serving boundary: what is loaded goes on drafting, and no later version is tried
+        except Exception:
+            # a serving boundary: what is loaded goes on drafting, and no later version is tried
             self._failed += 1
-            log.exception("draft swap failed: serving goes on with version=%d, no further swaps", self.version)
+            log.exception(
+                "draft swap failed: serving goes on with version=%d, no further swaps", self.version
+            )
             return None
 
     def _step(self) -> int | None:
@@ -115,18 +138,26 @@ class Reloader:
             return None if self._failed else self.apply_pending()
         if self._agreement.due():
             if not self._failed:
-                self._hand_over(READY, OFFERED)  # what is offered stays staged until the ranks have answered
-            self._agreement.offer(self._staged_version if self._state == OFFERED and not self._failed else 0)
+                # what is offered stays staged until the ranks have answered
+                self._hand_over(READY, OFFERED)
+            self._agreement.offer(
+                self._staged_version if self._state == OFFERED and not self._failed else 0
+            )
         agreed = self._agreement.answer()
         if self._state != OFFERED or agreed is None:
             return None
-        if agreed:  # not by way of READY, from where this rank's watcher could take it back after all had agreed
+        # not by way of READY, from where this rank's watcher could take it back after all had
+        # agreed
+        if agreed:
             return self._apply(OFFERED)
         self._hand_over(OFFERED, READY)
         return None
 
     def apply_at_start(self) -> int | None:
-        """Load the newest published version on this thread, before anything is served. Returns it, or None."""
+        """Load the newest published version on this thread, before anything is served.
+
+        Returns it, or None.
+        """
         if self._watching:
             return None
         for _ in range(START_TRIES):
@@ -134,16 +165,19 @@ class Reloader:
             ready = self._staged_version if self._state == READY else 0
             if self._agreement is None or self._agreement.ask(ready):
                 return self.apply_pending()
-        return None  # the ranks saw different versions: they will agree while they serve
+        # the ranks saw different versions: they will agree while they serve
+        return None
 
     def close(self) -> None:
         self._watcher.close()
 
     def apply_pending(self) -> int | None:
-        """On the scheduler thread, between verify and draft-extend: swap in what is staged. Returns the new version.
+        """On the scheduler thread, between verify and draft-extend: swap in what is staged.
 
-        Never waits: where nothing is staged it costs one comparison. On CUDA the copies are queued on the current
-        stream, after the staging stream's.
+        Returns the new version.
+
+        Never waits: where nothing is staged it costs one comparison. On CUDA the copies are queued
+        on the current stream, after the staging stream's.
         """
         return self._apply(READY) if self._state == READY else None
 
@@ -152,7 +186,8 @@ class Reloader:
             return None
         started = time.perf_counter()
         manifest, noticed_at = self._staged
-        if manifest.target != self._target:  # it was staged for the target before this one
+        # it was staged for the target before this one
+        if manifest.target != self._target:
             self._hand_over(APPLYING, FREE)
             return None
         if self._stream:
@@ -171,16 +206,21 @@ class Reloader:
         self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._measure(started)
-        if self._watching:  # a version that lay there when the server started says nothing about either
+        # a version that lay there when the server started says nothing about either
+        if self._watching:
             took_s = time.monotonic() - noticed_at
             self.durations.observe(took_s)
-            if manifest.trained_until_ns:  # by the trainer's clock, and this one's only for what took place here
+            # by the trainer's clock, and this one's only for what took place here
+            if manifest.trained_until_ns:
                 trained_s = manifest.created_unix_s - manifest.trained_until_ns / 1e9
                 self.freshness.observe(max(0.0, trained_s + took_s))
         return self.version
 
     def rollback(self) -> int | None:
-        """On the scheduler thread: put the previous version back. Returns it, or None where there is none."""
+        """On the scheduler thread: put the previous version back.
+
+        Returns it, or None where there is none.
+        """
         if self.previous_version is None:
             return None
         started = time.perf_counter()
@@ -191,20 +231,26 @@ class Reloader:
         return self.version
 
     def _count_write(self) -> None:
-        """Writes through .data do not count a parameter's version up, by which copies of it are known to be old."""
+        """Writes through .data do not count a parameter's version up, by which copies of it are
+        known to be old.
+        """
         torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
     def retarget(self, target: str) -> None:
-        """On the scheduler thread: the server has another target. What drafts stays; what is staged for
+        """On the scheduler thread: the server has another target.
+
+        What drafts stays; what is staged for
         another target is not swapped in, and what was refused is looked at again."""
         self._target = target
         self.target_changes += 1
         self._watcher.look_again(self.version, target)
 
     def restore(self) -> None:
-        """On the scheduler thread, after something else may have written the draft: put back what drafts.
+        """On the scheduler thread, after something else may have written the draft: put back what
+        drafts.
 
-        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read again.
+        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read
+        again.
         """
         if self._in_previous == self.version:
             return self._put_back(self._previous, self._previous_hot)
@@ -227,7 +273,10 @@ class Reloader:
             self._hot.copy_(hot)
 
     def stage(self, weights: Weights) -> bool:
-        """On the watcher thread: fill the twin. Returns False while a swap still reads it. Raises ManifestError."""
+        """On the watcher thread: fill the twin. Returns False while a swap still reads it.
+
+        Raises ManifestError.
+        """
         if not (self._hand_over(FREE, STAGING) or self._hand_over(READY, STAGING)):
             return False
         self._in_twin = None
@@ -237,39 +286,53 @@ class Reloader:
         except Exception:
             self._state = FREE
             raise
-        self._staged_version, self._staged = weights.manifest.version, (weights.manifest, weights.noticed_at)
+        self._staged_version, self._staged = (
+            weights.manifest.version,
+            (weights.manifest, weights.noticed_at),
+        )
         self._in_twin = self._staged_version
         self._state = READY
         return True
 
     def counters(self) -> dict[str, float]:
-        """For metrics: current version, swaps, their time on the scheduler thread, refusals by cause."""
+        """For metrics: current version, swaps, their time on the scheduler thread, refusals by
+        cause.
+        """
         return {
             "draft_version": self.version,
             "swaps": self.swaps,
             "swap_seconds_sum": self.swap_seconds_sum,
             "swap_seconds_max": self.swap_seconds_max,
             "target_changes": self.target_changes,
-            **{f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())},
+            **{
+                f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())
+            },
             **({"refused_swap": self._failed} if self._failed else {}),
         }
 
     def _fill(self, weights: Weights) -> None:
         if self._stream:
-            self._stream.wait_event(self._applied_event)  # the last swap's copies may still read the twin
+            # the last swap's copies may still read the twin
+            self._stream.wait_event(self._applied_event)
         for _, staged in self._pairs:
-            staged.data.fill_(float("nan"))  # what the loader leaves out is found below
+            # what the loader leaves out is found below
+            staged.data.fill_(float("nan"))
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
         self._twin.load_weights([(n, t) for n, t in tensors.items() if n not in ("d2t", "t2d")])
         for name, staged in trainable(self._twin):
             if not bool(torch.isfinite(staged.data).all()):
-                raise ManifestError("values", f"{name} is not whole and finite in {staged.dtype} after loading")
+                raise ManifestError(
+                    "values", f"{name} is not whole and finite in {staged.dtype} after loading"
+                )
         if self._staged_hot is not None:
             ids = torch.arange(len(self._staged_hot))
-            self._staged_hot.copy_(ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids)
+            self._staged_hot.copy_(
+                ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids
+            )
         if self._stream:
             self._staged_event.record(self._stream)
-            self._staged_event.synchronize()  # this thread may wait; host tensors must outlive their copies
+            # this thread may wait; host tensors must outlive their copies
+            self._staged_event.synchronize()
 
     def _hand_over(self, old: str, new: str) -> bool:
         with self._handoff:
@@ -284,7 +347,12 @@ class Reloader:
         self.swap_seconds_sum += seconds
         self.swap_seconds_max = max(self.swap_seconds_max, seconds)
         self.stalls.observe(seconds)
-        log.info("draft swapped version=%d previous=%s seconds=%.4f", self.version, self.previous_version, seconds)
+        log.info(
+            "draft swapped version=%d previous=%s seconds=%.4f",
+            self.version,
+            self.previous_version,
+            seconds,
+        )
 
 
 def _as_torch(dtype: str, array) -> torch.Tensor:

@@ -22,7 +22,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "linear": {"factor": REQUIRED},
     "llama3": {"factor": REQUIRED, "low_freq_factor": REQUIRED, "high_freq_factor": REQUIRED},
     "yarn": {
-        "factor": REQUIRED, "beta_fast": 32, "beta_slow": 1, "extrapolation_factor": 1, "attn_factor": 1,
+        "factor": REQUIRED, "beta_fast": 32, "beta_slow": 1, "extrapolation_factor": 1,
+        "attn_factor": 1,
         "mscale": None, "mscale_all_dim": None, "truncate": True,
     },
 }  # fmt: skip
@@ -97,7 +98,7 @@ def read_rope(raw: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None, lis
         if type(original) is not int or original < 1:
             problems.append(
                 f"its rope of type {kind} has {ORIGINAL} = {shown(original)}, expected a positive "
-                f"integer."
+                "integer."
             )
         found[ORIGINAL] = original
     if kind == "yarn" and theta <= 1:

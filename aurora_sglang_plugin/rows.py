@@ -4,7 +4,8 @@ A row that cannot be used costs its request and nobody else. The server leaves i
 sends (`left_out`); a trainer that gets one all the same ends the sample of that request there.
 What is wrong with a whole message is for wire.decode.
 
-Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, P = S + 1, K kept logits.
+Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, P = S + 1, K kept
+    logits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def bad_rows(
     arrays: Arrays,
     dtypes: Mapping[str, str],
 ) -> dict[int, str]:
-    """{row: cause} of the rows that must not be used. The shapes are right, as wire.decode checks."""
+    """{row: cause} of the rows that must not be used.
+
+    The shapes are right, as wire.decode checks.
+    """
     bad: dict[int, str] = {}
     for row, request in enumerate(requests):
         if not request_id_fits(request):
@@ -72,7 +76,10 @@ def request_id_fits(rid: object) -> bool:
 def left_out(
     bad: Mapping[int, str], fields: Mapping[str, Any], arrays: Mapping[str, tuple[str, np.ndarray]]
 ) -> tuple[dict[str, Any], dict[str, tuple[str, np.ndarray]]]:
-    """A message's header fields and frames without the bad rows. A message of no rows is a message."""
+    """A message's header fields and frames without the bad rows.
+
+    A message of no rows is a message.
+    """
     keep = np.array([row not in bad for row in range(len(fields["requests"]))], bool)
     rows = np.flatnonzero(keep).tolist()
     kept_fields = dict(fields)
@@ -118,7 +125,8 @@ def _verify(num_steps: int, a: Arrays, dtypes: Mapping[str, str]) -> dict[str, n
     above = np.where(parents < np.arange(nodes), parents, 0).clip(0)
     not_a_tree |= (used & ~used[rows, above]).any(1)
     depth = np.zeros_like(parents)
-    for node in range(1, nodes):  # parents come before children
+    # parents come before children
+    for node in range(1, nodes):
         depth[:, node] = depth[rows[:, 0], above[:, node]] + 1
     not_a_tree |= (depth * used).max(1) > num_steps
 
@@ -159,7 +167,8 @@ _FAULTS: dict[str, Callable[..., dict[str, np.ndarray]]] = {
 
 def _not_a_distribution(logits: np.ndarray, logsumexp: np.ndarray) -> np.ndarray:
     """bool [B, N]: not sorted, largest first, or more than all of the mass, beyond rounding."""
-    with np.errstate(all="ignore"):  # what is not finite is another cause
+    # what is not finite is another cause
+    with np.errstate(all="ignore"):
         unsorted = (logits[..., 1:] > logits[..., :-1]).any(-1)
         top = logits[..., 0].astype(np.float64)
         kept = top + np.log(np.exp(logits - top[..., None]).sum(-1))

@@ -1,8 +1,9 @@
 """A step's snapshot becomes the arrays of a message (wire.FRAMES), on the publisher's thread.
 
-Each snapshot has `nbytes` (what it holds while it is queued), `build() -> {frame name: (wire dtype, array)}`, and
-`unload()` for a message that has to wait.
-Dimensions: b sampled requests, N tree nodes, P = S + 1 path columns, K kept target logits, F feature width.
+Each snapshot has `nbytes` (what it holds while it is queued), `build() -> {frame name: (wire dtype,
+array)}`, and `unload()` for a message that has to wait.
+Dimensions: b sampled requests, N tree nodes, P = S + 1 path columns, K kept target logits, F
+    feature width.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ Arrays = dict[str, tuple[str, np.ndarray]]
 @dataclass(slots=True)
 class Prefill:
     staged: Staged
-    rows: list[int]  # of the sampled requests in the batch
-    lens: list[int]  # features taken of each
+    # of the sampled requests in the batch
+    rows: list[int]
+    # features taken of each
+    lens: list[int]
     prompt_lens: list[int]
 
     @property
@@ -54,9 +57,12 @@ class Prefill:
 @dataclass(slots=True)
 class Verify:
     staged: Staged
-    k: int  # kept target logits
-    version: int = 0  # that drew the trees
-    acceptance: Acceptance | None = None  # where its accept lengths are counted, once
+    # kept target logits
+    k: int
+    # that drew the trees
+    version: int = 0
+    # where its accept lengths are counted, once
+    acceptance: Acceptance | None = None
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +85,18 @@ class Verify:
             "positions": _int32(t["positions"]),
             "draft_tokens": _int32(t["draft_tokens"]),
             "parents": _int32(parents(t["next_token"], t["next_sibling"])),
-            "accept_path": _int32(torch.where(on_path, path % nodes, -1)),  # SGLang's ids are global: row * N + node
+            # SGLang's ids are global: row * N + node
+            "accept_path": _int32(torch.where(on_path, path % nodes, -1)),
             "feature_lens": _int32(lens),
             "next_tokens": _int32(t["next_tokens"]),
             "aux_hidden_states": _raw(t["hidden"][on_path], private=True),
             "topk_ids": _int32(t["topk_ids"].view(size, nodes, -1)),
-            "topk_logits": _raw(t["topk_logits"].float().view(size, nodes, -1), private=self.staged.slot is None),
-            "logsumexp": _raw(t["logsumexp"].float().view(size, nodes), private=self.staged.slot is None),
+            "topk_logits": _raw(
+                t["topk_logits"].float().view(size, nodes, -1), private=self.staged.slot is None
+            ),
+            "logsumexp": _raw(
+                t["logsumexp"].float().view(size, nodes), private=self.staged.slot is None
+            ),
         }
         self.staged.release()
         return arrays
@@ -109,16 +120,21 @@ class End:
 
 
 def parents(next_token: torch.Tensor, next_sibling: torch.Tensor) -> torch.Tensor:
-    """SGLang's first-child and next-sibling links, [b, N] of node ids or -1, as parents [b, N]: -1 root, -2 unused."""
+    """SGLang's first-child and next-sibling links, [b, N] of node ids or -1, as parents [b, N]: -1
+    root, -2 unused.
+    """
     size, nodes = next_token.shape
-    result = torch.full((size, nodes + 1), -2, dtype=torch.int64)  # column N takes the writes of absent links
+    # column N takes the writes of absent links
+    result = torch.full((size, nodes + 1), -2, dtype=torch.int64)
     result[:, 0] = -1
     rows = torch.arange(size)
-    if not (next_sibling >= 0).any():  # chains: nobody's parent has to be known first
+    # chains: nobody's parent has to be known first
+    if not (next_sibling >= 0).any():
         child = torch.where(next_token >= 0, next_token, nodes).long()
         result[rows[:, None], child] = torch.arange(nodes)
         return result[:, :nodes]
-    for node in range(nodes):  # links point forward, so a node's parent is known when it is visited
+    # links point forward, so a node's parent is known when it is visited
+    for node in range(nodes):
         child, sibling = next_token[:, node].long(), next_sibling[:, node].long()
         result[rows, torch.where(child >= 0, child, nodes)] = node
         result[rows, torch.where(sibling >= 0, sibling, nodes)] = result[rows, node]

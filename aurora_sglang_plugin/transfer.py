@@ -1,10 +1,12 @@
-"""How a step's tensors reach the host without making the scheduler's thread or the forward stream wait.
+"""How a step's tensors reach the host without making the scheduler's thread or the forward stream
+wait.
 
-What is staged must be private to the caller: the outputs of a verify step are slices of a CUDA graph's static buffers
-that the next replay overwrites, so the capture copies them on the forward stream (stream order, no synchronisation).
-A side stream then carries the copies to a pinned slot, and the publisher's thread waits for that. No free slot: the
-caller counts a drop. Slots are few, so a message that has to wait for the trainer is moved out of its slot
-(`unload`, on the publisher's thread). On the CPU the private copies are all there is to do.
+What is staged must be private to the caller: the outputs of a verify step are slices of a CUDA
+graph's static buffers that the next replay overwrites, so the capture copies them on the forward
+stream (stream order, no synchronisation). A side stream then carries the copies to a pinned slot,
+and the publisher's thread waits for that. No free slot: the caller counts a drop. Slots are few, so
+a message that has to wait for the trainer is moved out of its slot (`unload`, on the publisher's
+thread). On the CPU the private copies are all there is to do.
 """
 
 from __future__ import annotations
@@ -17,9 +19,13 @@ import torch
 
 @dataclass(slots=True)
 class Staged:
-    """Tensors on their way to the host. `fetch` may wait, so only the publisher's thread calls it."""
+    """Tensors on their way to the host.
 
-    tensors: dict[str, torch.Tensor]  # host tensors; on CUDA, views of a pinned slot that is still being written
+    `fetch` may wait, so only the publisher's thread calls it.
+    """
+
+    # host tensors; on CUDA, views of a pinned slot that is still being written
+    tensors: dict[str, torch.Tensor]
     nbytes: int
     done: torch.cuda.Event | None = None
     slot: PinnedSlot | None = None
@@ -27,11 +33,15 @@ class Staged:
 
     def fetch(self) -> dict[str, torch.Tensor]:
         if self.done is not None:
-            self.done.synchronize()  # releases the GIL
+            # releases the GIL
+            self.done.synchronize()
         return self.tensors
 
     def unload(self) -> None:
-        """Move what a pinned slot holds to memory of its own, and give the slot back. Waits for the copy, as fetch."""
+        """Move what a pinned slot holds to memory of its own, and give the slot back.
+
+        Waits for the copy, as fetch.
+        """
         if self.slot is not None:
             tensors = {name: tensor.clone() for name, tensor in self.fetch().items()}
             self.release()
@@ -44,7 +54,8 @@ class Staged:
             self.pool.free.append(self.slot)
             self.slot = None
 
-    def __del__(self):  # a message that was dropped unread: the slot may be rewritten only after its copy has ended
+    # a message that was dropped unread: the slot may be rewritten only after its copy has ended
+    def __del__(self):
         self.release()
 
 
@@ -60,7 +71,8 @@ class HostTensors:
 
 @dataclass(eq=False)
 class PinnedSlot:
-    buffer: torch.Tensor  # uint8, pinned
+    # uint8, pinned
+    buffer: torch.Tensor
     done: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
 
 
@@ -69,7 +81,8 @@ class PinnedSlots:
 
     def __init__(self, device: torch.device, slots: int, slot_bytes: int):
         self.free: collections.deque[PinnedSlot] = collections.deque(
-            PinnedSlot(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True)) for _ in range(slots)
+            PinnedSlot(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True))
+            for _ in range(slots)
         )
         self.slot_bytes = slot_bytes
         self.side = torch.cuda.Stream(device)
@@ -93,7 +106,11 @@ class PinnedSlots:
             self.side.wait_event(ready)
             for name, tensor in tensors.items():
                 tensor.record_stream(self.side)
-                view = slot.buffer[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+                view = (
+                    slot.buffer[offset : offset + tensor.nbytes]
+                    .view(tensor.dtype)
+                    .view(tensor.shape)
+                )
                 view.copy_(tensor, non_blocking=True)
                 host[name] = view
                 offset += -(-tensor.nbytes // 16) * 16

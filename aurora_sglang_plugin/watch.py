@@ -1,12 +1,14 @@
-"""Notice new weights, check every byte of them, and have them staged: the reading side of CONTRACT 2.
+"""Notice new weights, check every byte of them, and have them staged: the reading side of CONTRACT
+2.
 
-    CURRENT -> read_manifest -> check_manifest (target, names, shapes, dtypes) -> read_tensors (hashes, values) -> stage
+    CURRENT -> read_manifest -> check_manifest (target, names, shapes, dtypes) -> read_tensors
+    (hashes, values) -> stage
 
 All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
-tried again only when CURRENT names another or the server's target changes; only `missing` (a race with
-the trainer's clean-up, or a slow network file system) is tried again at the next poll. A version that
-a server rolled back (REJECTED) gives way to its parent, also while it drafts. This module imports
-neither torch nor sglang.
+tried again only when CURRENT names another or the server's target changes; only `missing` (a race
+with the trainer's clean-up, or a slow network file system) is tried again at the next poll. A
+version that a server rolled back (REJECTED) gives way to its parent, also while it drafts. This
+module imports neither torch nor sglang.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from aurora_sglang_plugin.manifest import (
 log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 16 << 20
-NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "BOOL": "|b1"}  # BF16 as its bits
+# BF16 as its bits
+NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "BOOL": "|b1"}
 FLOATS = ("F32", "F16", "BF16")
 
 
@@ -47,13 +50,17 @@ FLOATS = ("F32", "F16", "BF16")
 class Expected:
     """What a server can load, found from the draft that it started with.
 
-    `shapes` maps canonical names (`canonical_name`) to full, unsharded shapes; None where only the loader can tell.
+    `shapes` maps canonical names (`canonical_name`) to full, unsharded shapes; None where only the
+    loader can tell.
     """
 
-    target: str  # fingerprint
+    # fingerprint
+    target: str
     shapes: dict[str, tuple[int, ...] | None]
-    target_vocab: int  # d2t must stay below it
-    config: dict[str, object]  # values that config.json must agree with, where it names them
+    # d2t must stay below it
+    target_vocab: int
+    # values that config.json must agree with, where it names them
+    config: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -62,35 +69,47 @@ class Weights:
 
     manifest: Manifest
     config: dict
-    tensors: dict[str, tuple[str, np.ndarray]]  # canonical name -> (safetensors dtype, array; bfloat16 as uint16)
-    noticed_at: float  # monotonic seconds
+    # canonical name -> (safetensors dtype, array; bfloat16 as uint16)
+    tensors: dict[str, tuple[str, np.ndarray]]
+    # monotonic seconds
+    noticed_at: float
 
 
 def check_manifest(manifest: Manifest, expected: Expected) -> None:
     """Raises ManifestError with cause one of: target, names, shape, dtype."""
     if manifest.target != expected.target:
-        raise ManifestError("target", f"drafts for target {manifest.target}, this server's is {expected.target}")
+        raise ManifestError(
+            "target", f"drafts for target {manifest.target}, this server's is {expected.target}"
+        )
     tensors = {canonical_name(n): t for n, t in manifest.tensors.items()}
     names = set(tensors) - {"t2d"}
     needed = set(expected.shapes)
     if expected.shapes.get("d2t") == (expected.target_vocab,) and "d2t" not in names:
-        needed -= {"d2t"}  # a draft of the whole vocabulary may spell its offsets out, all zero, or leave them out
+        # a draft of the whole vocabulary may spell its offsets out, all zero, or leave them out
+        needed -= {"d2t"}
     if names != needed or len(tensors) != len(manifest.tensors):
         unknown, missing = sorted(names - needed), sorted(needed - names)
-        raise ManifestError("names", f"unknown tensors {unknown[:5]}, missing tensors {missing[:5]}")
+        raise ManifestError(
+            "names", f"unknown tensors {unknown[:5]}, missing tensors {missing[:5]}"
+        )
     for name in names:
         dtypes = ("I64", "I32") if name == "d2t" else FLOATS
         if tensors[name].dtype not in dtypes:
-            raise ManifestError("dtype", f"{name} is {tensors[name].dtype}, expected one of {dtypes}")
+            raise ManifestError(
+                "dtype", f"{name} is {tensors[name].dtype}, expected one of {dtypes}"
+            )
         shape = expected.shapes[name]
         if shape is not None and tensors[name].shape != shape:
-            raise ManifestError("shape", f"{name} is {list(tensors[name].shape)}, this draft's is {list(shape)}")
+            raise ManifestError(
+                "shape", f"{name} is {list(tensors[name].shape)}, this draft's is {list(shape)}"
+            )
 
 
 def read_weights(version_dir: Path, expected: Expected) -> Weights:
     """Read and check one version.
 
-    Raises ManifestError with a cause of `read_manifest` or `check_manifest`, or: hash, header, values, d2t, config.
+    Raises ManifestError with a cause of `read_manifest` or `check_manifest`, or: hash, header,
+    values, d2t, config.
     """
     noticed_at = time.monotonic()
     manifest = read_manifest(version_dir)
@@ -102,7 +121,9 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
         except FileNotFoundError as error:
             raise ManifestError("missing", str(error)) from None
         if hashlib.sha256(data[name]).hexdigest() != file.sha256:
-            raise ManifestError("hash", f"{version_dir}/{name} is not the file that the manifest describes")
+            raise ManifestError(
+                "hash", f"{version_dir}/{name} is not the file that the manifest describes"
+            )
     tensors = {}
     for name, (dtype, array) in _parse_safetensors(data["model.safetensors"], manifest).items():
         if hashlib.sha256(array.tobytes()).hexdigest() != manifest.tensors[name].sha256:
@@ -119,18 +140,24 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
 class Watcher:
     """Polls CURRENT on a daemon thread and hands each new, checked version to `stage`.
 
-    `stage(weights)` runs on this thread and returns True where the version was staged, False where there is no room
-    yet (it is offered again at the next poll). Any exception is counted under its ManifestError cause, or as `stage`.
+    `stage(weights)` runs on this thread and returns True where the version was staged, False where
+    there is no room yet (it is offered again at the next poll). Any exception is counted under its
+    ManifestError cause, or as `stage`.
     """
 
-    def __init__(self, directory: Path, poll_s: float, expected: Expected, stage: Callable[[Weights], bool]):
+    def __init__(
+        self, directory: Path, poll_s: float, expected: Expected, stage: Callable[[Weights], bool]
+    ):
         self.directory = Path(directory)
         self.poll_s = poll_s
         self.expected = expected
         self.stage = stage
-        self.failures: Counter[str] = Counter()  # by cause, one per version (a cause `missing`: one per try)
-        self.seen_version = 0  # the newest version that needs no further attention: staged, or refused
-        self._seen_stats: tuple | None = None  # of CURRENT and REJECTED, by `_identity`
+        # by cause, one per version (a cause `missing`: one per try)
+        self.failures: Counter[str] = Counter()
+        # the newest version that needs no further attention: staged, or refused
+        self.seen_version = 0
+        # of CURRENT and REJECTED, by `_identity`
+        self._seen_stats: tuple | None = None
         # What `look_again` was last told, and what of it was heeded: a new tuple each time.
         self._asked: tuple[int] | None = None
         self._heeded: tuple[int] | None = None
@@ -160,14 +187,18 @@ class Watcher:
             self.poll()
 
     def poll(self) -> None:
-        """Look once. Never raises: this is the serving boundary, a bad file must not end the server's thread."""
+        """Look once.
+
+        Never raises: this is the serving boundary, a bad file must not end the server's thread.
+        """
         version = 0
         if (asked := self._asked) is not self._heeded:
             self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
         try:
             stats = (_identity(self.directory / CURRENT), _identity(self.directory / REJECTED))
             if stats[0] is None or stats == self._seen_stats:
-                return  # nothing was published yet, or nothing is new
+                # nothing was published yet, or nothing is new
+                return
             version = self._wanted()
             done = version in (0, self.seen_version) or self.stage(
                 read_weights(self.directory / version_name(version), self.expected)
@@ -183,15 +214,20 @@ class Watcher:
             self.seen_version = version
 
     def _wanted(self) -> int:
-        """CURRENT's version, or its first ancestor that no server rolled back; 0 where that is the initial draft."""
+        """CURRENT's version, or its first ancestor that no server rolled back; 0 where that is the
+        initial draft.
+        """
         version = current_version(self.directory) or 0
         rejected = rejected_versions(self.directory)
         while version in rejected:
-            error = ManifestError("rejected", f"a server rolled {version_name(version)} back; looking at its parent")
+            error = ManifestError(
+                "rejected", f"a server rolled {version_name(version)} back; looking at its parent"
+            )
             if self._logged != (version, error.cause):
                 self._fail(version, error.cause, error)
             parent = read_manifest(self.directory / version_name(version)).parent
-            version = max(0, min(parent, version - 1))  # whatever the file says, this ends
+            # whatever the file says, this ends
+            version = max(0, min(parent, version - 1))
         return version
 
     def _fail(self, version: int, cause: str, error: Exception) -> None:
@@ -211,25 +247,37 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 
 def _parse_safetensors(data: bytes, manifest: Manifest) -> dict[str, tuple[str, np.ndarray]]:
-    """Views of the tensors of a safetensors file, which must hold exactly what the manifest lists."""
+    """Views of the tensors of a safetensors file, which must hold exactly what the manifest
+    lists.
+    """
     header_bytes = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
         raise ManifestError("header", f"a header of {header_bytes} bytes in a file of {len(data)}")
     try:
         header = json.loads(data[8 : 8 + header_bytes])
         header.pop("__metadata__", None)
-        described = {n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()}
+        described = {
+            n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError("header", f"not a safetensors header: {error!r}") from None
-    if {n: d[:2] for n, d in described.items()} != {n: (t.dtype, t.shape) for n, t in manifest.tensors.items()}:
+    if {n: d[:2] for n, d in described.items()} != {
+        n: (t.dtype, t.shape) for n, t in manifest.tensors.items()
+    }:
         raise ManifestError("header", "names, dtypes or shapes in the file are not the manifest's")
     body = memoryview(data)[8 + header_bytes :]
     views = {}
     for name, (dtype, shape, begin, end) in described.items():
         numpy = np.dtype(NUMPY.get(dtype, "V1"))
         count = int(np.prod(shape, dtype=np.int64))
-        if dtype not in NUMPY or not 0 <= begin <= end <= len(body) or end - begin != count * numpy.itemsize:
-            raise ManifestError("header", f"{name}: {dtype} {shape} does not fit bytes {begin} to {end}")
+        if (
+            dtype not in NUMPY
+            or not 0 <= begin <= end <= len(body)
+            or end - begin != count * numpy.itemsize
+        ):
+            raise ManifestError(
+                "header", f"{name}: {dtype} {shape} does not fit bytes {begin} to {end}"
+            )
         views[name] = (dtype, np.frombuffer(body[begin:end], numpy).reshape(shape))
     return views
 
@@ -243,14 +291,20 @@ def _finite(dtype: str, array: np.ndarray) -> bool:
 def _check_d2t(d2t: np.ndarray, target_vocab: int) -> None:
     ids = d2t + np.arange(len(d2t))
     if len(ids) and (ids.min() < 0 or ids.max() >= target_vocab or len(np.unique(ids)) != len(ids)):
-        raise ManifestError("d2t", f"target ids {ids.min()} to {ids.max()} of {target_vocab}, or one of them twice")
+        raise ManifestError(
+            "d2t", f"target ids {ids.min()} to {ids.max()} of {target_vocab}, or one of them twice"
+        )
 
 
 def _check_config(data: bytes, expected: dict[str, object]) -> dict:
     try:
         config = json.loads(data)
         named = config | (config.get("eagle_config") or {})
-        differing = {k: (named[k], v) for k, v in expected.items() if named.get(k) is not None and named[k] != v}
+        differing = {
+            k: (named[k], v)
+            for k, v in expected.items()
+            if named.get(k) is not None and named[k] != v
+        }
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestError("config", f"config.json: {error}") from None
     if differing:

@@ -1,9 +1,10 @@
-"""The operator's weight updates on an AURORA server: they reach the target, the draft stays Aurora's.
+"""The operator's weight updates on an AURORA server: they reach the target, the draft stays
+Aurora's.
 
 SGLang gives an update to every model runner that its selector names, by default target and draft:
-those of the target's tensors that fit would overwrite the draft. Each runner has a WeightUpdater that
-does the work; the two classes here stand before it. Every call comes on the scheduler's thread,
-between two steps.
+those of the target's tensors that fit would overwrite the draft. Each runner has a WeightUpdater
+that does the work; the two classes here stand before it. Every call comes on the scheduler's
+thread, between two steps.
 
 This module imports neither torch nor sglang.
 """
@@ -27,7 +28,8 @@ ROLLING_BACK = "Rolling back"
 
 
 class TargetUpdater:
-    """Stands before the target's WeightUpdater, and calls `changed(directory)` after what may write.
+    """Stands before the target's WeightUpdater, and calls `changed(directory)` after what may
+    write.
 
     `directory` (or a model's name) holds the weights that the target has now; None if no files do.
     An update that fails is answered (False, why), also where SGLang alone would end the process.
@@ -44,8 +46,10 @@ class TargetUpdater:
         def write(*args: Any, **kwargs: Any) -> Any:
             try:
                 return member(*args, **kwargs)
-            except Exception as error:  # a serving boundary
-                if "_from_" not in name:  # it has no answer that could say so
+            except Exception as error:
+                # a serving boundary
+                # it has no answer that could say so
+                if "_from_" not in name:
                     raise
                 log.exception(
                     "target update failed call=%s: the target may hold a part of it", name
@@ -63,7 +67,8 @@ class TargetUpdater:
         before = config.model_path
         try:
             success, message = self._updater.update_weights_from_disk(model_path, *args, **kwargs)
-        except Exception as error:  # a serving boundary
+        except Exception as error:
+            # a serving boundary
             log.exception("target update failed path=%s", model_path)
             success, message = False, f"Failed to update weights: {error}. {ROLLING_BACK}."
         if success:

@@ -1,21 +1,24 @@
 """CONTRACT 1, the wire: what a server publishes to a trainer over ZeroMQ (PUSH -> PULL).
 
-One multipart message per scheduler step: part 0 is the header (msgpack), the others are raw frames, C order,
-little endian, as the header's `frames` names them. No pickle. Delivery is at most once: a message may be dropped
-(and is counted by cause in every later header), never altered, and messages of one epoch arrive in order. Whatever
-decodes can be assembled, packed and trained on: what a whole message must be is checked here, what each request's row
-of it must be in rows.py.
+One multipart message per scheduler step: part 0 is the header (msgpack), the others are raw frames,
+C order, little endian, as the header's `frames` names them. No pickle. Delivery is at most once: a
+message may be dropped (and is counted by cause in every later header), never altered, and messages
+of one epoch arrive in order. Whatever decodes can be assembled, packed and trained on: what a whole
+message must be is checked here, what each request's row of it must be in rows.py.
 
     captured = sent + sum(dropped) + queued          (messages, checked when the publisher is quiet)
     sent     = received + lost                       (the trainer's side of the same books)
 
 Kinds
-    prefill    a chunk of prompt (or re-prefilled) tokens and the features that the target computed for them
-    verify     one verify step: draft trees, what was accepted, the distribution that judged every node
+    prefill    a chunk of prompt (or re-prefilled) tokens and the features that the target computed
+               for them
+    verify     one verify step: draft trees, what was accepted, the distribution that judged every
+               node
     end        requests that gave back their KV rows: finished, aborted or retracted
     heartbeat  counters only, sent when nothing else was for a while
 
-Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, K kept target logits, F = aux layers x H.
+Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, K kept target logits, F
+    = aux layers x H.
 
 This module imports neither torch nor sglang, so that both sides can read it cheaply.
 """
@@ -43,7 +46,8 @@ MAX_STEPS = 16
 MAX_KEPT = 128
 MAX_FEATURES = 1 << 20
 
-# dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its bits.
+# dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its
+# bits.
 DTYPES = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
@@ -58,32 +62,47 @@ FLAG_ALTERED_DISTRIBUTION = 1
 Kind = Literal["prefill", "verify", "end", "heartbeat"]
 EndReason = Literal["stop", "length", "abort", "retract"]
 
-# kind -> frame name -> (allowed dtypes, shape). A letter that repeats must be the same number in a whole message.
+# kind -> frame name -> (allowed dtypes, shape). A letter that repeats must be the same number in a
+# whole message.
 _FLOAT = ("float32", "float16", "bfloat16")
 FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]]] = {
     "prefill": {
-        "positions": (("int32",), ("B",)),  # absolute position of the chunk's first token
-        "extend_lens": (("int32",), ("B",)),  # tokens of the chunk
-        "feature_lens": (("int32",), ("B",)),  # features sent, of the LAST feature_lens tokens of the chunk
+        # absolute position of the chunk's first token
+        "positions": (("int32",), ("B",)),
+        # tokens of the chunk
+        "extend_lens": (("int32",), ("B",)),
+        # features sent, of the LAST feature_lens tokens of the chunk
+        "feature_lens": (("int32",), ("B",)),
         "prompt_lens": (("int32",), ("B",)),
-        "input_ids": (("int32",), ("C",)),  # C = sum(extend_lens)
-        "next_tokens": (("int32",), ("B",)),  # the token after the chunk: next prompt token, or the sampled one
-        "aux_hidden_states": (_FLOAT, ("T", "F")),  # T = sum(feature_lens)
+        # C = sum(extend_lens)
+        "input_ids": (("int32",), ("C",)),
+        # the token after the chunk: next prompt token, or the sampled one
+        "next_tokens": (("int32",), ("B",)),
+        # T = sum(feature_lens)
+        "aux_hidden_states": (_FLOAT, ("T", "F")),
     },
     "verify": {
-        "positions": (("int32",), ("B",)),  # absolute position of the root
-        "draft_tokens": (("int32",), ("B", "N")),  # node 0 is the root, the last committed token
-        "parents": (("int32",), ("B", "N")),  # -1 for the root; -2 for an unused node; parents come before children
-        "accept_path": (("int32",), ("B", "P")),  # P = S + 1; node ids from the root on, -1 past accept_lens
-        "feature_lens": (("int32",), ("B",)),  # = accept_length, bonus token included
-        "next_tokens": (("int32",), ("B", "P")),  # tokens committed after path nodes; valid for the first feature_lens
-        "aux_hidden_states": (_FLOAT, ("T", "F")),  # features of the path nodes, T = sum(feature_lens)
+        # absolute position of the root
+        "positions": (("int32",), ("B",)),
+        # node 0 is the root, the last committed token
+        "draft_tokens": (("int32",), ("B", "N")),
+        # -1 for the root; -2 for an unused node; parents come before children
+        "parents": (("int32",), ("B", "N")),
+        # P = S + 1; node ids from the root on, -1 past accept_lens
+        "accept_path": (("int32",), ("B", "P")),
+        # = accept_length, bonus token included
+        "feature_lens": (("int32",), ("B",)),
+        # tokens committed after path nodes; valid for the first feature_lens
+        "next_tokens": (("int32",), ("B", "P")),
+        # features of the path nodes, T = sum(feature_lens)
+        "aux_hidden_states": (_FLOAT, ("T", "F")),
         "topk_ids": (("int32",), ("B", "N", "K")),
         # As they judged: after penalties and bias, before temperature and truncation.
         "topk_logits": (_FLOAT, ("B", "N", "K")),
         "logsumexp": (("float32",), ("B", "N")),
     },
-    "end": {"committed_lens": (("int32",), ("B",))},  # prompt + output tokens that the client may see
+    # prompt + output tokens that the client may see
+    "end": {"committed_lens": (("int32",), ("B",))},
     "heartbeat": {},
 }
 
@@ -97,7 +116,8 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def nbytes(self) -> int:
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)  # Python integers: nothing to overflow
+        # Python integers: nothing to overflow
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -105,30 +125,46 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
 
     schema: int
     kind: Kind
-    epoch: str  # one publisher's life, random; a restarted server has a new one
-    captured_seq: int  # messages captured up to and including this one (heartbeats are not captured)
-    sent_seq: int  # messages sent up to and including this one (heartbeats included)
-    heartbeats: int  # heartbeats sent up to and including this one: sent = sent_seq - heartbeats
-    dropped: dict[str, int]  # messages dropped so far, by cause
-    queued: int  # messages still queued behind this one
-    target: str  # fingerprint of the target (manifest.target_fingerprint)
-    draft_version: int  # version that drafted these trees
-    extend_version: int  # version that wrote the draft KV of this message's features
-    time_ns: int  # wall clock at capture
-    requests: list[str] = []  # B request ids
-    flags: list[int] = []  # B bit sets (verify)
-    reasons: list[EndReason] = []  # B (end)
-    domains: list[str] = []  # B labels, "" for a request without one (prefill, end); empty where none has one
+    # one publisher's life, random; a restarted server has a new one
+    epoch: str
+    # messages captured up to and including this one (heartbeats are not captured)
+    captured_seq: int
+    # messages sent up to and including this one (heartbeats included)
+    sent_seq: int
+    # heartbeats sent up to and including this one: sent = sent_seq - heartbeats
+    heartbeats: int
+    # messages dropped so far, by cause
+    dropped: dict[str, int]
+    # messages still queued behind this one
+    queued: int
+    # fingerprint of the target (manifest.target_fingerprint)
+    target: str
+    # version that drafted these trees
+    draft_version: int
+    # version that wrote the draft KV of this message's features
+    extend_version: int
+    # wall clock at capture
+    time_ns: int
+    # B request ids
+    requests: list[str] = []
+    # B bit sets (verify)
+    flags: list[int] = []
+    # B (end)
+    reasons: list[EndReason] = []
+    # B labels, "" for a request without one (prefill, end); empty where none has one
+    domains: list[str] = []
     num_steps: int = 0
     topk: int = 0
-    rejection: bool = False  # drafted tokens are draws from the draft, judged by rejection sampling
+    # drafted tokens are draws from the draft, judged by rejection sampling
+    rejection: bool = False
     frames: list[Frame] = []
 
 
 class WireError(ValueError):
     """A message that must not be used. `cause` is a short constant for counters.
 
-    `header` is the message's, if that is sound: whose message it was, where it stands in its epoch, what is missing.
+    `header` is the message's, if that is sound: whose message it was, where it stands in its epoch,
+    what is missing.
     """
 
     def __init__(self, cause: str, detail: str):
@@ -156,7 +192,10 @@ _decoder = msgspec.msgpack.Decoder(Header)
 
 
 def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[bytes | memoryview]:
-    """Parts to send. `arrays` maps frame name to (wire dtype, C-contiguous array); frames are not copied."""
+    """Parts to send.
+
+    `arrays` maps frame name to (wire dtype, C-contiguous array); frames are not copied.
+    """
     header.frames = [Frame(name, dtype, array.shape) for name, (dtype, array) in arrays.items()]
     views = []
     for name, (dtype, array) in arrays.items():
@@ -166,10 +205,11 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
 
 
 def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
-    """Check and view a received message; nothing is allocated before it is checked, nothing is copied.
+    """Check and view a received message; nothing is allocated before it is checked, nothing is
+    copied.
 
-    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values. A request whose row alone is
-    at fault does not raise: it is in the message's `bad`.
+    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values. A
+    request whose row alone is at fault does not raise: it is in the message's `bad`.
     """
     if not parts or len(parts) > MAX_FRAMES + 1:
         raise WireError("header", f"{len(parts)} parts")
@@ -182,7 +222,10 @@ def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
 
 
 def read_header(part: bytes | memoryview) -> Header:
-    """Part 0 of a message, if it can be believed. Raises WireError with cause one of: header, schema, values."""
+    """Part 0 of a message, if it can be believed.
+
+    Raises WireError with cause one of: header, schema, values.
+    """
     if len(part) > MAX_HEADER_BYTES:
         raise WireError("header", f"header of {len(part)} bytes, at most {MAX_HEADER_BYTES}")
     try:
@@ -191,8 +234,12 @@ def read_header(part: bytes | memoryview) -> Header:
         raise WireError("header", str(error)) from None
     if header.schema != SCHEMA_VERSION:
         raise WireError("schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION}")
-    if not 0 < len(header.epoch) <= MAX_NAME or any(len(n) > MAX_NAME for n in (header.target, *header.dropped)):
-        raise WireError("header", f"epoch, target or cause of an unexpected length, expected at most {MAX_NAME}")
+    if not 0 < len(header.epoch) <= MAX_NAME or any(
+        len(n) > MAX_NAME for n in (header.target, *header.dropped)
+    ):
+        raise WireError(
+            "header", f"epoch, target or cause of an unexpected length, expected at most {MAX_NAME}"
+        )
     if len(header.dropped) > MAX_CAUSES:
         raise WireError("header", f"{len(header.dropped)} causes of drops, at most {MAX_CAUSES}")
     counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
@@ -206,7 +253,8 @@ def read_header(part: bytes | memoryview) -> Header:
 
 
 def missing(header: Header) -> list[bytes | memoryview]:
-    """Parts of a message that stands in for one that was refused: all its requests, each with a bad row.
+    """Parts of a message that stands in for one that was refused: all its requests, each with a bad
+    row.
 
     Their samples end there and nobody else's do, in a recording as well.
     """
@@ -223,7 +271,9 @@ def _decode(header: Header, parts: list[bytes | memoryview], max_bytes: int) -> 
         raise WireError("size", f"{sum(map(len, parts))} bytes, at most {max_bytes}")
     spec = FRAMES[header.kind]
     if [f.name for f in header.frames] != list(spec) or len(parts) != len(spec) + 1:
-        raise WireError("frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}")
+        raise WireError(
+            "frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}"
+        )
     sizes = {"B": len(header.requests)}
     arrays = {}
     for frame, part in zip(header.frames, parts[1:]):
@@ -231,11 +281,16 @@ def _decode(header: Header, parts: list[bytes | memoryview], max_bytes: int) -> 
         if frame.dtype not in dtypes:
             raise WireError("dtype", f"{frame.name} is {frame.dtype}, expected one of {dtypes}")
         if len(frame.shape) != len(shape) or any(
-            not 0 <= n < 1 << 31 or sizes.setdefault(letter, n) != n for letter, n in zip(shape, frame.shape)
+            not 0 <= n < 1 << 31 or sizes.setdefault(letter, n) != n
+            for letter, n in zip(shape, frame.shape)
         ):
-            raise WireError("shape", f"{frame.name} is {frame.shape}, expected {shape} with {sizes}")
+            raise WireError(
+                "shape", f"{frame.name} is {frame.shape}, expected {shape} with {sizes}"
+            )
         if len(part) != frame.nbytes:
-            raise WireError("size", f"{frame.name} has {len(part)} bytes, {frame.shape} needs {frame.nbytes}")
+            raise WireError(
+                "size", f"{frame.name} has {len(part)} bytes, {frame.shape} needs {frame.nbytes}"
+            )
         arrays[frame.name] = np.frombuffer(part, DTYPES[frame.dtype]).reshape(frame.shape)
     _check_structure(header, arrays, sizes)
     dtypes = {frame.name: frame.dtype for frame in header.frames}
@@ -251,13 +306,21 @@ def _check_structure(header: Header, a: dict[str, np.ndarray], sizes: dict[str, 
     if header.kind == "end" and len(header.reasons) != b:
         raise WireError("values", f"{len(header.reasons)} reasons for {b} requests")
     for frame, lens in (("input_ids", "extend_lens"), ("aux_hidden_states", "feature_lens")):
-        if frame in a and ((a[lens] < 0).any() or int(a[lens].sum(dtype=np.int64)) != len(a[frame])):
-            raise WireError("values", f"{lens} do not add up to the {len(a[frame])} rows of {frame}")
+        if frame in a and (
+            (a[lens] < 0).any() or int(a[lens].sum(dtype=np.int64)) != len(a[frame])
+        ):
+            raise WireError(
+                "values", f"{lens} do not add up to the {len(a[frame])} rows of {frame}"
+            )
     if "F" in sizes and not 1 <= sizes["F"] <= MAX_FEATURES:
         raise WireError("values", f"features of width {sizes['F']}, expected 1 to {MAX_FEATURES}")
     if header.kind == "verify":
         n, p, k, s = sizes["N"], sizes["P"], sizes["K"], header.num_steps
         if not (1 <= s <= MAX_STEPS and p == s + 1 <= n <= MAX_NODES and 1 <= k <= MAX_KEPT):
-            raise WireError("values", f"trees of {n} nodes in {s} steps, paths of {p}, {k} kept logits")
+            raise WireError(
+                "values", f"trees of {n} nodes in {s} steps, paths of {p}, {k} kept logits"
+            )
         if not 1 <= header.topk <= MAX_NODES or len(header.flags) != b:
-            raise WireError("values", f"topk {header.topk}, {len(header.flags)} flags for {b} requests")
+            raise WireError(
+                "values", f"topk {header.topk}, {len(header.flags)} flags for {b} requests"
+            )

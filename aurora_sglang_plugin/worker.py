@@ -1,9 +1,12 @@
-"""The seam: SGLang's EAGLE worker, which also tells the capture what it sees and swaps the draft between two steps.
+"""The seam: SGLang's EAGLE worker, which also tells the capture what it sees and swaps the draft
+between two steps.
 
 One decode step, in SGLang's order, with ours marked:
 
-    draft            levels 1..S of every tree (level 1 was proposed by the previous step's draft-extend)
-    verify           the target's forward, sampling (which edits the logits in place), acceptance, compaction
+    draft            levels 1..S of every tree (level 1 was proposed by the previous step's
+                     draft-extend)
+    verify           the target's forward, sampling (which edits the logits in place), acceptance,
+                     compaction
   > swap             every tree of the next step, level 1 included, comes from one version
   > capture.verify   trees, accepted path, features, the logits that judged
     draft-extend     writes the draft's KV for the accepted path, proposes level 1
@@ -35,11 +38,14 @@ logger = logging.getLogger(__name__)
 # Who hands an operator's calls to the model runners.
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
-_capture: Capture | None = None  # of this process; the release hook has no other way to find it
+# of this process; the release hook has no other way to find it
+_capture: Capture | None = None
 
 
 def on_release(req: Any) -> None:
-    """Called by the hook on SGLang's release_kv_cache: the one place that every end of a request passes."""
+    """Called by the hook on SGLang's release_kv_cache: the one place that every end of a request
+    passes.
+    """
     if _capture is not None:
         _capture.ended(req)
 
@@ -47,18 +53,27 @@ def on_release(req: Any) -> None:
 class AuroraWorker(EAGLEWorkerV2):
     """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
 
-    capture: Capture | None = None  # on the first tensor-parallel rank
-    reloader: Reloader | None = None  # once attached
-    target = ""  # fingerprint of the target as it is now
+    # on the first tensor-parallel rank
+    capture: Capture | None = None
+    # once attached
+    reloader: Reloader | None = None
+    # fingerprint of the target as it is now
+    target = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of what is made there.
-        self._room = hold_room(self._draft_worker.draft_runner.model) if self._draft_worker is not None else None
+        # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of
+        # what is made there.
+        self._room = (
+            hold_room(self._draft_worker.draft_runner.model)
+            if self._draft_worker is not None
+            else None
+        )
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         super().alloc_memory_pool(*args, **kwargs)
-        # The draft is complete now (its head and hot_token_id were set by the line above) and nothing was served yet.
+        # The draft is complete now (its head and hot_token_id were set by the line above) and
+        # nothing was served yet.
         self._attach()
 
     def _attach(self) -> None:
@@ -67,13 +82,16 @@ class AuroraWorker(EAGLEWorkerV2):
         args = self.server_args
         target = self.target = target_fingerprint(args.model_path, args.revision)
         draft = self._draft_worker
-        if draft is None:  # a pipeline stage that hosts no draft verifies nothing
+        # a pipeline stage that hosts no draft verifies nothing
+        if draft is None:
             return
         _check_hook()
         tp, model = get_tp_group(), draft.draft_runner.model
         group = tp.cpu_group if tp.world_size > 1 else None
         self._room = None
-        self.reloader = Reloader(model, draft.hot_token_id, config.weights, config.plugin.swap, target, group)
+        self.reloader = Reloader(
+            model, draft.hot_token_id, config.weights, config.plugin.swap, target, group
+        )
         self.reloader.apply_at_start()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
@@ -103,7 +121,9 @@ class AuroraWorker(EAGLEWorkerV2):
         """Weight updates of the operator reach the target alone, and Aurora hears of them."""
         target = self.target_worker.model_runner
         if not hasattr(target, "weight_updater"):
-            logger.warning("aurora cannot keep weight updates from its draft in this SGLang: make none")
+            logger.warning(
+                "aurora cannot keep weight updates from its draft in this SGLang: make none"
+            )
             return
         target.weight_updater = TargetUpdater(target.weight_updater, self._target_changed)
         draft.weight_updater = updater = DraftUpdater(lambda: self.reloader.version)
@@ -132,7 +152,9 @@ class AuroraWorker(EAGLEWorkerV2):
         HookRegistry.apply_hooks()
 
     def _target_changed(self, directory: str | None) -> None:
-        """The target's weights are those of `directory` now; None: of no files, like nobody else's."""
+        """The target's weights are those of `directory` now; None: of no files, like nobody
+        else's.
+        """
         target = secrets.token_hex(16)
         if directory is not None:
             try:
@@ -157,11 +179,13 @@ class AuroraWorker(EAGLEWorkerV2):
         return "live" if self.speculative_num_steps else "shadow"
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.reloader is None:  # an SGLang whose scheduler does not allocate through the worker
+        # an SGLang whose scheduler does not allocate through the worker
+        if self.reloader is None:
             self._attach()
         if batch.forward_mode.is_idle():
             result = super().verify(batch, *args, **kwargs)
-            self.reloader.step()  # every rank counts every step
+            # every rank counts every step
+            self.reloader.step()
             return result
         tree = batch.spec_info
         if self.capture is not None:
@@ -174,7 +198,8 @@ class AuroraWorker(EAGLEWorkerV2):
         return result
 
     def _forward_prefill_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        input_ids = batch.input_ids  # the draft's extend rebinds it to the rotated ids
+        # the draft's extend rebinds it to the rotated ids
+        input_ids = batch.input_ids
         result = super()._forward_prefill_batch(batch, *args, **kwargs)
         if self.capture is not None and not batch.forward_mode.is_idle():
             self.capture.prefill(batch, input_ids, result, self.reloader.version)
@@ -182,9 +207,12 @@ class AuroraWorker(EAGLEWorkerV2):
 
 
 def _check_hook() -> None:
-    """SGLang only logs a hook that it could not apply; without this one no request would ever end for the trainer."""
+    """SGLang only logs a hook that it could not apply; without this one no request would ever end
+    for the trainer.
+    """
     if not hasattr(common.release_kv_cache, "__wrapped__"):
         raise ValueError(
-            "SGLang did not apply Aurora's hook on sglang.srt.mem_cache.common.release_kv_cache; expected a version "
-            "that has it (tested with 0.5.23): see 'Failed to apply hooks' in this log"
+            "SGLang did not apply Aurora's hook on sglang.srt.mem_cache.common.release_kv_cache;"
+            " expected a version that has it (tested with 0.5.23): see 'Failed to apply hooks' in"
+            " this log"
         )

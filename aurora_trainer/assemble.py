@@ -1,15 +1,24 @@
-"""Assemble messages into samples: stitch each request's steps by absolute position, cut where it ended.
+"""Assemble messages into samples: stitch each request's steps by absolute position, cut where it
+ended.
 
-The server keeps no state per request, so this does: (epoch, request id) -> the open Segment. Rules, in order:
+The server keeps no state per request, so this does: (epoch, request id) -> the open Segment. Rules,
+in order:
 
-    a message of the epoch is missing     every open segment of that epoch ends before its next step (`gap`): the
-                                          missing one may have ended the request and begun another with the same id
-    a row that cannot be used             the segment of that request ends (`gap`), counted by cause, and no other
-    a step goes on at segment.next        it extends the segment: chunks, verify steps, plain tokens of mixed chunks
-    a verify step's root lies before it   fewer tokens were committed than accepted: cut back to the root, go on there
-    any other position                    the segment ends (`gap`), a new attempt starts at the step's first feature
-    end                                   cut at the committed length (accepted paths run past EOS, stop, max_tokens)
-    a verify step after `end`             ignored: an overlapped server verifies a finished request once more
+    a message of the epoch is missing     every open segment of that epoch ends before its next step
+                                          (`gap`): the missing one may have ended the request and
+                                          begun another with the same id
+    a row that cannot be used             the segment of that request ends (`gap`), counted by
+                                          cause, and no other
+    a step goes on at segment.next        it extends the segment: chunks, verify steps, plain tokens
+                                          of mixed chunks
+    a verify step's root lies before it   fewer tokens were committed than accepted: cut back to the
+                                          root, go on there
+    any other position                    the segment ends (`gap`), a new attempt starts at the
+                                          step's first feature
+    end                                   cut at the committed length (accepted paths run past EOS,
+                                          stop, max_tokens)
+    a verify step after `end`             ignored: an overlapped server verifies a finished request
+                                          once more
 
 A segment that begins at a verify's root loses that one tree, which has no slot to hang from.
 """
@@ -29,28 +38,38 @@ from aurora_trainer.sample import Sample
 from aurora_trainer.segment import Quarantine, Segment, Step, Tree, to_sample
 
 MAX_EPOCHS = 1 << 14
-MAX_PAST = 1 << 16  # request ids that are remembered after they ended
+# request ids that are remembered after they ended
+MAX_PAST = 1 << 16
 
-Key = tuple[str, str]  # epoch, request id
+# epoch, request id
+Key = tuple[str, str]
 
 
 class AssembleConfig(Section):
     """The bounds of what is open, and when a long request's sample is taken."""
 
-    max_bytes: PositiveInt = 1 << 30  # of all open segments; the least recently extended one is taken early
-    max_open: PositiveInt = 4096  # segments
-    max_slots: PositiveInt = 8192  # prompt features kept of one segment, the last ones
-    part_slots: Annotated[int, Field(ge=2)] = 512  # generated slots after which a part of a long request is taken
-    context_slots: NonNegativeInt = 128  # slots of the last part that the next one repeats, as context only
-    idle_s: Annotated[float, Field(gt=0)] = 60.0  # after which a request whose `end` was lost is taken
-    eos_token_ids: tuple[int, ...] = ()  # where to cut when `end` was lost
+    # of all open segments; the least recently extended one is taken early
+    max_bytes: PositiveInt = 1 << 30
+    # segments
+    max_open: PositiveInt = 4096
+    # prompt features kept of one segment, the last ones
+    max_slots: PositiveInt = 8192
+    # generated slots after which a part of a long request is taken
+    part_slots: Annotated[int, Field(ge=2)] = 512
+    # slots of the last part that the next one repeats, as context only
+    context_slots: NonNegativeInt = 128
+    # after which a request whose `end` was lost is taken
+    idle_s: Annotated[float, Field(gt=0)] = 60.0
+    # where to cut when `end` was lost
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class _Past:
     attempts: int = 0
     prompt_len: int = 0
-    ended_at: int = -1  # the epoch's losses when it ended, -1 while it is open
+    # the epoch's losses when it ended, -1 while it is open
+    ended_at: int = -1
     domain: str = ""
 
 
@@ -60,13 +79,17 @@ class Assembler:
     def __init__(self, config: AssembleConfig):
         self.config = config
         self.counters: Counter[str] = Counter()
-        self.bad_rows: Counter[str] = Counter()  # by the causes of rows.py
-        self._open: OrderedDict[Key, Segment] = OrderedDict()  # least recently extended first
+        # by the causes of rows.py
+        self.bad_rows: Counter[str] = Counter()
+        # least recently extended first
+        self._open: OrderedDict[Key, Segment] = OrderedDict()
         self._past: OrderedDict[Key, _Past] = OrderedDict()
         self._epochs: OrderedDict[str, list[int]] = OrderedDict()  # [last captured_seq, losses]
-        # Losses of an epoch begin here: above all that one had that was forgotten, so that nothing is stitched to it.
+        # Losses of an epoch begin here: above all that one had that was forgotten, so that nothing
+        # is stitched to it.
         self._first_losses = 0
-        self._held: dict[str, list[int]] = {}  # of each epoch with open segments: [segments, bytes]
+        # of each epoch with open segments: [segments, bytes]
+        self._held: dict[str, list[int]] = {}
         self._nbytes = 0
         self._now_s: float | None = None
         self._done: list[Sample] = []
@@ -88,15 +111,22 @@ class Assembler:
         if losses is None:
             self.counters["duplicate"] += 1
             return []
-        {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](message, losses)
-        while self._open and (len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes):
+        {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](
+            message, losses
+        )
+        while self._open and (
+            len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes
+        ):
             self.counters["evicted"] += 1
             self._close(self._to_evict(by=int(len(self._open) <= self.config.max_open)), "gap")
         return self._take()
 
     def idle(self, now_s: float) -> list[Sample]:
-        """Tell the time (any clock); returns the samples of requests that were silent for `idle_s`."""
-        if self._now_s is None:  # what came before the first call was silent since then at most
+        """Tell the time (any clock); returns the samples of requests that were silent for
+        `idle_s`.
+        """
+        # what came before the first call was silent since then at most
+        if self._now_s is None:
             for segment in self._open.values():
                 segment.touched_s = now_s
         self._now_s = now_s
@@ -118,9 +148,12 @@ class Assembler:
             key, prompt_len = (header.epoch, request), int(a["prompt_lens"][row])
             if self._is_bad(message, row, key):
                 continue
-            known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[length - count :]
+            known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[
+                length - count :
+            ]
             features = hidden[feature - count : feature].copy()
-            first = int(a["positions"][row]) + length - count  # of the chunk's features
+            # of the chunk's features
+            first = int(a["positions"][row]) + length - count
             segment = self._following(key, first, int(known[0]), losses, dtype, hidden.shape[1])
             if segment is None or segment.prompt_len != prompt_len or not count:
                 self._close(key, "gap")
@@ -133,24 +166,38 @@ class Assembler:
     def _verify(self, message: wire.Message, losses: int) -> None:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
-        shape = (header.num_steps, header.topk, message.dtype("topk_logits"), *a["accept_path"].shape[1:])
+        shape = (
+            header.num_steps,
+            header.topk,
+            message.dtype("topk_logits"),
+            *a["accept_path"].shape[1:],
+        )
         shape += (*a["topk_ids"].shape[1:], header.rejection)
         lens, path = a["feature_lens"], a["accept_path"]
         on_path = np.arange(path.shape[1]) < lens[:, None]
         ends = lens.cumsum(dtype=np.int64)
         for row, request in enumerate(header.requests):
-            key, root, count, end = (header.epoch, request), int(a["positions"][row]), int(lens[row]), int(ends[row])
+            key, root, count, end = (
+                (header.epoch, request),
+                int(a["positions"][row]),
+                int(lens[row]),
+                int(ends[row]),
+            )
             if self._is_bad(message, row, key):
                 continue
             past = self._past.get(key)
             if past is not None and past.ended_at == losses and key not in self._open:
                 self.counters["after_end"] += 1
                 continue
-            segment = self._following(key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1])
+            segment = self._following(
+                key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1]
+            )
             if segment is None or segment.shape not in (None, shape):
                 self._close(key, "gap")
                 prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
-                segment = self._begin(key, root, int(a["draft_tokens"][row, 0]), losses, dtype, prompt_len)
+                segment = self._begin(
+                    key, root, int(a["draft_tokens"][row, 0]), losses, dtype, prompt_len
+                )
             if segment.start == root:
                 self.counters["rootless_trees"] += 1
             segment.shape = shape
@@ -165,7 +212,13 @@ class Assembler:
                 altered=bool(header.flags[row] & wire.FLAG_ALTERED_DISTRIBUTION),
             )
             versions = np.full(count, header.extend_version, np.int32)
-            step = Step(root, a["next_tokens"][row, :count].copy(), hidden[end - count : end].copy(), versions, tree)
+            step = Step(
+                root,
+                a["next_tokens"][row, :count].copy(),
+                hidden[end - count : end].copy(),
+                versions,
+                tree,
+            )
             self._extend(key, segment, step, header)
 
     def _end(self, message: wire.Message, losses: int) -> None:
@@ -186,7 +239,9 @@ class Assembler:
     # ---- segments
 
     def _enter(self, header: wire.Header) -> int | None:
-        """How many holes captured_seq has had in this epoch; None for a message that repeats or precedes one."""
+        """How many holes captured_seq has had in this epoch; None for a message that repeats or
+        precedes one.
+        """
         state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, self._first_losses])
         self._epochs.move_to_end(header.epoch)
         if len(self._epochs) > MAX_EPOCHS:
@@ -211,7 +266,8 @@ class Assembler:
         return True
 
     def _to_evict(self, by: int) -> Key:
-        """The least recently extended segment of the epoch that has most: a flood takes from nobody else.
+        """The least recently extended segment of the epoch that has most: a flood takes from nobody
+        else.
 
         by: 0, most segments; 1, most bytes.
         """
@@ -227,8 +283,12 @@ class Assembler:
         if not held[0]:
             del self._held[key[0]]
 
-    def _following(self, key: Key, position: int, token: int, losses: int, dtype: str, width: int) -> Segment | None:
-        """The open segment that goes on with `token` at `position`, cut back to there if need be."""
+    def _following(
+        self, key: Key, position: int, token: int, losses: int, dtype: str, width: int
+    ) -> Segment | None:
+        """The open segment that goes on with `token` at `position`, cut back to there if need
+        be.
+        """
         segment = self._open.get(key)
         if segment is None or segment.losses != losses or segment.dtype != dtype:
             return None
@@ -241,7 +301,9 @@ class Assembler:
             self.counters["cut_back"] += 1
         return segment if (segment.next, segment.last_token) == (position, token) else None
 
-    def _begin(self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int) -> Segment:
+    def _begin(
+        self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int
+    ) -> Segment:
         past = self._remember(key)
         past.prompt_len, past.ended_at = prompt_len, -1
         about = {"dtype": dtype, "domain": past.domain}
@@ -258,9 +320,13 @@ class Assembler:
             segment.trim(self.config.max_slots)
         self._hold(key, 0, segment.nbytes - before)
         self._open.move_to_end(key)
-        if segment.next - max(segment.start + segment.carried, segment.prompt_len) >= self.config.part_slots:
+        if (
+            segment.next - max(segment.start + segment.carried, segment.prompt_len)
+            >= self.config.part_slots
+        ):
             after = segment.tail(self.config.context_slots)
-            self._close(key, "part", segment.next - 1)  # the last slot has no target yet and goes on
+            # the last slot has no target yet and goes on
+            self._close(key, "part", segment.next - 1)
             self._open[key] = after
             self._hold(key, 1, after.nbytes)
 

@@ -1,19 +1,21 @@
 """From samples to the levels that one training step computes.
 
-Dimensions: T slots of all samples, Q queries of a level, R of them with a loss, P target rows, K kept target logits,
+Dimensions: T slots of all samples, Q queries of a level, R of them with a loss, P target rows, K
+    kept target logits,
 F feature width.
 
-Level 0 are the slots that propose (the first holds the first generated token). Level d >= 1 holds, of every sample,
+Level 0 are the slots that propose (the first holds the first generated token). Level d >= 1 holds,
+of every sample,
 
-    dense     from every level-0 slot i, d steps along the true tokens (test-time training): the query takes
-              tokens[i + 1 + d] and the state of the query one level up, stands at position i + d, and its target is
-              that of slot i + d
-    rejected  the nodes of depth d of the trees that the server drew and did not accept; their parents are rejected
-              nodes, or the dense query of the same slot (a node on the accepted path computes exactly that), or at
-              depth 1 the slot that the tree hangs from
+    dense     from every level-0 slot i, d steps along the true tokens (test-time training): the
+              query takes tokens[i + 1 + d] and the state of the query one level up, stands at
+              position i + d, and its target is that of slot i + d
+    rejected  the nodes of depth d of the trees that the server drew and did not accept; their
+              parents are rejected nodes, or the dense query of the same slot (a node on the
+              accepted path computes exactly that), or at depth 1 the slot that the tree hangs from
 
-A node of depth d is a query at level d, because it proposes depth d + 1; nodes of the server's last depth never
-propose, so S levels train everything that a server with S draft steps computes.
+A node of depth d is a query at level d, because it proposes depth d + 1; nodes of the server's last
+depth never propose, so S levels train everything that a server with S draft steps computes.
 """
 
 from __future__ import annotations
@@ -29,32 +31,50 @@ from torch import Tensor
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.sample import Sample
 
-ALIGN_BYTES = 256  # of a tensor in the piece that a batch is sent as
+# of a tensor in the piece that a batch is sent as
+ALIGN_BYTES = 256
 
 
 class BatchConfig(Section):
     """What goes into one step of training."""
 
-    max_slots: PositiveInt = 4096  # of a packed batch; a longer sample is a batch of its own
-    depth: Annotated[int, Field(ge=0, le=16)] = 0  # levels to train; 0: as many as the samples' servers drafted
-    rejected: bool = True  # compute the rejected nodes too, where loss.rejected weighs them
+    # of a packed batch; a longer sample is a batch of its own
+    max_slots: PositiveInt = 4096
+    # levels to train; 0: as many as the samples' servers drafted
+    depth: Annotated[int, Field(ge=0, le=16)] = 0
+    # compute the rejected nodes too, where loss.rejected weighs them
+    rejected: bool = True
 
 
 @dataclass
 class Level:
-    """Queries of one depth. At level 0 `parent` is the query's own slot and there are no ancestors."""
+    """Queries of one depth.
 
-    tokens: Tensor  # int64 [Q]
-    parent: Tensor  # int64 [Q], row among the previous level's queries
-    positions: Tensor  # int64 [Q], RoPE
-    slot_start: Tensor  # int64 [Q], first slot of the query's sequence
-    slot_end: Tensor  # int64 [Q], one past the last slot that the query sees
-    ancestors: Tensor  # int64 [Q, d], among the queries of levels 1..d in order, own node last
-    target: Tensor  # int64 [Q], row of the batch's target tensors, -1: context only, no loss
-    rows: Tensor  # int64 [R], the queries with a loss
-    accepted: Tensor  # bool [Q], dense (True) or rejected
-    base: Tensor  # int64 [Q], row of level 0 that the query descends from
-    reach: Tensor  # float32 [Q], probability that verification reaches a rejected node; 1 where accepted
+    At level 0 `parent` is the query's own slot and there are no ancestors.
+    """
+
+    # int64 [Q]
+    tokens: Tensor
+    # int64 [Q], row among the previous level's queries
+    parent: Tensor
+    # int64 [Q], RoPE
+    positions: Tensor
+    # int64 [Q], first slot of the query's sequence
+    slot_start: Tensor
+    # int64 [Q], one past the last slot that the query sees
+    slot_end: Tensor
+    # int64 [Q, d], among the queries of levels 1..d in order, own node last
+    ancestors: Tensor
+    # int64 [Q], row of the batch's target tensors, -1: context only, no loss
+    target: Tensor
+    # int64 [R], the queries with a loss
+    rows: Tensor
+    # bool [Q], dense (True) or rejected
+    accepted: Tensor
+    # int64 [Q], row of level 0 that the query descends from
+    base: Tensor
+    # float32 [Q], probability that verification reaches a rejected node; 1 where accepted
+    reach: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,17 +82,26 @@ class Level:
 
 @dataclass
 class Batch:
-    tokens: Tensor  # int64 [T]
+    # int64 [T]
+    tokens: Tensor
     features: Tensor  # [T, F]
-    positions: Tensor  # int64 [T]
-    slot_start: Tensor  # int64 [T]
+    # int64 [T]
+    positions: Tensor
+    # int64 [T]
+    slot_start: Tensor
     levels: list[Level]
-    topk_ids: Tensor  # int64 [P, K], TARGET ids, largest first; -1 where a sample keeps fewer
-    topk_logits: Tensor  # float32 [P, K]
-    logsumexp: Tensor  # float32 [P]
-    base_sample: Tensor  # int64 [Q of level 0], index of the sample
-    base_is_root: Tensor  # bool [Q of level 0], a verify step of the server hung its tree from this slot
-    packed: Batch | None = None  # of a batch on another device: as it was packed, on the CPU
+    # int64 [P, K], TARGET ids, largest first; -1 where a sample keeps fewer
+    topk_ids: Tensor
+    # float32 [P, K]
+    topk_logits: Tensor
+    # float32 [P]
+    logsumexp: Tensor
+    # int64 [Q of level 0], index of the sample
+    base_sample: Tensor
+    # bool [Q of level 0], a verify step of the server hung its tree from this slot
+    base_is_root: Tensor
+    # of a batch on another device: as it was packed, on the CPU
+    packed: Batch | None = None
 
     @property
     def depth(self) -> int:
@@ -84,7 +113,9 @@ class Batch:
         return self.packed or self
 
     def counts(self) -> Tensor:
-        """float64 [depth, 2] on the CPU: queries with a loss, accepted and rejected, of each level."""
+        """float64 [depth, 2] on the CPU: queries with a loss, accepted and rejected, of each
+        level.
+        """
         accepted = [level.accepted[level.rows] for level in self.on_cpu.levels]
         return torch.tensor([[a.sum(), (~a).sum()] for a in accepted], dtype=torch.float64)
 
@@ -122,7 +153,10 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
     nodes = _starts([len(s.node_token) for s in samples])
     levels: list[Level] = []
     for d in range(depth):
-        rows = [_starts([len(levels_of_sample[k]) for levels_of_sample in own]) for k in (max(d - 1, 0), 0)]
+        rows = [
+            _starts([len(levels_of_sample[k]) for levels_of_sample in own])
+            for k in (max(d - 1, 0), 0)
+        ]
         columns = {f.name: [getattr(o[d], f.name) for o in own] for f in fields(Level)}
         for n in range(len(samples)):
             columns["parent"][n] = columns["parent"][n] + (rows[0][n] if d else slots[n])
@@ -144,12 +178,17 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
         tokens=torch.cat([s.tokens[1:] for s in samples]),
         features=torch.cat([s.features for s in samples]),
         positions=torch.cat([s.start + torch.arange(len(s.features)) for s in samples]),
-        slot_start=torch.cat([torch.full((len(s.features),), at) for s, at in zip(samples, slots, strict=False)]),
+        slot_start=torch.cat(
+            [torch.full((len(s.features),), at) for s, at in zip(samples, slots, strict=False)]
+        ),
         levels=levels,
         **targets,
         base_sample=torch.cat([torch.full((len(o[0]),), n) for n, o in enumerate(own)]),
         base_is_root=torch.cat(
-            [torch.isin(o[0].parent, s.node_slot[s.tree_first]) for s, o in zip(samples, own, strict=True)]
+            [
+                torch.isin(o[0].parent, s.node_slot[s.tree_first])
+                for s, o in zip(samples, own, strict=True)
+            ]
         ),
     )
 
@@ -161,7 +200,8 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
     slot_target = torch.where(s.has_target, s.slot_node, -1)
     reach = _reach(s) if rejected else None
     first = length - len(slots)
-    query = torch.full((len(s.node_token),), -1)  # node -> its row in the current level, -1 if it is none there
+    # node -> its row in the current level, -1 if it is none there
+    query = torch.full((len(s.node_token),), -1)
     levels = []
     for d in range(depth):
         dense = slots[: max(len(slots) - d, 0)]
@@ -169,7 +209,9 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
         token, parent, hangs = s.tokens[dense + 1 + d], rows if d else dense, dense
         target, base, probability = slot_target[dense + d], rows, torch.ones(len(dense))
         if rejected and 1 <= d < s.num_steps:
-            node = ((s.node_depth == d) & ~s.node_accepted & ~s.node_altered & (s.node_slot >= first)).nonzero()[:, 0]
+            node = (
+                (s.node_depth == d) & ~s.node_accepted & ~s.node_altered & (s.node_slot >= first)
+            ).nonzero()[:, 0]
             above = s.node_parent[node]
             on_path = torch.where(s.node_slot[node] + d - 1 < length, s.node_slot[node] - first, -1)
             node_parent = torch.where(s.node_accepted[above], on_path, query[above])
@@ -178,12 +220,17 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
             query[node] = torch.arange(len(dense), len(dense) + len(node))
             token, parent = torch.cat([token, s.node_token[node]]), torch.cat([parent, node_parent])
             hangs, target = torch.cat([hangs, s.node_slot[node]]), torch.cat([target, node])
-            base, probability = torch.cat([base, s.node_slot[node] - first]), torch.cat([probability, reach[node]])
+            base, probability = (
+                torch.cat([base, s.node_slot[node] - first]),
+                torch.cat([probability, reach[node]]),
+            )
         accepted = torch.arange(len(token)) < len(dense)
         levels.append(
             Level(
-                tokens=token, parent=parent, positions=s.start + hangs + d, slot_start=torch.zeros_like(hangs),
-                slot_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target, rows=hangs[:0],
+                tokens=token, parent=parent, positions=s.start + hangs + d,
+                slot_start=torch.zeros_like(hangs),
+                slot_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target,
+                rows=hangs[:0],
                 accepted=accepted, base=base, reach=probability,
             )
         )  # fmt: skip
@@ -191,7 +238,8 @@ def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
 
 
 def _reach(s: Sample) -> Tensor:
-    """float32 [M]: the target's probability (at temperature 1) of the path from the root to each node.
+    """float32 [M]: the target's probability (at temperature 1) of the path from the root to each
+    node.
 
     A token that is not among its parent's kept ones counts 0.
     """
@@ -200,25 +248,39 @@ def _reach(s: Sample) -> Tensor:
         node = (s.node_depth == d).nonzero()[:, 0]
         parent = s.node_parent[node]
         p = (s.topk_logits[parent] - s.logsumexp[parent, None]).exp()
-        reach[node] = reach[parent] * (p * (s.topk_ids[parent] == s.node_token[node, None])).sum(-1).clamp_max(1)
+        reach[node] = reach[parent] * (p * (s.topk_ids[parent] == s.node_token[node, None])).sum(
+            -1
+        ).clamp_max(1)
     return reach
 
 
 def _keep_used_targets(samples: Sequence[Sample], levels: list[Level]) -> dict[str, Tensor]:
-    """The target tensors of the nodes that some query has as its target; the levels are renumbered to them."""
+    """The target tensors of the nodes that some query has as its target; the levels are renumbered
+    to them.
+    """
     k = max(s.topk_ids.shape[1] for s in samples)
     used = torch.zeros(sum(len(s.node_token) for s in samples), dtype=torch.bool)
     for level in levels:
         used[level.target[level.target >= 0]] = True
     number = torch.where(used, used.cumsum(0) - 1, -1)
     for level in levels:
-        level.target = torch.where(level.target >= 0, number[level.target], -1) if len(number) else level.target
+        level.target = (
+            torch.where(level.target >= 0, number[level.target], -1)
+            if len(number)
+            else level.target
+        )
     lowest = torch.finfo(torch.float32).min
     pad = torch.nn.functional.pad
     ids = torch.cat([pad(s.topk_ids, (0, k - s.topk_ids.shape[1]), value=-1) for s in samples])
-    logits = torch.cat([pad(s.topk_logits, (0, k - s.topk_logits.shape[1]), value=lowest) for s in samples])
+    logits = torch.cat(
+        [pad(s.topk_logits, (0, k - s.topk_logits.shape[1]), value=lowest) for s in samples]
+    )
     logsumexp = torch.cat([s.logsumexp for s in samples])
-    return {"topk_ids": ids[used], "topk_logits": logits[used].float(), "logsumexp": logsumexp[used].float()}
+    return {
+        "topk_ids": ids[used],
+        "topk_logits": logits[used].float(),
+        "logsumexp": logsumexp[used].float(),
+    }
 
 
 def _starts(lengths: list[int]) -> list[int]:

@@ -1,13 +1,17 @@
-"""The trainer's side of the link's books, one page per publisher's life (epoch), kept over a restart of the trainer.
+"""The trainer's side of the link's books, one page per publisher's life (epoch), kept over a
+restart of the trainer.
 
-    sent_seq = received + lost + rejected          lost: gaps in sent_seq, from an epoch's very first message on
-    captured = (sent_seq - heartbeats) + sum(dropped) + queued        as the publisher says in a heartbeat
+    sent_seq = received + lost + rejected          lost: gaps in sent_seq, from an epoch's very
+                                                   first message on
+    captured = (sent_seq - heartbeats) + sum(dropped) + queued        as the publisher says in a
+                                                                      heartbeat
 
-They are written at most once a second: what a killed trainer had received since then counts as lost, as it is.
+They are written at most once a second: what a killed trainer had received since then counts as
+lost, as it is.
 
-There are pages for many more epochs than servers can be at work at once, those of ended ones included: the page that
-is forgotten, at the bound, is of the epoch that was silent for longest. Should it speak again, what it had sent before
-is not counted as lost.
+There are pages for many more epochs than servers can be at work at once, those of ended ones
+included: the page that is forgotten, at the bound, is of the epoch that was silent for longest.
+Should it speak again, what it had sent before is not counted as lost.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 1.0
 MAX_EPOCHS = 8192
-# A server's clock counts as this one's within so much: what is older than that waited on the way, perhaps.
+# A server's clock counts as this one's within so much: what is older than that waited on the way,
+# perhaps.
 CLOCK_S = 5.0
 
 
@@ -45,17 +50,21 @@ class Epoch(msgspec.Struct):
     dropped: dict[str, int] = {}
     queued: int = 0
     draft_version: int = 0
-    quiet: bool = False  # the last message was a heartbeat: the publisher's books are complete
+    # the last message was a heartbeat: the publisher's books are complete
+    quiet: bool = False
     last_unix_s: float = 0.0
-    # Of sent_seq: what an epoch had sent that may have been here before, and whose counts are forgotten.
+    # Of sent_seq: what an epoch had sent that may have been here before, and whose counts are
+    # forgotten.
     before: int = 0
     # How far the server's clock is ahead of this machine's, 0 within CLOCK_S.
     ahead_s: float = 0.0
 
 
 class _File(msgspec.Struct):
-    epochs: dict[str, Epoch] = {}  # least recently heard first
-    rejected: dict[str, int] = {}  # by cause, all epochs and unknown ones
+    # least recently heard first
+    epochs: dict[str, Epoch] = {}
+    # by cause, all epochs and unknown ones
+    rejected: dict[str, int] = {}
     forgotten_epochs: int = 0
 
 
@@ -72,7 +81,10 @@ class Books:
         self._retry = Retry("books")
 
     def accept(self, header: wire.Header) -> bool:
-        """Count a message as received. False (and rejected, cause `order`) where it repeats or precedes one."""
+        """Count a message as received.
+
+        False (and rejected, cause `order`) where it repeats or precedes one.
+        """
         if not self._enter(header):
             self.reject("order", None)
             return False
@@ -80,7 +92,8 @@ class Books:
         return True
 
     def reject(self, cause: str, header: wire.Header | None) -> bool:
-        """Count a message that cannot be used, for its epoch as well where its header can be believed (not None).
+        """Count a message that cannot be used, for its epoch as well where its header can be
+        believed (not None).
 
         True where it is the next one of its epoch.
         """
@@ -104,12 +117,18 @@ class Books:
             self.epochs.popitem(last=False)
             self.forgotten_epochs += 1
         epoch.lost += header.sent_seq - epoch.sent_seq - 1
-        epoch.sent_seq, epoch.captured, epoch.heartbeats = header.sent_seq, header.captured_seq, header.heartbeats
+        epoch.sent_seq, epoch.captured, epoch.heartbeats = (
+            header.sent_seq,
+            header.captured_seq,
+            header.heartbeats,
+        )
         epoch.dropped, epoch.queued = header.dropped, header.queued
-        epoch.draft_version = header.draft_version or epoch.draft_version  # an `end` does not say
+        # an `end` does not say
+        epoch.draft_version = header.draft_version or epoch.draft_version
         epoch.quiet, epoch.last_unix_s = header.kind == "heartbeat", time.time()
         ahead_s = header.time_ns / 1e9 - epoch.last_unix_s
-        if epoch.quiet or ahead_s > CLOCK_S:  # only a heartbeat is sent as soon as it is made
+        # only a heartbeat is sent as soon as it is made
+        if epoch.quiet or ahead_s > CLOCK_S:
             epoch.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
         self._unwritten = True
         return True
@@ -123,10 +142,16 @@ class Books:
             return "no heartbeat since the last message"
         sent, dropped = epoch.sent_seq - epoch.heartbeats, sum(epoch.dropped.values())
         if epoch.captured != sent + dropped + epoch.queued:
-            return f"captured {epoch.captured} is not sent {sent} + dropped {dropped} + queued {epoch.queued}"
+            return (
+                f"captured {epoch.captured} is not sent {sent} + dropped {dropped} + queued"
+                f" {epoch.queued}"
+            )
         received, lost, rejected = epoch.received, epoch.lost, epoch.rejected
         if epoch.sent_seq - epoch.before != received + lost + rejected:
-            return f"sent {epoch.sent_seq} is not received {received} + lost {lost} + rejected {rejected}"
+            return (
+                f"sent {epoch.sent_seq} is not received {received} + lost {lost} + rejected"
+                f" {rejected}"
+            )
         return True
 
     def as_dict(self) -> dict:
@@ -141,7 +166,9 @@ class Books:
         return self._unwritten and time.monotonic() - self._written_at >= WRITE_EVERY_S
 
     def write(self, at_once: bool = False) -> None:
-        """Atomic against a kill, not against a power failure: damaged books are replaced by new ones."""
+        """Atomic against a kill, not against a power failure: damaged books are replaced by new
+        ones.
+        """
         self._written_at, self._unwritten = time.monotonic(), False
         if self._path is not None and not self._retry.run(self._write, time.monotonic(), at_once):
             self._unwritten = True

@@ -1,15 +1,19 @@
-"""The buffer: samples wait here to be trained on, the freshest first, each at most `max_uses` times.
+"""The buffer: samples wait here to be trained on, the freshest first, each at most `max_uses`
+times.
 
-A batch is filled up to `fresh_fraction` with the newest samples that were never used, and from there with a uniform
-draw of those that were used before (a small replay speeds learning); where one kind runs out the other fills in. While
-never-used samples leave the buffer, repeats wait: batches are all fresh. All that leaves is counted by cause.
+A batch is filled up to `fresh_fraction` with the newest samples that were never used, and from
+there with a uniform draw of those that were used before (a small replay speeds learning); where one
+kind runs out the other fills in. While never-used samples leave the buffer, repeats wait: batches
+are all fresh. All that leaves is counted by cause.
 
-Nobody's flood owns it: domains (the labels of requests) share it, and within a domain the servers do. What is full
-gives up the oldest sample of the largest share, and a batch takes fresh samples from the share that it has least of.
-A client may choose any label, so only so many have a share of their own.
+Nobody's flood owns it: domains (the labels of requests) share it, and within a domain the servers
+do. What is full gives up the oldest sample of the largest share, and a batch takes fresh samples
+from the share that it has least of. A client may choose any label, so only so many have a share of
+their own.
 
-Ages are by the clock of the server that a sample came from: one that is wrong harms nobody else. Of a batch that could
-not be trained on, each half is tried again, until the sample at fault is alone, and goes.
+Ages are by the clock of the server that a sample came from: one that is wrong harms nobody else. Of
+a batch that could not be trained on, each half is tried again, until the sample at fault is alone,
+and goes.
 """
 
 from __future__ import annotations
@@ -28,17 +32,22 @@ from aurora_trainer.sample import Sample
 MAX_SHARES = 16
 REST = "(rest)"
 
-Share = tuple[str, str]  # domain, server (epoch)
+# domain, server (epoch)
+Share = tuple[str, str]
 
 
 class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
     max_bytes: PositiveInt = 2 << 30
-    max_uses: PositiveInt = 8  # of one sample
-    fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5  # of a batch's slots, never-used samples
-    max_age_s: Annotated[float, Field(gt=0)] = 3600.0  # behind its server's newest sample
-    # Who shares a full buffer and a batch equally; [] for nobody: the oldest goes, the newest comes.
+    # of one sample
+    max_uses: PositiveInt = 8
+    # of a batch's slots, never-used samples
+    fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    # behind its server's newest sample
+    max_age_s: Annotated[float, Field(gt=0)] = 3600.0
+    # Who shares a full buffer and a batch equally; [] for nobody: the oldest goes, the newest
+    # comes.
     share_by: tuple[Literal["domain", "server"], ...] = ("domain", "server")
 
 
@@ -58,21 +67,29 @@ class _Held:
 
 
 class Buffer:
-    """put() samples, take() batches. Draws depend only on `seed`, what was put, taken and failed."""
+    """put() samples, take() batches.
+
+    Draws depend only on `seed`, what was put, taken and failed.
+    """
 
     def __init__(self, config: BufferConfig, seed: int = 0):
         self.config = config
-        # evicted (never used), used_up, replaced (used before), stale, failed (could not be trained on)
+        # evicted (never used), used_up, replaced (used before), stale, failed (could not be trained
+        # on)
         self.dropped: Counter[str] = Counter()
         self.put_count = 0
         self.nbytes = 0
         self.slots = 0
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()  # by arrival
+        # by arrival
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._held: dict[Share, _Held] = {}
         self._random = random.Random(seed)
-        self._unseen_lost = self._unseen_lost_before = 0  # never-used samples that left, by now and at the last take
-        self._last: list[Sample] = []  # the last batch
-        self._again: list[list[Sample]] = []  # parts of batches that failed, the next one last
+        # never-used samples that left, by now and at the last take
+        self._unseen_lost = self._unseen_lost_before = 0
+        # the last batch
+        self._last: list[Sample] = []
+        # parts of batches that failed, the next one last
+        self._again: list[list[Sample]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,14 +109,20 @@ class Buffer:
             self._drop(number, "replaced" if self._entries[number].uses else "evicted")
 
     def take(self, max_slots: int) -> list[Sample]:
-        """A batch of at most `max_slots` slots, or of one sample that alone has more. Empty where there is none."""
+        """A batch of at most `max_slots` slots, or of one sample that alone has more.
+
+        Empty where there is none.
+        """
         if self._again:
             self._last = self._again.pop()
             return self._last
         used = [number for number, entry in self._entries.items() if entry.uses]
         self._random.shuffle(used)
         fresh = self._fresh()
-        overloaded, self._unseen_lost_before = self._unseen_lost > self._unseen_lost_before, self._unseen_lost
+        overloaded, self._unseen_lost_before = (
+            self._unseen_lost > self._unseen_lost_before,
+            self._unseen_lost,
+        )
         room = max_slots
         room_for_used = 0 if overloaded else max_slots - int(max_slots * self.config.fresh_fraction)
         batch: dict[int, None] = {}
@@ -121,7 +144,10 @@ class Buffer:
         return list(self._last)
 
     def failed(self) -> None:
-        """The last batch could not be trained on: one half comes next, then the other. A sample that is alone goes."""
+        """The last batch could not be trained on: one half comes next, then the other.
+
+        A sample that is alone goes.
+        """
         batch, self._last = self._last, []
         if len(batch) > 1:
             half = len(batch) // 2
@@ -136,21 +162,29 @@ class Buffer:
         """Numbers for metrics; ages in seconds behind the newest sample of the same server."""
         newest_ns = {entry.sample.epoch: entry.sample.time_ns for entry in self._entries.values()}
         ages = [
-            max(0, newest_ns[entry.sample.epoch] - entry.sample.time_ns) / 1e9 for entry in self._entries.values()
+            max(0, newest_ns[entry.sample.epoch] - entry.sample.time_ns) / 1e9
+            for entry in self._entries.values()
         ]
         return {
             "samples": len(ages),
             "fresh_samples": sum(not entry.uses for entry in self._entries.values()),
-            "fresh_slots": sum(_slots(entry.sample) for entry in self._entries.values() if not entry.uses),
+            "fresh_slots": sum(
+                _slots(entry.sample) for entry in self._entries.values() if not entry.uses
+            ),
             "slots": self.slots,
             "bytes": self.nbytes,
-            "largest_share": self._held[self._largest()].nbytes / self.nbytes if self._held else 0.0,
+            "largest_share": self._held[self._largest()].nbytes / self.nbytes
+            if self._held
+            else 0.0,
             "age_mean_s": sum(ages) / len(ages) if ages else 0.0,
             "age_max_s": max(ages, default=0.0),
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-able. The samples are not in it: they are counted `lost` by restore()."""
+        """What a checkpoint keeps, JSON-able.
+
+        The samples are not in it: they are counted `lost` by restore().
+        """
         version, words, gauss = self._random.getstate()
         return {
             "random": [version, list(words), gauss],
@@ -181,7 +215,10 @@ class Buffer:
         return domain, server
 
     def _drop_stale(self, newest: Sample, share: Share) -> None:
-        """Of its server only. Its time is that of the sample that came last: a clock may be put right."""
+        """Of its server only.
+
+        Its time is that of the sample that came last: a clock may be put right.
+        """
         oldest_ns = newest.time_ns - int(self.config.max_age_s * 1e9)
         for (_, server), held in list(self._held.items()):
             for number, entry in list(held.entries.items()) if server == share[1] else ():
@@ -195,10 +232,14 @@ class Buffer:
         of_domain: Counter[str] = Counter()
         for (domain, _), held in self._held.items():
             of_domain[domain] += held.nbytes
-        return max(self._held, key=lambda share: (of_domain[share[0]], share[0], self._held[share].nbytes))
+        return max(
+            self._held, key=lambda share: (of_domain[share[0]], share[0], self._held[share].nbytes)
+        )
 
     def _fresh(self) -> list[int]:
-        """Never-used samples, the newest first, and each from whoever has fewest slots in the batch until then."""
+        """Never-used samples, the newest first, and each from whoever has fewest slots in the batch
+        until then.
+        """
         newest_first = reversed(self._entries.items())
         waiting: dict[Share, list[int]] = {}
         for number, entry in newest_first:

@@ -1,7 +1,9 @@
 """Resume checkpoints: everything that training goes on from, written whole or not at all.
 
-    DIRECTORY/step-00000123/state.safetensors    weights, fp32 masters, moments, random states, whatever is a tensor
-    DIRECTORY/step-00000123/state.json           schedule, counters, versions, cursor, whatever is not
+    DIRECTORY/step-00000123/state.safetensors    weights, fp32 masters, moments, random states,
+                                                 whatever is a tensor
+    DIRECTORY/step-00000123/state.json           schedule, counters, versions, cursor, whatever is
+                                                 not
     DIRECTORY/step-00000123/manifest.json        size and sha256 of the two
 
 `load_newest` takes the newest that checks, and counts the damaged ones that it passed over.
@@ -21,7 +23,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
-from aurora_trainer.durable import Step, no_step, remove_directory, remove_temporaries, write_directory
+from aurora_trainer.durable import (
+    Step,
+    no_step,
+    remove_directory,
+    remove_temporaries,
+    write_directory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,13 +40,17 @@ class CheckpointConfig(Section):
     """Where the trainer keeps what it resumes from."""
 
     directory: Path = Path("aurora-checkpoints")
-    every_s: Annotated[float, Field(ge=0)] = 60.0  # 0: not by time
-    every_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps; 0: not by steps
+    # 0: not by time
+    every_s: Annotated[float, Field(ge=0)] = 60.0
+    # optimizer steps; 0: not by steps
+    every_steps: Annotated[int, Field(ge=0)] = 0
     keep: Annotated[int, Field(ge=2)] = 3
 
 
 class Checkpoint:
-    """What `load_newest` found: tensors and values as they were saved, the step, and how many newer were damaged."""
+    """What `load_newest` found: tensors and values as they were saved, the step, and how many newer
+    were damaged.
+    """
 
     def __init__(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], damaged: int):
         self.step, self.tensors, self.state, self.damaged = step, tensors, state, damaged
@@ -54,29 +66,38 @@ def save_checkpoint(
 ) -> Path:
     """Write step-N and remove the oldest beyond `keep`. One of the same step is replaced.
 
-    `state` must be JSON. Call it from the one trainer of `directory` only. Raises OSError where the disk refuses; what
-    was there is there still.
+    `state` must be JSON. Call it from the one trainer of `directory` only. Raises OSError where the
+    disk refuses; what was there is there still.
     """
     directory = Path(directory)
     files = {
         "state.safetensors": save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}),
         "state.json": json.dumps(state, sort_keys=True).encode(),
     }
-    described = {n: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
-    files["manifest.json"] = json.dumps({"format": FORMAT, "step": step, "files": described}).encode()
+    described = {
+        n: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
+    }
+    files["manifest.json"] = json.dumps(
+        {"format": FORMAT, "step": step, "files": described}
+    ).encode()
     name = f"step-{step:08d}"
     path = write_directory(directory, name, files, on_step)
     try:
-        remove_temporaries(directory)  # what could not be removed before
+        # what could not be removed before
+        remove_temporaries(directory)
         for old in steps(directory)[:-keep]:
             remove_directory(directory / f"step-{old:08d}", on_step)
-    except OSError as error:  # the next checkpoint tries again
+    except OSError as error:
+        # the next checkpoint tries again
         log.warning("old checkpoints not removed error=%s", error)
     return path
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none. Also removes what a killed writer left."""
+    """The newest checkpoint that is whole, or None where there is none.
+
+    Also removes what a killed writer left.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name in remove_temporaries(directory):
@@ -92,14 +113,17 @@ def load_newest(directory: Path) -> Checkpoint | None:
         return Checkpoint(step, tensors, state, damaged)
     if damaged:
         raise ValueError(
-            f"{directory} holds {damaged} checkpoints and none can be read; move them away to start from the initial "
-            "draft, or restore one"
+            f"{directory} holds {damaged} checkpoints and none can be read; move them away to start"
+            " from the initial draft, or restore one"
         )
     return None
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of one checkpoint, e.g. DIRECTORY/step-00000123. Raises ValueError where it is damaged."""
+    """Tensors and state of one checkpoint, e.g. DIRECTORY/step-00000123.
+
+    Raises ValueError where it is damaged.
+    """
     try:
         return _read(Path(path), int(Path(path).name[5:]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -114,10 +138,15 @@ def steps(directory: Path) -> list[int]:
 def _read(path: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["format"] != FORMAT or manifest["step"] != step:
-        raise ValueError(f"format {manifest['format']}, step {manifest['step']}; expected {FORMAT}, {step}")
+        raise ValueError(
+            f"format {manifest['format']}, step {manifest['step']}; expected {FORMAT}, {step}"
+        )
     data = {}
     for name, file in manifest["files"].items():
         data[name] = (path / name).read_bytes()
-        if len(data[name]) != file["nbytes"] or hashlib.sha256(data[name]).hexdigest() != file["sha256"]:
+        if (
+            len(data[name]) != file["nbytes"]
+            or hashlib.sha256(data[name]).hexdigest() != file["sha256"]
+        ):
             raise ValueError(f"{name} is not the file that the manifest describes")
     return load(data["state.safetensors"]), json.loads(data["state.json"])

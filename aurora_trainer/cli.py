@@ -1,4 +1,7 @@
-"""`aurora-trainer`: run, check, init-draft. Nothing heavy is imported before a command runs: --help is instant."""
+"""`aurora-trainer`: run, check, init-draft.
+
+Nothing heavy is imported before a command runs: --help is instant.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,12 @@ class Kind(StrEnum):
 def run(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
-    record: Annotated[Path | None, typer.Option(help="Also record what is received to this directory.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")
+    ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Also record what is received to this directory.")
+    ] = None,
 ) -> None:
     """Receive, train and publish until stopped (SIGTERM, Ctrl-C)."""
     with _clear_errors():
@@ -55,12 +62,18 @@ def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
 
 @app.command()
 def keygen(
-    directory: Annotated[Path, typer.Argument(help="Directory of the keys; made where it is not there.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of the keys; made where it is not there.")
+    ],
     server: Annotated[
-        list[str] | None, typer.Option(help="Name of a server to make keys for. Repeatable. Default: server.")
+        list[str] | None,
+        typer.Option(help="Name of a server to make keys for. Repeatable. Default: server."),
     ] = None,
 ) -> None:
-    """Make the keys of the link: the trainer's, unless they are there, and each named server's. Overwrites nothing."""
+    """Make the keys of the link: the trainer's, unless they are there, and each named server's.
+
+    Overwrites nothing.
+    """
     with _clear_errors():
         from aurora_trainer.commands.keygen import keygen
 
@@ -70,15 +83,24 @@ def keygen(
 @app.command()
 def top(
     server: Annotated[
-        list[str], typer.Option(help="Address of a server started with --enable-metrics. Repeatable.")
+        list[str],
+        typer.Option(help="Address of a server started with --enable-metrics. Repeatable."),
     ] = ("http://127.0.0.1:30000",),
     trainer: Annotated[str | None, typer.Option(help="Address of trainer.metrics.port.")] = None,
-    status: Annotated[Path | None, typer.Option(help="The trainer's status file, where it has no port.")] = None,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two frames; rates are over them.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame; exit code 1 where a side is absent.")] = False,
+    status: Annotated[
+        Path | None, typer.Option(help="The trainer's status file, where it has no port.")
+    ] = None,
+    every: Annotated[
+        float, typer.Option(min=0.1, help="Seconds between two frames; rates are over them.")
+    ] = 2.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame; exit code 1 where a side is absent.")
+    ] = False,
     config: ConfigPath = None,
 ) -> None:
-    """Show what server and trainer do, live, on one screen. --trainer or --status default to what --config says."""
+    """Show what server and trainer do, live, on one screen. --trainer or --status default to what
+    --config says.
+    """
     with _clear_errors():
         from aurora_trainer.commands.top import show
 
@@ -97,24 +119,44 @@ def top(
 
 @app.command("init-draft")
 def init_draft(
-    target: Annotated[str, typer.Argument(help="Directory of the target model, or its name in the local HF cache.")],
+    target: Annotated[
+        str,
+        typer.Argument(help="Directory of the target model, or its name in the local HF cache."),
+    ],
     out: Annotated[Path, typer.Argument(help="Directory to write the draft to.")],
-    kind: Annotated[Kind, typer.Option(help="Random, or from the target's weights, able to copy.")] = Kind.target,
-    draft_vocab: Annotated[int | None, typer.Option(min=1, help="Keep so many target tokens (--counts).")] = None,
+    kind: Annotated[
+        Kind, typer.Option(help="Random, or from the target's weights, able to copy.")
+    ] = Kind.target,
+    draft_vocab: Annotated[
+        int | None, typer.Option(min=1, help="Keep so many target tokens (--counts).")
+    ] = None,
     counts: Annotated[
-        Path | None, typer.Option(help="JSON list: how often each target token was generated (length V).")
+        Path | None,
+        typer.Option(help="JSON list: how often each target token was generated (length V)."),
     ] = None,
     aux_layers: Annotated[
-        str | None, typer.Option(help="Target layers whose OUTPUT feeds the draft, e.g. 1,17,32. Default: SGLang's.")
+        str | None,
+        typer.Option(
+            help="Target layers whose OUTPUT feeds the draft, e.g. 1,17,32. Default: SGLang's."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of what is random.")] = 0,
-    dtype: Annotated[str, typer.Option(help="same (as the target's), float32, bfloat16 or float16.")] = "same",
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key-value heads. Default: the target's.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="same (as the target's), float32, bfloat16 or float16.")
+    ] = "same",
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="Key-value heads. Default: the target's.")
+    ] = None,
     eagle31: Annotated[
-        bool, typer.Option("--eagle31", help="EAGLE 3.1's shape: norms before fc and of the state handed on.")
+        bool,
+        typer.Option(
+            "--eagle31", help="EAGLE 3.1's shape: norms before fc and of the state handed on."
+        ),
     ] = False,
 ) -> None:
-    """Write an untrained draft for a target: config.json and model.safetensors that SGLang loads."""
+    """Write an untrained draft for a target: config.json and model.safetensors that SGLang
+    loads.
+    """
     with _clear_errors():
         import json
 
@@ -131,11 +173,15 @@ def init_draft(
         token_counts = torch.tensor(json.loads(counts.read_text())) if counts else None
         layers = tuple(int(i) for i in aux_layers.split(",")) if aux_layers else None
         draft = init.init_draft(
-            target, out, kind.value, draft_vocab, token_counts, layers, seed=seed, dtype=dtypes[dtype],
+            target, out, kind.value, draft_vocab, token_counts, layers, seed=seed,
+            dtype=dtypes[dtype],
             kv_heads=kv_heads, eagle31=eagle31,
         )  # fmt: skip
         size = sum(p.numel() for p in draft.parameters())
-        typer.echo(f"draft written directory={out} kind={kind.value} parameters={size} vocabulary={len(draft.d2t)}")
+        typer.echo(
+            f"draft written directory={out} kind={kind.value} parameters={size}"
+            f" vocabulary={len(draft.d2t)}"
+        )
 
 
 app.add_typer(recording_commands)

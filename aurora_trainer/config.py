@@ -1,4 +1,6 @@
-"""The whole configuration as the trainer reads it: the server's sections and, checked, its own under [trainer]."""
+"""The whole configuration as the trainer reads it: the server's sections and, checked, its own
+under [trainer].
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,13 @@ from aurora_trainer.recording import RecordConfig
 class ModelConfig(Section):
     """What is trained, for what, and where."""
 
-    target: str  # directory of the target model, or its name in the local Hugging Face cache
-    draft: Path  # the initial draft, the same that the server starts with
+    # directory of the target model, or its name in the local Hugging Face cache
+    target: str
+    # the initial draft, the same that the server starts with
+    draft: Path
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # that the draft computes in; masters are float32
+    # that the draft computes in; masters are float32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
     def compute_dtype(self) -> Literal["float32", "bfloat16"]:
@@ -39,12 +44,18 @@ class ModelConfig(Section):
 
 
 class PaceConfig(Section):
-    """How much is trained for how much comes in, and how far the trainer steps back behind serving."""
+    """How much is trained for how much comes in, and how far the trainer steps back behind
+    serving.
+    """
 
-    enabled: bool = True  # false: receive and count only
-    new_slots_per_step: PositiveInt = 512  # slots with a target that must come in for each optimizer step
-    threads: PositiveInt = 1  # of torch on the CPU
-    nice: Annotated[int, Field(ge=0, le=19)] = 10  # of this process, so that serving goes first
+    # false: receive and count only
+    enabled: bool = True
+    # slots with a target that must come in for each optimizer step
+    new_slots_per_step: PositiveInt = 512
+    # of torch on the CPU
+    threads: PositiveInt = 1
+    # of this process, so that serving goes first
+    nice: Annotated[int, Field(ge=0, le=19)] = 10
     seed: int = 0
 
 
@@ -67,7 +78,9 @@ class TrainerConfig(Section):
 
 
 class TrainerFile(Section):
-    """The same file as `aurora_sglang_plugin.config.ServerConfig`, with the trainer's sections checked."""
+    """The same file as `aurora_sglang_plugin.config.ServerConfig`, with the trainer's sections
+    checked.
+    """
 
     link: LinkConfig = LinkConfig()
     weights: WeightsConfig = WeightsConfig()

@@ -1,11 +1,13 @@
 """The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
-No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes on. A batch that
-cannot be trained on is tried again in parts, so that it costs the one sample that is at fault.
+No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes
+on. A batch that cannot be trained on is tried again in parts, so that it costs the one sample that
+is at fault.
 
-Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps; SIGTERM or SIGINT
-ends it after the running step, with a checkpoint. Over a recording, everything that changes the weights depends on the
-position in the recording alone, so that a killed run, resumed from its last checkpoint, ends with the same bits.
+Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps;
+SIGTERM or SIGINT ends it after the running step, with a checkpoint. Over a recording, everything
+that changes the weights depends on the position in the recording alone, so that a killed run,
+resumed from its last checkpoint, ends with the same bits.
 """
 
 from __future__ import annotations
@@ -34,20 +36,28 @@ from aurora_trainer.train import Training
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 0.05  # for a message, when nothing is to be done
-MESSAGES_PER_TURN = 256  # taken in between two looks at the rest
+# for a message, when nothing is to be done
+WAIT_S = 0.05
+# taken in between two looks at the rest
+MESSAGES_PER_TURN = 256
 REJECTED_EVERY_S = 1.0
-STEP_WAITS_S = (0.1, 10.0)  # after one that raised: memory of the device may come back
+# after one that raised: memory of the device may come back
+STEP_WAITS_S = (0.1, 10.0)
 BOOKS = "books.json"
-QUIET_S = 60.0  # between two looks at whether traffic teaches anything
+# between two looks at whether traffic teaches anything
+QUIET_S = 60.0
 LINE = (
-    "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s", "published", "buffer",
+    "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s",
+    "published", "buffer",
     "dropped", "lost", "rejected",
 )  # fmt: skip
 
 
 def open_daemon(config: TrainerFile) -> Daemon:
-    """Load everything, and go on from the newest checkpoint or published version. Raises ValueError, OSError."""
+    """Load everything, and go on from the newest checkpoint or published version.
+
+    Raises ValueError, OSError.
+    """
     pace = config.trainer.pace
     torch.set_num_threads(pace.threads)
     os.nice(max(0, pace.nice - os.nice(0)))
@@ -64,18 +74,23 @@ class Daemon:
         self.checkpoints = config.trainer.checkpoint.directory
         self.resumed = load_newest(self.checkpoints)
         self.metrics = Metrics(config.trainer.metrics)
-        self.damage = Damage()  # of a recording
+        # of a recording
+        self.damage = Damage()
         self._recording: Recording | None = None
         publish, checkpoint = config.trainer.publish, config.trainer.checkpoint
         self._publish = Cadence(publish.every_s, publish.every_steps)
         self._checkpoint = Cadence(checkpoint.every_s, checkpoint.every_steps)
         self._status = Cadence(config.trainer.metrics.every_s, 0)
         self._rejected = Cadence(REJECTED_EVERY_S, 0)
-        self._rate = (time.monotonic(), 0)  # when, slots trained by then
+        # when, slots trained by then
+        self._rate = (time.monotonic(), 0)
         self._taught = Cadence(QUIET_S, 0)
-        self._taught_at = (0, 0)  # samples, rows with a target by then
+        # samples, rows with a target by then
+        self._taught_at = (0, 0)
         self._saved_step = self.resumed.step if self.resumed else None
-        self._jobs = {name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")}
+        self._jobs = {
+            name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")
+        }
         self._jobs["step"] = Retry("step", *STEP_WAITS_S)
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
@@ -88,7 +103,9 @@ class Daemon:
             training.go_on_from_published()
         recording = self._recording = Recording(record, trainer.record) if record else None
         books = self.checkpoints / BOOKS
-        receiver = Receiver(self.config.link, trainer.receive, books, target=training.target, recording=recording)
+        receiver = Receiver(
+            self.config.link, trainer.receive, books, target=training.target, recording=recording
+        )
         self.metrics.begin(self.status(receiver))
         last = None if max_steps is None else training.steps + max_steps
         log.info("trainer ready endpoint=%s target=%s", self.config.link.endpoint, training.target)
@@ -105,15 +122,18 @@ class Daemon:
             receiver.close()
             if recording is not None:
                 recording.close()
-        while (message := receiver.get()) is not None:  # received and in the books: let it count as assembled too
+        # received and in the books: let it count as assembled too
+        while (message := receiver.get()) is not None:
             self._feed(message, time.monotonic())
         self._end(receiver)
 
-    def run_recording(self, path: Path, max_steps: int | None = None, *, original_pace: bool = False) -> None:
+    def run_recording(
+        self, path: Path, max_steps: int | None = None, *, original_pace: bool = False
+    ) -> None:
         """Train over a recording up to its end, or to `max_steps` steps in all.
 
-        Versions and checkpoints follow the recording's own clock, and its end offers the last version. Damage is
-        logged, counted and passed over.
+        Versions and checkpoints follow the recording's own clock, and its end offers the last
+        version. Damage is logged, counted and passed over.
         """
         training, cursor = self.training, 0
         replayed = self.resumed.step if self.resumed else 0
@@ -149,8 +169,9 @@ class Daemon:
             ended = True
         if training.steps < min(replayed, last) and not self.stopping:
             raise ValueError(
-                f"recording {path} ends after {training.steps} steps, the checkpoint is of step {replayed}; expected "
-                "the recording that it was made from: set trainer.checkpoint.directory to a new one for another"
+                f"recording {path} ends after {training.steps} steps, the checkpoint is of step"
+                f" {replayed}; expected the recording that it was made from: set"
+                " trainer.checkpoint.directory to a new one for another"
             )
         if training.steps > replayed:
             if ended:
@@ -168,7 +189,9 @@ class Daemon:
             "tokens_per_s": (training.slots - slots) / max(now - then, 1e-9),
             **status_of(training),
         }
-        status["faults"] = {name: job.faults for name, job in (self._jobs | self.metrics.jobs).items()}
+        status["faults"] = {
+            name: job.faults for name, job in (self._jobs | self.metrics.jobs).items()
+        }
         if self.damage.count:
             status["damaged_records"] = self.damage.count
         if (recording := self._recording) is not None:
@@ -231,7 +254,9 @@ class Daemon:
         self._jobs["publish"].run(publish, now, at_once)
         self.metrics.clock.turn_to("other")
 
-    def _keep_cadences(self, receiver: Receiver | None, now: float, cursor: int | None = None) -> None:
+    def _keep_cadences(
+        self, receiver: Receiver | None, now: float, cursor: int | None = None
+    ) -> None:
         """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
         training, jobs = self.training, self._jobs
         if cursor is None and self._rejected.due(now, 0):
@@ -252,8 +277,8 @@ class Daemon:
         if samples > self._taught_at[0] and rows == self._taught_at[1]:
             unusable = {k: n for k, n in training.samples.items() if k != "assembled"}
             log.warning(
-                "nothing to learn from: samples=%d unusable=%s rows=%s; see docs/troubleshooting.md, "
-                '"Nothing is learned"',
+                "nothing to learn from: samples=%d unusable=%s rows=%s; see"
+                ' docs/troubleshooting.md, "Nothing is learned"',
                 samples - self._taught_at[0],
                 unusable,
                 dict(training.rows),
@@ -266,7 +291,9 @@ class Daemon:
             try:
                 tensors, state = self.training.checkpoint()
                 keep = self.config.trainer.checkpoint.keep
-                save_checkpoint(self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep)
+                save_checkpoint(
+                    self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep
+                )
             except Exception:
                 self.metrics.saved(time.monotonic() - started, False)
                 raise
@@ -279,14 +306,19 @@ class Daemon:
         self.metrics.clock.turn_to("other")
 
     def _check_replay(self, path: Path, cursor: int) -> None:
-        """The buffer must stand where it stood, or the recording is another one than the checkpoint's."""
+        """The buffer must stand where it stood, or the recording is another one than the
+        checkpoint's.
+        """
         state, buffer = self.resumed.state, json.loads(json.dumps(self.training.buffer.state()))
         if state["cursor"] != cursor or state["buffer"] != buffer:
             raise ValueError(
-                f"recording {path} does not lead to the checkpoint of step {self.resumed.step} (message {cursor}, "
-                f"the checkpoint was at {state['cursor']}); expected the same recording and settings as before"
+                f"recording {path} does not lead to the checkpoint of step {self.resumed.step}"
+                f" (message {cursor}, the checkpoint was at {state['cursor']}); expected the same"
+                " recording and settings as before"
             )
-        log.info("resumed step=%d cursor=%d damaged=%d", self.resumed.step, cursor, self.resumed.damaged)
+        log.info(
+            "resumed step=%d cursor=%d damaged=%d", self.resumed.step, cursor, self.resumed.damaged
+        )
 
     def _end(self, receiver: Receiver | None) -> None:
         """The last checkpoint (live), the last status."""
@@ -295,7 +327,11 @@ class Daemon:
         self._say_if_nothing_is_taught()
         self.metrics.report(self.status(receiver), LINE)
         self.training.close()
-        log.info("trainer ended steps=%d draft_version=%d", self.training.steps, self.training.served.version)
+        log.info(
+            "trainer ended steps=%d draft_version=%d",
+            self.training.steps,
+            self.training.served.version,
+        )
 
     def _catch_signals(self) -> None:
         def stop(number: int, frame: object) -> None:

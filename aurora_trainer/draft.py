@@ -1,11 +1,13 @@
 """The EAGLE3 draft in PyTorch: the computation that SGLang serves, arranged for training.
 
-Dimensions: T slots (packed sequences), R computed slots, Q node queries of one level, M nodes of all levels so far,
+Dimensions: T slots (packed sequences), R computed slots, Q node queries of one level, M nodes of
+    all levels so far,
 H hidden, F feature width, V target vocabulary, VD draft vocabulary, D head.
 
-`slots` is level 0 (the draft-extend of the server: token and target feature of every committed position), `nodes` is
-one deeper level (the server's draft steps: token and the parent's state). States are PRE-norm; `logits` applies the
-final norm. Each layer's keys and values come back to be passed to the next level.
+`slots` is level 0 (the draft-extend of the server: token and target feature of every committed
+position), `nodes` is one deeper level (the server's draft steps: token and the parent's state).
+States are PRE-norm; `logits` applies the final norm. Each layer's keys and values come back to be
+passed to the next level.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ from aurora_trainer import vocab
 from aurora_trainer.rotary import inverse_frequencies, magnitude, rotate
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-KV = list[tuple[Tensor, Tensor]]  # for each layer (k, v), both [rows, Hkv, D]
+# for each layer (k, v), both [rows, Hkv, D]
+KV = list[tuple[Tensor, Tensor]]
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -99,25 +104,34 @@ class Layer(nn.Module):
         return self.hidden_norm(state)
 
     def finish(self, state: Tensor, o: Tensor) -> Tensor:
-        """The layer's output (residual included) from its raw input and its attention [.., Hq, D]."""
+        """The layer's output (residual included) from its raw input and its attention [.., Hq,
+        D].
+        """
         state = state + self.self_attn.o_proj(o.flatten(-2))
         return state + self.mlp(self.post_attention_layernorm(state))
 
 
 class Draft(nn.Module):
-    """Parameters carry their checkpoint names. `embed` is the target's [V, H]: read, never trained, never saved."""
+    """Parameters carry their checkpoint names.
+
+    `embed` is the target's [V, H]: read, never trained, never saved.
+    """
 
     def __init__(self, config: DraftConfig, embed: Tensor, d2t: Tensor | None = None):
         super().__init__()
         if embed.shape != (config.vocab_size, config.hidden_size):
             raise ValueError(
-                f"the target's embedding is {tuple(embed.shape)}, the draft's config expects "
-                f"({config.vocab_size}, {config.hidden_size}); give the draft the target it was made for"
+                f"the target's embedding is {tuple(embed.shape)}, the draft's config expects"
+                f" ({config.vocab_size}, {config.hidden_size}); give the draft the target it was"
+                " made for"
             )
         self.config = config
         if d2t is None:
             if config.draft_vocab_size != config.vocab_size:
-                raise ValueError(f"a draft vocabulary of {config.draft_vocab_size} of {config.vocab_size} needs d2t")
+                raise ValueError(
+                    f"a draft vocabulary of {config.draft_vocab_size} of {config.vocab_size}"
+                    " needs d2t"
+                )
             d2t = torch.zeros(config.vocab_size, dtype=torch.int64)
         vocab.check(d2t, config.draft_vocab_size, config.vocab_size)
         self.register_buffer("embed", embed.detach(), persistent=False)
@@ -129,26 +143,37 @@ class Draft(nn.Module):
         if config.norm_before_fc:
             self.input_norm = RMSNorm(config.feature_size, config.rms_norm_eps)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(width, config.rms_norm_eps) for _ in range(config.num_aux))
+            self.fc_norm = nn.ModuleList(
+                RMSNorm(width, config.rms_norm_eps) for _ in range(config.num_aux)
+            )
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.bias)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
 
     def compute_in(self, device: torch.device | str, dtype: torch.dtype) -> Draft:
-        """Itself, moved to `device` with weights and embedding in `dtype`; the rotary frequencies stay float32."""
+        """Itself, moved to `device` with weights and embedding in `dtype`; the rotary frequencies
+        stay float32.
+        """
         inv_freq = self.inv_freq
         self.to(device, dtype)
         self.inv_freq = inv_freq.to(device)
         return self
 
     def slots(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, slot_start: Tensor, rows: Tensor | None = None
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        slot_start: Tensor,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
-        """Level 0. Slot t holds tokens[t] [T], features[t] [T, F] and attends to slots slot_start[t] .. t.
+        """Level 0.
 
-        Returns the states [R, H] of the slots `rows` [R] (None: all) and each layer's keys and values of all slots.
-        Slots that are context only need no state, hence `rows`.
+        Slot t holds tokens[t] [T], features[t] [T, F] and attends to slots slot_start[t] .. t.
+
+        Returns the states [R, H] of the slots `rows` [R] (None: all) and each layer's keys and
+        values of all slots. Slots that are context only need no state, hence `rows`.
         """
         embeds, rope = self._embeds(tokens), self._rope(positions)
         state, kv = self._project(features.to(self.fc.weight.dtype)), []
@@ -175,9 +200,9 @@ class Draft(nn.Module):
     ) -> tuple[Tensor, KV]:
         """One deeper level of Q queries: tokens [Q] with their parents' states [Q, H].
 
-        node_kv holds the nodes of all earlier levels (None at level 1); this level's follow them in order, and
-        `ancestors` int64 [Q, A] (-1: none; each query's own node included) indexes the result.
-        Returns the states [Q, H] and the extended node_kv.
+        node_kv holds the nodes of all earlier levels (None at level 1); this level's follow them in
+        order, and `ancestors` int64 [Q, A] (-1: none; each query's own node included) indexes the
+        result. Returns the states [Q, H] and the extended node_kv.
         """
         embeds, rope = self._embeds(tokens), self._rope(positions)
         state = self.norm(parent_state) if self.config.norm_output else parent_state
@@ -199,7 +224,9 @@ class Draft(nn.Module):
     def _attend(self, layer, x, rope, slot_kv, node_kv, slot_start, slot_end, ancestors) -> Tensor:
         q = layer.self_attn.query(x, rope)
         scale = self.config.head_dim**-0.5
-        return tree_attention(q, *slot_kv, *(node_kv or (None, None)), slot_start, slot_end, ancestors, scale)
+        return tree_attention(
+            q, *slot_kv, *(node_kv or (None, None)), slot_start, slot_end, ancestors, scale
+        )
 
     def _embeds(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embed).to(self.fc.weight.dtype)
@@ -213,12 +240,17 @@ class Draft(nn.Module):
             features = self.input_norm(features)
         if self.config.fc_norm:
             chunks = features.chunk(self.config.num_aux, -1)
-            features = torch.cat([norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], -1)
+            features = torch.cat(
+                [norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], -1
+            )
         return self.fc(features)
 
     @classmethod
     def load(cls, directory: Path, embed: Tensor) -> Draft:
-        """A draft in float32 from config.json and its safetensors. Raises ValueError for anything unexpected."""
+        """A draft in float32 from config.json and its safetensors.
+
+        Raises ValueError for anything unexpected.
+        """
         config, tensors = DraftConfig.read(directory), read_tensors(directory)
         draft = cls(config, embed, tensors.pop("d2t", None))
         draft.load_checkpoint(tensors, str(directory))
@@ -226,15 +258,23 @@ class Draft(nn.Module):
 
     @torch.no_grad()
     def load_checkpoint(self, tensors: dict[str, Tensor], whose: str = "checkpoint") -> None:
-        """Copy weights in place. Raises ValueError for missing, unknown, misshapen or non-finite tensors."""
+        """Copy weights in place.
+
+        Raises ValueError for missing, unknown, misshapen or non-finite tensors.
+        """
         own = dict(self.named_parameters())
         unread = {n for n, p in own.items() if not p.requires_grad}
-        missing, unknown = sorted(own.keys() - unread - tensors.keys()), sorted(tensors.keys() - own.keys())
+        missing, unknown = (
+            sorted(own.keys() - unread - tensors.keys()),
+            sorted(tensors.keys() - own.keys()),
+        )
         if missing or unknown:
             raise ValueError(f"{whose}: tensors missing {missing}, not known {unknown}")
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"{whose}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+                raise ValueError(
+                    f"{whose}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise ValueError(f"{whose}: {name} is {tensor.dtype} or not finite")
         for name, tensor in tensors.items():
@@ -243,7 +283,8 @@ class Draft(nn.Module):
     def checkpoint(
         self, dtype: torch.dtype = torch.float32, masters: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Copies of what model.safetensors holds, on the CPU; with d2t and t2d where the vocabulary is reduced.
+        """Copies of what model.safetensors holds, on the CPU; with d2t and t2d where the vocabulary
+        is reduced.
 
         masters: by name, what parameters are the rounding of and what is copied in their stead.
         """
@@ -255,16 +296,21 @@ class Draft(nn.Module):
         return tensors
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors, not atomically (publishing is somebody else's)."""
+        """Write config.json and model.safetensors, not atomically (publishing is somebody
+        else's).
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         config = self.config.to_json(str(dtype).removeprefix("torch."))
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(self.checkpoint(dtype), directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            self.checkpoint(dtype), directory / "model.safetensors", metadata={"format": "pt"}
+        )
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """A draft's tensors by canonical name, d2t in int64, without the embedding and what no draft computes with.
+    """A draft's tensors by canonical name, d2t in int64, without the embedding and what no draft
+    computes with.
 
     Raises ValueError where SGLang could not load the files either.
     """
@@ -285,4 +331,8 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 def tensor_of(entry: Entry) -> Tensor:
     """A tensor of its own from its place in a file."""
     data = bytearray(entry.read())
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape) if data else torch.empty(entry.shape)
+    return (
+        torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        if data
+        else torch.empty(entry.shape)
+    )

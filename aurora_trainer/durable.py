@@ -1,8 +1,9 @@
-"""Files that survive a kill at any instant: a directory appears whole under its name, or not at all.
+"""Files that survive a kill at any instant: a directory appears whole under its name, or not at
+all.
 
-Readers see the old name or the new one. What could not be written whole is removed again, so that a full disk does not
-fill up further. `step` is called with a name before every system call that changes the disk;
-the tests end the process there.
+Readers see the old name or the new one. What could not be written whole is removed again, so that a
+full disk does not fill up further. `step` is called with a name before every system call that
+changes the disk; the tests end the process there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def no_step(name: str) -> None:
 
 
 def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step = no_step) -> Path:
-    """Write parent/name/{files}: under a temporary name first, every file and directory synced, then renamed.
+    """Write parent/name/{files}: under a temporary name first, every file and directory synced,
+    then renamed.
 
     A directory of that name is replaced. Raises OSError, and leaves what was there.
     """
@@ -45,7 +47,10 @@ def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step
 
 
 def replace_file(path: Path, data: bytes, step: Step = no_step) -> None:
-    """Replace a file by rename, so that a reader finds the old content or the new. Raises OSError."""
+    """Replace a file by rename, so that a reader finds the old content or the new.
+
+    Raises OSError.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         _write_file(temporary, data, step)
@@ -64,7 +69,10 @@ def discard(path: Path) -> None:
 
 
 def remove_temporaries(directory: Path) -> list[str]:
-    """Remove what dead writers left. Only for the one writer of `directory`. Returns the names removed."""
+    """Remove what dead writers left. Only for the one writer of `directory`.
+
+    Returns the names removed.
+    """
     names = sorted(p.name for p in directory.glob("*.tmp-*"))
     for name in names:
         remove_directory(directory / name)
@@ -72,7 +80,9 @@ def remove_temporaries(directory: Path) -> list[str]:
 
 
 def remove_directory(path: Path, step: Step = no_step) -> None:
-    """Remove a directory or file; a half-removed directory has a temporary name, so that nobody takes it for whole."""
+    """Remove a directory or file; a half-removed directory has a temporary name, so that nobody
+    takes it for whole.
+    """
     if path.is_dir() and ".tmp-" not in path.name:
         doomed = path.with_name(_temporary(path.name))
         step("rename doomed")

@@ -1,4 +1,6 @@
-"""Every metric that the trainer exports, and where in the status its value is. docs/metrics.md explains them."""
+"""Every metric that the trainer exports, and where in the status its value is. docs/metrics.md
+explains them.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +10,32 @@ from aurora_sglang_plugin.rows import CAUSES as ROW_CAUSES
 ACTIVITIES = ("wait", "assemble", "train", "publish", "checkpoint", "other")
 WHEN = ("before", "after")
 NODES = ("accepted", "rejected")
-DEPTHS = tuple(str(d) for d in range(1, 17))  # trainer.batch.depth is at most 16
+# trainer.batch.depth is at most 16
+DEPTHS = tuple(str(d) for d in range(1, 17))
 REJECTIONS = (
     "header", "schema", "frames", "dtype", "shape", "size", "values", "target", "order", "failed",
 )  # fmt: skip
-HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")  # causes of handshakes.py and guard.py
+# causes of handshakes.py and guard.py
+HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")
 DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
 EVENTS = (
-    "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes", "rootless_trees",
+    "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes",
+    "rootless_trees",
 )  # fmt: skip
 UNUSABLE = (
-    "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered", "wrong_target_messages",
+    "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered",
+    "wrong_target_messages",
     "lost_open", "lost_held",
 )  # fmt: skip
 ROWS = ("with_target", "altered")
 UNRECORDED = ("disk", "full")
 LEFT = ("used_up", "evicted", "replaced", "stale", "failed", "lost")
-JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "books")  # of schedule.py
+# of schedule.py
+JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "books")
 DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
 OUTCOMES = (
-    "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better", "refused_worse",
+    "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better",
+    "refused_worse",
     "refused_few_requests", "refused_not_finite",
 )  # fmt: skip
 
@@ -39,40 +47,69 @@ _VERSIONS = (0, 1, 2, 3, 5, 10, 20, 50, 100)
 
 FAMILIES: dict[str, Family] = {
     # the stream
-    "aurora_trainer_received_messages": counter("Messages accepted from servers, heartbeats included"),
+    "aurora_trainer_received_messages": counter(
+        "Messages accepted from servers, heartbeats included"
+    ),
     "aurora_trainer_received_bytes": counter("Bytes of the messages accepted from servers"),
-    "aurora_trainer_lost_messages": counter("Messages that a server sent and that never arrived (gaps in its count)"),
-    "aurora_trainer_rejected_messages": counter("Messages that arrived and could not be used", cause=REJECTIONS),
-    "aurora_trainer_refused_peers": counter("Connections that were refused at the handshake", cause=HANDSHAKES),
-    "aurora_trainer_reported_drops": counter("Messages that servers dropped, as they report it", cause=DROPS),
-    "aurora_trainer_receive_queue_bytes": gauge("Received messages that wait for the training loop"),
+    "aurora_trainer_lost_messages": counter(
+        "Messages that a server sent and that never arrived (gaps in its count)"
+    ),
+    "aurora_trainer_rejected_messages": counter(
+        "Messages that arrived and could not be used", cause=REJECTIONS
+    ),
+    "aurora_trainer_refused_peers": counter(
+        "Connections that were refused at the handshake", cause=HANDSHAKES
+    ),
+    "aurora_trainer_reported_drops": counter(
+        "Messages that servers dropped, as they report it", cause=DROPS
+    ),
+    "aurora_trainer_receive_queue_bytes": gauge(
+        "Received messages that wait for the training loop"
+    ),
     "aurora_trainer_servers": gauge("Servers that were heard within the last 10 s"),
-    "aurora_trainer_message_age_seconds": gauge("Time since the last message or heartbeat of any server"),
+    "aurora_trainer_message_age_seconds": gauge(
+        "Time since the last message or heartbeat of any server"
+    ),
     "aurora_trainer_verify_steps": counter("Verify steps received, one for each request in a step"),
-    "aurora_trainer_committed_tokens": counter("Tokens that the received verify steps committed, bonus included"),
+    "aurora_trainer_committed_tokens": counter(
+        "Tokens that the received verify steps committed, bonus included"
+    ),
     # the recording (run --record)
     "aurora_trainer_recorded_messages": counter("Messages written to the recording"),
-    "aurora_trainer_unrecorded_messages": counter("Messages that were not written to the recording", cause=UNRECORDED),
+    "aurora_trainer_unrecorded_messages": counter(
+        "Messages that were not written to the recording", cause=UNRECORDED
+    ),
     "aurora_trainer_recording_bytes": gauge("Size of the recording on disk, 0 where there is none"),
     # samples
     "aurora_trainer_samples": counter("Samples put together from messages"),
-    "aurora_trainer_unusable_samples": counter("Samples or messages that training could not use", cause=UNUSABLE),
+    "aurora_trainer_unusable_samples": counter(
+        "Samples or messages that training could not use", cause=UNUSABLE
+    ),
     "aurora_trainer_rows": counter(
-        "Generated positions, with a target or under a grammar's mask or a watermark (altered)", target=ROWS
+        "Generated positions, with a target or under a grammar's mask or a watermark (altered)",
+        target=ROWS,
     ),
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together", event=EVENTS
     ),
-    "aurora_trainer_bad_rows": counter("Requests' rows in received messages that could not be used", cause=ROW_CAUSES),
+    "aurora_trainer_bad_rows": counter(
+        "Requests' rows in received messages that could not be used", cause=ROW_CAUSES
+    ),
     "aurora_trainer_open_requests": gauge("Requests whose end was not seen yet"),
     "aurora_trainer_open_bytes": gauge("Memory of requests whose end was not seen yet"),
     # the buffer
     "aurora_trainer_buffer_bytes": gauge("Memory of the samples in the buffer"),
     "aurora_trainer_buffer_samples": gauge("Samples in the buffer"),
-    "aurora_trainer_buffer_fresh_samples": gauge("Samples in the buffer that were never trained on"),
+    "aurora_trainer_buffer_fresh_samples": gauge(
+        "Samples in the buffer that were never trained on"
+    ),
     "aurora_trainer_buffer_left_samples": counter("Samples that left the buffer", cause=LEFT),
-    "aurora_trainer_buffer_largest_share": gauge("Share of the buffer's bytes that one domain and server hold at most"),
-    "aurora_trainer_sample_age_seconds": histogram("Age of a sample when it is trained on, since its capture", _AGE_S),
+    "aurora_trainer_buffer_largest_share": gauge(
+        "Share of the buffer's bytes that one domain and server hold at most"
+    ),
+    "aurora_trainer_sample_age_seconds": histogram(
+        "Age of a sample when it is trained on, since its capture", _AGE_S
+    ),
     "aurora_trainer_staleness_versions": histogram(
         "Newest version minus the one that drafted a sample, when it is trained on", _VERSIONS
     ),
@@ -86,10 +123,14 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_time_seconds": counter("Where the trainer's time goes", activity=ACTIVITIES),
     "aurora_trainer_optimizer_step": gauge("Updates of the draft so far, over restarts"),
     "aurora_trainer_loss": gauge("Objective of the last step"),
-    "aurora_trainer_gradient_norm": gauge("Norm of the whole gradient in the last step, before clipping"),
+    "aurora_trainer_gradient_norm": gauge(
+        "Norm of the whole gradient in the last step, before clipping"
+    ),
     "aurora_trainer_learning_rate": gauge("Learning rate of the last step"),
     "aurora_trainer_batch_accept_length_tokens": histogram(
-        "Mean accept length of a batch's unseen samples, before and after training on it", _LENGTH, when=WHEN
+        "Mean accept length of a batch's unseen samples, before and after training on it",
+        _LENGTH,
+        when=WHEN,
     ),
     "aurora_trainer_scored_nodes": counter(
         "Draft predictions that were compared with the target", depth=DEPTHS, nodes=NODES
@@ -101,13 +142,18 @@ FAMILIES: dict[str, Family] = {
         "Scored nodes whose first choice is the target's", depth=DEPTHS, nodes=NODES
     ),
     "aurora_trainer_overlap": counter(
-        "Sum over scored nodes of sum min(p, q), the chance that rejection sampling accepts", depth=DEPTHS, nodes=NODES
+        "Sum over scored nodes of sum min(p, q), the chance that rejection sampling accepts",
+        depth=DEPTHS,
+        nodes=NODES,
     ),
     # versions
     "aurora_trainer_draft_version": gauge("Newest published version"),
-    "aurora_trainer_publications": counter("What became of the draft each time that it was offered", outcome=OUTCOMES),
+    "aurora_trainer_publications": counter(
+        "What became of the draft each time that it was offered", outcome=OUTCOMES
+    ),
     "aurora_trainer_gate_decisions": counter(
-        "The gate's answers; better and off let pass, initial publishes the initial draft", reason=DECISIONS
+        "The gate's answers; better and off let pass, initial publishes the initial draft",
+        reason=DECISIONS,
     ),
     "aurora_trainer_gate_served_accept_length_tokens": gauge(
         "Accept length of the served weights, at the gate's last answer"
@@ -120,11 +166,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "aurora_trainer_gate_requests": gauge("Requests that the gate's last answer rests on"),
     "aurora_trainer_publish_seconds": histogram("Time to write and publish a version", _WRITE_S),
-    "aurora_trainer_publication_age_seconds": gauge("Time since a version was published, or since the start"),
+    "aurora_trainer_publication_age_seconds": gauge(
+        "Time since a version was published, or since the start"
+    ),
     "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", _WRITE_S),
-    "aurora_trainer_checkpoint_age_seconds": gauge("Time since a checkpoint was written, or since the start"),
+    "aurora_trainer_checkpoint_age_seconds": gauge(
+        "Time since a checkpoint was written, or since the start"
+    ),
     "aurora_trainer_checkpoint_errors": counter("Checkpoints that could not be written"),
-    "aurora_trainer_faults": counter("Faults of disk or device that were survived; the job is tried again", job=JOBS),
+    "aurora_trainer_faults": counter(
+        "Faults of disk or device that were survived; the job is tried again", job=JOBS
+    ),
 }
 
 # family -> where in the status its total is

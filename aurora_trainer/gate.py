@@ -1,25 +1,25 @@
 """The gate: is the candidate ahead of the weights being served, on requests that it never saw?
 
-Every other request is held back from training until `requests` newer ones were held. At each decision
-the candidate itself, the served weights and the initial draft are walked along the held requests
-(score.py), so that a score is never that of an earlier candidate. With A the accept length of all n
-held requests together (tokens over steps), and s the standard error of a difference between two
-drafts, paired by request,
+Every other request is held back from training until `requests` newer ones were held. At each
+decision the candidate itself, the served weights and the initial draft are walked along the held
+requests (score.py), so that a score is never that of an earlier candidate. With A the accept length
+of all n held requests together (tokens over steps), and s the standard error of a difference
+between two drafts, paired by request,
 
     passes   where   A(candidate) - A(served) > z s                      `better`
     refused  where   A(candidate) - A(served) < -WORSE s                 `worse`
     refused  else                                                        `not_better`
 
-and where A(initial) - A(served) > ANCHOR s, and the candidate is not ahead of the initial draft, the
-initial one is published in its place. After `give_up_after` answers of `worse` in a row training goes
-back to the served weights: a diverged draft does not come back by itself.
+and where A(initial) - A(served) > ANCHOR s, and the candidate is not ahead of the initial draft,
+the initial one is published in its place. After `give_up_after` answers of `worse` in a row
+training goes back to the served weights: a diverged draft does not come back by itself.
 
 Error rates of one answer at z = 1.28, for differences of a request with a standard deviation of 0.4
-and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 150, an equal one
-1 in 10, one that is better by 0.1 every second time and by 0.2 7 times in 8; what was refused is not
-lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1 passes 1
-time in 30. tests/trainer/test_gate.py computes these rates, and those of many answers on a window that
-moves.
+and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 150, an equal
+one 1 in 10, one that is better by 0.1 every second time and by 0.2 7 times in 8; what was refused
+is not lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1
+passes 1 time in 30. tests/trainer/test_gate.py computes these rates, and those of many answers on a
+window that moves.
 
 Dimensions: n held requests.
 """
@@ -41,11 +41,14 @@ from aurora_trainer.sample import Sample
 
 log = logging.getLogger(__name__)
 
-ANCHOR = 1.96  # standard errors by which the initial draft is clearly better
+# standard errors by which the initial draft is clearly better
+ANCHOR = 1.96
 WORSE = 1.64
-HELD_SLOTS = 2048  # of one request: the parts of a longer one go to training at once
+# of one request: the parts of a longer one go to training at once
+HELD_SLOTS = 2048
 
-Key = tuple[str, str]  # epoch, request id
+# epoch, request id
+Key = tuple[str, str]
 # Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
 Walk = Callable[[str, list[Sample]], np.ndarray]
 
@@ -53,12 +56,18 @@ Walk = Callable[[str, list[Sample]], np.ndarray]
 class GateConfig(Section):
     """When a candidate may be published."""
 
-    enabled: bool = True  # false: every finite candidate passes, and no request is held back
-    requests: PositiveInt = 24  # held back from training, those that a decision rests on
-    min_requests: PositiveInt = 8  # before the first decision
-    hold_every: PositiveInt = 2  # 1 request in so many is held back
-    z: Annotated[float, Field(ge=0)] = 1.28  # standard errors that a candidate must be ahead
-    give_up_after: PositiveInt = 8  # answers of `worse` in a row
+    # false: every finite candidate passes, and no request is held back
+    enabled: bool = True
+    # held back from training, those that a decision rests on
+    requests: PositiveInt = 24
+    # before the first decision
+    min_requests: PositiveInt = 8
+    # 1 request in so many is held back
+    hold_every: PositiveInt = 2
+    # standard errors that a candidate must be ahead
+    z: Annotated[float, Field(ge=0)] = 1.28
+    # answers of `worse` in a row
+    give_up_after: PositiveInt = 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Decision:
     served: float
     candidate: float
     initial: float
-    stderr: float  # of candidate - served
+    # of candidate - served
+    stderr: float
 
     def fields(self) -> dict[str, float | str]:
         """For the manifest and the log."""
@@ -97,11 +107,14 @@ class Gate:
 
     def __init__(self, config: GateConfig):
         self.config = config
-        self.decisions: Counter[str] = Counter()  # by reason
+        # by reason
+        self.decisions: Counter[str] = Counter()
         self.newest: Decision | None = None
         self.worse_in_a_row = 0
-        self._held: OrderedDict[Key, _Held] = OrderedDict()  # oldest first
-        self._seen = 0  # requests, held or not
+        # oldest first
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        # requests, held or not
+        self._seen = 0
 
     @property
     def held(self) -> int:
@@ -109,7 +122,9 @@ class Gate:
         return sum(len(h.samples) for h in self._held.values())
 
     def hold(self, sample: Sample) -> list[Sample]:
-        """Take a new sample; returns what training may have now: the sample, or what it pushes out."""
+        """Take a new sample; returns what training may have now: the sample, or what it pushes
+        out.
+        """
         if not self.config.enabled:
             return [sample]
         key = (sample.epoch, sample.request)
@@ -127,7 +142,9 @@ class Gate:
         return []
 
     def decide(self, finite: bool, walk: Walk, initial_served: bool = False) -> Decision:
-        """May the candidate be published? `finite`: all its weights are. `walk` scores samples with the
+        """May the candidate be published? `finite`: all its weights are.
+
+        `walk` scores samples with the
         role `candidate`, `served` or, unless that is what is served, `initial`. Counts and logs the
         answer."""
         decision = self.newest = self._judge(finite, walk, initial_served)
@@ -185,7 +202,8 @@ class Gate:
         initial = served if initial_served else self._scores("initial", walk)
         ahead, stderr = difference(candidate, served)
         lengths = (*map(accept_length, (served, candidate, initial)), stderr)
-        if not math.isfinite(ahead):  # no request has a chain that is known to its end
+        # no request has a chain that is known to its end
+        if not math.isfinite(ahead):
             return decision(False, "few_requests", *lengths)
         anchor, anchor_stderr = difference(initial, served)
         behind_initial = difference(candidate, initial)[0] <= 0
@@ -198,7 +216,9 @@ class Gate:
         return decision(False, "not_better", *lengths)
 
     def _scores(self, role: str, walk: Walk) -> np.ndarray:
-        """float64 [n, 2]: steps and tokens of each held request; those known from before are kept."""
+        """float64 [n, 2]: steps and tokens of each held request; those known from before are
+        kept.
+        """
         if role == "candidate":
             for held in self._held.values():
                 held.scores.pop(role, None)

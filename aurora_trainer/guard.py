@@ -1,8 +1,9 @@
 """Who may connect to the trainer: CURVE with an allow-list, and what strangers may cost.
 
-Without an answer to its ZAP questions libzmq lets EVERY client key in. The answers are given here, on the receiver's
-thread and a few at a time, so that there is no second thread to die; ZAP_ENFORCE_DOMAIN closes the door where nobody
-answers. A stranger can hold a connection for HANDSHAKE_S, about 12 kB and one file descriptor, and gets nothing.
+Without an answer to its ZAP questions libzmq lets EVERY client key in. The answers are given here,
+on the receiver's thread and a few at a time, so that there is no second thread to die;
+ZAP_ENFORCE_DOMAIN closes the door where nobody answers. A stranger can hold a connection for
+HANDSHAKE_S, about 12 kB and one file descriptor, and gets nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +22,19 @@ log = logging.getLogger(__name__)
 
 ZAP_ENDPOINT, ZAP_DOMAIN = "inproc://zeromq.zap.01", b"aurora"
 ANSWERS_PER_TURN = 64
-TURN_EVERY_S = 1.0  # at least, however many messages come
+# at least, however many messages come
+TURN_EVERY_S = 1.0
 BACKLOG = 1024
-FILES = 65536  # open at once: without free ones nobody can connect and no checkpoint can be written
+# open at once: without free ones nobody can connect and no checkpoint can be written
+FILES = 65536
 LOG_EVERY_S = 60.0
 
 
 class Guard:
-    """Stands before one socket, from before it binds until before it closes. For the thread that owns the socket."""
+    """Stands before one socket, from before it binds until before it closes.
+
+    For the thread that owns the socket.
+    """
 
     def __init__(self, socket: zmq.Socket, keys: TrainerKeys | None):
         self._socket, self._keys = socket, keys
@@ -68,8 +74,12 @@ class Guard:
         self._turn_at = time.monotonic() + TURN_EVERY_S
 
     def refused(self) -> dict[str, int]:
-        """{cause: connections}, causes of handshakes.py; and `unwatched`: times when too many came to be counted."""
-        pauses = {"unwatched": self._accepted.monitor.pauses} if self._accepted.monitor.pauses else {}
+        """{cause: connections}, causes of handshakes.py; and `unwatched`: times when too many came
+        to be counted.
+        """
+        pauses = (
+            {"unwatched": self._accepted.monitor.pauses} if self._accepted.monitor.pauses else {}
+        )
         return dict(self._accepted.refused) | pauses
 
     def close(self) -> None:
@@ -78,15 +88,27 @@ class Guard:
             self._zap.close(linger=0)
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
-        """ZAP (rfc.zeromq.org/spec/27): 200 lets in, 400 does not. The name goes with the connection as its user."""
+        """ZAP (rfc.zeromq.org/spec/27): 200 lets in, 400 does not.
+
+        The name goes with the connection as its user.
+        """
         number = question[1] if len(question) > 1 else b""
         name = None
-        if len(question) == 7 and question[0] == b"1.0" and question[2] == ZAP_DOMAIN and question[5] == b"CURVE":
+        if (
+            len(question) == 7
+            and question[0] == b"1.0"
+            and question[2] == ZAP_DOMAIN
+            and question[5] == b"CURVE"
+        ):
             key = z85.encode(question[6]) if len(question[6]) == 32 else b""
             name = self._keys.servers.get(key)
             if name is None and time.monotonic() >= self._log_at:
                 self._log_at = time.monotonic() + LOG_EVERY_S
-                log.warning("refused an unlisted key=%s address=%s", key.decode(), question[3].decode(errors="replace"))
+                log.warning(
+                    "refused an unlisted key=%s address=%s",
+                    key.decode(),
+                    question[3].decode(errors="replace"),
+                )
         if name is None:
             return [b"1.0", number, b"400", b"not on the allow-list", b"", b""]
         return [b"1.0", number, b"200", b"", name.encode(), b""]

@@ -1,4 +1,6 @@
-"""The status record to TensorBoard, for those who keep their runs there. Off unless trainer.metrics.tensorboard is set.
+"""The status record to TensorBoard, for those who keep their runs there.
+
+Off unless trainer.metrics.tensorboard is set.
 
 `wandb sync DIRECTORY` takes the same files to Weights & Biases.
 """
@@ -12,7 +14,8 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-LEFT_OUT = ("time_unix_s", "pid", "books")  # not figures of the run, or one for each server that ever was
+# not figures of the run, or one for each server that ever was
+LEFT_OUT = ("time_unix_s", "pid", "books")
 
 
 class TensorBoard:
@@ -23,13 +26,16 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                f"trainer.metrics.tensorboard: {error}; expected `pip install tensorboard` in this environment, or the "
-                "setting left out"
+                f"trainer.metrics.tensorboard: {error}; expected `pip install tensorboard` in this"
+                " environment, or the setting left out"
             ) from None
         self._writer = SummaryWriter(str(directory))
 
     def write(self, status: Mapping[str, Any]) -> None:
-        """Every number of a status record, at its batch. A full disk is logged, and does not end training."""
+        """Every number of a status record, at its batch.
+
+        A full disk is logged, and does not end training.
+        """
         try:
             for name, value in scalars(status):
                 self._writer.add_scalar(name, value, status["steps"])

@@ -2,9 +2,10 @@
 
     L = sum_d gamma^d ( E_accepted[D(p, q)] + lambda * E_rejected[w * D(p, q)] )
 
-E are means over ALL micro-batches and ranks of an update: sums divided by the counts that the caller adds up
-(`Batch.counts`), never a mean of means. The level d of a query is its depth; `D` is one of the distances of
-aurora_kernels.tree_loss, `w` is 1 or the probability that verification reaches the node.
+E are means over ALL micro-batches and ranks of an update: sums divided by the counts that the
+caller adds up (`Batch.counts`), never a mean of means. The level d of a query is its depth; `D` is
+one of the distances of aurora_kernels.tree_loss, `w` is 1 or the probability that verification
+reaches the node.
 """
 
 from __future__ import annotations
@@ -36,10 +37,16 @@ class LossConfig(Section):
     `--speculative-use-rejection-sampling` the chance is sum min(p, q): tv is its distance.
     """
 
-    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {"forward_kl": 0.5, "greedy": 0.5}
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.8  # weight of each deeper level relative to the one above
-    rejected: Annotated[float, Field(ge=0)] = 0.0  # lambda
-    rejected_by: Literal["uniform", "reach"] = "uniform"  # w
+    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {
+        "forward_kl": 0.5,
+        "greedy": 0.5,
+    }
+    # weight of each deeper level relative to the one above
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
+    # lambda
+    rejected: Annotated[float, Field(ge=0)] = 0.0
+    # w
+    rejected_by: Literal["uniform", "reach"] = "uniform"
 
 
 @dataclass
@@ -47,9 +54,12 @@ class Score:
     """Sums over queries with a loss, float64 [depth, 2] (accepted, rejected)."""
 
     count: Tensor
-    loss: Tensor  # of D, unweighted
-    greedy_match: Tensor  # of the draft's first choice being that of the target
-    overlap: Tensor  # of sum min(p, q)
+    # of D, unweighted
+    loss: Tensor
+    # of the draft's first choice being that of the target
+    greedy_match: Tensor
+    # of sum min(p, q)
+    overlap: Tensor
 
     def mean(self, name: str) -> Tensor:
         """[depth, 2], NaN where there were no queries."""
@@ -59,7 +69,9 @@ class Score:
 def states(draft: Draft, batch: Batch) -> list[Tensor]:
     """The draft's state [Q, H] of every query, level by level."""
     first = batch.levels[0]
-    state, slot_kv = draft.slots(batch.tokens, batch.features, batch.positions, batch.slot_start, first.parent)
+    state, slot_kv = draft.slots(
+        batch.tokens, batch.features, batch.positions, batch.slot_start, first.parent
+    )
     out, node_kv = [state], None
     for level in batch.levels[1:]:
         state, node_kv = draft.nodes(
@@ -70,16 +82,25 @@ def states(draft: Draft, batch: Batch) -> list[Tensor]:
     return out
 
 
-def objective(draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None) -> tuple[Tensor, Score]:
-    """(L's share of this batch, differentiable, and its Score), with `counts` as `losses` takes them."""
+def objective(
+    draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None
+) -> tuple[Tensor, Score]:
+    """(L's share of this batch, differentiable, and its Score), with `counts` as `losses` takes
+    them.
+    """
     result = losses(draft, batch, config, counts)
     return result.loss_sum, score(batch, result)
 
 
-def losses(draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None) -> TreeLoss:
-    """The queries with a loss, level by level; `loss_sum` is L's share of this batch. Waits for no device.
+def losses(
+    draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None
+) -> TreeLoss:
+    """The queries with a loss, level by level; `loss_sum` is L's share of this batch.
 
-    counts: float64 [depth, 2], those of the whole update (None: this batch is all of it). Shares of micro-batches add
+    Waits for no device.
+
+    counts: float64 [depth, 2], those of the whole update (None: this batch is all of it). Shares of
+        micro-batches add
     up to L, and so do their gradients.
     """
     counts = batch.counts() if counts is None else counts
@@ -113,7 +134,9 @@ def _weight(level: Level, depth: int, config: LossConfig, counts: Tensor) -> Ten
 def score(batch: Batch, result: TreeLoss) -> Score:
     """What the metrics show of the batch's `losses`. One transfer, which waits for the device."""
     loss = result.loss
-    columns = torch.stack([torch.ones_like(loss), loss, result.greedy_match.to(loss.dtype), result.acceptance])
+    columns = torch.stack(
+        [torch.ones_like(loss), loss, result.greedy_match.to(loss.dtype), result.acceptance]
+    )
     columns = columns.cpu().double()
     batch = batch.on_cpu
     sums = torch.zeros(4, batch.depth, 2, dtype=torch.float64)

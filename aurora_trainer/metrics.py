@@ -1,9 +1,12 @@
-"""The trainer's figures: one status record as a JSON file and a log line, and Prometheus metrics on its own port.
+"""The trainer's figures: one status record as a JSON file and a log line, and Prometheus metrics on
+its own port.
 
     what happens    trained(), published(), saved(), Clock       observed when it happens
-    what is so      report(status)                               copied from the daemon's status every `every_s`
+    what is so      report(status)                               copied from the daemon's status
+                    every `every_s`
 
-Counters count from this process's start, whatever a checkpoint remembers: a restart is an ordinary counter reset.
+Counters count from this process's start, whatever a checkpoint remembers: a restart is an ordinary
+counter reset.
 """
 
 from __future__ import annotations
@@ -16,7 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    ProcessCollector,
+    disable_created_metrics,
+    start_http_server,
+)
 from pydantic import Field
 
 from aurora_sglang_plugin.config import Section
@@ -37,11 +45,15 @@ NAMESPACE = "aurora_trainer"
 class MetricsConfig(Section):
     """Where the figures go."""
 
-    port: Annotated[int, Field(ge=0, le=65535)] = 0  # of http://127.0.0.1:PORT/metrics; 0: none
-    status_file: Path | None = None  # JSON, replaced whole
-    tensorboard: Path | None = None  # directory of event files; needs the package
+    # of http://127.0.0.1:PORT/metrics; 0: none
+    port: Annotated[int, Field(ge=0, le=65535)] = 0
+    # JSON, replaced whole
+    status_file: Path | None = None
+    # directory of event files; needs the package
+    tensorboard: Path | None = None
     every_s: Annotated[float, Field(gt=0)] = 2.0
-    rescore_every_steps: Annotated[int, Field(ge=0)] = 16  # score every n-th batch once more after training; 0: never
+    # score every n-th batch once more after training; 0: never
+    rescore_every_steps: Annotated[int, Field(ge=0)] = 16
 
 
 class Clock:
@@ -64,7 +76,8 @@ class Metrics:
         self.config = config
         self.clock = Clock()
         self.jobs = {name: Retry(name) for name in ("status", "tensorboard")}
-        disable_created_metrics()  # one more series for each, which says what process_start_time_seconds says
+        # one more series for each, which says what process_start_time_seconds says
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         self._exported = Exported(FAMILIES, self.registry)
         ProcessCollector(namespace=NAMESPACE, registry=self.registry)
@@ -77,7 +90,8 @@ class Metrics:
                 start_http_server(config.port, "127.0.0.1", self.registry)
             except OSError as error:
                 raise ValueError(
-                    f"trainer.metrics.port {config.port}: {error}; expected a free port, or 0 for none"
+                    f"trainer.metrics.port {config.port}: {error}; expected a free port, or 0 for"
+                    " none"
                 ) from None
 
     def begin(self, status: dict[str, Any]) -> None:
@@ -112,13 +126,17 @@ class Metrics:
         exported.child("aurora_trainer_step_seconds").observe(seconds)
         exported.set("aurora_trainer_learning_rate", update.lr)
         for time_ns in step.time_ns:
-            exported.child("aurora_trainer_sample_age_seconds").observe(max(0.0, now_s - time_ns / 1e9))
+            exported.child("aurora_trainer_sample_age_seconds").observe(
+                max(0.0, now_s - time_ns / 1e9)
+            )
         for versions in step.staleness:
             exported.child("aurora_trainer_staleness_versions").observe(max(0, versions))
         for when, lengths in zip(WHEN, (step.before, step.after), strict=True):
             if lengths is not None and lengths[0]:
                 steps, tokens = lengths
-                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(tokens / steps)
+                exported.child("aurora_trainer_batch_accept_length_tokens", when).observe(
+                    tokens / steps
+                )
         if not update.applied:
             cause = "gradient" if math.isfinite(update.loss) else "loss"
             exported.child("aurora_trainer_skipped_steps", cause).inc()

@@ -1,8 +1,10 @@
-"""One update of the draft: clip, refuse what is not finite, schedule, AdamW or Muon on float32 masters.
+"""One update of the draft: clip, refuse what is not finite, schedule, AdamW or Muon on float32
+masters.
 
-Masters and moments are float32 whatever the draft computes in (bf16 masters would freeze the norms at 1.0). Where the
-draft computes in float32 the parameters are the masters. Everything that a resumed run needs is in flat tensors and a
-small JSON-able dict, and resuming from them is bit-exact.
+Masters and moments are float32 whatever the draft computes in (bf16 masters would freeze the norms
+at 1.0). Where the draft computes in float32 the parameters are the masters. Everything that a
+resumed run needs is in flat tensors and a small JSON-able dict, and resuming from them is
+bit-exact.
 """
 
 from __future__ import annotations
@@ -29,27 +31,36 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class OptimizerConfig(Section):
     """How the draft is updated. Rates are relative to one update, whatever its size in tokens."""
 
-    kind: Literal["adamw", "muon"] = "adamw"  # muon: matrices except fc and lm_head; the rest by AdamW
+    # muon: matrices except fc and lm_head; the rest by AdamW
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: Positive = 1e-3
-    head_lr: Positive = 1.0  # factor on lr for lm_head
+    # factor on lr for lm_head
+    head_lr: Positive = 1.0
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: Positive = 1e-8
-    momentum: Fraction = 0.95  # muon
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # of matrices, decoupled
-    clip_norm: Positive = 1.0  # of the whole gradient
+    # muon
+    momentum: Fraction = 0.95
+    # of matrices, decoupled
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    # of the whole gradient
+    clip_norm: Positive = 1.0
     warmup_updates: Annotated[int, Field(ge=0)] = 10
     schedule: Literal["constant", "cosine"] = "constant"
-    cosine_updates: Annotated[int, Field(gt=0)] = 10_000  # to the end of the cosine
-    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1  # factor on lr at the end of the cosine
+    # to the end of the cosine
+    cosine_updates: Annotated[int, Field(gt=0)] = 10_000
+    # factor on lr at the end of the cosine
+    final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
 
 
 @dataclass(frozen=True)
 class Update:
     """What `Optimizer.step` did, e.g. Update(applied=True, grad_norm=0.7, lr=1e-3, loss=2.1)."""
 
-    applied: bool  # False: loss or gradient was not finite, nothing changed
-    grad_norm: float  # before clipping
+    # False: loss or gradient was not finite, nothing changed
+    applied: bool
+    # before clipping
+    grad_norm: float
     lr: float
     loss: float
 
@@ -57,24 +68,33 @@ class Update:
 class Optimizer:
     """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones.
 
-    `masters` are float32, by name; the draft's parameters are their rounding, or they themselves. Given are those to
-    start from, None: the draft's own values.
+    `masters` are float32, by name; the draft's parameters are their rounding, or they themselves.
+    Given are those to start from, None: the draft's own values.
     """
 
-    def __init__(self, draft: nn.Module, config: OptimizerConfig, masters: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self, draft: nn.Module, config: OptimizerConfig, masters: Mapping[str, Tensor] | None = None
+    ):
         self.config = config
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.updates = 0
         self.skipped = 0
         self.masters = {
-            n: p.data if p.dtype == torch.float32 else (masters or {}).get(n, p).detach().to(p.device, torch.float32)
+            n: (
+                p.data
+                if p.dtype == torch.float32
+                else (masters or {}).get(n, p).detach().to(p.device, torch.float32)
+            )
             for n, p in self.parameters.items()
         }
         self._first = {n: torch.zeros_like(m) for n, m in self.masters.items()}
-        self._second = {n: torch.zeros_like(m) for n, m in self.masters.items() if not self._orthogonal(n)}
+        self._second = {
+            n: torch.zeros_like(m) for n, m in self.masters.items() if not self._orthogonal(n)
+        }
 
     def step(self, loss: Tensor | float) -> Update:
-        """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them either way.
+        """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them
+        either way.
 
         Waits for the device once, to read the loss and the gradient's norm.
         """
@@ -91,7 +111,8 @@ class Optimizer:
         clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
         self.updates += 1
         with torch.no_grad():
-            for name in list(gradients):  # one float32 gradient at a time
+            # one float32 gradient at a time
+            for name in list(gradients):
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
         return Update(True, norm, lr, loss)
 
@@ -106,21 +127,27 @@ class Optimizer:
             master.mul_(1 - lr * decay)
             first.lerp_(gradient, 1 - c.momentum)
             direction = orthogonalize(gradient.lerp(first, c.momentum))
-            # as large as an AdamW update, so that both take the same lr (Liu et al., "Muon is scalable", 2025)
+            # as large as an AdamW update, so that both take the same lr (Liu et al., "Muon is
+            # scalable", 2025)
             master.add_(direction, alpha=-lr * 0.2 * max(master.shape) ** 0.5)
         else:
-            # one pass over the tensors; on a CPU it takes a ninth of the time of the same formulas one by one
+            # one pass over the tensors; on a CPU it takes a ninth of the time of the same formulas
+            # one by one
             before = torch.full((), self.updates - 1.0, device=master.device)
             adamw(
-                [master], [gradient], [first], [self._second[name]], [], [before], fused=True, amsgrad=False,
-                beta1=c.beta1, beta2=c.beta2, lr=lr * (c.head_lr if name.startswith("lm_head") else 1.0),
+                [master], [gradient], [first], [self._second[name]], [], [before], fused=True,
+                amsgrad=False,
+                beta1=c.beta1, beta2=c.beta2,
+                lr=lr * (c.head_lr if name.startswith("lm_head") else 1.0),
                 weight_decay=decay, eps=c.eps, maximize=False,
             )  # fmt: skip
         if self.parameters[name].dtype != torch.float32:
             self.parameters[name].copy_(master)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, rest): copies of masters and moments on the CPU, for safetensors, and a JSON-able dict."""
+        """(tensors, rest): copies of masters and moments on the CPU, for safetensors, and a
+        JSON-able dict.
+        """
         tensors = {name: t.to("cpu", copy=True) for name, t in self._tensors().items()}
         return tensors, {"kind": self.config.kind, "updates": self.updates, "skipped": self.skipped}
 
@@ -130,16 +157,23 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Restore in place, the draft's parameters included. Raises ValueError for the state of something else."""
+        """Restore in place, the draft's parameters included.
+
+        Raises ValueError for the state of something else.
+        """
         own = self._tensors()
         if rest["kind"] != self.config.kind or own.keys() != tensors.keys():
             raise ValueError(
-                f"optimizer state is of kind {rest['kind']} with {len(tensors)} tensors, this run's is "
-                f"{self.config.kind} with {len(own)}; resume with the configuration that it was made with"
+                f"optimizer state is of kind {rest['kind']} with {len(tensors)} tensors, this run's"
+                f" is {self.config.kind} with {len(own)}; resume with the configuration that it was"
+                " made with"
             )
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"optimizer state: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+                raise ValueError(
+                    f"optimizer state: {name} is {tuple(tensor.shape)}, expected"
+                    f" {tuple(own[name].shape)}"
+                )
         for name, held in own.items():
             held.copy_(tensors[name])
         for name, parameter in self.parameters.items():
@@ -149,16 +183,24 @@ class Optimizer:
 
 
 def learning_rate(config: OptimizerConfig, updates: int) -> float:
-    """Of the update that follows `updates` applied ones: linear warm-up, then constant or cosine."""
+    """Of the update that follows `updates` applied ones: linear warm-up, then constant or
+    cosine.
+    """
     warm = min(1.0, (updates + 1) / (config.warmup_updates + 1))
     if config.schedule == "constant":
         return config.lr * warm
     done = min(1.0, updates / config.cosine_updates)
-    return config.lr * warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    return (
+        config.lr
+        * warm
+        * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    )
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of a 2-D matrix, roughly: singular values between about 0.7 and 1.2."""
+    """The nearest (semi-)orthogonal matrix of a 2-D matrix, roughly: singular values between about
+    0.7 and 1.2.
+    """
     a, b, c = _NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / (x.norm() + 1e-7)

@@ -1,7 +1,9 @@
-"""Publish the draft's weights to servers: the writing side of CONTRACT 2 (`aurora_sglang_plugin/manifest.py`).
+"""Publish the draft's weights to servers: the writing side of CONTRACT 2
+(`aurora_sglang_plugin/manifest.py`).
 
-A version is written whole and only then named by CURRENT, so that a kill at any instant leaves servers the old version
-or the new one. One writer at a time, by a lock on the directory's LOCK file.
+A version is written whole and only then named by CURRENT, so that a kill at any instant leaves
+servers the old version or the new one. One writer at a time, by a lock on the directory's LOCK
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from safetensors.torch import save
 
 from aurora_sglang_plugin import manifest as contract
 from aurora_sglang_plugin.config import Section
-from aurora_trainer.durable import Step, no_step, remove_directory, remove_temporaries, replace_file, write_directory
+from aurora_trainer.durable import (
+    Step,
+    no_step,
+    remove_directory,
+    remove_temporaries,
+    replace_file,
+    write_directory,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +50,14 @@ Dtype = Literal["same", "float32", "bfloat16", "float16"]
 class PublishConfig(Section):
     """When weights go to servers, and in which form."""
 
-    every_s: Annotated[float, Field(ge=0)] = 10.0  # 0: not by time
-    every_steps: Annotated[int, Field(ge=0)] = 0  # optimizer steps; 0: not by steps
-    keep: Annotated[int, Field(ge=2)] = 4  # versions that stay on disk
-    dtype: Dtype = "same"  # of floating tensors; "same" as the initial draft's
+    # 0: not by time
+    every_s: Annotated[float, Field(ge=0)] = 10.0
+    # optimizer steps; 0: not by steps
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    # versions that stay on disk
+    keep: Annotated[int, Field(ge=2)] = 4
+    # of floating tensors; "same" as the initial draft's
+    dtype: Dtype = "same"
 
 
 class WeightsWriter:
@@ -60,9 +73,12 @@ class WeightsWriter:
             log.warning("stale temporary removed name=%s", name)
         current = contract.current_version(self.directory) or 0
         self.newest = max([current, *versions(self.directory)])
-        # A version that a killed writer never named by CURRENT was never served: its weights may come again.
+        # A version that a killed writer never named by CURRENT was never served: its weights may
+        # come again.
         self._digests = {
-            m.files["model.safetensors"].sha256 for m in manifests(self.directory) if m.version <= current
+            m.files["model.safetensors"].sha256
+            for m in manifests(self.directory)
+            if m.version <= current
         }
 
     def publish(
@@ -78,12 +94,14 @@ class WeightsWriter:
     ) -> int | None:
         """Write the next version and make it CURRENT. Returns its number.
 
-        `tensors` are as they are to be served; the target's embedding is left out. Returns None, and writes
-        nothing, where a version with exactly these weights was published before. Raises OSError where the disk
-        refuses, ValueError where the directory came back as another writer's: then servers have what they had, and the
-        same weights may be published again.
+        `tensors` are as they are to be served; the target's embedding is left out. Returns None,
+        and writes nothing, where a version with exactly these weights was published before. Raises
+        OSError where the disk refuses, ValueError where the directory came back as another
+        writer's: then servers have what they had, and the same weights may be published again.
         """
-        tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n}
+        tensors = {
+            n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
+        }
         weights = save(tensors)
         digest = hashlib.sha256(weights).hexdigest()
         if digest in self._digests:
@@ -91,7 +109,8 @@ class WeightsWriter:
         config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
         self._hold_the_lock()
         version = self.newest + 1
-        while (self.directory / contract.version_name(version)).exists():  # written once, and never made CURRENT
+        # written once, and never made CURRENT
+        while (self.directory / contract.version_name(version)).exists():
             version += 1
         data = {"config.json": config_bytes, "model.safetensors": weights}
         record = contract.Manifest(
@@ -103,9 +122,12 @@ class WeightsWriter:
             optimizer_step=optimizer_step,
             created_unix_s=time.time(),
             trained_until_ns=trained_until_ns,
-            files={n: contract.File(len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()},
+            files={
+                n: contract.File(len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()
+            },
             tensors={
-                n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), _sha256(t)) for n, t in tensors.items()
+                n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), _sha256(t))
+                for n, t in tensors.items()
             },
             gate=gate or {},
         )
@@ -148,10 +170,12 @@ class WeightsWriter:
     def _remove_old(self, current: int) -> None:
         kept = [v for v in versions(self.directory) if v != current]
         try:
-            remove_temporaries(self.directory)  # what could not be removed before
+            # what could not be removed before
+            remove_temporaries(self.directory)
             for version in kept[: max(0, len(kept) + 1 - self.keep)]:
                 remove_directory(self.directory / contract.version_name(version), self.step)
-        except OSError as error:  # the next publication tries again
+        except OSError as error:
+            # the next publication tries again
             log.warning("old versions not removed error=%s", error)
 
 
@@ -165,8 +189,8 @@ def _lock(directory: Path) -> TextIO:
         holder = lock.read(32).strip()
         lock.close()
         raise ValueError(
-            f"weights directory {directory} is written by another trainer, process {holder}; expected one "
-            "writer: end that process or choose another weights.directory"
+            f"weights directory {directory} is written by another trainer, process {holder};"
+            " expected one writer: end that process or choose another weights.directory"
         ) from None
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")

@@ -2,10 +2,11 @@
 
     PULL socket (guard.py) -> check (wire.decode) -> books -> bounded queue -> get()
 
-One thread receives. When the queue is full it stops, so that the pressure reaches the publishers' queues, where the
-oldest messages are dropped and counted. Nothing that a peer sends ends it; what cannot be used is counted by cause:
-WireError's causes, `target`, `order` (repeats or precedes a message that came), `failed` (a fault of ours). In the
-place of a refused message whose header says which requests it was about comes one that ends those (wire.missing).
+One thread receives. When the queue is full it stops, so that the pressure reaches the publishers'
+queues, where the oldest messages are dropped and counted. Nothing that a peer sends ends it; what
+cannot be used is counted by cause: WireError's causes, `target`, `order` (repeats or precedes a
+message that came), `failed` (a fault of ours). In the place of a refused message whose header says
+which requests it was about comes one that ends those (wire.missing).
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ log = logging.getLogger(__name__)
 
 RECEIVE_QUEUE_MESSAGES = 4
 POLL_MS = 100
-SHOWN_EPOCHS = 64  # of the books, in the status: those that were heard last
-HEARD_S = 10.0  # a server that was silent for longer does not count as being there
+# of the books, in the status: those that were heard last
+SHOWN_EPOCHS = 64
+# a server that was silent for longer does not count as being there
+HEARD_S = 10.0
 
 
 class ReceiveConfig(Section):
@@ -43,10 +46,13 @@ class ReceiveConfig(Section):
 
 
 class Receiver:
-    """Binds link.bound and receives until close(). `target`: refuse messages about another one (cause `target`).
+    """Binds link.bound and receives until close().
 
-    `books_path` is None where the books need not survive. `recording` gets the raw parts of every accepted message.
-    Raises ValueError where the endpoint cannot be bound, or its keys cannot be used.
+    `target`: refuse messages about another one (cause `target`).
+
+    `books_path` is None where the books need not survive. `recording` gets the raw parts of every
+    accepted message. Raises ValueError where the endpoint cannot be bound, or its keys cannot be
+    used.
     """
 
     def __init__(
@@ -58,11 +64,17 @@ class Receiver:
         target: str | None = None,
         recording: Recording | None = None,
     ):
-        self._max_bytes, self._config, self._target, self._recording = link.max_message_bytes, config, target, recording
+        self._max_bytes, self._config, self._target, self._recording = (
+            link.max_message_bytes,
+            config,
+            target,
+            recording,
+        )
         self._books = Books(books_path)
         self._queue: deque[tuple[wire.Message, int]] = deque()
         self._queued_bytes = self._received_bytes = 0
-        self._changed = threading.Condition()  # guards queue and books
+        # guards queue and books
+        self._changed = threading.Condition()
         self._closing = False
         self._context = zmq.Context()
         self._socket, self._guard = _bind(self._context, link)
@@ -70,9 +82,14 @@ class Receiver:
         self._thread.start()
 
     def get(self, timeout_s: float = 0.0) -> wire.Message | None:
-        """The oldest message that waits (never a heartbeat), None where none came within `timeout_s`."""
+        """The oldest message that waits (never a heartbeat), None where none came within
+        `timeout_s`.
+        """
         with self._changed:
-            if not self._changed.wait_for(lambda: self._queue or self._closing, timeout_s) or not self._queue:
+            if (
+                not self._changed.wait_for(lambda: self._queue or self._closing, timeout_s)
+                or not self._queue
+            ):
                 return None
             message, nbytes = self._queue.popleft()
             self._queued_bytes -= nbytes
@@ -80,14 +97,20 @@ class Receiver:
             return message
 
     def books(self) -> dict:
-        """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected: {cause: n}, ...}
+        """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected:
+        {cause: n}, ...}
 
-        Epochs are in the order in which they were last heard; `write_faults` counts books that were not written.
-        `rejected` is in messages; `refused_peers` {cause: n} in connections, since this receiver began (guard.py).
+        Epochs are in the order in which they were last heard; `write_faults` counts books that were
+        not written. `rejected` is in messages; `refused_peers` {cause: n} in connections, since
+        this receiver began (guard.py).
         """
         with self._changed:
-            queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}  # since it began
-            counts = {"write_faults": self._books.write_faults, "refused_peers": self._guard.refused()}
+            # since it began
+            queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}
+            counts = {
+                "write_faults": self._books.write_faults,
+                "refused_peers": self._guard.refused(),
+            }
             return self._books.as_dict() | queue | counts
 
     def status(self) -> dict:
@@ -101,7 +124,8 @@ class Receiver:
             "lost": sum(e["lost"] for e in epochs),
             "rejected": books["rejected"],
             "refused_peers": books["refused_peers"],
-            "dropped": dict(sum((Counter(e["dropped"]) for e in epochs), Counter())),  # by the publishers
+            # by the publishers
+            "dropped": dict(sum((Counter(e["dropped"]) for e in epochs), Counter())),
             "servers": sum(now_s - at < HEARD_S for at in heard),
             "message_age_s": max(0.0, now_s - max(heard)) if heard else None,
             "received_bytes": books["received_bytes"],
@@ -129,7 +153,8 @@ class Receiver:
                     self._guard.turn()
                 elif self._guard.wait(POLL_MS):
                     self._accept(*self._receive())
-            except Exception:  # whatever it was, the next message may be well
+            except Exception:
+                # whatever it was, the next message may be well
                 log.exception("receiver failed on a message, going on")
                 with self._changed:
                     self._books.reject("failed", None)
@@ -145,7 +170,8 @@ class Receiver:
     def _has_room(self) -> bool:
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._queued_bytes < self._config.queue_bytes or self._closing, POLL_MS / 1000
+                lambda: self._queued_bytes < self._config.queue_bytes or self._closing,
+                POLL_MS / 1000,
             )
 
     def _receive(self) -> tuple[list[bytes], str | None]:
@@ -178,9 +204,14 @@ class Receiver:
             cause, header = cause or error.cause, error.header
         with self._changed:
             if cause is not None:
-                if not self._books.reject(cause, header) or cause == "target" or header.kind == "heartbeat":
+                if (
+                    not self._books.reject(cause, header)
+                    or cause == "target"
+                    or header.kind == "heartbeat"
+                ):
                     return
-                # What came in its place ends its requests' samples: the epoch has no hole for all the others.
+                # What came in its place ends its requests' samples: the epoch has no hole for all
+                # the others.
                 parts = [bytes(part) for part in wire.missing(header)]
                 message = wire.decode(parts, max_bytes=self._max_bytes)
             elif not self._books.accept(header):
@@ -189,7 +220,9 @@ class Receiver:
             nbytes = sum(map(len, parts))
             self._received_bytes += nbytes
             # From here on times are this machine's; a recording has them as they came.
-            header.time_ns = max(0, header.time_ns - int(self._books.epochs[header.epoch].ahead_s * 1e9))
+            header.time_ns = max(
+                0, header.time_ns - int(self._books.epochs[header.epoch].ahead_s * 1e9)
+            )
             if header.kind != "heartbeat":
                 self._queue.append((message, nbytes))
                 self._queued_bytes += nbytes
@@ -204,29 +237,39 @@ def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, Guard]:
     check_ipc_directory(endpoint, keys=keys is not None)
     socket = context.socket(zmq.PULL)
     socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
-    socket.maxmsgsize = link.max_message_bytes  # of a part: a peer that sends a larger one is disconnected
+    # of a part: a peer that sends a larger one is disconnected
+    socket.maxmsgsize = link.max_message_bytes
     socket.linger = 0
     socket.ipv6 = endpoint.startswith("tcp://[")
-    socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20  # s; a server that vanished
+    # s; a server that vanished
+    socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20
     guard = Guard(socket, keys)
     try:
-        if _ipc_is_served(endpoint):  # libzmq would take the path away from whoever serves it
+        # libzmq would take the path away from whoever serves it
+        if _ipc_is_served(endpoint):
             raise zmq.ZMQError(zmq.EADDRINUSE)
         socket.bind(endpoint)
     except zmq.ZMQError as error:
         guard.close()
         socket.close()
         context.term()
-        remedy = "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://OWN-ADDRESS:PORT (link.bind, where it is set)"
+        remedy = (
+            "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://OWN-ADDRESS:PORT (link.bind, where it"
+            " is set)"
+        )
         if error.errno == zmq.EADDRINUSE:
-            remedy = "another trainer runs there: stop it, or set link.endpoint for this trainer and its servers"
+            remedy = (
+                "another trainer runs there: stop it, or set link.endpoint for this trainer and its"
+                " servers"
+            )
         raise ValueError(f"link.endpoint {endpoint!r} cannot be bound: {error}; {remedy}") from None
     return socket, guard
 
 
 def _ipc_is_served(endpoint: str) -> bool:
     path = endpoint.removeprefix("ipc://")
-    if path == endpoint or path.startswith("@"):  # not ipc, or an abstract name, which cannot be taken away
+    # not ipc, or an abstract name, which cannot be taken away
+    if path == endpoint or path.startswith("@"):
         return False
     with unix.socket(unix.AF_UNIX, unix.SOCK_STREAM) as probe:
         try:

@@ -1,8 +1,8 @@
 """When a job is done: every so often (Cadence), and again after a fault (Retry).
 
-This is the one home of the rule for faults from outside, of a disk that is full, read-only or gone, of a device
-without memory: they end nothing. They are counted, logged once for each episode, and the job is tried again later,
-ever less often.
+This is the one home of the rule for faults from outside, of a disk that is full, read-only or gone,
+of a device without memory: they end nothing. They are counted, logged once for each episode, and
+the job is tried again later, ever less often.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class Cadence:
 
 
 class Retry:
-    """One kind of job, by name. `faults` is how often it failed; `now_s` any clock that goes forward."""
+    """One kind of job, by name.
+
+    `faults` is how often it failed; `now_s` any clock that goes forward.
+    """
 
     def __init__(
         self, name: str, first_wait_s: float = FIRST_WAIT_S, longest_wait_s: float = LONGEST_WAIT_S
@@ -61,7 +64,8 @@ class Retry:
             return False
         try:
             job()
-        except Exception as error:  # whatever it is, the loop around this job is worth going on with
+        except Exception as error:
+            # whatever it is, the loop around this job is worth going on with
             self._fail(error, now_s)
             return False
         if self._wait_s:

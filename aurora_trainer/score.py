@@ -3,9 +3,10 @@ walked along committed tokens as its server would have gone. Gate, status, metri
 learning curves all measure this.
 
 Speculation is lossless, so the committed tokens of a request do not depend on the draft that served
-it: any draft can be walked along them. A step at a position proposes what the server would have drawn
-there, a chain of the draft's first choices or with topk > 1 a tree (grow_tree.py); as much is accepted
-as its rule accepts, and the walk goes on behind the bonus token.
+it: any draft can be walked along them. A step at a position proposes what the server would have
+    drawn
+there, a chain of the draft's first choices or with topk > 1 a tree (grow_tree.py); as much is
+accepted as its rule accepts, and the walk goes on behind the bonus token.
 
     match      SGLang's default: a drafted token is accepted with the probability p that the judging
                distribution gives it, and a committed token is a draw from just that. Accepted is
@@ -100,9 +101,9 @@ def walked(
     chain: Chains,
     depth: int | None = None,
 ) -> np.ndarray:
-    """float64 [len(samples), 2]: steps and tokens of each sample's walk, as its server would draw and
-    judge. `batch` was packed from the samples and is on the draft's device; None stands for one that
-    is left out.
+    """float64 [len(samples), 2]: steps and tokens of each sample's walk, as its server would draw
+    and judge. `batch` was packed from the samples and is on the draft's device; None stands for one
+    that is left out.
 
     depth: draft steps of a chain, None for the server's own; at most the batch's.
     """
@@ -132,12 +133,14 @@ def walked(
 
 def tree_shape(sample: Sample) -> tuple[int, int, int]:
     """(num_steps, topk, nodes); a chain's nodes follow from its steps and are not told apart."""
-    nodes = len(sample.node_token) // len(sample.tree_first)  # SGLang fills every tree
+    # SGLang fills every tree
+    nodes = len(sample.node_token) // len(sample.tree_first)
     return sample.num_steps, sample.topk, nodes if sample.topk > 1 else 0
 
 
 def walk(runs: Tensor, known: Tensor, is_root: Tensor) -> list[int]:
-    """Accept lengths of the steps that a server would take over the positions, each [R of a sample].
+    """Accept lengths of the steps that a server would take over the positions, each [R of a
+    sample].
 
     It begins at the first root of the server's own, and again at the next one where it came to
     something unknown.
@@ -165,8 +168,10 @@ def expected_walk(accept: Tensor, known: Tensor, is_root: Tensor) -> tuple[float
     # [R, S + 1]: the step commits 1, 2, ... S + 1 tokens.
     ends = torch.cat([reach[:, :-1] - reach[:, 1:], reach[:, -1:]], 1).numpy()
     there, roots = known.tolist(), is_root.tolist()
-    at = np.zeros(size + depth + 2)  # the probability that a step begins here
-    under_way = np.zeros(size + depth + 2)  # the probability that a step passes over it
+    # the probability that a step begins here
+    at = np.zeros(size + depth + 2)
+    # the probability that a step passes over it
+    under_way = np.zeros(size + depth + 2)
     steps = tokens = 0.0
     for i in range(size):
         if not there[i]:
@@ -183,8 +188,8 @@ def expected_walk(accept: Tensor, known: Tensor, is_root: Tensor) -> tuple[float
 
 
 def walks(match: Tensor, overlap: Tensor, known: Tensor, is_root: Tensor) -> np.ndarray:
-    """float64 [len(WALK), S] of one sample; column k is of a walk with k + 1 draft steps as a chain, or
-    of level k."""
+    """float64 [len(WALK), S] of one sample; column k is of a walk with k + 1 draft steps as a
+    chain, or of level k."""
     size = match.shape[1]
     out = np.zeros((len(WALK), size))
     known_to = known.long().cumprod(1).bool()

@@ -1,8 +1,8 @@
 """The weights that servers serve: a frozen copy of the newest published version, and the initial
 draft, for the gate to score.
 
-Read from the weights directory when the trainer starts, because servers may serve a version that is newer than the
-checkpoint, and when a server rolled a version back.
+Read from the weights directory when the trainer starts, because servers may serve a version that is
+newer than the checkpoint, and when a server rolled a version back.
 """
 
 from __future__ import annotations
@@ -34,17 +34,27 @@ class Served:
     `dtype` is the one that servers hold; the draft is scored where `embed` is and in its dtype.
     """
 
-    def __init__(self, directory: Path, initial: Path, target: str, embed: torch.Tensor, dtype: str):
-        self._directory, self._initial, self._target, self._embed = Path(directory), Path(initial), target, embed
+    def __init__(
+        self, directory: Path, initial: Path, target: str, embed: torch.Tensor, dtype: str
+    ):
+        self._directory, self._initial, self._target, self._embed = (
+            Path(directory),
+            Path(initial),
+            target,
+            embed,
+        )
         self.dtype = _initial_dtype(self._initial) if dtype == "same" else getattr(torch, dtype)
-        self.rolled_back: set[int] = set()  # versions whose rejection was already heeded
-        self.initial = self._load(self._initial)  # what the gate compares with; never changed
+        # versions whose rejection was already heeded
+        self.rolled_back: set[int] = set()
+        # what the gate compares with; never changed
+        self.initial = self._load(self._initial)
         self.version, self.draft = self._newest(current_version(self._directory) or 0)
 
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         """A new version was published."""
         if self.draft is self.initial:
-            embed = self.initial.embed  # one copy of the largest matrix for all drafts
+            # one copy of the largest matrix for all drafts
+            embed = self.initial.embed
             self.draft = copy.deepcopy(self.initial, {id(embed): embed})
         self.version = version
         self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
@@ -68,18 +78,25 @@ class Served:
         return self.version
 
     def _newest(self, version: int) -> tuple[int, Draft]:
-        """`version`, or its first ancestor that was not rejected and can be read; at last the initial draft."""
+        """`version`, or its first ancestor that was not rejected and can be read; at last the
+        initial draft.
+        """
         rejected = rejected_versions(self._directory)
         while version:
             path = self._directory / version_name(version)
             try:
                 manifest = read_manifest(path)
                 if manifest.target != self._target:
-                    raise ValueError(f"{path} is for another target; expected one weights.directory for each target")
+                    raise ValueError(
+                        f"{path} is for another target; expected one weights.directory for each"
+                        " target"
+                    )
                 if version not in rejected:
                     return version, self._load(path)
             except ManifestError as error:
-                log.warning("published version unreadable, going back to the initial draft error=%s", error)
+                log.warning(
+                    "published version unreadable, going back to the initial draft error=%s", error
+                )
                 break
             version = manifest.parent
         return 0, self.initial
@@ -96,4 +113,7 @@ def _initial_dtype(directory: Path) -> torch.dtype:
             for name in file.keys():
                 if name.endswith("lm_head.weight"):
                     return DTYPES[file.get_slice(name).get_dtype()]
-    raise ValueError(f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its own head")
+    raise ValueError(
+        f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its own"
+        " head"
+    )

@@ -1,4 +1,6 @@
-"""What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters. Samples
+"""What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters.
+
+Samples
 are not in it: over a recording they come again, live they are lost and counted.
 """
 
@@ -47,13 +49,15 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
 def restore(training: Training, found: Checkpoint, live: bool) -> None:
     """Go on from a checkpoint. `live`: buffered samples and open requests are lost, and counted.
 
-    Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for another target.
+    Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for
+    another target.
     """
     tensors, state = found.tensors, found.state
     if state["target"] != training.target:
         raise ValueError(
-            f"checkpoint of step {found.step} is for target {state['target']}, this one is {training.target}; expected "
-            "the same target: set trainer.checkpoint.directory to a new directory for a new target"
+            f"checkpoint of step {found.step} is for target {state['target']}, this one is"
+            f" {training.target}; expected the same target: set trainer.checkpoint.directory to a"
+            " new directory for a new target"
         )
     own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
     training.draft.load_checkpoint(own, f"checkpoint of step {found.step}")

@@ -10,14 +10,15 @@ from aurora_trainer.optimize import Update
 
 @dataclass(frozen=True)
 class Step:
-    """Accept lengths are (steps, tokens) of walks over samples that were never trained on before: of
-    the draft before this step, and after it. None where they were not measured."""
+    """Accept lengths are (steps, tokens) of walks over samples that were never trained on before:
+    of the draft before this step, and after it. None where they were not measured."""
 
     update: Update
     score: Score
     slots: int
     before: tuple[float, float] | None
     after: tuple[float, float] | None
-    time_ns: list[int]  # of each sample
+    # of each sample
+    time_ns: list[int]
     # Of each sample that had a tree: newest version minus the one that drew its last tree.
     staleness: list[int]

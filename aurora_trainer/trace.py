@@ -1,11 +1,12 @@
 """A trace: raw wire messages in one file, to look at, to replay and to resume on bit for bit.
 
     file     MAGIC, then records
-    record   mark, part count, bytes of all parts, CRC-32 of these three (HEAD); each part's length (u64);
-             the parts; CRC-32 of the lengths and the parts (TAIL). Little endian.
+    record   mark, part count, bytes of all parts, CRC-32 of these three (HEAD); each part's length
+             (u64); the parts; CRC-32 of the lengths and the parts (TAIL). Little endian.
 
-A killed writer leaves at most a torn last record, which the next writer cuts off. Damage in the middle is reported by
-record and byte offset; reading can go on at the next mark. `recording.py` has many such files in a directory.
+A killed writer leaves at most a torn last record, which the next writer cuts off. Damage in the
+middle is reported by record and byte offset; reading can go on at the next mark. `recording.py` has
+many such files in a directory.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ MAGIC = b"AURORA-TRACE-1\n\0"
 MARK = b"\xa5\x5aMSG\xa5\x5a\n"
 HEAD = struct.Struct("<8sIQI")
 TAIL = struct.Struct("<I")
-MAX_PARTS = 1000  # of a record, below what one system call takes
+# of a record, below what one system call takes
+MAX_PARTS = 1000
 
 
 class TraceError(ValueError):
-    """A trace that is not whole: `record` counts from 0, `offset` is the byte where that record begins."""
+    """A trace that is not whole: `record` counts from 0, `offset` is the byte where that record
+    begins.
+    """
 
     def __init__(self, path: Path, record: int, offset: int, detail: str):
         super().__init__(f"{path}: record {record} at byte {offset}: {detail}")
@@ -37,7 +41,9 @@ class TraceError(ValueError):
 
 
 class Record(NamedTuple):
-    """A whole record and where it is: `record` counts from 0 in its file, a damaged stretch counts as one."""
+    """A whole record and where it is: `record` counts from 0 in its file, a damaged stretch counts
+    as one.
+    """
 
     path: Path
     record: int
@@ -53,7 +59,8 @@ class TraceWriter:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        # It holds prompts: nobody else's to read. Not buffered, so that a failed write leaves nothing behind.
+        # It holds prompts: nobody else's to read. Not buffered, so that a failed write leaves
+        # nothing behind.
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             size = os.fstat(self._fd).st_size
@@ -64,20 +71,29 @@ class TraceWriter:
             else:
                 self.nbytes = _whole_end(self.path)
                 if self.nbytes < size:
-                    log.warning("trace: torn last record cut off path=%s bytes=%d", self.path, size - self.nbytes)
+                    log.warning(
+                        "trace: torn last record cut off path=%s bytes=%d",
+                        self.path,
+                        size - self.nbytes,
+                    )
                     os.ftruncate(self._fd, self.nbytes)
         except BaseException:
             os.close(self._fd)
             raise
 
     def write(self, parts: Sequence[bytes | memoryview]) -> None:
-        """Append one record. Raises OSError, and leaves the trace as it was: on a full disk, for example."""
+        """Append one record.
+
+        Raises OSError, and leaves the trace as it was: on a full disk, for example.
+        """
         lens = struct.pack(f"<{len(parts)}Q", *map(len, parts))
         crc = zlib.crc32(lens)
         for part in parts:
             crc = zlib.crc32(part, crc)
         try:
-            _write_all(self._fd, [_head(len(parts), sum(map(len, parts))) + lens, *parts, TAIL.pack(crc)])
+            _write_all(
+                self._fd, [_head(len(parts), sum(map(len, parts))) + lens, *parts, TAIL.pack(crc)]
+            )
         except OSError:
             os.ftruncate(self._fd, self.nbytes)
             raise
@@ -102,15 +118,19 @@ def record_bytes(parts: Sequence[bytes | memoryview]) -> int:
 def read_trace(
     path: Path, on_damage: Callable[[TraceError], None] | None = None, *, may_be_torn: bool = True
 ) -> Iterator[Record]:
-    """Each whole record, in order. A torn last record ends the trace with a warning, or is damage too.
+    """Each whole record, in order.
 
-    Damage raises TraceError, or is handed to `on_damage` and skipped up to the next whole head. A file without a single
-    head is no trace and raises.
+    A torn last record ends the trace with a warning, or is damage too.
+
+    Damage raises TraceError, or is handed to `on_damage` and skipped up to the next whole head. A
+    file without a single head is no trace and raises.
     """
     path = Path(path)
     with open(path, "rb") as file:
         begins = file.read(len(MAGIC))
-        not_a_trace = TraceError(path, 0, 0, f"not a trace, expected the file to begin with {MAGIC!r}")
+        not_a_trace = TraceError(
+            path, 0, 0, f"not a trace, expected the file to begin with {MAGIC!r}"
+        )
         if len(begins) < len(MAGIC) or (begins != MAGIC and on_damage is None):
             raise not_a_trace
         if path.stat().st_size == len(MAGIC) and begins == MAGIC:
@@ -129,9 +149,16 @@ def read_trace(
                     torn = isinstance(error, EOFError)
                     end = _next_head(data, offset + 1)
                     if torn and end < 0 and may_be_torn:
-                        log.warning("trace: torn last record path=%s record=%d offset=%d", path, record, offset)
+                        log.warning(
+                            "trace: torn last record path=%s record=%d offset=%d",
+                            path,
+                            record,
+                            offset,
+                        )
                         return
-                    damage = TraceError(path, record, offset, "the file ends within it" if torn else str(error))
+                    damage = TraceError(
+                        path, record, offset, "the file ends within it" if torn else str(error)
+                    )
                     if on_damage is None:
                         raise damage from None
                     on_damage(damage)
@@ -144,14 +171,18 @@ def read_trace(
 
 def _write_all(fd: int, pieces: Sequence[bytes | memoryview]) -> None:
     written = os.writev(fd, pieces)
-    if written < sum(map(len, pieces)):  # a nearly full disk takes what fits, and refuses the rest
+    # a nearly full disk takes what fits, and refuses the rest
+    if written < sum(map(len, pieces)):
         rest = memoryview(b"".join(pieces))[written:]
         while rest:
             rest = rest[os.write(fd, rest) :]
 
 
 def _record(data: mmap.mmap, offset: int) -> tuple[list[bytes], int]:
-    """Parts and end of the record at `offset`. ValueError: damaged; EOFError: the file ends within it."""
+    """Parts and end of the record at `offset`.
+
+    ValueError: damaged; EOFError: the file ends within it.
+    """
     count, nbytes = _read_head(data, offset)
     begin = offset + HEAD.size
     body = begin + 8 * count
@@ -180,7 +211,11 @@ def _read_head(data: mmap.mmap, offset: int) -> tuple[int, int]:
     if offset + HEAD.size > len(data):
         raise EOFError
     mark, count, nbytes, _ = HEAD.unpack_from(data, offset)
-    if mark != MARK or count > MAX_PARTS or data[offset : offset + HEAD.size] != _head(count, nbytes):
+    if (
+        mark != MARK
+        or count > MAX_PARTS
+        or data[offset : offset + HEAD.size] != _head(count, nbytes)
+    ):
         raise ValueError("no head of a record here")
     return count, nbytes
 
@@ -199,7 +234,9 @@ def _next_head(data: mmap.mmap, offset: int) -> int:
 
 
 def _whole_end(path: Path) -> int:
-    """Where the last record that is whole in length ends; damage in the middle is left for readers to report."""
+    """Where the last record that is whole in length ends; damage in the middle is left for readers
+    to report.
+    """
     with open(path, "rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise TraceError(path, 0, 0, f"not a trace, expected the file to begin with {MAGIC!r}")

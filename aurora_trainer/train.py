@@ -4,9 +4,9 @@
     step()          buffer -> batch -> loss -> optimize
     publish()       gate, on the requests that it held back -> publish_weights
 
-What happens to the weights depends only on the messages and on the order of these calls, so that a recorded trace
-trains to the bit as it did. `step(replay=True)` draws a batch and leaves it: after a restart it brings buffer and
-schedule to where the checkpoint was, from the trace itself.
+What happens to the weights depends only on the messages and on the order of these calls, so that a
+recorded trace trains to the bit as it did. `step(replay=True)` draws a batch and leaves it: after a
+restart it brings buffer and schedule to where the checkpoint was, from the trace itself.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ from aurora_trainer.target import open_target
 
 log = logging.getLogger(__name__)
 
-SMOOTH = 0.9  # of what the status shows, per step
-MAX_FAILED_STEPS = 1 << 16  # that are remembered: a resumed run over a recording has its batches fail as they did
+# of what the status shows, per step
+SMOOTH = 0.9
+# that are remembered: a resumed run over a recording has its batches fail as they did
+MAX_FAILED_STEPS = 1 << 16
 
 
 class Training:
@@ -56,35 +58,56 @@ class Training:
         self.config, trainer = config, config.trainer
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
-        embed = target.embedding().to(trainer.model.device, getattr(torch, trainer.model.compute_dtype))
+        embed = target.embedding().to(
+            trainer.model.device, getattr(torch, trainer.model.compute_dtype)
+        )
         for note in check_draft(trainer.model.draft, target.config):
             log.warning("draft directory=%s note=%r", trainer.model.draft, note)
         self._train(Draft.load(trainer.model.draft, embed))
         self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
         model = trainer.model
-        self.served = Served(config.weights.directory, model.draft, self.target, embed, trainer.publish.dtype)
+        self.served = Served(
+            config.weights.directory, model.draft, self.target, embed, trainer.publish.dtype
+        )
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
         self.gate = Gate(trainer.gate)
-        self._packing = trainer.batch if trainer.loss.rejected else trainer.batch.model_copy(update={"rejected": False})
-        self.parent = 0  # the version that training went on from
-        self.earlier_updates = 0  # of optimizers before the last rollback
-        self.steps = 0  # batches drawn; the optimizer may have skipped some
-        self.slots = 0  # trained on, repetitions included
-        self.trained_until_ns = 0  # when the newest step that the draft was trained on was captured
-        self.samples: Counter[str] = Counter()  # by what became of them before the buffer
-        self.published: Counter[str] = Counter()  # by outcome
-        self.traffic = {"steps": 0, "tokens": 0}  # verify steps of requests, and tokens that they committed
+        self._packing = (
+            trainer.batch
+            if trainer.loss.rejected
+            else trainer.batch.model_copy(update={"rejected": False})
+        )
+        # the version that training went on from
+        self.parent = 0
+        # of optimizers before the last rollback
+        self.earlier_updates = 0
+        # batches drawn; the optimizer may have skipped some
+        self.steps = 0
+        # trained on, repetitions included
+        self.slots = 0
+        # when the newest step that the draft was trained on was captured
+        self.trained_until_ns = 0
+        # by what became of them before the buffer
+        self.samples: Counter[str] = Counter()
+        # by outcome
+        self.published: Counter[str] = Counter()
+        # verify steps of requests, and tokens that they committed
+        self.traffic = {"steps": 0, "tokens": 0}
         # Generated positions by whether there is something to learn at them.
         self.rows: Counter[str] = Counter(with_target=0, altered=0)
-        self.shown: dict[str, float] = {}  # smoothed figures for the status
-        self._credit = 0  # slots that came in and were not answered by a step yet
-        self._offered_at = 0  # optimizer step at which the gate was last asked
-        self._behind_served = False  # a version was rolled back, and training did not follow yet
+        # smoothed figures for the status
+        self.shown: dict[str, float] = {}
+        # slots that came in and were not answered by a step yet
+        self._credit = 0
+        # optimizer step at which the gate was last asked
+        self._offered_at = 0
+        # a version was rolled back, and training did not follow yet
+        self._behind_served = False
         self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
-        torch.manual_seed(trainer.pace.seed)  # after the modules above were made, which draw
+        # after the modules above were made, which draw
+        torch.manual_seed(trainer.pace.seed)
 
     @property
     def updates(self) -> int:
@@ -111,7 +134,10 @@ class Training:
         return pace.enabled and self._credit >= pace.new_slots_per_step and len(self.buffer) > 0
 
     def step(self, replay: bool = False) -> Step | None:
-        """Train on one batch; None where it has no targets. `replay`: only draw it, and return None."""
+        """Train on one batch; None where it has no targets.
+
+        `replay`: only draw it, and return None.
+        """
         trainer = self.config.trainer
         samples = self.buffer.take(trainer.batch.max_slots)
         self._credit -= trainer.pace.new_slots_per_step
@@ -124,7 +150,8 @@ class Training:
             return None
         batch = pack(samples, self._packing).to(trainer.model.device)
         if not any(len(level.rows) for level in batch.on_cpu.levels):
-            return None  # nothing to learn: an update would only be the momentum's
+            # nothing to learn: an update would only be the momentum's
+            return None
         # Everything is queued on the device before anything is read from it.
         result = losses(self.draft, batch, trainer.loss)
         result.loss_sum.backward()
@@ -154,18 +181,27 @@ class Training:
             before=before,
             after=after,
             time_ns=[s.time_ns for s in samples],
-            staleness=[self.served.version - int(s.tree_version[-1]) for s in samples if len(s.tree_version)],
+            staleness=[
+                self.served.version - int(s.tree_version[-1])
+                for s in samples
+                if len(s.tree_version)
+            ],
         )
 
     def give_up(self) -> None:
-        """The step that raised is over: no gradient of it stays, and its batch is tried again in parts."""
+        """The step that raised is over: no gradient of it stays, and its batch is tried again in
+        parts.
+        """
         self.draft.zero_grad(set_to_none=True)
         self._failed()
         if self.config.trainer.model.device == "cuda":
             torch.cuda.empty_cache()
 
     def publish(self) -> int | None:
-        """Publish the draft as it is, if it was trained and the gate lets it pass. Returns the version, or None."""
+        """Publish the draft as it is, if it was trained and the gate lets it pass.
+
+        Returns the version, or None.
+        """
         if self.updates == self._offered_at:
             return None
         tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
@@ -177,7 +213,9 @@ class Training:
             self._offered_at = self.updates
             self.published[f"refused_{decision.reason}"] += 1
             if self.gate.gives_up:
-                log.warning("candidate stayed worse, training goes back to version=%d", self.served.version)
+                log.warning(
+                    "candidate stayed worse, training goes back to version=%d", self.served.version
+                )
                 self.published["gone_back"] += 1
                 self._take_served()
                 self.gate.restart()
@@ -185,15 +223,17 @@ class Training:
         return self._write(tensors, decision, "candidate")
 
     def _publish_initial(self, decision: Decision) -> int | None:
-        """The initial draft is clearly better than what is served: serve it, and train on from it."""
-        version = self._write(self.served.initial.checkpoint(self.served.dtype), decision, "initial")
+        """The initial draft is clearly better than what is served: serve it, and train on from
+        it.
+        """
+        version = self._write(
+            self.served.initial.checkpoint(self.served.dtype), decision, "initial"
+        )
         if version is not None:
             self._take_served()
         return version
 
-    def _write(
-        self, tensors: dict[str, torch.Tensor], decision: Decision, role: str
-    ) -> int | None:
+    def _write(self, tensors: dict[str, torch.Tensor], decision: Decision, role: str) -> int | None:
         version = self.writer.publish(
             tensors,
             self.draft.config.to_json(str(self.served.dtype).removeprefix("torch.")),
@@ -203,7 +243,8 @@ class Training:
             trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
-        self._offered_at = self.updates  # not before: what the disk refuses is offered again
+        # not before: what the disk refuses is offered again
+        self._offered_at = self.updates
         if version is None:
             self.published["unchanged"] += 1
             return None
@@ -215,10 +256,14 @@ class Training:
         return version
 
     def heed_rejections(self) -> None:
-        """Where servers rolled the newest version back, go on from the version that they went back to."""
+        """Where servers rolled the newest version back, go on from the version that they went back
+        to.
+        """
         version = self.served.roll_back()
         if version is not None:
-            log.warning("version rolled back by a server, training goes on from version=%d", version)
+            log.warning(
+                "version rolled back by a server, training goes on from version=%d", version
+            )
             self.published["rolled_back"] += 1
             self._behind_served = True
         if self._behind_served:
@@ -237,7 +282,10 @@ class Training:
         return state_of(self)
 
     def restore(self, found: Checkpoint, live: bool) -> None:
-        """Go on from a checkpoint; `live`: what was buffered is lost. Raises ValueError for another target."""
+        """Go on from a checkpoint; `live`: what was buffered is lost.
+
+        Raises ValueError for another target.
+        """
         restore(self, found, live)
 
     def close(self) -> None:
@@ -254,7 +302,10 @@ class Training:
 
     def _train(self, draft: Draft) -> None:
         """Train `draft` from here on: its float32 weights become the masters of what computes."""
-        model, masters = self.config.trainer.model, {n: p.detach() for n, p in draft.named_parameters()}
+        model, masters = (
+            self.config.trainer.model,
+            {n: p.detach() for n, p in draft.named_parameters()},
+        )
         self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
         self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer, masters)
 
@@ -269,7 +320,9 @@ class Training:
             self.buffer.put(given)
 
     def _unusable(self, sample: Sample) -> str | None:
-        """A cause where training cannot use the sample; ids that are too large would index out of the embedding."""
+        """A cause where training cannot use the sample; ids that are too large would index out of
+        the embedding.
+        """
         config = self.draft.config
         if sample.features.shape[1] != config.feature_size:
             return "wrong_feature_width"
@@ -284,7 +337,9 @@ class Training:
         return None if targets else "altered"
 
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
-        """float64 [len(samples), 2]: steps and tokens of each sample's walk with the draft of a role."""
+        """float64 [len(samples), 2]: steps and tokens of each sample's walk with the draft of a
+        role.
+        """
         trainer, served = self.config.trainer, self.served
         draft = {"candidate": self.draft, "served": served.draft, "initial": served.initial}[role]
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
@@ -305,4 +360,3 @@ class Training:
             figures["accept_length"] = walk[1] / walk[0]
         for name, value in figures.items():
             self.shown[name] = SMOOTH * self.shown.get(name, value) + (1 - SMOOTH) * value
-

@@ -1,6 +1,7 @@
 """The draft's vocabulary: which target tokens it can propose.
 
-Dimensions: V target vocabulary, VD draft vocabulary. `d2t` int64 [VD] holds offsets (target_id = draft_id +
+Dimensions: V target vocabulary, VD draft vocabulary. `d2t` int64 [VD] holds offsets (target_id =
+    draft_id +
 d2t[draft_id], ids ascending), `t2d` bool [V] marks the target ids that the draft has.
 """
 
@@ -16,7 +17,9 @@ def most_frequent(counts: Tensor, size: int, keep: tuple[int, ...] = ()) -> Tens
     counts [V] is how often each target id was generated. Ties go to the lower id.
     """
     if not len(keep) <= size <= len(counts):
-        raise ValueError(f"draft vocabulary of {size}: expected {len(keep)} (tokens to keep) to {len(counts)}")
+        raise ValueError(
+            f"draft vocabulary of {size}: expected {len(keep)} (tokens to keep) to {len(counts)}"
+        )
     rank = counts.to(torch.float64).clone()
     rank[list(keep)] = torch.inf
     ids = torch.argsort(rank, descending=True, stable=True)[:size].sort().values
@@ -43,7 +46,11 @@ def mask(d2t: Tensor, vocab_size: int) -> Tensor:
 def check(d2t: Tensor, draft_vocab_size: int, vocab_size: int) -> None:
     """Raises ValueError unless d2t names draft_vocab_size different target ids."""
     if d2t.dtype != torch.int64 or d2t.shape != (draft_vocab_size,):
-        raise ValueError(f"d2t is {d2t.dtype} {tuple(d2t.shape)}, expected int64 ({draft_vocab_size},)")
+        raise ValueError(
+            f"d2t is {d2t.dtype} {tuple(d2t.shape)}, expected int64 ({draft_vocab_size},)"
+        )
     ids = target_ids(d2t)
     if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
-        raise ValueError(f"d2t does not name {draft_vocab_size} different ids of a vocabulary of {vocab_size}")
+        raise ValueError(
+            f"d2t does not name {draft_vocab_size} different ids of a vocabulary of {vocab_size}"
+        )

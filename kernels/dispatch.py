@@ -10,11 +10,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def use_kernels(x: Tensor) -> bool:
-    """True for float32, bfloat16 and float16 tensors on an NVIDIA GPU from sm_80 on, and anywhere in Triton's
-    interpreter (TRITON_INTERPRET=1, set before this package is imported: slow, for tests). float64 is the
-    references' alone."""
+    """True for float32, bfloat16 and float16 tensors on an NVIDIA GPU from sm_80 on, and anywhere
+    in Triton's interpreter (TRITON_INTERPRET=1, set before this package is imported: slow, for
+    tests). float64 is the references' alone."""
     if x.dtype not in DTYPES:
         return False
     if triton.knobs.runtime.interpret:
         return True
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return (
+        x.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )

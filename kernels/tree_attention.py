@@ -1,9 +1,12 @@
-"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in the tree.
+"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in
+the tree.
 
-Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key heads, D head.
+Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
+    heads, D head.
 
-On a GPU, Triton kernels (tree_attention_kernels.py) over queries that are sorted by what they see. The indices are
-built on the device and never read from it; every sum has one order, so that the same inputs give the same bits.
+On a GPU, Triton kernels (tree_attention_kernels.py) over queries that are sorted by what they see.
+The indices are built on the device and never read from it; every sum has one order, so that the
+same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -33,17 +36,22 @@ def tree_attention(
     ancestors: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """o [Q, Hq, D]: query i attends to slots slot_start[i] : slot_end[i] and to the nodes ancestors[i].
+    """o [Q, Hq, D]: query i attends to slots slot_start[i] : slot_end[i] and to the nodes
+    ancestors[i].
 
-    q [Q, Hq, D]; slot_k, slot_v [T, Hkv, D]; node_k, node_v [M, Hkv, D]; slot_start, slot_end int64 [Q];
-    ancestors int64 [Q, A], -1 for none, the query's own node included. Query head h reads key head h // (Hq // Hkv).
-    A query that may see nothing gets zeros. Differentiable in q, slot_k, slot_v, node_k and node_v.
+    q [Q, Hq, D]; slot_k, slot_v [T, Hkv, D]; node_k, node_v [M, Hkv, D]; slot_start, slot_end int64
+    [Q]; ancestors int64 [Q, A], -1 for none, the query's own node included. Query head h reads key
+    head h // (Hq // Hkv). A query that may see nothing gets zeros. Differentiable in q, slot_k,
+    slot_v, node_k and node_v.
     """
     if not use_kernels(q):
-        return tree_attention_ref(q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale)
+        return tree_attention_ref(
+            q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+        )
     if ancestors is None:
         ancestors, node_k, node_v = slot_start.new_empty(len(q), 0), slot_k[:0], slot_v[:0]
-    if scale < 0:  # the running maximum is taken before the scale
+    # the running maximum is taken before the scale
+    if scale < 0:
         q, scale = -q, -scale
     tensors = (x.to(q.dtype).contiguous() for x in (q, slot_k, slot_v, node_k, node_v))
     indices = (x.to(torch.int64).contiguous() for x in (slot_start, slot_end, ancestors))
@@ -67,16 +75,29 @@ class _TreeAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do):
         saved = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        o, key, order, ancestors = saved.pop("o"), saved["key"], saved["order"], saved.pop("ancestors")
+        o, key, order, ancestors = (
+            saved.pop("o"),
+            saved["key"],
+            saved["order"],
+            saved.pop("ancestors"),
+        )
         rows = saved | {"do": do.contiguous(), "delta": torch.empty_like(saved["lse"])}
         dq, dslot_k, dslot_v, dnode_k, dnode_v = (
             torch.empty_like(saved[name]) for name in ("q", "slot_k", "slot_v", "node_k", "node_v")
         )
-        launch(tree_attention_bwd_q_kernel, ctx.scale, **rows, o=o, ancestors=ancestors, dq=dq)  # writes delta as well
+        # writes delta as well
+        launch(tree_attention_bwd_q_kernel, ctx.scale, **rows, o=o, ancestors=ancestors, dq=dq)
         if any(ctx.needs_input_grad[1:3]):
             block = constants(tree_attention_bwd_slots_kernel, dq)[0]["BLOCK_N"]
             ranges = rows_of_slots(key, len(dslot_k), block)
-            launch(tree_attention_bwd_slots_kernel, ctx.scale, **rows, ranges=ranges, dslot_k=dslot_k, dslot_v=dslot_v)
+            launch(
+                tree_attention_bwd_slots_kernel,
+                ctx.scale,
+                **rows,
+                ranges=ranges,
+                dslot_k=dslot_k,
+                dslot_v=dslot_v,
+            )
         if any(ctx.needs_input_grad[3:5]):
             first, query = queries_of_nodes(ancestors, order, len(dnode_k))
             launch(tree_attention_bwd_nodes_kernel, ctx.scale, **rows, first=first, query=query,
@@ -85,28 +106,41 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def sort_queries(slot_start: Tensor, slot_end: Tensor) -> tuple[Tensor, Tensor]:
-    """(key, order) int64 [Q]: slot_start << 32 | slot_end in ascending order, and the queries in that order."""
+    """(key, order) int64 [Q]: slot_start << 32 | slot_end in ascending order, and the queries in
+    that order.
+    """
     return torch.sort((slot_start << 32) + slot_end, stable=True)
 
 
 def rows_of_slots(key: Tensor, slots: int, block: int) -> Tensor:
-    """int64 [blocks of slots, 5], most queries first: the block's number, and four bounds in the sorted queries.
+    """int64 [blocks of slots, 5], most queries first: the block's number, and four bounds in the
+    sorted queries.
 
-    Queries lo : hi are all that see a slot of the block, perhaps among others; whole : whole_end of them see all of it.
+    Queries lo : hi are all that see a slot of the block, perhaps among others; whole : whole_end of
+    them see all of it.
     """
     first = torch.arange(0, slots, block, device=key.device)
     last = (first + block).clamp_max_(slots)
-    starts_before_last, starts_by_first = torch.searchsorted(key, torch.stack([last, first + 1]) << 32)
-    lo = torch.searchsorted((key & 0xFFFFFFFF).cummax(0).values, first, right=True) if len(key) else first * 0
+    starts_before_last, starts_by_first = torch.searchsorted(
+        key, torch.stack([last, first + 1]) << 32
+    )
+    lo = (
+        torch.searchsorted((key & 0xFFFFFFFF).cummax(0).values, first, right=True)
+        if len(key)
+        else first * 0
+    )
     # The queries that start nearest before the block are sorted by their end.
     nearest = key[(starts_by_first - 1).clamp_min_(0)] >> 32 if len(key) else first
     whole = torch.searchsorted(key, (nearest << 32) + last)
-    ranges = torch.stack([first // block, lo, whole, torch.maximum(starts_by_first, whole), starts_before_last], 1)
+    ranges = torch.stack(
+        [first // block, lo, whole, torch.maximum(starts_by_first, whole), starts_before_last], 1
+    )
     return ranges[torch.argsort(lo - starts_before_last, stable=True)]
 
 
 def queries_of_nodes(ancestors: Tensor, order: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """(first int64 [M + 1], query int64 [Q * A]): the queries that name node n are query[first[n] : first[n + 1]].
+    """(first int64 [M + 1], query int64 [Q * A]): the queries that name node n are query[first[n] :
+    first[n + 1]].
 
     ancestors [Q, A] of the queries `order`.
     """

@@ -1,12 +1,16 @@
 """Triton kernels of tree_attention.
 
-Dimensions: Q queries, T slots, M nodes, A ancestors (`width`), Hq query heads, Hkv key heads, D head, G = Hq / Hkv.
+Dimensions: Q queries, T slots, M nodes, A ancestors (`width`), Hq query heads, Hkv key heads, D
+    head, G = Hq / Hkv.
 
-A row is one sorted query and one of the G heads that read key head h, so that a block of rows shares the keys that it
-loads: row r of h is sorted query r // G, head h * G + r % G. Blocks are cut from the sorted rows wherever they fall;
-one that spans several sequences masks. `key` and `order` are tree_attention.sort_queries', `ancestors` those of the
-sorted queries; `lse` (to base 2) and `delta` are [Q, Hq]. Offsets of rows are int64, within a block int32. Nothing is
-summed by atomics: the same inputs give the same bits. Formulas are in README.md of this folder.
+A row is one sorted query and one of the G heads that read key head h, so that a block of rows
+shares the keys that it
+loads: row r of h is sorted query r // G, head h * G + r % G. Blocks are cut from the sorted rows
+    wherever they fall;
+one that spans several sequences masks. `key` and `order` are tree_attention.sort_queries',
+`ancestors` those of the sorted queries; `lse` (to base 2) and `delta` are [Q, Hq]. Offsets of rows
+are int64, within a block int32. Nothing is summed by atomics: the same inputs give the same bits.
+Formulas are in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -20,21 +24,26 @@ from aurora_kernels.dispatch import DTYPES
 from aurora_kernels.tree_attention_launch import arguments
 from triton.runtime.jit import JITFunction
 
-_SIZES = ["queries", "slots", "nodes", "width", "kv_heads"]  # of the data: they must not choose what is compiled
+# of the data: they must not choose what is compiled
+_SIZES = ["queries", "slots", "nodes", "width", "kv_heads"]
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _dot(a, b, acc=None):
     """acc + a @ b in float32; float32 inputs are not rounded."""
-    if _INTERPRETED:  # which multiplies the bits of bfloat16 as if they were integers
+    # which multiplies the bits of bfloat16 as if they were integers
+    if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def _load(pointer, offset, there, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BLOCK_D] from `offset` [rows]; if MASKED, zeros where not `there`. Zeros in columns from D on."""
+    """[rows, BLOCK_D] from `offset` [rows]; if MASKED, zeros where not `there`.
+
+    Zeros in columns from D on.
+    """
     d = tl.arange(0, BLOCK_D)
     pointers = pointer + offset[:, None] + d[None, :]
     if MASKED:
@@ -52,7 +61,8 @@ def _store(pointer, offset, value, there, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _slots(pointer, at, stop, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+def _slots(pointer, at, stop, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+BLOCK_N: tl.constexpr,
            MASKED: tl.constexpr):  # fmt: skip
     """[BLOCK_N, BLOCK_D] slots from `at` on, of one head; if MASKED, zeros from `stop` on."""
     n = tl.arange(0, BLOCK_N)
@@ -78,8 +88,8 @@ def _rows(block, kv_head, key, order, queries, kv_heads, G: tl.constexpr, BLOCK_
 
 @triton.jit
 def _walk(start, end, BLOCK_N: tl.constexpr):
-    """(lo, whole, whole_end, hi): the slots that a block of rows sees are in lo : hi, and every row that sees any sees
-    whole : whole_end, a number of blocks."""
+    """(lo, whole, whole_end, hi): the slots that a block of rows sees are in lo : hi, and every row
+    that sees any sees whole : whole_end, a number of blocks."""
     lo, hi = tl.min(start, 0), tl.max(end, 0)
     whole = tl.max(tl.where(end > start, start, 0), 0)
     seen_by_all = tl.min(tl.where(end > start, end, hi), 0)
@@ -90,14 +100,19 @@ def _walk(start, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _next(at, start, end, whole, whole_end, hi):
-    """The first slot from `at` on that some row sees, outside of whole : whole_end; hi if there is none."""
+    """The first slot from `at` on that some row sees, outside of whole : whole_end; hi if there is
+    none.
+    """
     at = tl.min(tl.where(end > at, tl.maximum(start, at), hi), 0)
     return tl.where((at >= whole) & (at < whole_end), whole_end, at)
 
 
 @triton.jit
 def _count(at, start, end, whole, whole_end, hi, BLOCK_N: tl.constexpr):
-    """How many blocks of slots _next leads through from `at` on. Known ahead, loads of the next block can be early."""
+    """How many blocks of slots _next leads through from `at` on.
+
+    Known ahead, loads of the next block can be early.
+    """
     count = 0
     while at < hi:
         at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
@@ -116,8 +131,9 @@ def _visible(at, stop, start, end, BLOCK_N: tl.constexpr):
 def _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N: tl.constexpr):
     """(node and key head in [M, Hkv], it exists), each [BLOCK_N], of a block of columns.
 
-    A column is one ancestor of one sorted query. All rows of a block meet the columns of all of its queries on tensor
-    cores, which costs less than products of their own outside of them, and G rows share what is gathered.
+    A column is one ancestor of one sorted query. All rows of a block meet the columns of all of its
+    queries on tensor cores, which costs less than products of their own outside of them, and G rows
+    share what is gathered.
     """
     column = at + tl.arange(0, BLOCK_N)
     node = tl.load(ancestors + column, mask=column < stop, other=-1)
@@ -131,7 +147,8 @@ def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constex
     if MASKED:
         scores = tl.where(visible, scores * qk_scale, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen so far: no -inf minus -inf
+        # nothing seen so far: no -inf minus -inf
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
         p = tl.exp2(scores - shift[:, None])
     else:
         higher = tl.maximum(top, tl.max(scores, 1) * qk_scale)
@@ -146,7 +163,8 @@ def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constex
 def tree_attention_fwd_kernel(
     q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse,
     qk_scale, queries, width, kv_heads,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A block of rows: o and lse. The last blocks of a sequence see most, so they start first."""
     kv_head = tl.program_id(0) % kv_heads
@@ -162,7 +180,8 @@ def tree_attention_fwd_kernel(
         k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
         v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
         top, total, acc = _attend(q_rows, k, v, None, top, total, acc, qk_scale, False)
-    sees = end > start  # the others took part in the loop above
+    # the others took part in the loop above
+    sees = end > start
     top, total = tl.where(sees, top, float("-inf")), tl.where(sees, total, 0.0)
     acc = tl.where(sees[:, None], acc, 0.0)
     at = _next(lo, start, end, whole, whole_end, hi)
@@ -174,7 +193,8 @@ def tree_attention_fwd_kernel(
         top, total, acc = _attend(q_rows, k, v, visible, top, total, acc, qk_scale, True)
         at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
 
-    column = row // G * width  # the first of each row's
+    # the first of each row's
+    column = row // G * width
     stop = tl.minimum(tl.max(column, 0) + width, queries * width)
     for at in range(tl.min(column, 0), stop, BLOCK_N):
         node, there = _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N)
@@ -190,7 +210,9 @@ def tree_attention_fwd_kernel(
 
 
 @triton.jit
-def _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, MASKED: tl.constexpr):
+def _q_gradient(
+    q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, MASKED: tl.constexpr
+):
     """acc + dS K, dS without the scale."""
     exponent = _dot(q_rows, tl.trans(k)) * qk_scale - lse_rows[:, None]
     if MASKED:
@@ -204,9 +226,13 @@ def _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_sc
 def tree_attention_bwd_q_kernel(
     q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse, do, delta, dq,
     scale, qk_scale, queries, width, kv_heads,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows: dq, and delta for the kernels after this one. Walks as the forward kernel does."""
+    """A block of rows: dq, and delta for the kernels after this one.
+
+    Walks as the forward kernel does.
+    """
     kv_head = tl.program_id(0) % kv_heads
     block = (tl.num_programs(0) - 1 - tl.program_id(0)) // kv_heads
     row, live, index, start, end = _rows(block, kv_head, key, order, queries, kv_heads, G, BLOCK_M)
@@ -219,7 +245,8 @@ def tree_attention_bwd_q_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     lo, whole, whole_end, hi = _walk(start, end, BLOCK_N)
-    slot_lse = tl.where(end > start, lse_rows, float("inf"))  # no slots: their probabilities are 0
+    # no slots: their probabilities are 0
+    slot_lse = tl.where(end > start, lse_rows, float("inf"))
     for at in range(whole, whole_end, BLOCK_N):
         k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
         v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
@@ -233,7 +260,8 @@ def tree_attention_bwd_q_kernel(
         acc = _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, True)
         at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
 
-    column = row // G * width  # the first of each row's
+    # the first of each row's
+    column = row // G * width
     stop = tl.minimum(tl.max(column, 0) + width, queries * width)
     for at in range(tl.min(column, 0), stop, BLOCK_N):
         node, there = _ancestors(ancestors, at, stop, kv_head, kv_heads, BLOCK_N)
@@ -247,12 +275,19 @@ def tree_attention_bwd_q_kernel(
 @triton.jit
 def _slot_gradients(
     row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries, kv_head, kv_heads,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk + dS^T Q (dS without the scale) and dv + P^T dO of a block of slots, over the rows from `row` on."""
+    """dk + dS^T Q (dS without the scale) and dv + P^T dO of a block of slots, over the rows from
+    `row` on.
+    """
     row += tl.arange(0, BLOCK_M)
     live = row < queries * G if MASKED else None
-    index = tl.load(order + row // G, mask=live, other=0 if MASKED else None) * (kv_heads * G) + kv_head * G + row % G
+    index = (
+        tl.load(order + row // G, mask=live, other=0 if MASKED else None) * (kv_heads * G)
+        + kv_head * G
+        + row % G
+    )
     q_rows = _load(q, index * D, live, D, BLOCK_D, MASKED)
     lse_rows = tl.load(lse + index, mask=live)
     exponent = _dot(k, tl.trans(q_rows)) * qk_scale - lse_rows[None, :]
@@ -273,14 +308,20 @@ def _slot_gradients(
 def tree_attention_bwd_slots_kernel(
     q, slot_k, slot_v, do, lse, delta, key, order, ranges, dslot_k, dslot_v,
     scale, qk_scale, queries, slots, kv_heads,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of slots: dk and dv, over the sorted rows that may see it (`ranges`, see rows_of_slots)."""
+    """A block of slots: dk and dv, over the sorted rows that may see it (`ranges`, see
+    rows_of_slots).
+    """
     kv_head = tl.program_id(0) % kv_heads
     ranges += tl.program_id(0) // kv_heads * 5
     at = tl.load(ranges).to(tl.int32) * BLOCK_N
     lo, hi = (tl.load(ranges + 1) * G).to(tl.int32), (tl.load(ranges + 4) * G).to(tl.int32)
-    whole, whole_end = (tl.load(ranges + 2) * G).to(tl.int32), (tl.load(ranges + 3) * G).to(tl.int32)
+    whole, whole_end = (
+        (tl.load(ranges + 2) * G).to(tl.int32),
+        (tl.load(ranges + 3) * G).to(tl.int32),
+    )
     whole = lo + tl.cdiv(tl.maximum(whole - lo, 0), BLOCK_M) * BLOCK_M
     length = tl.maximum(whole_end - whole, 0) // BLOCK_M * BLOCK_M
     whole = tl.where(length > 0, whole, lo)
@@ -293,10 +334,12 @@ def tree_attention_bwd_slots_kernel(
     before = (whole - lo) // BLOCK_M
     for i in range(before + tl.cdiv(tl.maximum(hi - whole_end, 0), BLOCK_M)):
         row = tl.where(i < before, lo, whole_end - before * BLOCK_M) + i * BLOCK_M
-        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries,
+        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale,
+        queries,
                                  kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, True)  # fmt: skip
     for row in range(whole, whole_end, BLOCK_M):
-        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries,
+        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale,
+        queries,
                                  kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, False)  # fmt: skip
     offset = (slot.to(tl.int64) * kv_heads + kv_head) * D
     _store(dslot_k, offset, (dk * scale).to(dslot_k.dtype.element_ty), slot < slots, D, BLOCK_D)
@@ -337,21 +380,31 @@ def tree_attention_bwd_nodes_kernel(
     _store(dnode_v, offset, dv.to(dnode_v.dtype.element_ty), real, D, BLOCK_D)
 
 
-def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
-    """(name, kernel, arguments, constexprs, options) of what is launched on a device of `capability`, to compile it
-    without one: four query heads for each key head, head sizes 64, 96, 128, 256. 16 bits compile alike, whichever."""
+def specialisations(
+    capability: tuple[int, int],
+) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
+    """(name, kernel, arguments, constexprs, options) of what is launched on a device of
+    `capability`, to compile it without one: four query heads for each key head, head sizes 64, 96,
+    128, 256. 16 bits compile alike, whichever."""
     kernels = (tree_attention_fwd_kernel, tree_attention_bwd_q_kernel,
                tree_attention_bwd_slots_kernel, tree_attention_bwd_nodes_kernel)  # fmt: skip
-    head_dims = {torch.bfloat16: (64, 96, 128, 256), torch.float16: (128,), torch.float32: (64, 128, 256)}
+    head_dims = {
+        torch.bfloat16: (64, 96, 128, 256),
+        torch.float16: (128,),
+        torch.float32: (64, 128, 256),
+    }
     for dtype in DTYPES:
         for head_dim in head_dims[dtype]:
             rows, index = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
                            (((8, 4, head_dim), dtype), ((8, 1), torch.int64)))  # fmt: skip
             floats = dict.fromkeys(("q", "o", "do", "dq"), rows)
-            floats |= dict.fromkeys([d + x for d in ("", "d") for x in ("slot_k", "slot_v", "node_k", "node_v")],
+            floats |= dict.fromkeys([d + x for d in ("", "d") for x in ("slot_k", "slot_v",
+            "node_k", "node_v")],
                                     rows[:, :1])  # fmt: skip
             floats |= dict.fromkeys(("lse", "delta"), rows.float())
-            indices = dict.fromkeys(("key", "order", "ancestors", "ranges", "first", "query"), index)
+            indices = dict.fromkeys(
+                ("key", "order", "ancestors", "ranges", "first", "query"), index
+            )
             for kernel in kernels:
                 name = kernel.__name__.removeprefix("tree_attention_").removesuffix("_kernel")
                 yield (f"{name} {str(dtype).removeprefix('torch.')} D={head_dim}", kernel,

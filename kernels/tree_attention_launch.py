@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-_BLOCKS = {  # capability: kernel: (rows, keys, warps, stages) for heads up to 64, 128, 256
+# capability: kernel: (rows, keys, warps, stages) for heads up to 64, 128, 256
+_BLOCKS = {
     8: {
         "fwd": [(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         "bwd_q": [(128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)],
@@ -28,17 +29,22 @@ _BLOCKS = {  # capability: kernel: (rows, keys, warps, stages) for heads up to 6
 _SMALL = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
 
 
-def blocks(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of a block of `kernel`: "fwd", "bwd_q", "bwd_slots" or "bwd_nodes".
+def blocks(
+    kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(rows, keys, warps, stages) of a block of `kernel`: "fwd", "bwd_q", "bwd_slots" or
+    "bwd_nodes".
 
-    A table and no search at run time: the same on every machine of a kind. Its sizes are the largest that the compiler
-    fits into registers, by its own count; no measurement on a GPU stands behind them yet. What is not 8.0, 9.0 or 10.x
-    has 99 KiB of shared memory for a block and takes small ones.
+    A table and no search at run time: the same on every machine of a kind. Its sizes are the
+    largest that the compiler fits into registers, by its own count; no measurement on a GPU stands
+    behind them yet. What is not 8.0, 9.0 or 10.x has 99 KiB of shared memory for a block and takes
+    small ones.
     """
     if kernel == "bwd_nodes":
         return 8 if head_dim > 128 else 16, 1, 4, 2
     if dtype == torch.float32:
-        return (32, 32, 8, 1) if head_dim <= 128 else (16, 16, 8, 1)  # no tensor cores: for tests
+        # no tensor cores: for tests
+        return (32, 32, 8, 1) if head_dim <= 128 else (16, 16, 8, 1)
     size = 0 if head_dim <= 64 else 1 if head_dim <= 128 else 2
     if capability in ((8, 0), (9, 0)) or capability[0] == 10:
         return _BLOCKS[capability[0]][kernel][size]
@@ -54,15 +60,21 @@ def constants(kernel, like: Tensor, capability: tuple[int, int] | None = None) -
     rows, keys, warps, stages = blocks(name, head_dim, like.dtype, capability)
     padded = max(16, triton.next_power_of_2(head_dim))
     constexprs = {"D": head_dim, "BLOCK_D": padded, "BLOCK_M": rows, "BLOCK_N": keys}
-    # fused multiply-adds are Triton's default, which it changes: said here, it is the same for all versions
+    # fused multiply-adds are Triton's default, which it changes: said here, it is the same for all
+    # versions
     return constexprs, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def arguments(kernel, scale: float, tensors: dict[str, Tensor], capability=None) -> tuple[dict, dict, dict]:
-    """(arguments, constexprs, options) of a launch over `tensors`, of which a kernel takes those that it names."""
+def arguments(
+    kernel, scale: float, tensors: dict[str, Tensor], capability=None
+) -> tuple[dict, dict, dict]:
+    """(arguments, constexprs, options) of a launch over `tensors`, of which a kernel takes those
+    that it names.
+    """
     q, slot_k, node_k = tensors["q"], tensors["slot_k"], tensors["node_k"]
     ancestors = tensors.get("ancestors")
-    sizes = {"queries": len(q), "slots": len(slot_k), "nodes": len(node_k), "kv_heads": slot_k.shape[1],
+    sizes = {"queries": len(q), "slots": len(slot_k), "nodes": len(node_k),
+    "kv_heads": slot_k.shape[1],
              "width": 0 if ancestors is None else ancestors.shape[1],
              "scale": float(scale), "qk_scale": scale * math.log2(math.e)}  # fmt: skip
     constexprs, options = constants(kernel, q, capability)

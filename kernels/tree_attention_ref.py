@@ -1,10 +1,13 @@
-"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in the tree.
+"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in
+the tree.
 
-Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key heads, D head.
+Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
+    heads, D head.
 
-One softmax runs over both parts. Level 0 (every slot over the slots before it) is the same call without ancestors.
-Memory is linear in Q + T + M: blocks of query rows are scored against their own prefix, `o` and the log-sum-exp of
-every row are kept, and the backward pass computes the scores again. Formulas are in README.md of this folder.
+One softmax runs over both parts. Level 0 (every slot over the slots before it) is the same call
+without ancestors. Memory is linear in Q + T + M: blocks of query rows are scored against their own
+prefix, `o` and the log-sum-exp of every row are kept, and the backward pass computes the scores
+again. Formulas are in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -14,18 +17,26 @@ import torch
 from torch import Tensor
 
 BLOCK_QUERIES = 64
-BLOCK_SCORES = 1 << 20  # scores alive at a time, over all heads
+# scores alive at a time, over all heads
+BLOCK_SCORES = 1 << 20
 _Group = tuple[Tensor, Tensor, Tensor, int, list[tuple[int, int]]]
 
 
-def tree_attention_ref(q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale) -> Tensor:
-    """`tree_attention` in plain PyTorch, on any device. Computes in float32, or in float64 if q is."""
+def tree_attention_ref(
+    q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+) -> Tensor:
+    """`tree_attention` in plain PyTorch, on any device.
+
+    Computes in float32, or in float64 if q is.
+    """
     if ancestors is None:
         ancestors = q.new_empty((len(q), 0), dtype=torch.int64)
         node_k = node_v = slot_k[:0]
     elif not len(node_k):
         ancestors = ancestors[:, :0]
-    return _TreeAttention.apply(q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale)
+    return _TreeAttention.apply(
+        q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+    )
 
 
 class _TreeAttention(torch.autograd.Function):
@@ -33,7 +44,9 @@ class _TreeAttention(torch.autograd.Function):
     def forward(ctx, q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         groups = _plan(slot_start, slot_end, q.shape[1])
-        o, lse = _forward(*(x.to(dtype) for x in (q, slot_k, slot_v, node_k, node_v)), ancestors, scale, groups)
+        o, lse = _forward(
+            *(x.to(dtype) for x in (q, slot_k, slot_v, node_k, node_v)), ancestors, scale, groups
+        )
         ctx.save_for_backward(q, slot_k, slot_v, node_k, node_v, ancestors, o, lse)
         ctx.groups, ctx.scale, ctx.dtype = groups, scale, dtype
         return o.to(q.dtype)
@@ -47,10 +60,11 @@ class _TreeAttention(torch.autograd.Function):
 
 
 def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
-    """Blocks of queries of one sequence with similar prefixes, in groups of blocks with prefixes of similar length.
+    """Blocks of queries of one sequence with similar prefixes, in groups of blocks with prefixes of
+    similar length.
 
-    A group is (rows [B, R], -1 where padded; keys [B, C]; limit [B, R]: keys that each row sees; the number of keys
-    that every row sees; spans: each block's (first slot, slots)).
+    A group is (rows [B, R], -1 where padded; keys [B, C]; limit [B, R]: keys that each row sees;
+    the number of keys that every row sees; spans: each block's (first slot, slots)).
     """
     device = slot_start.device
     start, end = slot_start.cpu().numpy(), slot_end.cpu().numpy()
@@ -62,10 +76,13 @@ def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
     longest = int((end - start).max())
     block = int(np.clip(BLOCK_SCORES // (heads * longest), 1, BLOCK_QUERIES))
     first_of_sequence = np.flatnonzero(np.r_[True, start[1:] != start[:-1]])
-    rank = np.arange(len(order)) - np.repeat(first_of_sequence, np.diff(np.r_[first_of_sequence, len(order)]))
+    rank = np.arange(len(order)) - np.repeat(
+        first_of_sequence, np.diff(np.r_[first_of_sequence, len(order)])
+    )
     first = np.flatnonzero(rank % block == 0)
     rows = np.diff(np.r_[first, len(order)])
-    slots = end[first + rows - 1] - start[first]  # the last row of a block sees most
+    # the last row of a block sees most
+    slots = end[first + rows - 1] - start[first]
     by_length = np.argsort(-slots, kind="stable")
     groups, at = [], 0
     while at < len(by_length):
@@ -81,7 +98,13 @@ def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
         limit = np.where(real, end[index] - start[index], most)
         spans = list(zip(start[first[members]].tolist(), slots[members].tolist(), strict=True))
         host = (np.where(real, order[index], -1), keys, limit)
-        groups.append((*(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in host), int(limit.min()), spans))
+        groups.append(
+            (
+                *(torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in host),
+                int(limit.min()),
+                spans,
+            )
+        )
     return groups
 
 
@@ -95,7 +118,11 @@ def _blocks(x: Tensor, rows: Tensor, kv_heads: int) -> Tensor:
 def _unblock(x: Tensor, rows: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """The inverse of `_blocks` without the padding: row numbers [N] and values [N, Hq, D]."""
     b, r = rows.shape
-    x = x.view(b, kv_heads, -1, r, x.shape[-1]).permute(0, 3, 1, 2, 4).reshape(b * r, -1, x.shape[-1])
+    x = (
+        x.view(b, kv_heads, -1, r, x.shape[-1])
+        .permute(0, 3, 1, 2, 4)
+        .reshape(b * r, -1, x.shape[-1])
+    )
     rows = rows.flatten()
     real = (rows >= 0).nonzero().squeeze(1)
     return rows[real], x[real]
@@ -104,14 +131,20 @@ def _unblock(x: Tensor, rows: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
 def _key_blocks(x: Tensor, keys: Tensor) -> Tensor:
     """Rows of x [T, Hkv, D] as [B * Hkv, C, D]."""
     b, c = keys.shape
-    return x.index_select(0, keys.flatten()).view(b, c, *x.shape[1:]).transpose(1, 2).reshape(-1, c, x.shape[2])
+    return (
+        x.index_select(0, keys.flatten())
+        .view(b, c, *x.shape[1:])
+        .transpose(1, 2)
+        .reshape(-1, c, x.shape[2])
+    )
 
 
 def _scores(q: Tensor, k: Tensor, limit: Tensor, shared: int) -> Tensor:
     """Scores [B * Hkv, G * R, C] of scaled queries, -inf beyond each row's limit."""
     scores = torch.bmm(q, k.transpose(1, 2))
     b, r = limit.shape
-    hidden = torch.arange(shared, k.shape[1], device=k.device) >= limit[..., None]  # [B, R, C - shared]
+    # [B, R, C - shared]
+    hidden = torch.arange(shared, k.shape[1], device=k.device) >= limit[..., None]
     scores.view(b, -1, r, k.shape[1])[..., shared:].masked_fill_(hidden[:, None], -torch.inf)
     return scores
 
@@ -124,7 +157,9 @@ def _forward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups):
         top = p.amax(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).min)
         p.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
-        block_o = torch.bmm(p, _key_blocks(slot_v, keys)).div_(total.clamp_min(torch.finfo(p.dtype).tiny))
+        block_o = torch.bmm(p, _key_blocks(slot_v, keys)).div_(
+            total.clamp_min(torch.finfo(p.dtype).tiny)
+        )
         index, block_o = _unblock(block_o, rows, kv_heads)
         o[index] = block_o
         lse[index] = _unblock(total.log_().add_(top), rows, kv_heads)[1].squeeze(-1)
@@ -135,9 +170,12 @@ def _forward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups):
         o *= (lse - whole).exp_()[..., None]
         p = scores.sub_(whole[..., None]).exp_()
         for a in range(ancestors.shape[1]):
-            _per_key_head(o, kv_heads).addcmul_(_per_key_head(p[:, :, a, None], kv_heads), _of(node_v, ancestors[:, a]))
+            _per_key_head(o, kv_heads).addcmul_(
+                _per_key_head(p[:, :, a, None], kv_heads), _of(node_v, ancestors[:, a])
+            )
         return o, whole
-    return o, lse.masked_fill_(lse == -torch.inf, torch.inf)  # +inf: a row that sees nothing has probabilities 0
+    # +inf: a row that sees nothing has probabilities 0
+    return o, lse.masked_fill_(lse == -torch.inf, torch.inf)
 
 
 def _per_key_head(x: Tensor, kv_heads: int) -> Tensor:
@@ -152,35 +190,47 @@ def _of(nodes: Tensor, index: Tensor) -> Tensor:
 def _node_scores(q, node_k, ancestors, scale) -> Tensor:
     """[Q, Hq, A], -inf for missing ancestors."""
     grouped = _per_key_head(q, node_k.shape[1])
-    scores = [(grouped * _of(node_k, ancestors[:, a])).sum(-1).flatten(1) for a in range(ancestors.shape[1])]
+    scores = [
+        (grouped * _of(node_k, ancestors[:, a])).sum(-1).flatten(1)
+        for a in range(ancestors.shape[1])
+    ]
     return torch.stack(scores, -1).mul_(scale).masked_fill_((ancestors < 0)[:, None], -torch.inf)
 
 
 def _backward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups, o, lse, do):
     kv_heads = slot_k.shape[1]
-    dq, dslot_k, dslot_v, dnode_k, dnode_v = map(torch.zeros_like, (q, slot_k, slot_v, node_k, node_v))
+    dq, dslot_k, dslot_v, dnode_k, dnode_v = map(
+        torch.zeros_like, (q, slot_k, slot_v, node_k, node_v)
+    )
     delta = (o * do).sum(-1)  # [Q, Hq]
     for rows, keys, limit, shared, spans in groups:
         block_q, block_do = _blocks(q, rows, kv_heads) * scale, _blocks(do, rows, kv_heads)
         k, v = _key_blocks(slot_k, keys), _key_blocks(slot_v, keys)
         row_lse = _blocks(lse[..., None], rows, kv_heads)
-        row_lse.view(len(rows), -1, rows.shape[1]).masked_fill_((rows < 0)[:, None], torch.inf)  # padding: no gradient
+        # padding: no gradient
+        row_lse.view(len(rows), -1, rows.shape[1]).masked_fill_((rows < 0)[:, None], torch.inf)
         p = _scores(block_q, k, limit, shared).sub_(row_lse).exp_()
         dv = torch.bmm(p.transpose(1, 2), block_do)
-        ds = torch.bmm(block_do, v.transpose(1, 2)).sub_(_blocks(delta[..., None], rows, kv_heads)).mul_(p)
+        ds = (
+            torch.bmm(block_do, v.transpose(1, 2))
+            .sub_(_blocks(delta[..., None], rows, kv_heads))
+            .mul_(p)
+        )
         index, block_dq = _unblock(torch.bmm(ds, k), rows, kv_heads)
         dq[index] = block_dq.mul_(scale)
         dk = torch.bmm(ds.transpose(1, 2), block_q)
         for whole, part in ((dslot_k, dk), (dslot_v, dv)):
             part = part.view(len(spans), kv_heads, -1, part.shape[-1])
-            for b, (first, slots) in enumerate(spans):  # blocks of one sequence overlap, hence one by one
+            # blocks of one sequence overlap, hence one by one
+            for b, (first, slots) in enumerate(spans):
                 whole[first : first + slots] += part[b, :, :slots].transpose(0, 1)
     if ancestors.shape[1]:
         p = _node_scores(q, node_k, ancestors, scale).sub_(lse[..., None]).exp_()
         grouped_q, grouped_do = _per_key_head(q, kv_heads), _per_key_head(do, kv_heads)
         for a in range(ancestors.shape[1]):
             index = ancestors[:, a].clamp_min(0)
-            p_a = _per_key_head(p[:, :, a, None], kv_heads)  # [Q, Hkv, G, 1], 0 for missing ancestors
+            # [Q, Hkv, G, 1], 0 for missing ancestors
+            p_a = _per_key_head(p[:, :, a, None], kv_heads)
             dp = (grouped_do * _of(node_v, index)).sum(-1, keepdim=True)
             ds = (dp - _per_key_head(delta[..., None], kv_heads)).mul_(p_a).mul_(scale)
             _per_key_head(dq, kv_heads).addcmul_(ds, _of(node_k, index))

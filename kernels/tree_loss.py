@@ -1,10 +1,12 @@
 """Final norm, draft head and the distance to the target's distribution, fused over chunks of rows.
 
-Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, Ht the target's hidden
+Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, Ht
+    the target's hidden
 size, K kept target logits.
 
-Logits exist for one chunk of rows at a time. cuBLAS multiplies, Triton does everything between the products
-(tree_loss_kernels.py); off CUDA the references run (tree_loss_ref.py). Gradients are computed in the forward pass.
+Logits exist for one chunk of rows at a time. cuBLAS multiplies, Triton does everything between the
+products (tree_loss_kernels.py); off CUDA the references run (tree_loss_ref.py). Gradients are
+computed in the forward pass.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from torch import Tensor
 
 __all__ = ["DISTANCES", "TreeLoss", "tree_loss", "tree_loss_exact"]
 
-CHUNK_LOGITS = 1 << 27  # logits alive at a time, the draft's and an exact target's together
-WEIGHT_GROUPS = 64  # partial sums of the norm weight's gradient
+# logits alive at a time, the draft's and an exact target's together
+CHUNK_LOGITS = 1 << 27
+# partial sums of the norm weight's gradient
+WEIGHT_GROUPS = 64
 
 
 def tree_loss(
@@ -51,22 +55,31 @@ def tree_loss(
     distance: str | Mapping[str, float],
     eps: float,
 ) -> TreeLoss:
-    """Distances between softmax(head_weight @ rms_norm(state)) and the targets, and their weighted sum.
+    """Distances between softmax(head_weight @ rms_norm(state)) and the targets, and their weighted
+    sum.
 
-    state [R, H] pre-norm; norm_weight [H]; head_weight [VD, H]; topk_ids int64 [R, K], DRAFT ids, largest logit first,
-    -1 where the draft has no such token, no id twice in a row; topk_logits [R, K]; logsumexp [R] over the target's
-    whole vocabulary; weight [R]; eps of the norm. distance: one of DISTANCES, or a mixture such as
-    {"forward_kl": 0.5, "tv": 0.5}. Raises ValueError for a distance that does not exist.
+    state [R, H] pre-norm; norm_weight [H]; head_weight [VD, H]; topk_ids int64 [R, K], DRAFT ids,
+    largest logit first, -1 where the draft has no such token, no id twice in a row; topk_logits [R,
+    K]; logsumexp [R] over the target's whole vocabulary; weight [R]; eps of the norm. distance: one
+    of DISTANCES, or a mixture such as {"forward_kl": 0.5, "tv": 0.5}. Raises ValueError for a
+    distance that does not exist.
     """
     if not (use_kernels(state) and use_kernels(head_weight)):
-        return tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps)
+        return tree_loss_ref(
+            state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps
+        )
     shares = shares_of(distance)
-    topk_ids, topk_logits, logsumexp = (t.contiguous() for t in (topk_ids, topk_logits, logsumexp.float()))
+    topk_ids, topk_logits, logsumexp = (
+        t.contiguous() for t in (topk_ids, topk_logits, logsumexp.float())
+    )
     k = topk_ids.shape[1]
 
-    def score(part: slice, z: Tensor, dz: Tensor, row_weight: Tensor, out: TreeLoss, grads: bool) -> None:
+    def score(
+        part: slice, z: Tensor, dz: Tensor, row_weight: Tensor, out: TreeLoss, grads: bool
+    ) -> None:
         _launch(
-            topk_loss_kernel, (len(z),), z, dz, topk_ids[part], topk_logits[part], logsumexp[part], row_weight,
+            topk_loss_kernel, (len(z),), z, dz, topk_ids[part], topk_logits[part], logsumexp[part],
+            row_weight,
             out.loss[part], out.acceptance[part], out.argmax[part],
             z.shape[1], k, z.stride(0), dz.stride(0), *shares, GRADS=grads, KP=padded(k),
         )  # fmt: skip
@@ -86,12 +99,13 @@ def tree_loss_exact(
     distance: str | Mapping[str, float],
     eps: float,
 ) -> TreeLoss:
-    """`tree_loss` to the target's whole distribution softmax(target_head @ target_state); nothing is approximate.
+    """`tree_loss` to the target's whole distribution softmax(target_head @ target_state); nothing
+    is approximate.
 
-    target_state [R, Ht], the target's last hidden state after its own final norm; target_head [V, Ht]; target_ids
-    int64 [VD], the target's id of every draft id, none twice, or None where both are the same vocabulary. The target
-    gets no gradients. The rest is as in `tree_loss`; its greedy label is the argmax over all of V, and `acceptance`
-    is exact.
+    target_state [R, Ht], the target's last hidden state after its own final norm; target_head [V,
+    Ht]; target_ids int64 [VD], the target's id of every draft id, none twice, or None where both
+    are the same vocabulary. The target gets no gradients. The rest is as in `tree_loss`; its greedy
+    label is the argmax over all of V, and `acceptance` is exact.
     """
     target = target_state, target_head, target_ids
     if not (use_kernels(state) and use_kernels(head_weight) and use_kernels(target_head)):
@@ -106,27 +120,35 @@ def tree_loss_exact(
     flags = {"REDUCED": target_ids is not None, "SUMS": bool(shares[1] or shares[2])}
     buffer: list[Tensor] = []
 
-    def score(part: slice, z: Tensor, dz: Tensor, row_weight: Tensor, out: TreeLoss, grads: bool) -> None:
-        if not buffer:  # the first chunk is the longest
+    def score(
+        part: slice, z: Tensor, dz: Tensor, row_weight: Tensor, out: TreeLoss, grads: bool
+    ) -> None:
+        # the first chunk is the longest
+        if not buffer:
             buffer.append(_logits(len(z), vocab, torch.float32, z.device))
         t = buffer[0][: len(z)]
         _product(target_state[part], target_head.T, t)
         _launch(
             exact_loss_kernel, (len(z),), z, dz, t, target_ids, draft_ids, row_weight,
             out.loss[part], out.acceptance[part], out.argmax[part], label[part],
-            z.shape[1], vocab, z.stride(0), dz.stride(0), t.stride(0), *shares, GRADS=grads, **flags,
+            z.shape[1], vocab, z.stride(0), dz.stride(0), t.stride(0), *shares, GRADS=grads,
+            **flags,
         )  # fmt: skip
 
     result = _fused(state, norm_weight, head_weight, weight, eps, score, len(head_weight) + vocab)
     return result._replace(greedy_match=result.argmax == label)
 
 
-def _fused(state, norm_weight, head_weight, weight, eps: float, score: Callable, logits_per_row: int) -> TreeLoss:
-    """The result without greedy_match. score(part, z, dz, weight, result, grads) fills the result's rows `part` from
-    logits z [r, VD], and dz with weight * d(loss) / dz."""
+def _fused(
+    state, norm_weight, head_weight, weight, eps: float, score: Callable, logits_per_row: int
+) -> TreeLoss:
+    """The result without greedy_match. score(part, z, dz, weight, result, grads) fills the result's
+    rows `part` from logits z [r, VD], and dz with weight * d(loss) / dz."""
     inputs = state, norm_weight, head_weight
     grads = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    loss_sum, loss, acceptance, argmax = _Fused.apply(*inputs, weight, eps, grads, score, logits_per_row)
+    loss_sum, loss, acceptance, argmax = _Fused.apply(
+        *inputs, weight, eps, grads, score, logits_per_row
+    )
     return TreeLoss(loss_sum, loss, None, acceptance, argmax)
 
 
@@ -136,12 +158,19 @@ class _Fused(torch.autograd.Function):
         with torch.cuda.device_of(state):
             (rows, hidden), vocab, device = state.shape, len(head_weight), state.device
             x, g, weight = state.contiguous(), norm_weight.contiguous(), weight.float()
-            loss, acceptance, r = (torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3))
-            out = TreeLoss(None, loss, None, acceptance, torch.empty(rows, dtype=torch.int64, device=device))
+            loss, acceptance, r = (
+                torch.empty(rows, dtype=torch.float32, device=device) for _ in range(3)
+            )
+            out = TreeLoss(
+                None, loss, None, acceptance, torch.empty(rows, dtype=torch.int64, device=device)
+            )
             y = torch.empty(rows, hidden, dtype=head_weight.dtype, device=device)
             _launch(norm_fwd_kernel, (rows,), x, g, y, r, hidden, eps)
-            # Until the backward pass gradients are in units of the largest weight: float16 lacks small numbers.
-            unit = torch.cat([weight.abs(), weight.new_full((1,), torch.finfo(torch.float32).tiny)]).max()
+            # Until the backward pass gradients are in units of the largest weight: float16 lacks
+            # small numbers.
+            unit = torch.cat(
+                [weight.abs(), weight.new_full((1,), torch.finfo(torch.float32).tiny)]
+            ).max()
             row_weight = weight / unit
             want_dy, want_dw = grads[0] or grads[1], grads[2]
             dy = torch.empty(rows, hidden, dtype=torch.float32, device=device) if want_dy else None
@@ -163,10 +192,13 @@ class _Fused(torch.autograd.Function):
             dg = None
             if grads[1]:
                 each = max(1, triton.cdiv(rows, WEIGHT_GROUPS))
-                dg = torch.empty(triton.cdiv(rows, each), hidden, dtype=torch.float32, device=device)
+                dg = torch.empty(
+                    triton.cdiv(rows, each), hidden, dtype=torch.float32, device=device
+                )
                 groups = len(dg)
                 _launch(
-                    norm_weight_bwd_kernel, lambda sizes: (triton.cdiv(hidden, sizes["BLOCK"]), groups),
+                    norm_weight_bwd_kernel,
+                    lambda sizes: (triton.cdiv(hidden, sizes["BLOCK"]), groups),
                     dy, x, r, dg, rows, hidden, each,
                 )  # fmt: skip
                 dg = dg.sum(0)
@@ -205,7 +237,8 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:  # the interpreter: torch has no such product on a CPU
+    else:
+        # the interpreter: torch has no such product on a CPU
         torch.mm(a.float(), b.float(), out=out)
 
 
@@ -222,6 +255,8 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 def _launch(kernel, grid, *args, **constexprs) -> None:
     """Run with the launch parameters of `blocks`; nothing where there are no rows."""
     device = args[0].device
-    sizes = blocks(kernel, torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
+    sizes = blocks(
+        kernel, torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    )
     if len(args[0]):
         kernel[grid](*args, **constexprs, **sizes)

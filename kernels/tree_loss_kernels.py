@@ -1,9 +1,11 @@
-"""Triton kernels of tree_loss: the norm with its backward pass, and the distances with their gradients.
+"""Triton kernels of tree_loss: the norm with its backward pass, and the distances with their
+gradients.
 
 Dimensions: R rows, H hidden, VD draft vocabulary, V target vocabulary, K kept target logits.
 
-The products with the head are cuBLAS's (tree_loss.py); here is everything between them. One program reads one row of
-logits, a tile at a time; rows are addressed in int64, columns in int32. Formulas are in README.md of this folder.
+The products with the head are cuBLAS's (tree_loss.py); here is everything between them. One program
+reads one row of logits, a tile at a time; rows are addressed in int64, columns in int32. Formulas
+are in README.md of this folder.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import triton.language as tl
 from aurora_kernels.tree_loss_ref import LOG_P_FLOOR, MIN_COVERED, P_TAIL_FLOOR
 from triton.runtime.jit import JITFunction
 
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite: differences with it are never NaN
+# finite: differences with it are never NaN
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LOG_P_FLOOR = tl.constexpr(LOG_P_FLOOR)
 _P_TAIL_FLOOR = tl.constexpr(P_TAIL_FLOOR)
@@ -24,14 +27,20 @@ _MIN_COVERED = tl.constexpr(MIN_COVERED)
 
 
 def blocks(kernel: JITFunction, capability: tuple[int, int] | None) -> dict[str, int]:
-    """Launch parameters on a GPU of this capability; None: the interpreter, with small tiles so that tests cross them.
+    """Launch parameters on a GPU of this capability; None: the interpreter, with small tiles so
+    that tests cross them.
 
-    No measurement on a GPU stands behind the sizes yet. By the compiler's count of registers (40 to 48 a thread) five
-    programs or more that read a row of logits fit on a multiprocessor, each with 4 kB of loads in flight per operand.
+    No measurement on a GPU stands behind the sizes yet. By the compiler's count of registers (40 to
+    48 a thread) five programs or more that read a row of logits fit on a multiprocessor, each with
+    4 kB of loads in flight per operand.
     """
     name = kernel.__name__
     if name == "norm_weight_bwd_kernel":
-        return {"BLOCK_R": 2, "BLOCK": 8} if capability is None else {"BLOCK_R": 32, "BLOCK": 64, "num_warps": 4}
+        return (
+            {"BLOCK_R": 2, "BLOCK": 8}
+            if capability is None
+            else {"BLOCK_R": 32, "BLOCK": 64, "num_warps": 4}
+        )
     if capability is None:
         return {"BLOCK": 16}
     if name.startswith("norm"):
@@ -78,8 +87,12 @@ def norm_bwd_kernel(dy, x, g, scale, H, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def norm_weight_bwd_kernel(dy, x, scale, dg, R, H, rows_each, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr):
-    """dg[group, cols] = sum of dy x r over the group's rows_each rows: partial sums, so that no order is left open."""
+def norm_weight_bwd_kernel(
+    dy, x, scale, dg, R, H, rows_each, BLOCK_R: tl.constexpr, BLOCK: tl.constexpr
+):
+    """dg[group, cols] = sum of dy x r over the group's rows_each rows: partial sums, so that no
+    order is left open.
+    """
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     group = tl.program_id(1).to(tl.int64)
     sums = tl.zeros([BLOCK_R, BLOCK], tl.float32)
@@ -104,7 +117,9 @@ def _fold(x, top, total):
 
 @triton.jit
 def _row_statistics(row, n, BLOCK: tl.constexpr):
-    """(maximum, sum of exp(x - maximum), first argmax) of row[:n]; (lowest, 0, ..) where all of it is -inf."""
+    """(maximum, sum of exp(x - maximum), first argmax) of row[:n]; (lowest, 0, ..) where all of it
+    is -inf.
+    """
     top = tl.full([BLOCK], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     first = tl.zeros([BLOCK], tl.int32)
@@ -123,17 +138,21 @@ def topk_loss_kernel(
     VD, K, z_stride, dz_stride, forward_kl, reverse_kl, tv, greedy,
     GRADS: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row against K kept target logits and one bucket for the rest; dz = weight * d(loss) / d(logits).
+    """One row against K kept target logits and one bucket for the rest; dz = weight * d(loss) /
+    d(logits).
 
-    The kept logits are taken out of z (which is overwritten), so that what is summed over the row is the tail alone.
-    KP is a power of two from K on; the distances' names hold their shares of the mixture. dz may be z.
+    The kept logits are taken out of z (which is overwritten), so that what is summed over the row
+    is the tail alone. KP is a power of two from K on; the distances' names hold their shares of the
+    mixture. dz may be z.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
     k = tl.arange(0, KP)
     ids = tl.load(topk_ids + row * K + k, mask=k < K, other=-1)
     real = ids >= 0
-    log_p = tl.load(topk_logits + row * K + k, mask=k < K, other=0.0).to(tl.float32) - tl.load(logsumexp + row)
+    log_p = tl.load(topk_logits + row * K + k, mask=k < K, other=0.0).to(tl.float32) - tl.load(
+        logsumexp + row
+    )
     mass = tl.where(k < K, tl.exp(log_p), 0.0)
     kept = tl.sum(real.to(tl.int32), 0)
     raw_tail = tl.where(kept == VD, 0.0, tl.maximum(1.0 - tl.sum(mass, 0), 0.0))
@@ -143,7 +162,8 @@ def topk_loss_kernel(
     p, p_tail = raw_p / floor, raw_tail / floor
 
     z_kept = tl.load(z + ids, mask=real, other=-float("inf"))
-    tl.debug_barrier()  # every thread has read its kept logits before one of them overwrites them
+    # every thread has read its kept logits before one of them overwrites them
+    tl.debug_barrier()
     tl.store(z + ids, tl.full([KP], -float("inf"), tl.float32), mask=real)
     tl.debug_barrier()
     tail_top, tail_sum, tail_first = _row_statistics(z, VD, BLOCK)
@@ -161,12 +181,16 @@ def topk_loss_kernel(
     q, q_tail = e / total, e_tail / total
     lse = top + tl.log(total)
     log_q = tl.where(real, z_kept - lse, 0.0)
-    log_q_tail = tail_top - lse + tl.log(tl.maximum(tail_sum, 1.0))  # a tail's sum holds its maximum's own 1
-    log_q_tail = tl.where(tail_sum != 0.0, log_q_tail, 0.0)  # not >: NaN is to show
+    # a tail's sum holds its maximum's own 1
+    log_q_tail = tail_top - lse + tl.log(tl.maximum(tail_sum, 1.0))
+    # not >: NaN is to show
+    log_q_tail = tl.where(tail_sum != 0.0, log_q_tail, 0.0)
     acceptance = tl.sum(tl.minimum(raw_p, q), 0) + tl.minimum(raw_tail, q_tail)
     tl.store(acceptance_out + row, tl.minimum(acceptance, 1.0))
 
-    entropy = tl.sum(p * tl.log(tl.maximum(p, _TINY)), 0) + p_tail * tl.log(tl.maximum(p_tail, _TINY))
+    entropy = tl.sum(p * tl.log(tl.maximum(p, _TINY)), 0) + p_tail * tl.log(
+        tl.maximum(p_tail, _TINY)
+    )
     loss = forward_kl * (entropy - tl.sum(p * log_q, 0) - p_tail * log_q_tail)
     log_p = tl.maximum(log_p, _LOG_P_FLOOR) - tl.log(floor)
     part = q * (log_q - log_p)
@@ -182,14 +206,21 @@ def topk_loss_kernel(
         dz += row * dz_stride
         w = tl.where(taught, tl.load(weight + row), 0.0)
         a = reverse_kl * part - forward_kl * p - tv * tl.where(q < p, q, 0.0) - greedy * label
-        a_tail = reverse_kl * part_tail - forward_kl * p_tail - tv * tl.where(q_tail < p_tail, q_tail, 0.0)
+        a_tail = (
+            reverse_kl * part_tail
+            - forward_kl * p_tail
+            - tv * tl.where(q_tail < p_tail, q_tail, 0.0)
+        )
         a_sum = tl.sum(a, 0) + a_tail
         factor = w * (a_tail - q_tail * a_sum) / tl.maximum(tail_sum, 1.0)
         for start in range(0, VD, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             x = tl.load(z + cols, mask=cols < VD, other=-float("inf"))
-            tl.store(dz + cols, (factor * tl.exp(x - tail_top)).to(dz.dtype.element_ty), mask=cols < VD)
-        tl.debug_barrier()  # the tail's zeros at the kept tokens are written before their gradients
+            tl.store(
+                dz + cols, (factor * tl.exp(x - tail_top)).to(dz.dtype.element_ty), mask=cols < VD
+            )
+        # the tail's zeros at the kept tokens are written before their gradients
+        tl.debug_barrier()
         tl.store(dz + ids, (w * (a - q * a_sum)).to(dz.dtype.element_ty), mask=real)
 
 
@@ -199,11 +230,13 @@ def exact_loss_kernel(
     VD, V, z_stride, dz_stride, t_stride, forward_kl, reverse_kl, tv, greedy,
     REDUCED: tl.constexpr, SUMS: tl.constexpr, GRADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of draft logits z against one row of target logits t; dz = weight * d(loss) / d(logits).
+    """One row of draft logits z against one row of target logits t; dz = weight * d(loss) /
+    d(logits).
 
-    REDUCED: draft token j is target token target_ids[j], and draft_ids is the inverse, -1 where there is none; without
-    it they are the same. SUMS: reverse_kl or tv is in the mixture, whose gradients need a sum over the row first.
-    dz may be z.
+    REDUCED: draft token j is target token target_ids[j], and draft_ids is the inverse, -1 where
+        there is none; without
+    it they are the same. SUMS: reverse_kl or tv is in the mixture, whose gradients need a sum over
+    the row first. dz may be z.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
@@ -220,7 +253,9 @@ def exact_loss_kernel(
         for start in range(0, VD, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             ids = tl.load(target_ids + cols, mask=cols < VD, other=0)
-            p_top, p_sum = _fold(tl.load(t + ids, mask=cols < VD, other=-float("inf")), p_top, p_sum)
+            p_top, p_sum = _fold(
+                tl.load(t + ids, mask=cols < VD, other=-float("inf")), p_top, p_sum
+            )
         best = tl.max(p_top, 0)
         p_lse = best + tl.log(tl.sum(p_sum * tl.exp(p_top - best), 0))
         covered = tl.exp(p_lse - t_lse)
@@ -236,11 +271,13 @@ def exact_loss_kernel(
     hard = tl.where(known, greedy, 0.0)
     log_q_label = tl.load(z + label, mask=known, other=0.0) - z_lse
     a_sum = -forward_kl - hard
-    tl.debug_barrier()  # z may be overwritten from here on
+    # z may be overwritten from here on
+    tl.debug_barrier()
 
     accepted = tl.zeros([BLOCK], tl.float32)
     losses = tl.zeros([BLOCK], tl.float32)
-    sums = tl.zeros([BLOCK], tl.float32)  # of the part of a = dL / d log q that p does not determine
+    # of the part of a = dL / d log q that p does not determine
+    sums = tl.zeros([BLOCK], tl.float32)
     for start in range(0, VD, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         log_p, log_q, p, q = _both(z, t, target_ids, cols, VD, z_lse, p_lse, REDUCED)
@@ -272,7 +309,12 @@ def _both(z, t, target_ids, cols, VD, z_lse, p_lse, REDUCED: tl.constexpr):
     ids = tl.load(target_ids + cols, mask=cols < VD, other=0) if REDUCED else cols
     log_p = tl.load(t + ids, mask=cols < VD, other=0.0) - p_lse
     log_q = tl.load(z + cols, mask=cols < VD, other=0.0) - z_lse
-    return log_p, log_q, tl.where(cols < VD, tl.exp(log_p), 0.0), tl.where(cols < VD, tl.exp(log_q), 0.0)
+    return (
+        log_p,
+        log_q,
+        tl.where(cols < VD, tl.exp(log_p), 0.0),
+        tl.where(cols < VD, tl.exp(log_q), 0.0),
+    )
 
 
 def padded(k: int) -> int:
@@ -280,7 +322,9 @@ def padded(k: int) -> int:
     return max(16, triton.next_power_of_2(k))
 
 
-def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
+def specialisations(
+    capability: tuple[int, int],
+) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
     """What the launcher runs on a GPU of this capability, for the compile test."""
 
     def of(name: str, kernel: JITFunction, arguments: dict, **constexprs):
@@ -295,9 +339,20 @@ def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunct
         del norm["g"]
         rows = {"dy": "*fp32", "dg": "*fp32", "R": "i32", "rows_each": "i32"}
         yield of(f"norm weight bwd {dtype}", norm_weight_bwd_kernel, norm | rows)
-        outputs = {"loss_out": "*fp32", "acceptance_out": "*fp32", "argmax_out": "*i64", "weight": "*fp32"}
-        logits = outputs | {"z": "*fp32", "dz": f"*{dtype}", "z_stride": "i32:16", "dz_stride": "i32:16"}
-        logits["VD"] = "i32:16" if dtype == "bf16" else "i32"  # as of real vocabularies, and of odd ones
+        outputs = {
+            "loss_out": "*fp32",
+            "acceptance_out": "*fp32",
+            "argmax_out": "*i64",
+            "weight": "*fp32",
+        }
+        logits = outputs | {
+            "z": "*fp32",
+            "dz": f"*{dtype}",
+            "z_stride": "i32:16",
+            "dz_stride": "i32:16",
+        }
+        # as of real vocabularies, and of odd ones
+        logits["VD"] = "i32:16" if dtype == "bf16" else "i32"
         logits |= dict.fromkeys(("forward_kl", "reverse_kl", "tv", "greedy"), "fp32")
         kept = {"topk_ids": "*i64", "topk_logits": "*fp32", "logsumexp": "*fp32", "K": "i32"}
         for k in (16, 32, 64, 128) if dtype == "bf16" else (32,):
@@ -310,4 +365,11 @@ def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunct
             flags = {"REDUCED": bool(reduced), "SUMS": bool(sums), "GRADS": True}
             yield of(name, exact_loss_kernel, logits | exact | ids, **flags)
     yield of("topk no gradients", topk_loss_kernel, logits | kept, GRADS=False, KP=32)
-    yield of("exact no gradients", exact_loss_kernel, logits | exact, REDUCED=False, SUMS=True, GRADS=False)
+    yield of(
+        "exact no gradients",
+        exact_loss_kernel,
+        logits | exact,
+        REDUCED=False,
+        SUMS=True,
+        GRADS=False,
+    )

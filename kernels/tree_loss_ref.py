@@ -1,10 +1,13 @@
-"""Final norm, draft head and the distance to the target's distribution in plain PyTorch, chunk by chunk of rows.
+"""Final norm, draft head and the distance to the target's distribution in plain PyTorch, chunk by
+chunk of rows.
 
-Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, K kept target logits.
+Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, K
+    kept target logits.
 
-Gradients are computed in the forward pass, so that no [R, VD] tensor is ever kept. Of a top-K target everything beyond
-the kept logits is one bucket, the tail; an exact target has none. With a reduced draft vocabulary the target is
-restricted to it and renormalised. Formulas are in README.md of this folder.
+Gradients are computed in the forward pass, so that no [R, VD] tensor is ever kept. Of a top-K
+target everything beyond the kept logits is one bucket, the tail; an exact target has none. With a
+reduced draft vocabulary the target is restricted to it and renormalised. Formulas are in README.md
+of this folder.
 """
 
 from __future__ import annotations
@@ -16,22 +19,36 @@ import torch
 from torch import Tensor
 
 DISTANCES = ("forward_kl", "reverse_kl", "tv", "greedy")
-CHUNK_LOGITS = 1 << 21  # logits alive at a time
-LOG_P_FLOOR = -100.0  # of a kept token, for reverse_kl
-P_TAIL_FLOOR = 1e-7  # for reverse_kl: float32 cannot tell a smaller tail from none
-MIN_COVERED = 1e-6  # rows whose draft vocabulary holds less of the target's mass teach nothing
+# logits alive at a time
+CHUNK_LOGITS = 1 << 21
+# of a kept token, for reverse_kl
+LOG_P_FLOOR = -100.0
+# for reverse_kl: float32 cannot tell a smaller tail from none
+P_TAIL_FLOOR = 1e-7
+# rows whose draft vocabulary holds less of the target's mass teach nothing
+MIN_COVERED = 1e-6
 
 
 class TreeLoss(NamedTuple):
-    loss_sum: Tensor  # scalar, sum of weight * loss; differentiable in state, norm_weight and head_weight
-    loss: Tensor  # [R], unweighted
-    greedy_match: Tensor  # bool [R], the draft's first choice is the target's
-    acceptance: Tensor  # [R], sum of min(p, q): probability of acceptance under rejection sampling (upper bound: tail)
-    argmax: Tensor  # int64 [R], the draft's first choice, a draft id
+    # scalar, sum of weight * loss; differentiable in state, norm_weight and head_weight
+    loss_sum: Tensor
+    # [R], unweighted
+    loss: Tensor
+    # bool [R], the draft's first choice is the target's
+    greedy_match: Tensor
+    # [R], sum of min(p, q): probability of acceptance under rejection sampling (upper bound: tail)
+    acceptance: Tensor
+    # int64 [R], the draft's first choice, a draft id
+    argmax: Tensor
 
 
-def tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps):
-    """`tree_loss` in plain PyTorch, on any device. Computes in float32, or in float64 if state is."""
+def tree_loss_ref(
+    state, norm_weight, head_weight, topk_ids, topk_logits, logsumexp, weight, distance, eps
+):
+    """`tree_loss` in plain PyTorch, on any device.
+
+    Computes in float32, or in float64 if state is.
+    """
     shares = shares_of(distance)
 
     def score(part: slice, z: Tensor, row_weight: Tensor, grads: bool):
@@ -44,7 +61,10 @@ def tree_loss_ref(state, norm_weight, head_weight, topk_ids, topk_logits, logsum
 def tree_loss_exact_ref(
     state, norm_weight, head_weight, target_state, target_head, target_ids, weight, distance, eps
 ) -> TreeLoss:
-    """`tree_loss_exact` in plain PyTorch, on any device. Computes in float32, or in float64 if state is."""
+    """`tree_loss_exact` in plain PyTorch, on any device.
+
+    Computes in float32, or in float64 if state is.
+    """
     shares = shares_of(distance)
     check_vocabularies(head_weight, target_head, target_ids)
     dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
@@ -57,14 +77,18 @@ def tree_loss_exact_ref(
         t = target_state[part].detach().to(z.dtype) @ target_head.T
         return exact_distance_(z, t, target_ids, draft_ids, row_weight, shares, grads)
 
-    return _chunked(state, norm_weight, head_weight, weight, eps, score, len(head_weight) + len(target_head))
+    return _chunked(
+        state, norm_weight, head_weight, weight, eps, score, len(head_weight) + len(target_head)
+    )
 
 
 def shares_of(distance: str | Mapping[str, float]) -> tuple[float, float, float, float]:
     """Shares of DISTANCES, in their order. Raises ValueError for a distance that does not exist."""
     mixture = {distance: 1.0} if isinstance(distance, str) else dict(distance)
     if not mixture or not set(mixture) <= set(DISTANCES):
-        raise ValueError(f"distance {distance!r}: expected one of {DISTANCES}, or a weight for some of them")
+        raise ValueError(
+            f"distance {distance!r}: expected one of {DISTANCES}, or a weight for some of them"
+        )
     return tuple(float(mixture.get(name, 0)) for name in DISTANCES)
 
 
@@ -73,7 +97,8 @@ def check_vocabularies(head_weight: Tensor, target_head: Tensor, target_ids: Ten
     named = len(target_head) if target_ids is None else len(target_ids)
     if named != len(head_weight):
         raise ValueError(
-            f"target_ids: the draft head has {len(head_weight)} tokens, expected as many target ids, got {named}"
+            f"target_ids: the draft head has {len(head_weight)} tokens, expected as many target"
+            f" ids, got {named}"
             + (" (None: the target's whole vocabulary)" if target_ids is None else "")
         )
 
@@ -81,14 +106,23 @@ def check_vocabularies(head_weight: Tensor, target_head: Tensor, target_ids: Ten
 def draft_ids_of(target_ids: Tensor, vocab: int) -> Tensor:
     """int64 [V]: the draft's id of every target id, -1 where it has none."""
     draft_ids = torch.full((vocab,), -1, dtype=torch.int64, device=target_ids.device)
-    return draft_ids.scatter_(0, target_ids, torch.arange(len(target_ids), device=target_ids.device))
+    return draft_ids.scatter_(
+        0, target_ids, torch.arange(len(target_ids), device=target_ids.device)
+    )
 
 
-def _chunked(state, norm_weight, head_weight, weight, eps, score: Callable, logits_per_row: int) -> TreeLoss:
-    """score(part, z, weight, grads) -> (argmax, loss, acceptance, the target's first choice as a draft id or -1) of
-    the rows `part` from their logits z [r, VD], which become weight * d(loss) / dz where `grads`, else waste."""
-    grads = torch.is_grad_enabled() and any(t.requires_grad for t in (state, norm_weight, head_weight))
-    return TreeLoss(*_TreeLoss.apply(state, norm_weight, head_weight, weight, eps, score, logits_per_row, grads))
+def _chunked(
+    state, norm_weight, head_weight, weight, eps, score: Callable, logits_per_row: int
+) -> TreeLoss:
+    """score(part, z, weight, grads) -> (argmax, loss, acceptance, the target's first choice as a
+    draft id or -1) of the rows `part` from their logits z [r, VD], which become weight * d(loss) /
+    dz where `grads`, else waste."""
+    grads = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (state, norm_weight, head_weight)
+    )
+    return TreeLoss(
+        *_TreeLoss.apply(state, norm_weight, head_weight, weight, eps, score, logits_per_row, grads)
+    )
 
 
 class _TreeLoss(torch.autograd.Function):
@@ -109,8 +143,11 @@ class _TreeLoss(torch.autograd.Function):
             x_hat = x * scale
             y = x_hat * g
             z = y @ w.T
-            argmax[part], loss[part], acceptance[part], label[part] = score(part, z, weight[part].to(dtype), grads)
-            if grads:  # z now holds d(loss_sum) / d(logits)
+            argmax[part], loss[part], acceptance[part], label[part] = score(
+                part, z, weight[part].to(dtype), grads
+            )
+            # z now holds d(loss_sum) / d(logits)
+            if grads:
                 dw.addmm_(z.T, y)
                 dy = z @ w
                 dg += (dy * x_hat).sum(0)
@@ -125,18 +162,22 @@ class _TreeLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        grads = (g.mul(grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        grads = (
+            g.mul(grad).to(dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return *grads, None, None, None, None, None
 
 
 def target_distribution(
     topk_ids: Tensor, topk_logits: Tensor, logsumexp: Tensor, draft_vocab: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What the draft is compared with: (p [R, K], p_tail [R], raw p [R, K], raw p_tail [R], covered [R]).
+    """What the draft is compared with: (p [R, K], p_tail [R], raw p [R, K], raw p_tail [R], covered
+    [R]).
 
-    Raw is the target's own: exp(logit - logsumexp), zero for tokens that the draft lacks, and one minus the sum over
-    ALL kept tokens. p is raw / covered, where `covered` is the mass of kept draft tokens and the tail: the target
-    restricted to the draft vocabulary. The tail counts as draft tokens, except where every draft token is kept.
+    Raw is the target's own: exp(logit - logsumexp), zero for tokens that the draft lacks, and one
+    minus the sum over ALL kept tokens. p is raw / covered, where `covered` is the mass of kept
+    draft tokens and the tail: the target restricted to the draft vocabulary. The tail counts as
+    draft tokens, except where every draft token is kept.
     """
     kept = (topk_logits - logsumexp[:, None]).exp()
     real = topk_ids >= 0
@@ -149,21 +190,28 @@ def target_distribution(
 
 
 def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
-    """What `_chunked` asks of a score, in place of z: from K kept target logits and one bucket for the rest."""
+    """What `_chunked` asks of a score, in place of z: from K kept target logits and one bucket for
+    the rest.
+    """
     forward_kl, reverse_kl, tv, greedy = shares
     lowest = torch.finfo(z.dtype).min
     real = topk_ids >= 0
     ids = topk_ids.clamp_min(0)
-    p, p_tail, raw_p, raw_tail, covered = target_distribution(topk_ids, topk_logits, logsumexp, z.shape[1])
+    p, p_tail, raw_p, raw_tail, covered = target_distribution(
+        topk_ids, topk_logits, logsumexp, z.shape[1]
+    )
     argmax = z.argmax(-1)
     z_kept = z.gather(1, ids).masked_fill_(~real, -torch.inf)
     z.scatter_add_(1, ids, z.new_zeros(()).expand_as(p).masked_fill(real, -torch.inf))
-    # z is now the tail alone. It has its own maximum: it loses nothing to cancellation, nor where it is tiny.
+    # z is now the tail alone. It has its own maximum: it loses nothing to cancellation, nor where
+    # it is tiny.
     tail_top = z.amax(-1).clamp_min_(lowest)
     e = z.sub_(tail_top[:, None]).exp_()
     e_sum = e.sum(-1)
-    has_tail = e_sum != 0  # not > 0: NaN is to show
-    log_tail = tail_top + e_sum.clamp_min(1).log()  # a sum holds its maximum's own 1
+    # not > 0: NaN is to show
+    has_tail = e_sum != 0
+    # a sum holds its maximum's own 1
+    log_tail = tail_top + e_sum.clamp_min(1).log()
     log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
     lse = torch.logaddexp(z_kept.logsumexp(-1), log_tail)
     log_q, log_q_tail = z_kept - lse[:, None], log_tail - lse
@@ -171,7 +219,8 @@ def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
     log_q, log_q_tail = log_q.masked_fill(~real, 0), log_q_tail.masked_fill(~has_tail, 0)
     acceptance = torch.minimum(raw_p, q).sum(-1) + torch.minimum(raw_tail, q_tail)
 
-    # a = d(loss) / d(log q) with the log q taken as independent; README.md turns it into d(loss) / dz
+    # a = d(loss) / d(log q) with the log q taken as independent; README.md turns it into d(loss) /
+    # dz
     loss, a, a_tail = torch.zeros_like(lse), torch.zeros_like(q), torch.zeros_like(lse)
     if forward_kl:
         entropy = torch.xlogy(p, p).sum(-1) + torch.xlogy(p_tail, p_tail)
@@ -181,7 +230,10 @@ def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
     if reverse_kl:
         log_p = (topk_logits - logsumexp[:, None]).clamp_min(LOG_P_FLOOR)
         log_p = log_p - covered.clamp_min(MIN_COVERED).log()[:, None]
-        part, part_tail = q * (log_q - log_p), q_tail * (log_q_tail - p_tail.clamp_min(P_TAIL_FLOOR).log())
+        part, part_tail = (
+            q * (log_q - log_p),
+            q_tail * (log_q_tail - p_tail.clamp_min(P_TAIL_FLOOR).log()),
+        )
         loss += reverse_kl * (part.sum(-1) + part_tail)
         a += reverse_kl * part
         a_tail += reverse_kl * part_tail
@@ -189,7 +241,8 @@ def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
         loss += tv * (1 - torch.minimum(p, q).sum(-1) - torch.minimum(p_tail, q_tail))
         a -= tv * q * (q < p)
         a_tail -= tv * q_tail * (q_tail < p_tail)
-    if greedy:  # the target's first choice as a hard label
+    # the target's first choice as a hard label
+    if greedy:
         loss -= greedy * log_q[:, 0] * real[:, 0]
         a[:, 0] -= greedy * real[:, 0]
     taught = covered > MIN_COVERED

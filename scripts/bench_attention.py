@@ -1,13 +1,14 @@
-"""Tree attention: ours, compiled flex_attention with its block mask, SDPA with a dense mask, and the ceiling, which is
-plain causal flash attention. The rate counts visible pairs alone: 4 D FLOP per pair and head forward, 2.5 times that
-backward.
+"""Tree attention: ours, compiled flex_attention with its block mask, SDPA with a dense mask, and
+the ceiling, which is plain causal flash attention. The rate counts visible pairs alone: 4 D FLOP
+per pair and head forward, 2.5 times that backward.
 
-One sequence of T slots; all nodes of all its trees are the queries of one call, in depth-first order, so that a node's
-descendants are the nodes behind it up to `last`: flex tests ancestry with two comparisons. The other sides get keys of
-slots and nodes already concatenated. Flex needs a new mask for every batch: its time counts the mask, and is given
-without it as well.
+One sequence of T slots; all nodes of all its trees are the queries of one call, in depth-first
+order, so that a node's descendants are the nodes behind it up to `last`: flex tests ancestry with
+two comparisons. The other sides get keys of slots and nodes already concatenated. Flex needs a new
+mask for every batch: its time counts the mask, and is given without it as well.
 
-Dimensions: T slots, Q queries = M nodes, A ancestors (itself included), Hq query heads, Hkv key heads, D head.
+Dimensions: T slots, Q queries = M nodes, A ancestors (itself included), Hq query heads, Hkv key
+    heads, D head.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from aurora_kernels.tree_attention import queries_of_nodes, rows_of_slots, sort_queries, tree_attention
+from aurora_kernels.tree_attention import (
+    queries_of_nodes,
+    rows_of_slots,
+    sort_queries,
+    tree_attention,
+)
 from kernel_timing import Bench, compiled, flash_only, relative_error
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -26,29 +32,46 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 SHAPES = {"Qwen3-8B 32/8x128": (32, 8, 128), "small 8/4x64": (8, 4, 64), "tiny": (4, 2, 16)}
 # Parents of a tree's nodes in depth-first order; -1 hangs from the slot, which is the root
 CHAIN = [-1, 0, 1, 2, 3]
-BEAMS = [-1, 0, 1, 2, 3, 1, 5, 0, 7, 8, -1, 10, 11, 10, -1]  # topk 4, depth 5: the 15 nodes below the root
-LONG = [-1, *range(14), 4, 3, 2, 1, 0, 0]  # 15 deep, with branches near its root
-WIDE = [at + parent if parent >= 0 else -1 for at in (0, 21, 42) for parent in LONG]  # 63 below the root
-TREES = {"slots": (None, 1), "chain 5": (CHAIN, 1), "topk 4 x 5 x 16": (BEAMS, 4), "64 nodes": (WIDE, 16)}
+# topk 4, depth 5: the 15 nodes below the root
+BEAMS = [-1, 0, 1, 2, 3, 1, 5, 0, 7, 8, -1, 10, 11, 10, -1]
+# 15 deep, with branches near its root
+LONG = [-1, *range(14), 4, 3, 2, 1, 0, 0]
+# 63 below the root
+WIDE = [at + parent if parent >= 0 else -1 for at in (0, 21, 42) for parent in LONG]
+TREES = {
+    "slots": (None, 1),
+    "chain 5": (CHAIN, 1),
+    "topk 4 x 5 x 16": (BEAMS, 4),
+    "64 nodes": (WIDE, 16),
+}
 FIRST = [("Qwen3-8B 32/8x128", 8192, tree) for tree in TREES]
 REST = [
     (shape, slots, tree)
-    for shape, slots in (("Qwen3-8B 32/8x128", 32_768), ("Qwen3-8B 32/8x128", 2048), ("small 8/4x64", 8192))
+    for shape, slots in (
+        ("Qwen3-8B 32/8x128", 32_768),
+        ("Qwen3-8B 32/8x128", 2048),
+        ("small 8/4x64", 8192),
+    )
     for tree in TREES
 ]
 TINY = [("tiny", 48, tree) for tree in TREES]
-MAX_DENSE = 4 << 30  # elements of a dense mask
-CHECKED, LIMIT = 64, 5e-2  # queries that are checked; relative error in bfloat16
+# elements of a dense mask
+MAX_DENSE = 4 << 30
+# queries that are checked; relative error in bfloat16
+CHECKED, LIMIT = 64, 5e-2
 
 
 @dataclass
 class Case:
-    tensors: tuple[Tensor, ...]  # q [Q, Hq, D], slot_k, slot_v [T, Hkv, D], node_k, node_v [M, Hkv, D]
+    # q [Q, Hq, D], slot_k, slot_v [T, Hkv, D], node_k, node_v [M, Hkv, D]
+    tensors: tuple[Tensor, ...]
     start: Tensor  # [Q]
     end: Tensor  # [Q]
     ancestors: Tensor | None  # [Q, A]
-    last: Tensor  # [M] last descendant
-    heads_first: tuple[Tensor, Tensor, Tensor]  # q [1, Hq, Q, D], k, v [1, Hkv, T + M, D]
+    # [M] last descendant
+    last: Tensor
+    # q [1, Hq, Q, D], k, v [1, Hkv, T + M, D]
+    heads_first: tuple[Tensor, Tensor, Tensor]
 
     @property
     def pairs(self) -> int:
@@ -62,13 +85,19 @@ class Case:
         if self.ancestors is None:
             return mask
         ancestors = self.ancestors[queries]
-        nodes = torch.zeros(len(ancestors), len(self.last) + 1, dtype=torch.bool, device=mask.device)
+        nodes = torch.zeros(
+            len(ancestors), len(self.last) + 1, dtype=torch.bool, device=mask.device
+        )
         nodes.scatter_(1, torch.where(ancestors < 0, len(self.last), ancestors), True)
         return torch.cat([mask, nodes[:, :-1]], 1)
 
 
-def make_case(slots: int, parents: list[int] | None, every: int, shape: tuple[int, int, int], device: str) -> Case:
-    """Trees hang from every `every`-th slot; without parents the slots themselves are the queries."""
+def make_case(
+    slots: int, parents: list[int] | None, every: int, shape: tuple[int, int, int], device: str
+) -> Case:
+    """Trees hang from every `every`-th slot; without parents the slots themselves are the
+    queries.
+    """
     heads, kv_heads, dim = shape
     generator = torch.Generator(device).manual_seed(0)
     if parents is None:
@@ -93,15 +122,33 @@ def make_case(slots: int, parents: list[int] | None, every: int, shape: tuple[in
         x = torch.randn(*size, device=device, generator=generator)
         return x.to(torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_()
 
-    q, slot_k, slot_v = normal(queries, heads, dim), normal(slots, kv_heads, dim), normal(slots, kv_heads, dim)
+    q, slot_k, slot_v = (
+        normal(queries, heads, dim),
+        normal(slots, kv_heads, dim),
+        normal(slots, kv_heads, dim),
+    )
     node_k, node_v = normal(nodes, kv_heads, dim), normal(nodes, kv_heads, dim)
     joined = q, torch.cat([slot_k, node_k]), torch.cat([slot_v, node_v])
-    heads_first = tuple(x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in joined)
-    return Case((q, slot_k, slot_v, node_k, node_v), torch.zeros_like(end), end, ancestors, last, heads_first)
+    heads_first = tuple(
+        x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in joined
+    )
+    return Case(
+        (q, slot_k, slot_v, node_k, node_v),
+        torch.zeros_like(end),
+        end,
+        ancestors,
+        last,
+        heads_first,
+    )
 
 
 def flex_mask(case: Case) -> BlockMask:
-    slots, start, end, last = len(case.tensors[1]), case.start.int(), case.end.int(), case.last.int()
+    slots, start, end, last = (
+        len(case.tensors[1]),
+        case.start.int(),
+        case.end.int(),
+        case.last.int(),
+    )
 
     def prefix(b, h, i, j):
         return (j >= start[i]) & (j < end[i])
@@ -113,12 +160,18 @@ def flex_mask(case: Case) -> BlockMask:
     device = case.start.device
     sizes = len(case.start), slots + len(last)
     mask_mod = visible if len(last) else prefix
-    return create_block_mask(mask_mod, None, None, *sizes, device=device, _compile=device.type == "cuda")
+    return create_block_mask(
+        mask_mod, None, None, *sizes, device=device, _compile=device.type == "cuda"
+    )
 
 
 def expected(case: Case, queries: Tensor, do: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """(o of some queries, gradients of q, k, v [T + M] from their do) in float32, with a dense mask."""
-    q, k, v = (x.detach().float().requires_grad_() for x in (case.tensors[0][queries], *_joined(case)))
+    """(o of some queries, gradients of q, k, v [T + M] from their do) in float32, with a dense
+    mask.
+    """
+    q, k, v = (
+        x.detach().float().requires_grad_() for x in (case.tensors[0][queries], *_joined(case))
+    )
     group = q.shape[1] // k.shape[1]
     score = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * q.shape[2] ** -0.5
     p = score.masked_fill_(~case.dense_mask(queries), -torch.inf).softmax(-1)
@@ -155,9 +208,18 @@ def bench_case(run: Bench, setting: str, case: Case) -> None:
     def ours(*tensors):
         q, slot_k, slot_v, *nodes = tensors
         nodes = nodes if case.ancestors is not None else (None, None)
-        return tree_attention(q, slot_k, slot_v, *nodes, case.start, case.end, case.ancestors, scale)
+        return tree_attention(
+            q, slot_k, slot_v, *nodes, case.start, case.end, case.ancestors, scale
+        )
 
-    both_passes(run, setting, "ours", case, ours, case.tensors if case.ancestors is not None else case.tensors[:3])
+    both_passes(
+        run,
+        setting,
+        "ours",
+        case,
+        ours,
+        case.tensors if case.ancestors is not None else case.tensors[:3],
+    )
 
     def index():
         key, order = sort_queries(case.start, case.end)
@@ -178,7 +240,8 @@ def bench_case(run: Bench, setting: str, case: Case) -> None:
         return
     dense = case.dense_mask()
 
-    def sdpa(q, k, v):  # its kernels with masks know nothing of grouped heads
+    # its kernels with masks know nothing of grouped heads
+    def sdpa(q, k, v):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
 
@@ -186,20 +249,31 @@ def bench_case(run: Bench, setting: str, case: Case) -> None:
 
 
 def both_passes(
-    run: Bench, setting: str, side: str, case: Case, attend: Callable, inputs: tuple, extra_ms: float = 0.0
+    run: Bench,
+    setting: str,
+    side: str,
+    case: Case,
+    attend: Callable,
+    inputs: tuple,
+    extra_ms: float = 0.0,
 ) -> None:
-    """Rows of forward, and of forward + backward; inputs begin with q, and are heads first but for ours."""
+    """Rows of forward, and of forward + backward; inputs begin with q, and are heads first but for
+    ours.
+    """
     ours, (heads, dim) = inputs[0] is case.tensors[0], case.tensors[0].shape[1:]
     work = 4.0 * case.pairs * heads * dim
     generator = torch.Generator().manual_seed(1)
     queries = torch.randperm(len(case.start), generator=generator)[:CHECKED].to(case.start.device)
     do = torch.randn(case.tensors[0].shape, generator=generator).to(case.tensors[0])
-    few = torch.zeros_like(do).index_copy_(0, queries, do[queries])  # gradients of the checked queries alone
+    # gradients of the checked queries alone
+    few = torch.zeros_like(do).index_copy_(0, queries, do[queries])
 
     def laid_out(x: Tensor) -> Tensor:
         return x if ours else x.transpose(0, 1)[None].contiguous()
 
-    def forward():  # on a GPU as in training, which also spares flex a second compilation; on a CPU it has no backward
+    # on a GPU as in training, which also spares flex a second compilation; on a CPU it has no
+    # backward
+    def forward():
         return attend(*(inputs if run.device == "cuda" else (x.detach() for x in inputs)))
 
     def backward(upstream: Tensor):
@@ -209,14 +283,20 @@ def both_passes(
         return x if ours else x[0].transpose(0, 1)
 
     def check_forward() -> float:
-        return relative_error(tokens_first(forward())[queries], expected(case, queries, do[queries])[0])
+        return relative_error(
+            tokens_first(forward())[queries], expected(case, queries, do[queries])[0]
+        )
 
     def check_backward() -> float:
         dq, *rest = (tokens_first(g) for g in backward(laid_out(few)))
         dk, dv = (torch.cat(rest[0::2]), torch.cat(rest[1::2])) if ours else rest
         found = dq[queries], dk, dv
-        return max(relative_error(a, b) for a, b in zip(found, expected(case, queries, do[queries])[1]))
+        return max(
+            relative_error(a, b) for a, b in zip(found, expected(case, queries, do[queries])[1])
+        )
 
     call = partial(backward, laid_out(do))
     run.row("tree_attention fwd", setting, side, work, forward, check_forward, LIMIT, extra_ms)
-    run.row("tree_attention fwd+bwd", setting, side, 3.5 * work, call, check_backward, LIMIT, extra_ms)
+    run.row(
+        "tree_attention fwd+bwd", setting, side, 3.5 * work, call, check_backward, LIMIT, extra_ms
+    )

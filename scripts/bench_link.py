@@ -1,8 +1,10 @@
-"""What encryption costs: publisher to receiver in one process, plain and with keys in turns, messages of a megabyte.
+"""What encryption costs: publisher to receiver in one process, plain and with keys in turns,
+messages of a megabyte.
 
     python scripts/bench_link.py [MESSAGES] [ROUNDS]
 
-Every figure is the median of the rounds. `offer` is what the scheduler's thread does; encryption is the I/O thread's.
+Every figure is the median of the rounds. `offer` is what the scheduler's thread does; encryption is
+the I/O thread's.
 """
 
 import socket
@@ -19,7 +21,8 @@ from aurora_sglang_plugin.keys import make_keys
 from aurora_sglang_plugin.publish import Publisher
 from aurora_trainer.receive import ReceiveConfig, Receiver
 
-TOKENS, FEATURES = 64, 4096  # of float32: 1 MiB
+# of float32: 1 MiB
+TOKENS, FEATURES = 64, 4096
 
 
 class Chunk:
@@ -42,8 +45,12 @@ class Chunk:
 
 
 def measure(link: LinkConfig, messages: int) -> dict[str, float]:
-    receiver, publisher = Receiver(link, ReceiveConfig(), None), Publisher(link, PublishConfig(queue_bytes=8 << 30), "")
-    while not receiver.books()["epochs"]:  # the first heartbeat: connected
+    receiver, publisher = (
+        Receiver(link, ReceiveConfig(), None),
+        Publisher(link, PublishConfig(queue_bytes=8 << 30), ""),
+    )
+    # the first heartbeat: connected
+    while not receiver.books()["epochs"]:
         time.sleep(0.01)
     chunk, offers = Chunk(), []
     began, processor = time.perf_counter(), time.process_time()
@@ -81,11 +88,20 @@ def main(messages: int = 400, rounds: int = 5) -> None:
         for scheme in ("tcp", "ipc"):
             turns: dict[str, list[dict[str, float]]] = {"plain": [], "curve": []}
             for _ in range(rounds):
-                turns["plain"].append(measure(LinkConfig(endpoint=endpoint(scheme, folder)), messages))
-                turns["curve"].append(measure(LinkConfig(endpoint=endpoint(scheme, folder), **keys), messages))
+                turns["plain"].append(
+                    measure(LinkConfig(endpoint=endpoint(scheme, folder)), messages)
+                )
+                turns["curve"].append(
+                    measure(LinkConfig(endpoint=endpoint(scheme, folder), **keys), messages)
+                )
             for kind, found in turns.items():
-                figures = {name: statistics.median(turn[name] for turn in found) for name in found[0]}
-                print(f"{scheme} {kind}: " + ", ".join(f"{value:.2f} {name}" for name, value in figures.items()))
+                figures = {
+                    name: statistics.median(turn[name] for turn in found) for name in found[0]
+                }
+                print(
+                    f"{scheme} {kind}: "
+                    + ", ".join(f"{value:.2f} {name}" for name, value in figures.items())
+                )
 
 
 if __name__ == "__main__":

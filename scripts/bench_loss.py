@@ -1,7 +1,10 @@
-"""Final norm, head and forward KL, with all gradients: ours, torch.compile of the naive form, a chunked form.
+"""Final norm, head and forward KL, with all gradients: ours, torch.compile of the naive form, a
+chunked form.
 
-Dimensions: R rows, H hidden, V target vocabulary, VD draft vocabulary, K kept target logits. The rate counts the three
-products of head and state (logits, their gradient into state and into head) and, of exact targets, the target's logits.
+Dimensions: R rows, H hidden, V target vocabulary, VD draft vocabulary, K kept target logits. The
+    rate counts the three
+products of head and state (logits, their gradient into state and into head) and, of exact targets,
+the target's logits.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from kernel_timing import Bench, compiled, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-FIRST = [(8192, 4096, 151_936, 151_936), (32_768, 4096, 151_936, 151_936)]  # R, H, V, VD
+# R, H, V, VD
+FIRST = [(8192, 4096, 151_936, 151_936), (32_768, 4096, 151_936, 151_936)]
 REST = [
     (8192, 4096, 151_936, 32_000),
     (2048, 4096, 151_936, 151_936),
@@ -24,7 +28,8 @@ REST = [
     (32_768, 4096, 151_936, 32_000),
 ]
 TINY = [(24, 16, 50, 50), (24, 16, 50, 30)]
-K, CHECKED_ROWS, CHUNK_ROWS, EPS, LIMIT = 32, 128, 1024, 1e-6, 5e-2  # LIMIT: of bfloat16 gradients
+# LIMIT: of bfloat16 gradients
+K, CHECKED_ROWS, CHUNK_ROWS, EPS, LIMIT = 32, 128, 1024, 1e-6, 5e-2
 
 
 @dataclass
@@ -32,8 +37,10 @@ class Case:
     state: Tensor  # [R, H]
     norm: Tensor  # [H]
     head: Tensor  # [VD, H]
-    topk: tuple[Tensor, Tensor, Tensor]  # draft ids, logits, log-sum-exp
-    target: tuple[Tensor, Tensor, Tensor | None]  # state, head, ids
+    # draft ids, logits, log-sum-exp
+    topk: tuple[Tensor, Tensor, Tensor]
+    # state, head, ids
+    target: tuple[Tensor, Tensor, Tensor | None]
     weight: Tensor  # [R]
 
     @property
@@ -48,7 +55,11 @@ def make_case(rows: int, hidden: int, vocab: int, draft_vocab: int, device: str)
         return (torch.randn(*shape, device=device) * scale).to(dtype)
 
     target_head, target_state = normal(vocab, hidden, scale=2 * hidden**-0.5), normal(rows, hidden)
-    ids = None if draft_vocab == vocab else torch.randperm(vocab, device=device)[:draft_vocab].sort().values
+    ids = (
+        None
+        if draft_vocab == vocab
+        else torch.randperm(vocab, device=device)[:draft_vocab].sort().values
+    )
     parts = []
     for at in range(0, rows, CHUNK_ROWS):
         logits = (target_state[at : at + CHUNK_ROWS] @ target_head.T).float()
@@ -88,12 +99,17 @@ def naive_exact(state, norm, head, target_state, target_head, target_ids, weight
 
 
 def chunked(naive, rows_of):
-    """`naive` over chunks of rows, each computed again in the backward pass. rows_of: which arguments have rows."""
+    """`naive` over chunks of rows, each computed again in the backward pass. rows_of: which
+    arguments have rows.
+    """
 
     def loss(*args):
         total = 0.0
         for at in range(0, len(args[0]), CHUNK_ROWS):
-            part = (a[at : at + CHUNK_ROWS] if has_rows else a for a, has_rows in zip(args, rows_of, strict=True))
+            part = (
+                a[at : at + CHUNK_ROWS] if has_rows else a
+                for a, has_rows in zip(args, rows_of, strict=True)
+            )
             total = total + checkpoint(naive, *part, use_reentrant=False)
         return total
 
@@ -107,7 +123,8 @@ def bench(run: Bench, rows: int, hidden: int, vocab: int, draft_vocab: int) -> N
     for kind, work, inputs, ours, ref, naive, rows_of in (
         ("top-K", 3 * product * draft_vocab, case.topk, tree_loss, tree_loss_ref, naive_topk,
          (1, 0, 0, 1, 1, 1, 1)),
-        ("exact", product * (3 * draft_vocab + vocab), case.target, tree_loss_exact, tree_loss_exact_ref,
+        ("exact", product * (3 * draft_vocab + vocab), case.target, tree_loss_exact,
+        tree_loss_exact_ref,
          naive_exact, (1, 0, 0, 1, 0, 0, 1)),
     ):  # fmt: skip
 
@@ -124,7 +141,11 @@ def bench(run: Bench, rows: int, hidden: int, vocab: int, draft_vocab: int) -> N
         reference = expected()
         few = case.weight * (torch.arange(rows, device=run.device) < CHECKED_ROWS)
         naive_compiled = compiled(naive, run.device)
-        sides = ("ours", fused), ("naive, compiled", naive_compiled), ("chunked", chunked(naive_compiled, rows_of))
+        sides = (
+            ("ours", fused),
+            ("naive, compiled", naive_compiled),
+            ("chunked", chunked(naive_compiled, rows_of)),
+        )
         for side, loss in sides:
 
             def call(weight=None, loss=loss, case=case, inputs=inputs):

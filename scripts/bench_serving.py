@@ -1,10 +1,12 @@
-"""What Aurora costs a server: the same requests with capture off and on, interleaved in one run, ratios first.
+"""What Aurora costs a server: the same requests with capture off and on, interleaved in one run,
+ratios first.
 
     python scripts/bench_serving.py [--rounds 5] [--requests 24]
 
-Two servers with the same target and draft, one with capture off, take turns; an idle one sleeps. The other's trainer is
-in turn absent, stopped (SIGSTOP) with the server's queue full, receiving without training, and training (which
-competes for the processor, and is therefore reported apart). Swapping is off: every mode drafts alike.
+Two servers with the same target and draft, one with capture off, take turns; an idle one sleeps.
+The other's trainer is in turn absent, stopped (SIGSTOP) with the server's queue full, receiving
+without training, and training (which competes for the processor, and is therefore reported apart).
+Swapping is off: every mode drafts alike.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ SMALL_QUEUE = "plugin.swap.enabled=false plugin.publish.queue_bytes=4000000"
 
 def metric(server: Server, name: str) -> float:
     """Sum of a metric over its labels."""
-    return sum(float(v) for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", server.get("/metrics"), re.MULTILINE))
+    return sum(
+        float(v)
+        for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", server.get("/metrics"), re.MULTILINE)
+    )
 
 
 def tree_cpu_s(server: Server) -> float:
@@ -46,12 +51,17 @@ def tree_rss_bytes(server: Server) -> int:
 
 
 def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
-    server.get("/flush_cache")  # every turn computes its prompts
-    capture = [metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")]
+    # every turn computes its prompts
+    server.get("/flush_cache")
+    capture = [
+        metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")
+    ]
     cpu, began = tree_cpu_s(server), time.monotonic()
     replies = list(send(server, prompts, tokens=96))
     wall = time.monotonic() - began
-    after = [metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")]
+    after = [
+        metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")
+    ]
     return {
         "tokens_per_s": sum(len(r.tokens) for r in replies) / wall,
         "latency_p95_s": sorted(r.latency_s for r in replies)[int(0.95 * len(replies))],
@@ -65,8 +75,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=24, help="of 96 tokens in each turn")
-    parser.add_argument("--init", choices=("random", "target"), default="target", help="the untrained draft")
-    parser.add_argument("--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.topk_logits=32")
+    parser.add_argument(
+        "--init", choices=("random", "target"), default="target", help="the untrained draft"
+    )
+    parser.add_argument(
+        "--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.topk_logits=32"
+    )
     parser.add_argument("--home", type=Path, default=Path(".cache"))
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
@@ -90,7 +104,10 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
     environment = {"AURORA_CONFIG": str(config), "AURORA_SET": settings}
     off = environment | {"AURORA_SET": settings + " plugin.capture.enabled=false"}
     figures: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
-    with Server(target, **serve, env=off) as plain, Server(target, **serve, env=environment) as capturing:
+    with (
+        Server(target, **serve, env=off) as plain,
+        Server(target, **serve, env=environment) as capturing,
+    ):
         measure(plain, prompts[: options.requests])
         measure(capturing, prompts[: options.requests])
         rss = tree_rss_bytes(capturing)
@@ -98,10 +115,13 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
             turn = prompts[number * options.requests : (number + 1) * options.requests]
             figures["off"].append(measure(plain, turn))
             figures["absent"].append(measure(capturing, turn))
-            with Trainer(config, home / "receiving.log", "--set", "trainer.pace.enabled=false") as trainer:
+            with Trainer(
+                config, home / "receiving.log", "--set", "trainer.pace.enabled=false"
+            ) as trainer:
                 wait_until_received(home)
                 trainer.process.send_signal(signal.SIGSTOP)
-                list(send(capturing, turn, tokens=96))  # fills the queue
+                # fills the queue
+                list(send(capturing, turn, tokens=96))
                 figures["stopped"].append(measure(capturing, turn))
                 trainer.process.send_signal(signal.SIGCONT)
                 time.sleep(1)
@@ -111,8 +131,9 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
                 figures["training"].append(measure(capturing, turn))
             print(f"  round {number} of {options.rounds} done", flush=True)
         print(
-            f"server memory {rss / 2**20:.0f} MiB before, {tree_rss_bytes(capturing) / 2**20:.0f} MiB after; "
-            f"dropped because the queue was full: {metric(capturing, 'aurora_dropped_messages_total'):.0f} messages"
+            f"server memory {rss / 2**20:.0f} MiB before, {tree_rss_bytes(capturing) / 2**20:.0f}"
+            " MiB after; dropped because the queue was full:"
+            f" {metric(capturing, 'aurora_dropped_messages_total'):.0f} messages"
         )
     return figures
 
@@ -130,7 +151,10 @@ def wait_until_received(home: Path, timeout_s: float = 60) -> None:
 
 def show(figures: dict[str, list[dict[str, float]]]) -> None:
     """Each mode against `off` of the same round: median (smallest to largest) of the ratios."""
-    print(f"{'mode':10} {'tokens/s':>9}  {'throughput vs off':>24}  {'p95 latency vs off':>24}  server CPU  capture")
+    print(
+        f"{'mode':10} {'tokens/s':>9}  {'throughput vs off':>24}  {'p95 latency vs off':>24} "
+        " server CPU  capture"
+    )
     for mode, rounds in figures.items():
         base = figures["off"]
 
@@ -140,9 +164,10 @@ def show(figures: dict[str, list[dict[str, float]]]) -> None:
 
         mid = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
         print(
-            f"{mode:10} {mid['tokens_per_s']:9.0f}  {ratio('tokens_per_s'):>24}  {ratio('latency_p95_s'):>24}  "
-            f"{ratio('cpu_s')[:5]:>10}  {mid['capture_us_per_message']:.0f} us a message, "
-            f"{mid['capture_share']:.2%} of the time"
+            f"{mode:10} {mid['tokens_per_s']:9.0f}  {ratio('tokens_per_s'):>24} "
+            f" {ratio('latency_p95_s'):>24}  {ratio('cpu_s')[:5]:>10} "
+            f" {mid['capture_us_per_message']:.0f} us a message, {mid['capture_share']:.2%} of the"
+            " time"
         )
 
 

@@ -8,7 +8,8 @@ import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 from kernel_timing import Bench, relative_error
 
-FIRST = [  # rows, V, K, dtype
+# rows, V, K, dtype
+FIRST = [
     (6, 151_936, 32, torch.bfloat16),
     (96, 151_936, 32, torch.bfloat16),
     (96, 151_936, 32, torch.float32),
@@ -29,7 +30,10 @@ def torch_topk(logits: torch.Tensor, k: int):
 def bench(run: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(rows, vocab, device=run.device) * 3).to(dtype)
     setting = f"{rows} rows V={vocab} K={k} {str(dtype)[6:]}"
-    expected, top = logits.double().logsumexp(-1), logits.sort(dim=-1, descending=True).values[:, :k]
+    expected, top = (
+        logits.double().logsumexp(-1),
+        logits.sort(dim=-1, descending=True).values[:, :k],
+    )
     for side, function in (("ours", topk_logprobs), ("torch.topk + logsumexp", torch_topk)):
 
         def check(function=function, logits=logits, k=k, expected=expected, top=top):
@@ -37,4 +41,6 @@ def bench(run: Bench, rows: int, vocab: int, k: int, dtype: torch.dtype) -> None
             exact = torch.equal(kept, top) and torch.equal(logits.gather(1, ids.long()), top)
             return relative_error(logsumexp, expected) if exact else float("inf")
 
-        run.row("topk_logprobs", setting, side, logits.nbytes, partial(function, logits, k), check, 1e-5)
+        run.row(
+            "topk_logprobs", setting, side, logits.nbytes, partial(function, logits, k), check, 1e-5
+        )

@@ -13,7 +13,8 @@ import text
 from clients import Prompt
 
 _FUNCTION = re.compile(r"^( *)def .*\n(?:\1 +.*\n|\n){3,}", re.MULTILINE)
-_LINES = 16  # of a function, in a question
+# of a function, in a question
+_LINES = 16
 
 
 def read_prompts(path: Path) -> list[Prompt]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from serve import Server
 
-CLIENTS = 8  # requests at a time
+# requests at a time
+CLIENTS = 8
 SPEC_COUNTS = ("spec_verify_ct", "spec_num_correct_drafts")
 # What users say next, in a conversation of several turns.
 FOLLOW_UPS = ("Explain that in more detail.", "Give me an example.", "Sum it up in one sentence.")
@@ -32,12 +33,15 @@ class Prompt:
 class Reply:
     """One finished request."""
 
-    number: int  # its place in the list of prompts
+    # its place in the list of prompts
+    number: int
     domain: str
     tokens: list[int] = field(repr=False)
-    accept_length: float  # 1 + correct drafts per verify step; 1.0 without speculation
+    # 1 + correct drafts per verify step; 1.0 without speculation
+    accept_length: float
     latency_s: float = 0.0
-    finished_s: float = 0.0  # of time.monotonic()
+    # of time.monotonic()
+    finished_s: float = 0.0
 
 
 def send(
@@ -81,7 +85,8 @@ def chat(
     """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides
     the output is set but its largest length: the server's own defaults sample, unless `greedy`.
 
-    turns: what a user says, with everything said before it, so that the cached prefix grows; a Reply
+    turns: what a user says, with everything said before it, so that the cached prefix grows; a
+        Reply
     is of the whole conversation.
     """
     from openai import OpenAI

@@ -34,9 +34,9 @@ def draw(
 ) -> None:
     """Write a PNG.
 
-    `live`, `frozen`: accept length per request in order of finishing, of every request or of 1 in `frozen_every`.
-    `swaps`: requests done at each swap. `domains`: (first request, name) of each stretch of traffic. `ceiling`: the
-    largest possible accept length.
+    `live`, `frozen`: accept length per request in order of finishing, of every request or of 1 in
+    `frozen_every`. `swaps`: requests done at each swap. `domains`: (first request, name) of each
+    stretch of traffic. `ceiling`: the largest possible accept length.
     """
     import matplotlib
 
@@ -50,15 +50,22 @@ def draw(
     axes.spines["bottom"].set_color(GRID)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.tick_params(colors=MUTED, length=0)
-    frozen_name = "frozen initial draft, trainer off" + (f", 1 request in {frozen_every}" if frozen_every > 1 else "")
-    for values, every, color, name in ((live, 1, LIVE, "Aurora"), (frozen, frozen_every, FROZEN, frozen_name)):
+    frozen_name = "frozen initial draft, trainer off" + (
+        f", 1 request in {frozen_every}" if frozen_every > 1 else ""
+    )
+    for values, every, color, name in (
+        (live, 1, LIVE, "Aurora"),
+        (frozen, frozen_every, FROZEN, frozen_name),
+    ):
         if not len(values):
             continue
         x = np.arange(1, len(values) + 1) * every
         axes.scatter(x, values, s=7, color=color, alpha=0.18, linewidths=0)
         smooth = moving_mean(values, window)
         axes.plot(x, smooth, color=color, linewidth=2, label=f"{name} (mean of the last {window})")
-        axes.annotate(f" {smooth[-1]:.2f}", (x[-1], smooth[-1]), color=color, va="center", fontsize=11)
+        axes.annotate(
+            f" {smooth[-1]:.2f}", (x[-1], smooth[-1]), color=color, va="center", fontsize=11
+        )
     top = min(ceiling, max([*live, *frozen, 2.0])) + 0.12
     for first, name in domains:
         if first:

@@ -20,8 +20,10 @@ import children
 
 NUM_STEPS = 4
 PROMPT_TOKENS, TOKENS = 48, 128
-PLAIN_EVERY = 4  # the third pass serves 1 in so many requests of the second
-SHIFT_AT = 0.6  # share of the time after which the traffic changes its domain
+# the third pass serves 1 in so many requests of the second
+PLAIN_EVERY = 4
+# share of the time after which the traffic changes its domain
+SHIFT_AT = 0.6
 
 # A small draft on few requests learns by the step, 4 of them a request.
 # The rate is for widths of a few hundred.
@@ -48,7 +50,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
     recipe = make_target.QUICK if options.quick else make_target.Recipe()
     if not make_target.is_ready(recipe, target):
         make_target.make(recipe, target)
-    shutil.rmtree(home, ignore_errors=True)  # what was learned before; the target stays
+    # what was learned before; the target stays
+    shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     draft = home / "draft"
     children.run_to_end([*children.TRAINER, "init-draft", target, draft, "--kind", options.init])

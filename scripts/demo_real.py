@@ -20,7 +20,8 @@ import children
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 NUM_STEPS = 3
-PROMPT_TOKENS = 512  # a longer prompt is left out
+# a longer prompt is left out
+PROMPT_TOKENS = 512
 
 LEARNING = """\
 device = "{device}"
@@ -40,11 +41,12 @@ requests = 16
 every_s = 25.0  # the gate's walk over its requests takes seconds of a core
 """
 
-# A share of the memory that is free at the start, and an upper bound: the KV cache has a size of its
-# own. bfloat16 products are several times as fast as float32 ones on a CPU that has them.
+# A share of the memory that is free at the start, and an upper bound: the KV cache has a size of
+# its own. bfloat16 products are several times as fast as float32 ones on a CPU that has them.
 CPU_ARGS = ["--mem-fraction-static", "0.8", "--dtype", "bfloat16"]
 CPU_ENV = {
-    # The second thread gains on matrices of this size; one that spins would take the trainer's core.
+    # The second thread gains on matrices of this size; one that spins would take the trainer's
+    # core.
     "OMP_NUM_THREADS": "2",
     "OMP_WAIT_POLICY": "PASSIVE",
     "AURORA_CPU_PACK": "1",
@@ -67,7 +69,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
         known, prompts = make_prompts(options, target)
     except (ValueError, OSError) as error:
         sys.exit(f"demo-real: {error}")
-    shutil.rmtree(home, ignore_errors=True)  # what was learned before
+    # what was learned before
+    shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     draft = make_draft(options, target, known, home)
     on_gpu = has_gpu()

@@ -1,11 +1,14 @@
-"""The trainer's objective as one would write it first in PyTorch: dense masks, whole logits, autograd.
+"""The trainer's objective as one would write it first in PyTorch: dense masks, whole logits,
+autograd.
 
-The yardstick of bench_trainer_cpu.py. It shares with the trainer what is not in question (the draft's layers, the
-packed batch with its indices) and does the rest plainly: scaled_dot_product_attention with a boolean mask [Q, T + M] of
-every level, head -> logits [Q, V] -> log_softmax -> distances by autograd. Only the default distance and full draft
-vocabularies are written.
+The yardstick of bench_trainer_cpu.py. It shares with the trainer what is not in question (the
+draft's layers, the packed batch with its indices) and does the rest plainly:
+scaled_dot_product_attention with a boolean mask [Q, T + M] of every level, head -> logits [Q, V] ->
+log_softmax -> distances by autograd. Only the default distance and full draft vocabularies are
+written.
 
-Dimensions: T slots, Q queries of a level, M nodes of all levels so far, R queries with a loss, K kept logits,
+Dimensions: T slots, Q queries of a level, M nodes of all levels so far, R queries with a loss, K
+    kept logits,
 V vocabulary.
 """
 
@@ -29,12 +32,17 @@ class DenseDraft(Draft):
         mask = (slots >= slot_start[:, None]) & (slots < slot_end[:, None])
         if node_kv is not None:
             k, v = (torch.cat([a, b]) for a, b in zip(slot_kv, node_kv, strict=True))
-            nodes = torch.zeros(len(q), len(node_kv[0]), dtype=torch.bool, device=k.device).scatter_(1, ancestors, True)
+            nodes = torch.zeros(
+                len(q), len(node_kv[0]), dtype=torch.bool, device=k.device
+            ).scatter_(1, ancestors, True)
             mask = torch.cat([mask, nodes], 1)
-        # repeated rather than enable_gqa: with it the CPU has no fused kernel, and scores of all heads are kept
+        # repeated rather than enable_gqa: with it the CPU has no fused kernel, and scores of all
+        # heads are kept
         k, v = (a.repeat_interleave(q.shape[1] // a.shape[1], 1) for a in (k, v))
         heads_first = (a.transpose(0, 1)[None] for a in (q, k, v))
-        o = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=self.config.head_dim**-0.5)
+        o = F.scaled_dot_product_attention(
+            *heads_first, attn_mask=mask, scale=self.config.head_dim**-0.5
+        )
         return o[0].transpose(0, 1)
 
 
@@ -54,7 +62,10 @@ def dense_loss(draft: DenseDraft, batch: Batch, config: LossConfig, counts: Tens
         terms = {"forward_kl": forward_kl, "greedy": -log_q_kept[:, 0]}
         distance = sum(share * terms[name] for name, share in config.distance.items())
         accepted = level.accepted[level.rows]
-        for weight, rows, count in ((1.0, accepted, counts[depth, 0]), (config.rejected, ~accepted, counts[depth, 1])):
+        for weight, rows, count in (
+            (1.0, accepted, counts[depth, 0]),
+            (config.rejected, ~accepted, counts[depth, 1]),
+        ):
             if weight and rows.any():
                 total = total + config.gamma**depth * weight / float(count) * distance[rows].sum()
     return total

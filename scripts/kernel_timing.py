@@ -1,7 +1,8 @@
 """Time and peak memory of one call on a device, and the row that a bench makes of it.
 
-On a GPU: CUDA events around single calls, the median of several after a warm-up; between calls a buffer larger than the
-L2 cache is overwritten, so that every call starts from memory. Peak memory is what the call itself allocates at most.
+On a GPU: CUDA events around single calls, the median of several after a warm-up; between calls a
+buffer larger than the L2 cache is overwritten, so that every call starts from memory. Peak memory
+is what the call itself allocates at most.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 FLUSH_BYTES = 512 << 20
-SECONDS_EACH = 0.3  # of measuring, per row
+# of measuring, per row
+SECONDS_EACH = 0.3
 
 
 @dataclass
@@ -28,15 +30,20 @@ class Bench:
     began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        self.flush = torch.empty(FLUSH_BYTES if self.device == "cuda" else 0, dtype=torch.uint8, device=self.device)
+        self.flush = torch.empty(
+            FLUSH_BYTES if self.device == "cuda" else 0, dtype=torch.uint8, device=self.device
+        )
 
     def row(
         self, op: str, setting: str, side: str, work: float, call: Callable[[], object],
         check: Callable[[], float] | None = None, limit: float = 0.0, extra_ms: float = 0.0,
     ) -> dict:  # fmt: skip
-        """Measure `call`, unless `check` (an error, at most `limit`) is red. Nothing that goes wrong ends the bench.
+        """Measure `call`, unless `check` (an error, at most `limit`) is red.
 
-        work: FLOP or bytes of a call. extra_ms: what belongs to a call but was measured before (a mask).
+        Nothing that goes wrong ends the bench.
+
+        work: FLOP or bytes of a call. extra_ms: what belongs to a call but was measured before (a
+            mask).
         """
         row = self._blank(op, setting, side)
         if self.over():
@@ -52,7 +59,8 @@ class Bench:
                     row["rate"] = work / row["ms"] * 1e3 or None
                     if extra_ms:
                         row["note"], row["without_mask_ms"] = f"{ms:.3f} ms without its mask", ms
-            except Exception as error:  # a baseline that does not run is a result
+            except Exception as error:
+                # a baseline that does not run is a result
                 row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
         if self.device == "cuda":
             torch.cuda.empty_cache()
@@ -69,7 +77,15 @@ class Bench:
         print(line(row), flush=True)
 
     def _blank(self, op: str, setting: str, side: str) -> dict:
-        row = {"op": op, "setting": setting, "side": side, "ms": None, "rate": None, "peak_mib": None, "note": ""}
+        row = {
+            "op": op,
+            "setting": setting,
+            "side": side,
+            "ms": None,
+            "rate": None,
+            "peak_mib": None,
+            "note": "",
+        }
         self.rows.append(row)
         return row
 
@@ -99,7 +115,9 @@ class Bench:
 
 
 LAYOUT = "{:<22} {:<34} {:<30} {:>10} {:>9} {:>9}  {}"
-HEADER = LAYOUT.format("operation", "setting", "side", "ms", "T/s", "peak MiB", "(T/s: TFLOP/s; of top-K TB/s)")
+HEADER = LAYOUT.format(
+    "operation", "setting", "side", "ms", "T/s", "peak MiB", "(T/s: TFLOP/s; of top-K TB/s)"
+)
 
 
 def line(row: dict) -> str:

@@ -1,9 +1,11 @@
-"""Makes the demo's target: a small Qwen3 language model, trained from nothing on the text of `text.py`.
+"""Makes the demo's target: a small Qwen3 language model, trained from nothing on the text of
+`text.py`.
 
     python scripts/make_target.py [--minutes 6] [--quick] [--out .cache/target]
 
-The clock is the budget: reading the text, training the tokenizer and the model, and the report all fit in it. The
-result is a directory that SGLang and transformers load as they load any other; it is made once and then reused.
+The clock is the budget: reading the text, training the tokenizer and the model, and the report all
+fit in it. The result is a directory that SGLang and transformers load as they load any other; it is
+made once and then reused.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins takes the core that its partner waits for
+# a thread that spins takes the core that its partner waits for
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import fcntl
@@ -39,7 +42,8 @@ class Recipe:
     """Everything that decides what the target becomes; its fingerprint names the cached result."""
 
     minutes: float = 6.0
-    steps: int = 0  # of the optimizer; 0 leaves it to the clock
+    # of the optimizer; 0 leaves it to the clock
+    steps: int = 0
     seed: int = 0
     vocab_size: int = 2048
     layers: int = 6
@@ -51,25 +55,40 @@ class Recipe:
     tied: bool = True
     context: int = 1024
     batch_tokens: int = 4096
-    row_tokens: int = 256  # attention is a third of a step at 1024
-    long_rows_from: float = 0.85  # share of the time after which rows are `context` long
+    # attention is a third of a step at 1024
+    row_tokens: int = 256
+    # share of the time after which rows are `context` long
+    long_rows_from: float = 0.85
     matrix_lr: float = 0.01
     other_lr: float = 0.004
     weight_decay: float = 0.02
-    unloop_from: float = 0.65  # share of the time after which the model unlearns its loops, see unloop.py
+    # share of the time after which the model unlearns its loops, see unloop.py
+    unloop_from: float = 0.65
     unloop_weight: float = 4.0
-    decay_from: float = 0.4  # share of the time after which the learning rates fall to nothing
-    text_bytes: int = 1 << 30  # of each domain
-    report_s: float = 20.0  # kept for saving and measuring
+    # share of the time after which the learning rates fall to nothing
+    decay_from: float = 0.4
+    # of each domain
+    text_bytes: int = 1 << 30
+    # kept for saving and measuring
+    report_s: float = 20.0
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+# by steps: a busy machine makes the tests' target late, not bad
 QUICK = replace(
-    Recipe(), minutes=0.9, steps=100, vocab_size=1024, layers=4, hidden=128, intermediate=320, heads=2,
-    text_bytes=1_500_000, report_s=10.0,
-)  # by steps: a busy machine makes the tests' target late, not bad
+    Recipe(),
+    minutes=0.9,
+    steps=100,
+    vocab_size=1024,
+    layers=4,
+    hidden=128,
+    intermediate=320,
+    heads=2,
+    text_bytes=1_500_000,
+    report_s=10.0,
+)
 
 
 def fastest_dtype() -> torch.dtype:
@@ -78,23 +97,30 @@ def fastest_dtype() -> torch.dtype:
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(4096, 192).to(dtype), torch.randn(192, 1024).to(dtype)
         rounds = []
-        for _ in range(10):  # the fastest of them: others may use this machine too
+        # the fastest of them: others may use this machine too
+        for _ in range(10):
             started = time.perf_counter()
             left @ right
             rounds.append(time.perf_counter() - started)
         seconds[dtype] = min(rounds)
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
+    return (
+        torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
+    )
 
 
 def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: float) -> TargetModel:
-    """Trains until `time.monotonic()` is until_s, or for recipe.steps; the schedule follows the same measure."""
+    """Trains until `time.monotonic()` is until_s, or for recipe.steps; the schedule follows the
+    same measure.
+    """
     torch.manual_seed(recipe.seed)
     dtype = fastest_dtype()
     model = TargetModel(config, dtype)
     matrices = [weight for name, weight in model.weights.items() if "_proj" in name]
     others = [weight for name, weight in model.weights.items() if "_proj" not in name]
     optimizers = {
-        Muon(matrices, lr=0.0, weight_decay=recipe.weight_decay, compute_dtype=dtype): recipe.matrix_lr,
+        Muon(
+            matrices, lr=0.0, weight_decay=recipe.weight_decay, compute_dtype=dtype
+        ): recipe.matrix_lr,
         torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0): recipe.other_lr,
     }
     started = time.monotonic()
@@ -136,7 +162,10 @@ def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: fl
                 end="\r" if sys.stdout.isatty() else "\n",
                 flush=True,
             )
-    print(f"\n  {step} steps, {seen_tokens:,} tokens in {time.monotonic() - started:.0f} s, {model.compute_dtype}")
+    print(
+        f"\n  {step} steps, {seen_tokens:,} tokens in {time.monotonic() - started:.0f} s,"
+        f" {model.compute_dtype}"
+    )
     return model
 
 
@@ -152,7 +181,9 @@ def save(model: TargetModel, tokenizer: PreTrainedTokenizerFast, directory: Path
 
 
 def make(recipe: Recipe, directory: Path) -> None:
-    """Trains a target and puts it at `directory`, whole or not at all; one process at a time, the others wait."""
+    """Trains a target and puts it at `directory`, whole or not at all; one process at a time, the
+    others wait.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with directory.with_name(f"{directory.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -164,10 +195,16 @@ def _make(recipe: Recipe, directory: Path) -> None:
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(4, os.cpu_count() or 1))  # more have too little to do at this size
-    torch.set_flush_denormal(True)  # exp of very negative logits is otherwise ten times slower
-    documents = [d for domain in text.DOMAINS for d in text.documents(domain, "train", recipe.text_bytes)]
-    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        # more have too little to do at this size
+        torch.set_num_threads(min(4, os.cpu_count() or 1))
+    # exp of very negative logits is otherwise ten times slower
+    torch.set_flush_denormal(True)
+    documents = [
+        d for domain in text.DOMAINS for d in text.documents(domain, "train", recipe.text_bytes)
+    ]
+    order = torch.randperm(
+        len(documents), generator=torch.Generator().manual_seed(recipe.seed)
+    ).tolist()
     documents = [documents[i] for i in order]
     tokenizer = train_tokenizer(documents, recipe.vocab_size)
     stream = token_stream(tokenizer, documents)
@@ -185,9 +222,14 @@ def _make(recipe: Recipe, directory: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    print(f"target: {len(stream):,} training tokens ready after {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"target: {len(stream):,} training tokens ready after {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     # A machine so busy that reading took the time still trains for a while.
-    until_s = max(started + 60 * recipe.minutes - recipe.report_s, time.monotonic() + 15 * recipe.minutes)
+    until_s = max(
+        started + 60 * recipe.minutes - recipe.report_s, time.monotonic() + 15 * recipe.minutes
+    )
     model = train(recipe, config, stream, until_s)
 
     temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
@@ -197,11 +239,22 @@ def _make(recipe: Recipe, directory: Path) -> None:
     report = {"parameters": sum(weight.numel() for weight in model.weights.values())}
     for domain in text.DOMAINS:
         prompts = text.prompts(domain, 40, 48, tokenizer, seed=1)
-        report[domain] = held_out(model, tokenizer, domain, 250_000 if recipe.minutes > 2 else 60_000) | {
-            "distinct_4grams": distinct_fraction(greedy(temporary, prompts, 128 if recipe.minutes > 2 else 48))
+        report[domain] = held_out(
+            model, tokenizer, domain, 250_000 if recipe.minutes > 2 else 60_000
+        ) | {
+            "distinct_4grams": distinct_fraction(
+                greedy(temporary, prompts, 128 if recipe.minutes > 2 else 48)
+            )
         }
-        print(f"  held-out {domain}: " + ", ".join(f"{k} {v:.3f}" for k, v in report[domain].items()), flush=True)
-    report |= {"seconds": time.monotonic() - started, "fingerprint": recipe.fingerprint(), "recipe": asdict(recipe)}
+        print(
+            f"  held-out {domain}: " + ", ".join(f"{k} {v:.3f}" for k, v in report[domain].items()),
+            flush=True,
+        )
+    report |= {
+        "seconds": time.monotonic() - started,
+        "fingerprint": recipe.fingerprint(),
+        "recipe": asdict(recipe),
+    }
     (temporary / "target.json").write_text(json.dumps(report, indent=1))
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
@@ -210,15 +263,26 @@ def _make(recipe: Recipe, directory: Path) -> None:
 
 def is_ready(recipe: Recipe, directory: Path) -> bool:
     report = directory / "target.json"
-    return report.is_file() and json.loads(report.read_text()).get("fingerprint") == recipe.fingerprint()
+    return (
+        report.is_file()
+        and json.loads(report.read_text()).get("fingerprint") == recipe.fingerprint()
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, help="wall clock for everything (6; 0.9 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="a small target within a minute, for tests")
-    parser.add_argument("--out", type=Path, help=".cache/target, or .cache/target-quick with --quick")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="a field of the recipe")
+    parser.add_argument(
+        "--minutes", type=float, help="wall clock for everything (6; 0.9 with --quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a small target within a minute, for tests"
+    )
+    parser.add_argument(
+        "--out", type=Path, help=".cache/target, or .cache/target-quick with --quick"
+    )
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=VALUE", help="a field of the recipe"
+    )
     options = parser.parse_args()
     recipe = QUICK if options.quick else Recipe()
     if options.minutes:

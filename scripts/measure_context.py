@@ -4,13 +4,14 @@
 
 Two kinds of loss, in accept length (aurora_trainer/score.py), on requests that were not trained on:
 
-    context     a prefix-cache hit begins a sample without its prompt, a long output is cut into parts with
-                `trainer.assemble.context_slots` of context. Two drafts are trained on the same requests, one
-                with whole prompts, one without their first `--cut` positions; both are walked with whole
-                prompts (as the server drafts) and with cut ones (as the gate scores such samples).
-    old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is walked with
-                the keys and values of these positions from the initial draft, and from itself after half of the
-                training.
+    context     a prefix-cache hit begins a sample without its prompt, a long output is cut into
+                parts with `trainer.assemble.context_slots` of context. Two drafts are trained on
+                the same requests, one with whole prompts, one without their first `--cut`
+                positions; both are walked with whole prompts (as the server drafts) and with cut
+                ones (as the gate scores such samples).
+    old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is
+                walked with the keys and values of these positions from the initial draft, and from
+                itself after half of the training.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from aurora_trainer.sample import Sample
 from aurora_trainer.score import chains, measure
 from aurora_trainer.train import Training
 
-POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)  # of generated tokens
+# of generated tokens
+POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def requests(recording: Path, config: TrainerFile, shared: int) -> list[Sample]:
     """Whole requests, in the order of their ends.
 
-    shared: first tokens that all requests have (a chat template's system prompt). Where a cache hit took
+    shared: first tokens that all requests have (a chat template's system prompt). Where a cache hit
+        took
     just these away, their features are those of the first request that has them.
     """
     assembler = Assembler(config.trainer.assemble.model_copy(update={"part_slots": 1 << 14}))
@@ -113,13 +116,17 @@ class OldPrefix:
     @torch.no_grad()
     def slots(self, tokens, features, positions, slot_start, rows):
         draft = self._draft
-        (new,), (old,) = (d.slots(tokens, features, positions, slot_start)[1] for d in (draft, self._old))
+        (new,), (old,) = (
+            d.slots(tokens, features, positions, slot_start)[1] for d in (draft, self._old)
+        )
         kv = tuple(torch.where(self._prompt[:, None, None], o, n) for o, n in zip(old, new))
         (layer,) = draft.layers
         state = draft._project(features.to(draft.fc.weight.dtype))[rows]
         x = layer.attention_input(draft._embeds(tokens[rows]), state)
         rope = draft._rope(positions[rows])
-        return layer.finish(state, draft._attend(layer, x, rope, kv, None, slot_start[rows], rows + 1, None)), [kv]
+        return layer.finish(
+            state, draft._attend(layer, x, rope, kv, None, slot_start[rows], rows + 1, None)
+        ), [kv]
 
 
 def old_prefix(
@@ -157,7 +164,9 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=150, help="requests")
     parser.add_argument("--judge", type=int, default=60, help="requests after those")
     parser.add_argument("--shared", type=int, default=0, help="first tokens that all requests have")
-    parser.add_argument("--cut", type=int, default=64, help="first positions of a prompt that are cached")
+    parser.add_argument(
+        "--cut", type=int, default=64, help="first positions of a prompt that are cached"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as weights:
@@ -175,7 +184,8 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
     taught, judged = samples[: options.train], samples[options.train :][: options.judge]
     if not judged:
         raise ValueError(
-            f"{options.recording} has {len(samples)} whole requests; expected more than --train {options.train}"
+            f"{options.recording} has {len(samples)} whole requests; expected more than --train"
+            f" {options.train}"
         )
     cut = [without_prefix(s, options.cut) for s in judged]
     drafts, trainer, half = {}, config.trainer, {}
@@ -183,7 +193,9 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
     drafts["cut prompts"], _ = train(config, [without_prefix(s, options.cut) for s in taught])
     initial = Draft.load(trainer.model.draft, drafts["whole prompts"].embed.float())
     walked = {
-        f"trained on {name}, walked with {context}": measure(draft, of, trainer.batch, trainer.loss, "cpu")
+        f"trained on {name}, walked with {context}": measure(
+            draft, of, trainer.batch, trainer.loss, "cpu"
+        )
         for name, draft in drafts.items()
         for context, of in (("whole prompts", judged), ("cut prompts", cut))
     }

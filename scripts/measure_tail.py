@@ -1,16 +1,21 @@
-"""What one bucket for the target's tail costs: top-K targets against exact ones, per K and distance, on real text.
+"""What one bucket for the target's tail costs: top-K targets against exact ones, per K and
+distance, on real text.
 
     python scripts/measure_tail.py TARGET DRAFT [DRAFT ...] --out FILE
 
-TARGET and DRAFT are directories as the demo makes them (.cache/target, .cache/demo-*/weights/vNNNNNN). The target reads
-held-out prompts (`text`), and greedy continuations of others (`greedy`: what a server that decodes greedily sees); the
-draft drafts one token from every slot. Written per draft, traffic, distance and K, over all slots:
+TARGET and DRAFT are directories as the demo makes them (.cache/target,
+.cache/demo-*/weights/vNNNNNN). The target reads held-out prompts (`text`), and greedy continuations
+of others (`greedy`: what a server that decodes greedily sees); the draft drafts one token from
+every slot. Written per draft, traffic, distance and K, over all slots:
 
 - loss_error: mean loss / mean exact loss - 1
-- gradient_cosine, gradient_error: cosine of d(mean loss)/d(logits), all slots one vector, and |g_K - g| / |g|
-- acceptance_error: mean acceptance - mean exact acceptance; tail: mean mass beyond the K largest (of no distance)
+- gradient_cosine, gradient_error: cosine of d(mean loss)/d(logits), all slots one vector, and |g_K
+  - g| / |g|
+- acceptance_error: mean acceptance - mean exact acceptance; tail: mean mass beyond the K largest
+  (of no distance)
 
-and the same at K = 32 over slots whose tail holds less than 1 %, 1 to 3 %, and so on: other targets have other tails.
+and the same at K = 32 over slots whose tail holds less than 1 %, 1 to 3 %, and so on: other targets
+have other tails.
 """
 
 from __future__ import annotations
@@ -28,7 +33,13 @@ import text
 import torch
 import transformers
 from aurora_kernels.topk_logprobs import topk_logprobs_ref
-from aurora_kernels.tree_loss_ref import DISTANCES, draft_ids_of, exact_distance_, shares_of, topk_distance_
+from aurora_kernels.tree_loss_ref import (
+    DISTANCES,
+    draft_ids_of,
+    exact_distance_,
+    shares_of,
+    topk_distance_,
+)
 from measure_target import greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,21 +51,30 @@ TAILS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 @torch.no_grad()
-def slots(model, draft: Draft, rows: list[list[int]], begin: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(draft logits [R, VD], target logits [R, V]) of every slot that holds a token at position `begin` or later."""
-    layers = [1 + i for i in draft.config.aux_layer_ids]  # hidden_states[0] enters the first layer
+def slots(
+    model, draft: Draft, rows: list[list[int]], begin: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(draft logits [R, VD], target logits [R, V]) of every slot that holds a token at position
+    `begin` or later.
+    """
+    # hidden_states[0] enters the first layer
+    layers = [1 + i for i in draft.config.aux_layer_ids]
     z, t = [], []
     for row in rows:
         out = model(torch.tensor([row]), output_hidden_states=True)
         features = torch.cat([out.hidden_states[n][0] for n in layers], -1)[:-1]
         positions = torch.arange(len(features))
-        state, _ = draft.slots(torch.tensor(row[1:]), features, positions, torch.zeros_like(positions))
+        state, _ = draft.slots(
+            torch.tensor(row[1:]), features, positions, torch.zeros_like(positions)
+        )
         z.append(draft.logits(state)[begin - 1 :])
         t.append(out.logits[0, begin:].float())
     return torch.cat(z), torch.cat(t)
 
 
-def exact(z: torch.Tensor, t: torch.Tensor, distance: str, ids: torch.Tensor) -> tuple[float, torch.Tensor, float]:
+def exact(
+    z: torch.Tensor, t: torch.Tensor, distance: str, ids: torch.Tensor
+) -> tuple[float, torch.Tensor, float]:
     """(mean loss, its gradient d / dz, mean acceptance); z is not changed."""
     dz, weight = z.clone(), z.new_full((len(z),), 1 / len(z))
     target = t.clone(), ids, draft_ids_of(ids, t.shape[1])
@@ -81,7 +101,9 @@ def errors(z: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, ks: tuple[int, .
             k_loss, k_g, k_acceptance = bucketed(z, t, distance, ids, k)
             rows["kept"][k] = {
                 "loss_error": k_loss / loss - 1,
-                "gradient_cosine": float(torch.cosine_similarity(k_g.flatten().double(), g.flatten().double(), 0)),
+                "gradient_cosine": float(
+                    torch.cosine_similarity(k_g.flatten().double(), g.flatten().double(), 0)
+                ),
                 "gradient_error": float((k_g - g).norm() / g.norm()),
             }
             out.setdefault("acceptance_error", {})[k] = k_acceptance - acceptance
@@ -104,23 +126,30 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("drafts", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--prompts", type=int, default=16, help="of each domain and traffic, 256 tokens each")
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="of each domain and traffic, 256 tokens each"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.target)
     model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).eval()
-    traffic = {"text": ([], 1), "greedy": ([], 128)}  # rows, first position that counts
+    # rows, first position that counts
+    traffic = {"text": ([], 1), "greedy": ([], 128)}
     for domain in text.DOMAINS:
         traffic["text"][0].extend(text.prompts(domain, args.prompts, 256, tokenizer, seed=0))
         prompts = text.prompts(domain, args.prompts, 128, tokenizer, seed=1)
-        traffic["greedy"][0].extend(p + g for p, g in zip(prompts, greedy(args.target, prompts, 128), strict=True))
+        traffic["greedy"][0].extend(
+            p + g for p, g in zip(prompts, greedy(args.target, prompts, 128), strict=True)
+        )
     results = {}
     for path in args.drafts:
         draft = Draft.load(path, model.get_input_embeddings().weight)
         for name, (rows, begin) in traffic.items():
             z, t = slots(model, draft, rows, begin)
             ids = target_ids(draft.d2t)
-            results[f"{path.name} {name}"] = errors(z, t, ids) | {"by_tail_at_32": by_tail(z, t, ids)}
+            results[f"{path.name} {name}"] = errors(z, t, ids) | {
+                "by_tail_at_32": by_tail(z, t, ids)
+            }
     record = {
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
@@ -138,7 +167,10 @@ def main() -> None:
 
 
 def show(name: str, result: dict, ks: tuple[int, ...]) -> None:
-    print(f"\n{name}: {result['slots']} slots, acceptance {result['acceptance']:.3f}; columns: loss, cosine, gradient")
+    print(
+        f"\n{name}: {result['slots']} slots, acceptance {result['acceptance']:.3f}; columns: loss,"
+        " cosine, gradient"
+    )
     print(f"{'K':>4} {'tail':>8} {'accept.':>8}" + "".join(f"{d:>28}" for d in DISTANCES))
     for k in ks:
         line = f"{k:>4} {result['tail'][k]:8.4f} {result['acceptance_error'][k]:8.4f}"

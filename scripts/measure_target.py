@@ -1,4 +1,6 @@
-"""How good a target is: held-out perplexity, and how much it repeats itself when it is decoded greedily."""
+"""How good a target is: held-out perplexity, and how much it repeats itself when it is decoded
+greedily.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 @torch.no_grad()
-def held_out(model: TargetModel, tokenizer: PreTrainedTokenizerFast, domain: str, limit_bytes: int) -> dict[str, float]:
-    """Perplexity per token and bits per byte, which does not depend on the vocabulary, of a domain's held-out text."""
+def held_out(
+    model: TargetModel, tokenizer: PreTrainedTokenizerFast, domain: str, limit_bytes: int
+) -> dict[str, float]:
+    """Perplexity per token and bits per byte, which does not depend on the vocabulary, of a
+    domain's held-out text.
+    """
     documents, size = [], 0
     for document in text.documents(domain, "heldout"):
         if size < limit_bytes:
@@ -26,7 +32,9 @@ def held_out(model: TargetModel, tokenizer: PreTrainedTokenizerFast, domain: str
     total = 0.0
     for batch in rows.split(8):
         hidden = model(batch[:, :-1]).flatten(0, 1)
-        total += NextTokenLoss.apply(hidden, model.head, batch[:, 1:].flatten()).item() * len(hidden)
+        total += NextTokenLoss.apply(hidden, model.head, batch[:, 1:].flatten()).item() * len(
+            hidden
+        )
     nats = total / (rows.size(0) * (width - 1))
     return {
         "perplexity": math.exp(nats),
@@ -36,7 +44,9 @@ def held_out(model: TargetModel, tokenizer: PreTrainedTokenizerFast, domain: str
 
 
 def distinct_fraction(generated: list[list[int]], n: int = 4) -> float:
-    """Of all n-grams in the generated rows, the share that are different: low where a model repeats itself."""
+    """Of all n-grams in the generated rows, the share that are different: low where a model repeats
+    itself.
+    """
     grams = [tuple(row[i : i + n]) for row in generated for i in range(len(row) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
@@ -47,6 +57,10 @@ def greedy(directory: Path, prompts: list[list[int]], tokens: int) -> list[list[
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     ids = torch.tensor(prompts)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
     )
     return out[:, ids.size(1) :].tolist()

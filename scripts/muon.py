@@ -1,7 +1,8 @@
-"""Muon: momentum whose update is orthogonalised, for the matrices of a network (Jordan et al., 2024).
+"""Muon: momentum whose update is orthogonalised, for the matrices of a network (Jordan et al.,
+2024).
 
-The update of a weight [out, in] is U V^T of its momentum's singular value decomposition, found by five Newton-Schulz
-steps. It is for matrices only: vectors and embeddings stay with AdamW.
+The update of a weight [out, in] is U V^T of its momentum's singular value decomposition, found by
+five Newton-Schulz steps. It is for matrices only: vectors and embeddings stay with AdamW.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import torch
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values end in 0.7 to 1.2. Shape [K, rows, columns]."""
+    """The nearest semi-orthogonal matrices, roughly: singular values end in 0.7 to 1.2.
+
+    Shape [K, rows, columns].
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
@@ -22,11 +26,17 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Takes 2-D parameters only. `lr` is the size of an update per unit of root-mean-square weight, as for AdamW."""
+    """Takes 2-D parameters only.
 
-    def __init__(self, params, lr: float, momentum=0.95, weight_decay=0.0, compute_dtype=torch.float32):
+    `lr` is the size of an update per unit of root-mean-square weight, as for AdamW.
+    """
+
+    def __init__(
+        self, params, lr: float, momentum=0.95, weight_decay=0.0, compute_dtype=torch.float32
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.compute_dtype = compute_dtype  # of the orthogonalisation; bfloat16 is enough
+        # of the orthogonalisation; bfloat16 is enough
+        self.compute_dtype = compute_dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -44,9 +54,12 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
             momentum.lerp_(parameter.grad, 1 - group["momentum"])
             nesterov.append(parameter.grad.lerp(momentum, group["momentum"]))
-        # An orthogonal update has a root-mean-square of 1 / sqrt(max(shape)); 0.2 is AdamW's typical one.
+        # An orthogonal update has a root-mean-square of 1 / sqrt(max(shape)); 0.2 is AdamW's
+        # typical one.
         scale = 0.2 * max(shape) ** 0.5
         updates = orthogonalize(torch.stack(nesterov).to(self.compute_dtype))
         for parameter, update in zip(parameters, updates, strict=True):
             update = update.to(parameter.dtype)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * scale)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                update, alpha=-group["lr"] * scale
+            )

@@ -18,7 +18,8 @@ from children import Trainer
 from clients import CLIENTS, Reply, tokens_per_s
 from serve import Server, free_port
 
-WINDOW = 40  # requests in a mean
+# requests in a mean
+WINDOW = 40
 STATUS, SUMMARY, PICTURE = "status.json", "summary.json", "accept_length.png"
 FROZEN_SET = "plugin.capture.enabled=false plugin.swap.enabled=false"
 SWAP = re.compile(r"draft swapped version=(\d+)")
@@ -61,7 +62,8 @@ def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
 class Site:
     """What all passes have in common. `args` and `env` are those of `serve.Server`."""
 
-    model: str  # what the target is called
+    # what the target is called
+    model: str
     home: Path
     target: Path
     draft: Path
@@ -112,7 +114,8 @@ class Pass:
 
     def __init__(self, server_log: Path, of: str, clients: int, status_file: Path | None = None):
         self.replies: list[Reply] = []
-        self.swaps: list[int] = []  # requests done at each
+        # requests done at each
+        self.swaps: list[int] = []
         self.version = self.tokens = 0
         self._log, self._read = server_log, 0
         self._of, self._clients, self._status_file = of, clients, status_file

@@ -1,11 +1,13 @@
 """Where a training step's time goes: shares of its parts, on the CPU or on a GPU.
 
-    python scripts/profile_step.py [--shape demo|qwen3-8b/4|qwen3-8b] [--slots N] [--device cuda] [--trace FILE]
+    python scripts/profile_step.py [--shape demo|qwen3-8b/4|qwen3-8b] [--slots N] [--device cuda]
+    [--trace FILE]
 
-The step is the trainer's own (pack > score the served weights > objective > backward > optimizer), on synthetic
-samples of 64 to 512 slots. Every operation is counted for the part whose range it ran in, at its own time: on the CPU
-its time on the processor, on a GPU that of the kernels that it launched; the time between kernels is told apart.
-Profiling itself costs a little, most where operations are small.
+The step is the trainer's own (pack > score the served weights > objective > backward > optimizer),
+on synthetic samples of 64 to 512 slots. Every operation is counted for the part whose range it ran
+in, at its own time: on the CPU its time on the processor, on a GPU that of the kernels that it
+launched; the time between kernels is told apart. Profiling itself costs a little, most where
+operations are small.
 """
 
 from __future__ import annotations
@@ -30,18 +32,22 @@ from aurora_trainer.optimize import Optimizer, OptimizerConfig
 from aurora_trainer.score import chains, walked
 
 DEMO = DraftConfig(
-    hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1, head_dim=64,
+    hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1,
+    head_dim=64,
     vocab_size=2048, draft_vocab_size=2048, aux_layer_ids=(0, 2, 4),
 )  # fmt: skip
 QWEN3_8B = replace(
-    DEMO, hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+    DEMO, hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128,
     vocab_size=151936, draft_vocab_size=151936,
 )  # fmt: skip
-SHAPES = {  # a draft, and the slots of a step
+# a draft, and the slots of a step
+SHAPES = {
     "demo": (DEMO, 256),
     "qwen3-8b/4": (
         replace(
-            QWEN3_8B, hidden_size=1024, intermediate_size=3072, num_attention_heads=8, num_key_value_heads=2,
+            QWEN3_8B, hidden_size=1024, intermediate_size=3072, num_attention_heads=8,
+            num_key_value_heads=2,
             vocab_size=37984, draft_vocab_size=37984,
         ),
         256,
@@ -49,7 +55,8 @@ SHAPES = {  # a draft, and the slots of a step
     "qwen3-8b": (QWEN3_8B, 8192),
 }  # fmt: skip
 RANGES = ("packing", "upload", "scoring", "optimizer")
-INSIDE = {  # of an operation's name, where it or what called it bears it
+# of an operation's name, where it or what called it bears it
+INSIDE = {
     "TreeAttention": "attention",
     "TreeLoss": "head and loss",
     "rms_norm": "norms",
@@ -77,7 +84,9 @@ def step(draft: Draft, optimizer: Optimizer, samples: list, device: str, rejecte
 
 
 def part_of(event) -> str:
-    """The part that an operation belongs to: the outermost named range around it, or else what called it is."""
+    """The part that an operation belongs to: the outermost named range around it, or else what
+    called it is.
+    """
     names = []
     while event is not None:
         names.append(event.name)
@@ -108,7 +117,9 @@ def main() -> None:
     dtype = torch.bfloat16 if on_gpu else torch.float32
     config, slots = SHAPES[options.shape]
     slots = options.slots or slots
-    embed = torch.randn(config.vocab_size, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    embed = torch.randn(
+        config.vocab_size, config.hidden_size, generator=torch.Generator().manual_seed(1)
+    )
     draft = Draft(config, embed)
     randomise(draft, 1)
     masters = {n: p.detach() for n, p in draft.named_parameters()}
@@ -117,7 +128,8 @@ def main() -> None:
     samples = ragged(slots, vocab=config.vocab_size, features=config.feature_size, kept=32)
     everything = draft, optimizer, samples, options.device, options.rejected
 
-    for _ in range(2 if on_gpu else 1):  # compiles and warms up
+    # compiles and warms up
+    for _ in range(2 if on_gpu else 1):
         step(*everything)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as recorded:
@@ -131,19 +143,32 @@ def main() -> None:
         if event.device_type == torch.autograd.DeviceType.CPU:
             spent[part_of(event)] += getattr(event, own)
     total = sum(spent.values())
-    if on_gpu:  # a step lasts longer than its kernels where the device waits for the host
+    # a step lasts longer than its kernels where the device waits for the host
+    if on_gpu:
         spent["waiting for the host"] = max(0.0, seconds * 1e6 * options.steps - total)
         total = sum(spent.values())
     shares = {part: us / total for part, us in spent.most_common()}
-    queries = sum(len(level) for level in pack(samples, BatchConfig(rejected=options.rejected > 0)).levels)
-    print(f"{options.shape} on {options.device}: {slots} slots, {queries} queries, {seconds * 1e3:.1f} ms a step")
+    queries = sum(
+        len(level) for level in pack(samples, BatchConfig(rejected=options.rejected > 0)).levels
+    )
+    print(
+        f"{options.shape} on {options.device}: {slots} slots, {queries} queries,"
+        f" {seconds * 1e3:.1f} ms a step"
+    )
     for part, share in shares.items():
         print(f"  {share:6.1%}  {part}")
     if options.trace:
         recorded.export_chrome_trace(str(options.trace))
     if options.out:
-        about = {"shape": options.shape, "device": options.device, "slots": slots, "torch": torch.__version__}
-        options.out.write_text(json.dumps(about | {"seconds": seconds, "shares": shares}, indent=1) + "\n")
+        about = {
+            "shape": options.shape,
+            "device": options.device,
+            "slots": slots,
+            "torch": torch.__version__,
+        }
+        options.out.write_text(
+            json.dumps(about | {"seconds": seconds, "shares": shares}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

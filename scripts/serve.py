@@ -1,11 +1,12 @@
-"""A real SGLang server in a subprocess, for tests and the demo: on the CPU, or on a GPU where there is one.
+"""A real SGLang server in a subprocess, for tests and the demo: on the CPU, or on a GPU where there
+is one.
 
     with Server("target/", draft="draft/", algorithm="AURORA", num_steps=4) as server:
         server.generate("def main(", {"max_new_tokens": 32})
 
-The server and its children are one process group. It ends with the `with` block and with `kill` (both at once, by
-SIGKILL), with `stop` (after its running requests; SGLang takes some 6 s for that) and with this process, however that
-ends.
+The server and its children are one process group. It ends with the `with` block and with `kill`
+(both at once, by SIGKILL), with `stop` (after its running requests; SGLang takes some 6 s for that)
+and with this process, however that ends.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ import children
 
 CPU_ENV = {
     "SGLANG_USE_CPU_ENGINE": "1",
-    "OMP_NUM_THREADS": "1",  # a thread pool costs more than it gains on the matrices of a small model
+    # a thread pool costs more than it gains on the matrices of a small model
+    "OMP_NUM_THREADS": "1",
     "SGLANG_CPU_OMP_THREADS_BIND": "0",
-    "TORCHDYNAMO_DISABLE": "1",  # else the first batch compiles; also spares every process an import of inductor
+    # else the first batch compiles; also spares every process an import of inductor
+    "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
 }
 CPU_ARGS = (
-    "--device cpu --dtype float32 --mem-fraction-static 0.1 --max-total-tokens 16384 --max-running-requests 8 "
-    "--skip-server-warmup --sleep-on-idle"
+    "--device cpu --dtype float32 --mem-fraction-static 0.1 --max-total-tokens 16384"
+    " --max-running-requests 8 --skip-server-warmup --sleep-on-idle"
 ).split()
 GPU_ARGS = "--mem-fraction-static 0.5 --max-running-requests 32 --skip-server-warmup".split()
 
@@ -43,10 +46,11 @@ GPU_ARGS = "--mem-fraction-static 0.5 --max-running-requests 32 --skip-server-wa
 class Server:
     """Starts on construction and returns once /health answers.
 
-    `model`, `draft`: directories. `algorithm`: None, "EAGLE3" or "AURORA"; `num_steps` and `topk` shape its trees, of
-    `num_draft_tokens` nodes (default: all that topk 1 has, else 1 + num_steps * topk). `args` are passed to SGLang
-    after our own, `env` is added to its environment. `log` is the file that holds its output.
-    Raises RuntimeError with the end of that log if the server dies or is not healthy after `timeout_s`.
+    `model`, `draft`: directories. `algorithm`: None, "EAGLE3" or "AURORA"; `num_steps` and `topk`
+    shape its trees, of `num_draft_tokens` nodes (default: all that topk 1 has, else 1 + num_steps *
+    topk). `args` are passed to SGLang after our own, `env` is added to its environment. `log` is
+    the file that holds its output. Raises RuntimeError with the end of that log if the server dies
+    or is not healthy after `timeout_s`.
     """
 
     def __init__(
@@ -68,16 +72,34 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = Path(log) if log else Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1])
         on_gpu = has_gpu()
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1"]
+        command = [
+            sys.executable,
+            "-m",
+            "sglang.launch_server",
+            "--model-path",
+            str(model),
+            "--host",
+            "127.0.0.1",
+        ]
         command += ["--port", str(self.port), *(GPU_ARGS if on_gpu else CPU_ARGS)]
         if algorithm:
-            command += ["--speculative-algorithm", algorithm, "--speculative-num-steps", str(num_steps)]
+            command += [
+                "--speculative-algorithm",
+                algorithm,
+                "--speculative-num-steps",
+                str(num_steps),
+            ]
             command += ["--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens"]
             command += [str(num_draft_tokens or 1 + num_steps * topk)]
         if draft:
             command += ["--speculative-draft-model-path", str(draft)]
         command += map(str, args)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **({} if on_gpu else CPU_ENV), **(env or {})}
+        environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            **({} if on_gpu else CPU_ENV),
+            **(env or {}),
+        }
         self.process = children.start(command, self.log, environment)
         started = time.monotonic()
         try:
@@ -87,11 +109,14 @@ class Server:
             raise
         self.startup_s = time.monotonic() - started
 
-    def generate(self, prompt: Any, sampling_params: dict[str, Any] | None = None, **fields: Any) -> Any:
+    def generate(
+        self, prompt: Any, sampling_params: dict[str, Any] | None = None, **fields: Any
+    ) -> Any:
         """POST /generate and return its JSON.
 
-        `prompt` is a text, a list of texts, a list of token ids, or a list of such lists; `fields` are SGLang's own
-        (rid, stream, custom_params, ...). Decoding is greedy unless `sampling_params` say otherwise.
+        `prompt` is a text, a list of texts, a list of token ids, or a list of such lists; `fields`
+        are SGLang's own (rid, stream, custom_params, ...). Decoding is greedy unless
+        `sampling_params` say otherwise.
         """
         key = "text" if isinstance(prompt, str) or isinstance(prompt[0], str) else "input_ids"
         params = {"temperature": 0, **(sampling_params or {})}
@@ -99,7 +124,9 @@ class Server:
 
     def post(self, path: str, body: Any, timeout_s: float = 600) -> Any:
         data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return json.loads(response.read() or b"null")
 
@@ -109,10 +136,14 @@ class Server:
 
     def log_tail(self, lines: int = 60) -> str:
         # SGLang prints all of its arguments in one line of 20,000 characters
-        return "\n".join(line[:1000] for line in self.log.read_text(errors="replace").splitlines()[-lines:])
+        return "\n".join(
+            line[:1000] for line in self.log.read_text(errors="replace").splitlines()[-lines:]
+        )
 
     def stop(self, timeout_s: float = 60) -> None:
-        """Let the server finish its requests and exit; SIGKILL to what is left after `timeout_s`."""
+        """Let the server finish its requests and exit; SIGKILL to what is left after
+        `timeout_s`.
+        """
         self.process.terminate()
         try:
             self.process.wait(timeout_s)
@@ -123,7 +154,8 @@ class Server:
     def kill(self) -> None:
         """SIGKILL to the server and everything that it started."""
         try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the group outlives its leader while a member lives
+            # the group outlives its leader while a member lives
+            os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
         self.process.wait()
@@ -138,7 +170,9 @@ class Server:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server exited with {self.process.returncode}:\n{self.log_tail()}")
+                raise RuntimeError(
+                    f"the server exited with {self.process.returncode}:\n{self.log_tail()}"
+                )
             try:
                 self.get("/health", timeout_s=5)
                 return
@@ -159,12 +193,17 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve a model; further arguments go to sglang.launch_server.")
+    parser = argparse.ArgumentParser(
+        description="Serve a model; further arguments go to sglang.launch_server."
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--draft")
-    parser.add_argument("--algorithm", default=None, help="EAGLE3 or AURORA; default: AURORA with a draft, else none")
+    parser.add_argument(
+        "--algorithm",
+        default=None,
+        help="EAGLE3 or AURORA; default: AURORA with a draft, else none",
+    )
     parser.add_argument("--num-steps", type=int, default=4)
     parser.add_argument("--topk", type=int, default=1)
     parser.add_argument("--port", type=int)

@@ -12,7 +12,8 @@ from measure_target import distinct_fraction
 from passes import PICTURE, SUMMARY, WINDOW, Pass, Site, mean
 from safetensors import safe_open
 
-BIN = 50  # requests in each of the means that show the curve as figures
+# requests in each of the means that show the curve as figures
+BIN = 50
 
 
 def report(

@@ -1,7 +1,8 @@
 """Samples of a make-believe request, of any length at once: what a training step is measured on.
 
-Chains of S draft steps hang from every verify step; a random number of their nodes was accepted. Tokens, features and
-the target's kept logits are random, so that nothing can be learnt; shapes and indices are those of real traffic.
+Chains of S draft steps hang from every verify step; a random number of their nodes was accepted.
+Tokens, features and the target's kept logits are random, so that nothing can be learnt; shapes and
+indices are those of real traffic.
 """
 
 from __future__ import annotations
@@ -13,13 +14,24 @@ from aurora_trainer.sample import Sample
 
 
 def sample(
-    slots: int, *, vocab: int, features: int, kept: int, num_steps: int = 4, prompt_len: int = 16, seed: int = 0
+    slots: int,
+    *,
+    vocab: int,
+    features: int,
+    kept: int,
+    num_steps: int = 4,
+    prompt_len: int = 16,
+    seed: int = 0,
 ) -> Sample:
-    """A request of `slots` committed slots, prompt included; features are bfloat16, as a server sends them."""
+    """A request of `slots` committed slots, prompt included; features are bfloat16, as a server
+    sends them.
+    """
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab, (slots + 1,), generator=g)
-    accepted = rng.integers(0, num_steps + 1, slots)  # of each verify step, more of them than fit
-    roots = prompt_len + np.r_[0, np.cumsum(accepted + 1)[:-1]]  # position of each root
+    # of each verify step, more of them than fit
+    accepted = rng.integers(0, num_steps + 1, slots)
+    # position of each root
+    roots = prompt_len + np.r_[0, np.cumsum(accepted + 1)[:-1]]
     trees = int((roots <= slots).sum())
     accepted, roots = np.minimum(accepted[:trees], slots - roots[:trees]), roots[:trees]
     width = num_steps + 1
@@ -34,15 +46,21 @@ def sample(
     stride = vocab // kept
     ids = torch.randint(vocab, (trees * width, 1), generator=g) + stride * torch.arange(kept)
     return Sample(
-        request=f"r{seed}", epoch="e", attempt=0, start=0, prompt_len=prompt_len, reason="stop", time_ns=0,
+        request=f"r{seed}", epoch="e", attempt=0, start=0, prompt_len=prompt_len, reason="stop",
+        time_ns=0,
         tokens=tokens, features=torch.randn(slots, features, generator=g).bfloat16(),
         slot_version=torch.zeros(slots, dtype=torch.int32), slot_node=torch.from_numpy(slot_node),
-        node_token=torch.from_numpy(np.where(on_path, tokens.numpy()[np.minimum(position, slots)], drafted)).flatten(),
+        node_token=torch.from_numpy(np.where(on_path, tokens.numpy()[np.minimum(position, slots)],
+        drafted)).flatten(),
         node_parent=torch.from_numpy(np.where(depth > 0, node - 1, -1)).flatten(),
-        node_depth=torch.from_numpy(depth).flatten(), node_slot=torch.from_numpy(np.repeat(roots - 1, width)),
-        node_accepted=torch.from_numpy(on_path).flatten(), node_altered=torch.zeros(trees * width, dtype=torch.bool),
-        topk_ids=ids % vocab, topk_logits=raw, logsumexp=raw.logsumexp(-1) + 0.3, num_steps=num_steps, topk=1,
-        tree_first=torch.from_numpy(node[:, 0].copy()), tree_version=torch.zeros(trees, dtype=torch.int32),
+        node_depth=torch.from_numpy(depth).flatten(),
+        node_slot=torch.from_numpy(np.repeat(roots - 1, width)),
+        node_accepted=torch.from_numpy(on_path).flatten(),
+        node_altered=torch.zeros(trees * width, dtype=torch.bool),
+        topk_ids=ids % vocab, topk_logits=raw, logsumexp=raw.logsumexp(-1) + 0.3,
+        num_steps=num_steps, topk=1,
+        tree_first=torch.from_numpy(node[:, 0].copy()),
+        tree_version=torch.zeros(trees, dtype=torch.int32),
     )  # fmt: skip
 
 

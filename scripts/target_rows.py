@@ -1,4 +1,6 @@
-"""From documents to rows of tokens for the target's training: the tokenizer, the stream, the batches."""
+"""From documents to rows of tokens for the target's training: the tokenizer, the stream, the
+batches.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
     """The ids of the documents in one row [T], each followed by the end token."""
     ids: list[int] = []
-    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(documents, add_special_tokens=False):
+    for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
+        documents, add_special_tokens=False
+    ):
         ids += encoding.ids
         ids.append(tokenizer.eos_token_id)
     return torch.tensor(ids)
@@ -46,18 +50,26 @@ def _first(documents: list[str], characters: int) -> Iterator[str]:
 
 
 def batches(
-    stream: torch.Tensor, batch_tokens: int, cell: int, row_tokens: Callable[[], int], generator: torch.Generator
+    stream: torch.Tensor,
+    batch_tokens: int,
+    cell: int,
+    row_tokens: Callable[[], int],
+    generator: torch.Generator,
 ) -> Iterator[torch.Tensor]:
-    """Batches [B, T + 1] without end: cells of the stream in random order, each cut into rows of T = row_tokens().
+    """Batches [B, T + 1] without end: cells of the stream in random order, each cut into rows of T
+    = row_tokens().
 
-    T divides `cell`, and `cell` divides batch_tokens = B x T. Every pass over the stream cuts it elsewhere.
+    T divides `cell`, and `cell` divides batch_tokens = B x T. Every pass over the stream cuts it
+    elsewhere.
     """
     while True:
         shift = int(torch.randint(cell, (), generator=generator))
         cells = torch.randperm((len(stream) - shift - 1) // cell, generator=generator)
         per_batch = batch_tokens // cell
         if len(cells) < per_batch:
-            raise ValueError(f"target: {len(stream)} tokens of text are too few for batches of {batch_tokens}")
+            raise ValueError(
+                f"target: {len(stream)} tokens of text are too few for batches of {batch_tokens}"
+            )
         for chosen in cells[: len(cells) // per_batch * per_batch].view(-1, per_batch):
             length = row_tokens()
             starts = (chosen[:, None] * cell + torch.arange(0, cell, length)).view(-1, 1) + shift

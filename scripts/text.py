@@ -1,10 +1,12 @@
 """Real text that any machine with Python has, in two domains that differ.
 
-`code` is the standard library's sources without their docstrings and comment lines. `prose` is English: the paragraphs
-of docstrings, comments and documentation topics, of the standard library and of the packages in PROSE_PACKAGES that
-are installed beside us, unwrapped, with code examples, tables and lists left out.
+`code` is the standard library's sources without their docstrings and comment lines. `prose` is
+English: the paragraphs of docstrings, comments and documentation topics, of the standard library
+and of the packages in PROSE_PACKAGES that are installed beside us, unwrapped, with code examples,
+tables and lists left out.
 
-A file belongs to one split, by a hash of its name, and a text that occurs in a held-out file is dropped from training.
+A file belongs to one split, by a hash of its name, and a text that occurs in a held-out file is
+dropped from training.
 """
 
 from __future__ import annotations
@@ -23,7 +25,17 @@ from pathlib import Path
 
 DOMAINS = ("code", "prose")
 SPLITS = ("train", "heldout")
-PROSE_PACKAGES = ("numpy", "networkx", "sympy", "torch", "transformers", "pydantic", "IPython", "setuptools", "pip")
+PROSE_PACKAGES = (
+    "numpy",
+    "networkx",
+    "sympy",
+    "torch",
+    "transformers",
+    "pydantic",
+    "IPython",
+    "setuptools",
+    "pip",
+)
 
 # Tests are boilerplate, encodings are tables, and generated tokens teach nothing.
 _SKIPPED_FOLDERS = {
@@ -53,11 +65,18 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             if path.stat().st_size < 500_000:
-                yield f"{'stdlib' if root == _STDLIB else root.name}/{path.relative_to(root).as_posix()}", path
+                yield (
+                    (
+                        f"{'stdlib' if root == _STDLIB else root.name}/{path.relative_to(root).as_posix()}"
+                    ),
+                    path,
+                )
 
 
 def _sources(domain: str) -> Iterator[tuple[str, Path | str]]:
-    """The name and the path of every source of a domain; of a documentation topic, the name and the text."""
+    """The name and the path of every source of a domain; of a documentation topic, the name and the
+    text.
+    """
     yield from _python_files(_STDLIB)
     if domain == "prose":
         from pydoc_data.topics import topics
@@ -74,7 +93,8 @@ def _digest(name: str) -> int:
 
 
 def _parse(source: str) -> ast.Module | None:
-    with warnings.catch_warnings():  # old escape sequences in other people's strings
+    # old escape sequences in other people's strings
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return ast.parse(source)
@@ -102,7 +122,9 @@ def _code_of(source: str) -> str:
 
 
 def _paragraphs(text: str) -> Iterator[str]:
-    """The English paragraphs of a text, each on one line; what looks like code, a table or a list is left out."""
+    """The English paragraphs of a text, each on one line; what looks like code, a table or a list
+    is left out.
+    """
     for block in re.split(r"\n\s*\n", text):
         if ">>>" in block or "---" in block or "\n" in block and _LISTED.search(block):
             continue
@@ -116,9 +138,13 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _prose_of(source: str) -> str:
-    # Triple-quoted strings by pattern: twenty times faster than parsing, and what is not prose falls out anyway.
+    # Triple-quoted strings by pattern: twenty times faster than parsing, and what is not prose
+    # falls out anyway.
     blocks = _TRIPLE_QUOTED.findall(source)
-    blocks += [re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE) for block in _COMMENT_BLOCK.findall(source)]
+    blocks += [
+        re.sub(r"^[ \t]*#+ ?", "", block, flags=re.MULTILINE)
+        for block in _COMMENT_BLOCK.findall(source)
+    ]
     return "\n".join(paragraph for block in blocks for paragraph in _paragraphs(block))
 
 
@@ -156,21 +182,30 @@ def _read(domain: str, split: str, limit_bytes: int) -> list[str]:
 
 
 def documents(domain: str, split: str, limit_bytes: int = 1 << 30) -> list[str]:
-    """The texts of one domain and split, one for each file, in a fixed order, until they come to limit_bytes."""
+    """The texts of one domain and split, one for each file, in a fixed order, until they come to
+    limit_bytes.
+    """
     if domain not in DOMAINS or split not in SPLITS:
-        raise ValueError(f"text: there is no {split!r} of {domain!r}; domains are {DOMAINS}, splits are {SPLITS}")
+        raise ValueError(
+            f"text: there is no {split!r} of {domain!r}; domains are {DOMAINS}, splits are {SPLITS}"
+        )
     return _read(domain, split, limit_bytes)
 
 
-def prompts(domain: str, n: int, tokens: int, tokenizer, seed: int, split: str = "heldout") -> list[list[int]]:
+def prompts(
+    domain: str, n: int, tokens: int, tokenizer, seed: int, split: str = "heldout"
+) -> list[list[int]]:
     """`n` prompts of `tokens` token ids each, cut at random places of the documents of one domain.
 
-    The same arguments give the same prompts. Each starts at a line of code or a sentence, and no two at the same one,
-    so that greedy continuations differ. Raises ValueError where the split has too little text.
+    The same arguments give the same prompts. Each starts at a line of code or a sentence, and no
+    two at the same one, so that greedy continuations differ. Raises ValueError where the split has
+    too little text.
     """
     rng = random.Random(f"{domain} {split} {seed}")
     starts = [
-        (text, match.end()) for text in documents(domain, split) for match in _STARTS[domain].finditer(text)
+        (text, match.end())
+        for text in documents(domain, split)
+        for match in _STARTS[domain].finditer(text)
     ]
     rng.shuffle(starts)
     chosen: list[list[int]] = []
@@ -180,12 +215,14 @@ def prompts(domain: str, n: int, tokens: int, tokenizer, seed: int, split: str =
         if len(text) - start < tokens:
             continue
         # A token is rarely more than twelve characters.
-        ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][:tokens]
+        ids = tokenizer(text[start : start + 12 * tokens], add_special_tokens=False)["input_ids"][
+            :tokens
+        ]
         if len(ids) == tokens:
             chosen.append(ids)
     if len(chosen) < n:
         raise ValueError(
-            f"text: {split} {domain} gave {len(chosen)} prompts of {tokens} tokens, {n} were asked for; "
-            "ask for fewer or for shorter ones"
+            f"text: {split} {domain} gave {len(chosen)} prompts of {tokens} tokens, {n} were asked"
+            " for; ask for fewer or for shorter ones"
         )
     return chosen

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-FALSE_ALARM = 1e-6  # how often a test rejects what is right
+# how often a test rejects what is right
+FALSE_ALARM = 1e-6
 
 
 def continuations(
@@ -25,7 +26,8 @@ def continuations(
 
 
 def p_value(drawn: torch.Tensor, expected: dict[tuple[int, ...], float]) -> float:
-    """Pearson's chi-square of sequences [draws, length]; those expected fewer than 5 times are a cell.
+    """Pearson's chi-square of sequences [draws, length]; those expected fewer than 5 times are a
+    cell.
 
     0.0 if a sequence was drawn that cannot be.
     """

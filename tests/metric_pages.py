@@ -1,4 +1,6 @@
-"""The metrics that docs/metrics.md documents, and those of a page that a process serves, in one form to compare."""
+"""The metrics that docs/metrics.md documents, and those of a page that a process serves, in one
+form to compare.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 DOCS = Path(__file__).parents[1] / "docs"
 OF_EVERY_SERVER_SERIES = {"tp_rank", "dp_rank"}
 
-Families = dict[str, tuple[str, frozenset[str]]]  # name -> type, labels
+# name -> type, labels
+Families = dict[str, tuple[str, frozenset[str]]]
 
 
 def documented(section: str) -> Families:
@@ -18,7 +21,10 @@ def documented(section: str) -> Families:
     text = re.search(rf"^## {section}$(.*?)^## ", (DOCS / "metrics.md").read_text(), re.M | re.S)[1]
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (.+?) \| (.+?) \|$", text, re.M)
     always = OF_EVERY_SERVER_SERIES if section == "Server" else set()
-    return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels)) | always) for name, kind, labels, *_ in rows}
+    return {
+        name: (kind, frozenset(re.findall(r"`(\w+)`", labels)) | always)
+        for name, kind, labels, *_ in rows
+    }
 
 
 def exported(page: str, prefix: str) -> Families:
@@ -27,7 +33,9 @@ def exported(page: str, prefix: str) -> Families:
     for family in text_string_to_metric_families(page):
         if family.name.startswith(prefix):
             name = family.name + ("_total" if family.type == "counter" else "")
-            labels = frozenset(label for sample in family.samples for label in sample.labels) - {"le"}
+            labels = frozenset(label for sample in family.samples for label in sample.labels) - {
+                "le"
+            }
             found[name] = (family.type, labels)
     return found
 

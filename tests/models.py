@@ -20,7 +20,9 @@ def make_random_target(
     tokenizer: bool = False,
     seed: int = 0,
 ) -> Path:
-    """A Qwen3 checkpoint with random float32 weights; serve it with --skip-tokenizer-init unless `tokenizer`."""
+    """A Qwen3 checkpoint with random float32 weights; serve it with --skip-tokenizer-init unless
+    `tokenizer`.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
@@ -35,7 +37,8 @@ def make_random_target(
         tie_word_embeddings=False,
         eos_token_id=vocab - 1,
         bos_token_id=None,
-        initializer_range=0.2,  # far from uniform logits, so that greedy decoding has no near ties
+        # far from uniform logits, so that greedy decoding has no near ties
+        initializer_range=0.2,
         dtype="float32",
     )
     torch.manual_seed(seed)
@@ -57,13 +60,16 @@ def make_random_draft(
 ) -> Path:
     """An EAGLE3 checkpoint for `target`, written name by name as SGLang's loader expects it.
 
-    `draft_vocab` prunes the vocabulary to random ids (d2t); `changes` are merged into config.json afterwards.
+    `draft_vocab` prunes the vocabulary to random ids (d2t); `changes` are merged into config.json
+    afterwards.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     target_config = json.loads((Path(target) / "config.json").read_text())
     hidden, vocab = target_config["hidden_size"], target_config["vocab_size"]
-    heads, kv_heads, head_dim = (target_config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    heads, kv_heads, head_dim = (
+        target_config[k] for k in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     inner, draft_vocab = 2 * hidden, draft_vocab or vocab
     num_aux = len(aux_layer_ids) if aux_layer_ids else 3
     generator = torch.Generator().manual_seed(seed)
@@ -124,5 +130,9 @@ def _save_byte_tokenizer(directory: Path, vocab: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": words[-1], "model_max_length": 4096}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": words[-1],
+        "model_max_length": 4096,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))

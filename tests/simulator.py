@@ -1,11 +1,14 @@
-"""A server that exists only as messages, and knows the truth: what every position and every tree of them was.
+"""A server that exists only as messages, and knows the truth: what every position and every tree of
+them was.
 
-Everything that the assembler has to survive happens at random: chunked prefill, prefix-cache hits, prompt features
-limited to a chunk's tail, mixed chunks, early stops within an accepted path, fewer tokens committed than accepted,
-retraction and re-prefill, an extra verify step after the end, ids that are used again, messages that never arrive.
+Everything that the assembler has to survive happens at random: chunked prefill, prefix-cache hits,
+prompt features limited to a chunk's tail, mixed chunks, early stops within an accepted path, fewer
+tokens committed than accepted, retraction and re-prefill, an extra verify step after the end, ids
+that are used again, messages that never arrive.
 
-Token x[p] of request number i is token(i, p); its feature is [i, p, x[p]]; a node's logsumexp is its tree's number
-times 64 plus its index on the wire. So each value of a sample says where it must have come from.
+Token x[p] of request number i is token(i, p); its feature is [i, p, x[p]]; a node's logsumexp is
+its tree's number times 64 plus its index on the wire. So each value of a sample says where it must
+have come from.
 """
 
 from __future__ import annotations
@@ -29,14 +32,16 @@ def token(number: int, position: int) -> int:
 
 @dataclass
 class Tree:
-    number: int  # of the request
+    # of the request
+    number: int
     root: int
     tokens: list[int]
     parents: list[int]
     path: list[int]
     version: int
     altered: bool
-    committed: int = 0  # tokens of the path, bonus included; fewer than accepted after a truncation
+    # tokens of the path, bonus included; fewer than accepted after a truncation
+    committed: int = 0
 
 
 @dataclass
@@ -44,18 +49,30 @@ class Request:
     number: int
     rid: str
     prompt_len: int
-    total_len: int  # prompt and output that the client gets
-    chunks_from: int = 0  # next position to prefill
-    known: int = 0  # tokens known: x[0..known-1]
+    # prompt and output that the client gets
+    total_len: int
+    # next position to prefill
+    chunks_from: int = 0
+    # tokens known: x[0..known-1]
+    known: int = 0
     running: bool = False
     committed: int = 0
-    lives: list[dict] = field(default_factory=list)  # one per (re-)prefill: first feature, trees, plain positions
+    # one per (re-)prefill: first feature, trees, plain positions
+    lives: list[dict] = field(default_factory=list)
 
 
 class Server:
     """run() yields every message (a lost one as None) that serving `requests` requests sends."""
 
-    def __init__(self, seed: int, *, requests: int = 12, lose: float = 0.0, odd: bool = True, epoch: str = "e"):
+    def __init__(
+        self,
+        seed: int,
+        *,
+        requests: int = 12,
+        lose: float = 0.0,
+        odd: bool = True,
+        epoch: str = "e",
+    ):
         self.draw = random.Random(seed)
         self.lose, self.odd, self.epoch = lose, odd, epoch
         self.trees: dict[int, Tree] = {}
@@ -65,7 +82,8 @@ class Server:
 
     def _request(self, number: int) -> Request:
         prompt = self.draw.randint(1, 30)
-        rid = f"r{number % 5}" if self.odd else f"r{number}"  # ids come again, one life after the other
+        # ids come again, one life after the other
+        rid = f"r{number % 5}" if self.odd else f"r{number}"
         return Request(number, rid, prompt, prompt + self.draw.randint(1, 60))
 
     def run(self):
@@ -73,7 +91,12 @@ class Server:
         while waiting or running:
             self.version += self.draw.random() < 0.1
             busy = {r.rid for r in running}
-            if waiting and waiting[0].rid not in busy and len(running) < 4 and self.draw.random() < 0.5:
+            if (
+                waiting
+                and waiting[0].rid not in busy
+                and len(running) < 4
+                and self.draw.random() < 0.5
+            ):
                 running.append(waiting.pop(0))
             prefilling = [r for r in running if not r.running]
             generating = [r for r in running if r.running]
@@ -92,7 +115,9 @@ class Server:
                     r.chunks_from = 0
 
     def _finish(self, r: Request):
-        """The step that passed total_len was one of accepted tokens; `end` names what the client got."""
+        """The step that passed total_len was one of accepted tokens; `end` names what the client
+        got.
+        """
         reason = self.draw.choice(["stop", "length", "abort"])
         r.committed = r.total_len
         extra = self.draw.choice(["before", "after", "none"]) if self.odd else "none"
@@ -107,8 +132,10 @@ class Server:
     def _send(self, kind, requests, arrays, **fields):
         self.captured += 1
         header = wire.Header(
-            schema=wire.SCHEMA_VERSION, kind=kind, epoch=self.epoch, captured_seq=self.captured, sent_seq=self.captured,
-            heartbeats=0, dropped={}, queued=0, target="t", draft_version=self.version, extend_version=self.version,
+            schema=wire.SCHEMA_VERSION, kind=kind, epoch=self.epoch, captured_seq=self.captured,
+            sent_seq=self.captured,
+            heartbeats=0, dropped={}, queued=0, target="t", draft_version=self.version,
+            extend_version=self.version,
             time_ns=self.captured, requests=[r.rid for r in requests], **fields,
         )  # fmt: skip
         parts = [bytes(part) for part in wire.encode(header, arrays)]
@@ -117,13 +144,16 @@ class Server:
     def _prefill(self, prefilling: list[Request], mixed: list[Request]):
         rows = []
         for r in prefilling:
-            goal = max(r.prompt_len, r.known)  # after a retraction the output is prefilled as well
+            # after a retraction the output is prefilled as well
+            goal = max(r.prompt_len, r.known)
             if r.chunks_from == 0:
                 hit = self.draw.randrange(goal) if self.draw.random() < 0.4 else 0
                 r.chunks_from = hit
                 r.lives.append({"first": hit, "trees": [], "goal": goal})
             length = self.draw.randint(1, goal - r.chunks_from)
-            count = self.draw.randint(0, length) if self.odd and self.draw.random() < 0.15 else length
+            count = (
+                self.draw.randint(0, length) if self.odd and self.draw.random() < 0.15 else length
+            )
             if count < length:
                 r.lives[-1]["first"] = r.chunks_from + length - count
             rows.append((r, r.chunks_from, length, count))
@@ -133,7 +163,10 @@ class Server:
         for r in mixed:
             rows.append((r, r.known - 1, 1, 1))
             r.known += 1
-        spans = [(r, range(p, p + length), range(p + length - count, p + length)) for r, p, length, count in rows]
+        spans = [
+            (r, range(p, p + length), range(p + length - count, p + length))
+            for r, p, length, count in rows
+        ]
         return self._send("prefill", [row[0] for row in rows], {
             "positions": _i32([row[1] for row in rows]),
             "extend_lens": _i32([row[2] for row in rows]),
@@ -155,14 +188,19 @@ class Server:
             "parents": _i32([tree.parents for tree in trees]),
             "accept_path": _i32([tree.path + [-1] * (P - len(tree.path)) for tree in trees]),
             "feature_lens": _i32(lens),
-            "next_tokens": _i32([[token(t.number, t.root + 1 + k) for k in range(P)] for t in trees]),
-            "aux_hidden_states": _features([(t.number, t.root + k) for t in trees for k in range(len(t.path))]),
+            "next_tokens": _i32([[token(t.number,
+            t.root + 1 + k) for k in range(P)] for t in trees]),
+            "aux_hidden_states": _features([(t.number,
+            t.root + k) for t in trees for k in range(len(t.path))]),
             "topk_ids": _i32([[[n * N + i, 1] for i in range(N)] for n in numbers]),
             "topk_logits": ("float32", np.zeros((len(trees), N, K), np.float32)),
-            "logsumexp": ("float32", np.array([[n * 64 + i + 1 for i in range(N)] for n in numbers], np.float32)),
+            "logsumexp": ("float32", np.array([[n * 64 + i + 1 for i in range(N)] for n in numbers],
+            np.float32)),
         }, num_steps=S, topk=2, flags=altered)  # fmt: skip
         for r, tree, count in zip(requests, trees, lens):
-            truncated = self.draw.randint(0, count - 1) if self.odd and self.draw.random() < 0.1 else 0
+            truncated = (
+                self.draw.randint(0, count - 1) if self.odd and self.draw.random() < 0.1 else 0
+            )
             tree.committed = count - truncated
             r.known += tree.committed
         return message
@@ -175,14 +213,17 @@ class Server:
             parents.append(-2 if unused else parent)
             depth.append(-1 if unused else depth[parent] + 1)
         path = [0]
-        while (children := [i for i in range(N) if parents[i] == path[-1]]) and self.draw.random() < 0.7:
+        while (
+            children := [i for i in range(N) if parents[i] == path[-1]]
+        ) and self.draw.random() < 0.7:
             path.append(self.draw.choice(children))
         tokens = [3 + self.draw.randrange(1000) for _ in range(N)]
         for k, node in enumerate(path):
             tokens[node] = token(r.number, root + k)
         tree = Tree(r.number, root, tokens, parents, path, self.version, self.draw.random() < 0.1)
         self.trees[len(self.trees)] = tree
-        if "reason" not in r.lives[-1]:  # else the extra step of a request that ended
+        # else the extra step of a request that ended
+        if "reason" not in r.lives[-1]:
             r.lives[-1]["trees"].append(len(self.trees) - 1)
         return tree
 

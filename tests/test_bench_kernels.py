@@ -1,4 +1,6 @@
-"""The kernels' bench runs from end to end at toy sizes, and gives no figure where a side is wrong."""
+"""The kernels' bench runs from end to end at toy sizes, and gives no figure where a side is
+wrong.
+"""
 
 import json
 import subprocess
@@ -24,19 +26,28 @@ def test_every_side_of_every_operation(tmp_path):
     assert len(rows) == len(result["rows"]) > 40
     for (op, _, side), row in rows.items():
         if (op, side) == ("tree_attention fwd+bwd", "flex, compiled"):
-            assert "backward on CPU" in row["note"] and row["ms"] is None  # a side that cannot run is a row
+            # a side that cannot run is a row
+            assert "backward on CPU" in row["note"] and row["ms"] is None
         elif row["ms"] is None and side.endswith("compiled"):
-            assert row["note"] and not row["note"].startswith("WRONG"), row  # a machine without a compiler
+            # a machine without a compiler
+            assert row["note"] and not row["note"].startswith("WRONG"), row
         else:
             assert row["ms"] is not None and row["ms"] > 0, row
-    assert {"about", "rows", "aims"} == set(result) and {"date", "device", "torch", "triton"} <= set(result["about"])
+    assert {"about", "rows", "aims"} == set(result) and {
+        "date",
+        "device",
+        "torch",
+        "triton",
+    } <= set(result["about"])
     assert any("causal flash" in line for line in run.stdout.splitlines())
     assert all(line.startswith("aim: ") for line in result["aims"]) and result["aims"]
 
 
 @pytest.mark.parametrize("error", [0.1, float("nan")])
 def test_no_figure_on_a_red_check(error):
-    row = Bench("cpu", 60.0).row("op", "setting", "side", 1.0, lambda: None, lambda: error, limit=0.01)
+    row = Bench("cpu", 60.0).row(
+        "op", "setting", "side", 1.0, lambda: None, lambda: error, limit=0.01
+    )
     assert row["ms"] is row["rate"] is None and "WRONG" in row["note"]
 
 
@@ -44,7 +55,10 @@ def test_what_fails_or_comes_too_late_is_a_row():
     def fail():
         raise torch.OutOfMemoryError("no memory\nmore")
 
-    assert Bench("cpu", 60.0).row("op", "setting", "side", 1.0, fail)["note"] == "OutOfMemoryError: no memory"
+    assert (
+        Bench("cpu", 60.0).row("op", "setting", "side", 1.0, fail)["note"]
+        == "OutOfMemoryError: no memory"
+    )
     assert "out of time" in Bench("cpu", -1.0).row("op", "setting", "side", 1.0, fail)["note"]
 
 

@@ -17,12 +17,18 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_trainer_cpu.py"
 def test_it_runs_and_both_sides_agree(tmp_path):
     out = tmp_path / "out.json"
     options = "--tokens 96 --hidden 64 --vocab 256 --rounds 1 --kinds trees --out".split()
-    run = subprocess.run([sys.executable, str(SCRIPT), *options, str(out)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), *options, str(out)], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     (about,) = json.loads(out.read_text())
     (trees,) = about["results"]
-    assert set(trees["peak_bytes"]) == set(trees["seconds"]) == {"ours", "dense", "dense, one by one"}
-    assert all(s > 0 for s in trees["cpu_seconds"]["ours"]) and 0 < trees["gradient_difference"] < 1e-3
+    assert (
+        set(trees["peak_bytes"]) == set(trees["seconds"]) == {"ours", "dense", "dense, one by one"}
+    )
+    assert (
+        all(s > 0 for s in trees["cpu_seconds"]["ours"]) and 0 < trees["gradient_difference"] < 1e-3
+    )
     assert "tok/s" in run.stdout
 
 
@@ -41,9 +47,13 @@ def test_synthetic_samples_are_of_one_piece(slots):
     """Every slot from the first root's on has a target, and trees hang where they were drawn."""
     s = sample(slots, vocab=100, features=4, kept=5, seed=slots)
     assert len(s.features) == slots == len(s.tokens) - 1
-    assert (s.slot_node[: s.prompt_len - 1] == -1).all() and (s.slot_node[s.prompt_len - 1 :] >= 0).all()
+    assert (s.slot_node[: s.prompt_len - 1] == -1).all() and (
+        s.slot_node[s.prompt_len - 1 :] >= 0
+    ).all()
     node = s.slot_node[s.prompt_len - 1 :]
     assert torch.equal(s.node_token[node], s.tokens[s.prompt_len :]) and s.node_accepted[node].all()
-    assert torch.equal(s.node_slot[node] + s.node_depth[node], torch.arange(s.prompt_len - 1, slots))
+    assert torch.equal(
+        s.node_slot[node] + s.node_depth[node], torch.arange(s.prompt_len - 1, slots)
+    )
     assert (s.topk_ids.sort(-1).values.diff() > 0).all() and (s.topk_logits.diff() <= 0).all()
     assert sum(len(part.features) for part in ragged(slots, vocab=100, features=4, kept=5)) == slots

@@ -1,4 +1,6 @@
-"""The dashboard, the rules and the runbook name what exists; promtool accepts the rules and their unit tests."""
+"""The dashboard, the rules and the runbook name what exists; promtool accepts the rules and their
+unit tests.
+"""
 
 import json
 import os
@@ -26,7 +28,11 @@ def known() -> set[str]:
     """Every name that a query may use."""
     names = set(RECORDED)
     for name, (kind, _) in (documented("Server") | documented("Trainer")).items():
-        names |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
+        names |= (
+            {f"{name}_{part}" for part in ("bucket", "sum", "count")}
+            if kind == "histogram"
+            else {name}
+        )
     return names
 
 
@@ -45,14 +51,17 @@ def test_every_metric_exists(source):
 def test_every_recording_rule_is_documented_and_used():
     rows = re.findall(r"^\| `(aurora[\w]*:[\w:]+)` \|", (DOCS / "metrics.md").read_text(), re.M)
     assert set(rows) == RECORDED and len(rows) == len(RECORDED)
-    in_use = set().union(*(used(expr) for expr in [*QUERIES, *(rule["expr"] for rule in ALERTS.values())]))
+    in_use = set().union(
+        *(used(expr) for expr in [*QUERIES, *(rule["expr"] for rule in ALERTS.values())])
+    )
     assert in_use >= RECORDED
 
 
 def test_every_alert_has_its_section_in_the_runbook():
     headings = re.findall(r"^## (.*)$", (DOCS / "runbook.md").read_text(), re.M)
     anchors = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-    assert set(headings) == set(ALERTS)  # and no section for an alert that is gone
+    # and no section for an alert that is gone
+    assert set(headings) == set(ALERTS)
     for name, rule in ALERTS.items():
         assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}, name
         page, anchor = rule["annotations"]["runbook_url"].split("#")
@@ -89,7 +98,9 @@ def test_panels_are_whole():
 def promtool(*arguments: str) -> str:
     tool = os.environ.get("PROMTOOL") or shutil.which("promtool")
     if not tool:
-        pytest.skip("no promtool: install Prometheus (apt-get install prometheus), or name it in PROMTOOL")
+        pytest.skip(
+            "no promtool: install Prometheus (apt-get install prometheus), or name it in PROMTOOL"
+        )
     run = subprocess.run([Path(tool), *arguments], cwd=FOLDER, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout + run.stderr

@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WAIT_S = 300  # a busy machine takes minutes over the imports
+# a busy machine takes minutes over the imports
+WAIT_S = 300
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""The pages: their commands run or say why not, their links lead somewhere, and their errors are the program's own."""
+"""The pages: their commands run or say why not, their links lead somewhere, and their errors are
+the program's own.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,21 @@ from aurora_trainer.recording import RecordConfig, Recording
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-SOURCES = sorted(p for package in ("aurora_sglang_plugin", "aurora_trainer") for p in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(
+    p
+    for package in ("aurora_sglang_plugin", "aurora_trainer")
+    for p in (ROOT / package).rglob("*.py")
+)
 
-# A command in a code block runs here, unless a comment at its end, or at the head of its block, says what it needs.
-MARK = re.compile(r"#.*\b(needs? (a GPU|the weights|the network|a trainer|a server|Prometheus|Grafana)|minutes)\b")
+# A command in a code block runs here, unless a comment at its end, or at the head of its block,
+# says what it needs.
+MARK = re.compile(
+    r"#.*\b(needs? (a GPU|the weights|the network|a trainer|a server|Prometheus|Grafana)|minutes)\b"
+)
 SHELL = ("bash", "sh", "console")
 OURS = "aurora-trainer"
-OWN_PROCESS = ("run", "record", "replay", "top")  # they take signals, threads and their niceness
+# they take signals, threads and their niceness
+OWN_PROCESS = ("run", "record", "replay", "top")
 
 
 def blocks(page: Path):
@@ -46,12 +56,18 @@ def blocks(page: Path):
 
 
 def commands(page: Path):
-    """(line number, command, its mark or None) of every command in a shell block; continued lines are one."""
+    """(line number, command, its mark or None) of every command in a shell block; continued lines
+    are one.
+    """
     for language, first, text in blocks(page):
         if language not in SHELL:
             continue
         lines, number, heredoc = text.splitlines(), first, None
-        of_block = next((m[0] for m in [MARK.search(lines[0])] if lines[0].startswith("#") and m), None) if lines else 0
+        of_block = (
+            next((m[0] for m in [MARK.search(lines[0])] if lines[0].startswith("#") and m), None)
+            if lines
+            else 0
+        )
         held = ""
         for number, line in enumerate(lines, first):
             if heredoc:
@@ -66,7 +82,11 @@ def commands(page: Path):
             command, held = held, ""
             if command and not command.startswith("#"):
                 mark = MARK.search(command)
-                yield number, re.sub(r"\s+#.*$", "", command).removeprefix("$ "), mark[0] if mark else of_block or None
+                yield (
+                    number,
+                    re.sub(r"\s+#.*$", "", command).removeprefix("$ "),
+                    mark[0] if mark else of_block or None,
+                )
 
 
 FOUND = [
@@ -79,7 +99,9 @@ FOUND = [
 
 def trainers_traffic():
     """tests/trainer/traffic.py, by its path: it belongs to the tests of another folder."""
-    spec = importlib.util.spec_from_file_location("trainers_traffic", ROOT / "tests" / "trainer" / "traffic.py")
+    spec = importlib.util.spec_from_file_location(
+        "trainers_traffic", ROOT / "tests" / "trainer" / "traffic.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -87,17 +109,20 @@ def trainers_traffic():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with what the pages' commands name: a target, drafts, a recording, versions, a configuration."""
+    """A folder with what the pages' commands name: a target, drafts, a recording, versions, a
+    configuration.
+    """
     folder = tmp_path_factory.mktemp("docs")
     (folder / "docs").symlink_to(ROOT / "docs")
     target = make_random_target(folder / "target", vocab=300, hidden=32, tokenizer=True)
     for name in ("draft", "downloaded"):
         make_random_draft(folder / name, target, aux_layer_ids=[0, 2, 4])
     (folder / "aurora.toml").write_text(
-        f'[link]\nendpoint = "ipc://{folder}/link"\n[weights]\ndirectory = "{folder}/weights"\n'
-        f'[trainer.model]\ntarget = "{target}"\ndraft = "{folder}/draft"\n'
-        f'[trainer.checkpoint]\ndirectory = "{folder}/checkpoints"\n[trainer.pace]\nnew_slots_per_step = 40\n'
-        "[trainer.publish]\nevery_steps = 2\nkeep = 100\n[trainer.gate]\nenabled = false\n"
+        f'[link]\nendpoint = "ipc://{folder}/link"\n[weights]\ndirectory ='
+        f' "{folder}/weights"\n[trainer.model]\ntarget = "{target}"\ndraft ='
+        f' "{folder}/draft"\n[trainer.checkpoint]\ndirectory ='
+        f' "{folder}/checkpoints"\n[trainer.pace]\nnew_slots_per_step ='
+        " 40\n[trainer.publish]\nevery_steps = 2\nkeep = 100\n[trainer.gate]\nenabled = false\n"
     )
     recording = Recording(folder / "recording", RecordConfig())
     about = dict(vocab=290, features=96, requests=12, outputs=30)
@@ -110,7 +135,9 @@ def place(tmp_path_factory):
 
 
 def run(folder: Path, command: str) -> None:
-    """The command, without a shell: here, or in a process of its own where it changes its process."""
+    """The command, without a shell: here, or in a process of its own where it changes its
+    process.
+    """
     words = shlex.split(command)
     environment = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     while "=" in words[0]:
@@ -119,7 +146,8 @@ def run(folder: Path, command: str) -> None:
     if words[1] in OWN_PROCESS:
         code = "from aurora_trainer.cli import app; app()"
         result = subprocess.run(
-            [sys.executable, "-c", code, *words[1:]], cwd=folder, env={**os.environ, **environment}, timeout=120,
+            [sys.executable, "-c", code, *words[1:]], cwd=folder, env={**os.environ, **environment},
+            timeout=120,
             capture_output=True, text=True,
         )  # fmt: skip
         status, output = result.returncode, result.stdout + result.stderr
@@ -132,8 +160,11 @@ def run(folder: Path, command: str) -> None:
 
 @pytest.mark.parametrize(("page", "command"), FOUND)
 def test_commands_run(page, command, place, tmp_path):
-    if "replay" in command:  # each begins at the beginning
-        command += f" --set trainer.checkpoint.directory={tmp_path}/c --set weights.directory={tmp_path}/w"
+    # each begins at the beginning
+    if "replay" in command:
+        command += (
+            f" --set trainer.checkpoint.directory={tmp_path}/c --set weights.directory={tmp_path}/w"
+        )
     run(place, command)
 
 
@@ -156,13 +187,19 @@ def test_every_other_command_is_known_or_marked():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in PAGES:
         for language, first, text in blocks(page):
-            unlabelled = language == "" and re.search(rf"^(\w+=\S+ )*({OURS}|make|python|pip|hf) ", text, re.M)
-            assert not unlabelled, f"{page.relative_to(ROOT)}:{first}: a block of commands, label it bash"
+            unlabelled = language == "" and re.search(
+                rf"^(\w+=\S+ )*({OURS}|make|python|pip|hf) ", text, re.M
+            )
+            assert not unlabelled, (
+                f"{page.relative_to(ROOT)}:{first}: a block of commands, label it bash"
+            )
         for number, command, mark in commands(page):
             where = f"{page.relative_to(ROOT)}:{number}: {command}"
             words = command.split()
             first = next(w for w in words if "=" not in w)
-            assert mark or first in everybody | {OURS}, f"{where}: not run here; say what it needs, e.g. # needs a GPU"
+            assert mark or first in everybody | {OURS}, (
+                f"{where}: not run here; say what it needs, e.g. # needs a GPU"
+            )
             if first == "make" and len(words) > 1:
                 assert words[1] in targets, where
             if first == OURS:
@@ -194,12 +231,16 @@ def test_links_lead_somewhere(page):
 
 
 def said() -> list[str]:
-    """Every string of the sources with a gap for what is filled in: a message of several lines is one string."""
+    """Every string of the sources with a gap for what is filled in: a message of several lines is
+    one string.
+    """
     found = []
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+                found.append(
+                    "".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%[-.\w]*[sdf]", "\0", node.value))
     return found
@@ -219,7 +260,13 @@ def test_the_errors_of_the_troubleshooting_page_are_the_programs_own():
 
 def test_every_cause_is_explained():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    causes = [*server_metrics.DROPS, *server_metrics.REFUSALS, *families.REJECTIONS, *families.UNUSABLE, *families.LEFT]
+    causes = [
+        *server_metrics.DROPS,
+        *server_metrics.REFUSALS,
+        *families.REJECTIONS,
+        *families.UNUSABLE,
+        *families.LEFT,
+    ]
     causes += families.ROW_CAUSES
     outcomes = set(families.OUTCOMES) - {"published"}
     missing = [cause for cause in [*causes, *outcomes] if f"`{cause}`" not in page]

@@ -1,4 +1,6 @@
-"""The examples are configurations that both sides take, differ only where they must, and their figures are `plan`'s."""
+"""The examples are configurations that both sides take, differ only where they must, and their
+figures are `plan`'s.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from aurora_trainer.target import read_config
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 FILES = sorted(EXAMPLES.glob("*.toml"))
-MODELS = {  # name in the table -> (file, tensor-parallel ranks)
+# name in the table -> (file, tensor-parallel ranks)
+MODELS = {
     "Qwen3-4B": ("qwen3-4b", 1),
     "Qwen3-8B": ("qwen3-8b", 1),
     "Llama 3.1 8B": ("llama-3.1-8b", 1),
@@ -64,7 +67,8 @@ def test_both_sides_take_it(path):
     config = load(TrainerFile, path)
     assert load(ServerConfig, path).link == config.link
     assert config.trainer.model.compute_dtype == "bfloat16"
-    assert f"docs/examples/{path.name}" in path.read_text()  # the commands in its header name it
+    # the commands in its header name it
+    assert f"docs/examples/{path.name}" in path.read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -75,7 +79,9 @@ def test_its_commands_say_what_they_need(path):
     assert len(commands) >= 3
     for command in commands:
         assert re.search(r"# needs (a GPU|the weights)$", command), command
-        assert re.search(r"\b(aurora-trainer (init-draft|import|check|run)|sglang.launch_server) ", command), command
+        assert re.search(
+            r"\b(aurora-trainer (init-draft|import|check|run)|sglang.launch_server) ", command
+        ), command
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -110,9 +116,15 @@ def test_models_differ_only_where_they_must():
 @pytest.mark.parametrize("stem", [stem for stem, _ in MODELS.values()])
 def test_sglang_captures_features_for_it(stem):
     """By reading the installed SGLang: the class of the target's architecture has EAGLE3's hook."""
-    (architecture,) = json.loads((EXAMPLES / "models" / f"{stem}.json").read_text())["architectures"]
+    (architecture,) = json.loads((EXAMPLES / "models" / f"{stem}.json").read_text())[
+        "architectures"
+    ]
     models = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "models"
-    found = [p.read_text() for p in models.glob("*.py") if re.search(rf"^class {architecture}\b", p.read_text(), re.M)]
+    found = [
+        p.read_text()
+        for p in models.glob("*.py")
+        if re.search(rf"^class {architecture}\b", p.read_text(), re.M)
+    ]
     assert len(found) == 1
     body = re.split(rf"^class {architecture}\b", found[0], maxsplit=1, flags=re.M)[1]
     body = re.split(r"^class ", body, maxsplit=1, flags=re.M)[0]

@@ -1,4 +1,6 @@
-"""docs/security.md lists every field that leaves a server, every cause and every setting of the link."""
+"""docs/security.md lists every field that leaves a server, every cause and every setting of the
+link.
+"""
 
 import re
 from pathlib import Path
@@ -20,7 +22,9 @@ def words(text):
 
 def test_every_field_that_leaves_is_listed():
     text = section("What leaves the server")
-    rows = {match[1]: words(match[2]) for match in re.finditer(r"^\| `(\w+)`.*?\| (.*) \|$", text, re.M)}
+    rows = {
+        match[1]: words(match[2]) for match in re.finditer(r"^\| `(\w+)`.*?\| (.*) \|$", text, re.M)
+    }
     assert set(rows) == set(wire.FRAMES)
     for kind, frames in wire.FRAMES.items():
         assert rows[kind] - {"plugin.capture.max_prompt_features"} == set(frames), kind

@@ -27,19 +27,26 @@ TINY = replace(
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([d for domain in text.DOMAINS for d in text.documents(domain, "train", 100_000)], 512)
+    return train_tokenizer(
+        [d for domain in text.DOMAINS for d in text.documents(domain, "train", 100_000)], 512
+    )
 
 
 @pytest.mark.parametrize("domain", text.DOMAINS)
 def test_no_held_out_text_is_trained_on(domain):
     train, heldout = (
-        {piece for document in text.documents(domain, split, 400_000) for piece in document.split("\n")}
+        {
+            piece
+            for document in text.documents(domain, split, 400_000)
+            for piece in document.split("\n")
+        }
         for split in ("train", "heldout")
     )
     assert len(train) > 500 and len(heldout) > 500
     if domain == "prose":
         assert train.isdisjoint(heldout)
-    else:  # files of code share lines such as `return self`, but no file is in both
+    else:
+        # files of code share lines such as `return self`, but no file is in both
         documents = [set(text.documents(domain, split, 400_000)) for split in ("train", "heldout")]
         assert documents[0].isdisjoint(documents[1])
 
@@ -55,7 +62,11 @@ def test_domains_differ():
 def test_tokenizer_gives_every_text_back(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for sample in ("def f(x):\n        return  x\t# é ∑ 日本\r\n", " leading, doubled  and trailing ", "\n\n\n"):
+    for sample in (
+        "def f(x):\n        return  x\t# é ∑ 日本\r\n",
+        " leading, doubled  and trailing ",
+        "\n\n\n",
+    ):
         assert loaded.decode(loaded(sample)["input_ids"]) == sample
     assert len(loaded) == 512
 
@@ -90,16 +101,20 @@ def test_repeats_are_the_ngrams_seen_before():
 def test_unloop_lowers_what_was_repeated():
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, tie_word_embeddings=True,
     )  # fmt: skip
     model = TargetModel(config, torch.float32)
     with torch.no_grad():
-        model.head.mul_(10)  # sure of itself, so that it loops
+        # sure of itself, so that it loops
+        model.head.mul_(10)
     unloop = Unloop(model, torch.arange(200) % 32, torch.Generator().manual_seed(0))
     before, weights = unloop.loss(), list(model.weights.values())
     assert unloop.share() > 0.2 and before > 0
-    for weight, gradient in zip(weights, torch.autograd.grad(before, weights, allow_unused=True), strict=True):
+    for weight, gradient in zip(
+        weights, torch.autograd.grad(before, weights, allow_unused=True), strict=True
+    ):
         if gradient is not None:
             weight.data -= 0.1 * gradient
     assert unloop.loss() < before
@@ -110,7 +125,8 @@ def test_loss_and_gradients_against_autograd():
     hidden, head = torch.randn(2500, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     labels, avoid = torch.randint(11, (2500,)), torch.rand(2500) < 0.3
     p = (hidden @ head.T).softmax(-1).gather(1, labels[:, None])[:, 0]
-    keep = ~avoid | (p < 0.95)  # beyond it the pull is bounded, on purpose
+    # beyond it the pull is bounded, on purpose
+    keep = ~avoid | (p < 0.95)
     avoid, labels = avoid[keep], labels[keep]
     rows = hidden[keep]
     p = (rows @ head.T).softmax(-1).gather(1, labels[:, None])[:, 0]
@@ -129,17 +145,23 @@ def test_loss_and_gradients_against_autograd():
 def test_model_is_hugging_faces_qwen3(tied):
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, tie_word_embeddings=tied,
     )  # fmt: skip
     model = TargetModel(config, torch.float32)
     for weight in model.weights.values():
-        weight.data += 0.1 * torch.randn_like(weight)  # the norms start as ones, some projections as zeros
+        # the norms start as ones, some projections as zeros
+        weight.data += 0.1 * torch.randn_like(weight)
     reference = AutoModelForCausalLM.from_config(config)
-    reference.load_state_dict({name: weight.detach() for name, weight in model.weights.items()}, strict=False)
+    reference.load_state_dict(
+        {name: weight.detach() for name, weight in model.weights.items()}, strict=False
+    )
     reference.tie_weights()
     ids = torch.randint(64, (3, 17))
-    torch.testing.assert_close(model(ids) @ model.head.T, reference(ids).logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids) @ model.head.T, reference(ids).logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
@@ -155,7 +177,11 @@ def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
         loss = model(stream, labels=stream).loss.item()
     counts = torch.bincount(stream.flatten(), minlength=512).double()
     share = counts[counts > 0] / counts.sum()
-    unigram = -(share * share.log()).sum().item()  # of this very text: the best that word counts could do
+    # of this very text: the best that word counts could do
+    unigram = -(share * share.log()).sum().item()
     assert loss < unigram
     report = json.loads((directory / "target.json").read_text())
-    assert report["code"]["perplexity"] < math.exp(unigram) and 0 < report["prose"]["distinct_4grams"] <= 1
+    assert (
+        report["code"]["perplexity"] < math.exp(unigram)
+        and 0 < report["prose"]["distinct_4grams"] <= 1
+    )

@@ -1,15 +1,18 @@
-"""SGLang's CPU path on a processor for which no `sgl_kernel` is built: pure-torch stand-ins, for tests and the demo.
+"""SGLang's CPU path on a processor for which no `sgl_kernel` is built: pure-torch stand-ins, for
+tests and the demo.
 
-SGLang imports `sgl_kernel` and `torchvision` by name, in every process and before general plugins load, but after it
-asked the `sglang.srt.platforms` entry points what machine this is. `activate` is such an entry point: it claims no
-platform, it only puts the stand-ins into place, and does so when all of this holds:
+SGLang imports `sgl_kernel` and `torchvision` by name, in every process and before general plugins
+load, but after it asked the `sglang.srt.platforms` entry points what machine this is. `activate` is
+such an entry point: it claims no platform, it only puts the stand-ins into place, and does so when
+all of this holds:
     SGLANG_USE_CPU_ENGINE=1, CUDA is not available, and the real package is not installed.
 A real package is never shadowed, and a GPU server never sees this code.
 
-What verifies sampled requests stands in for CUDA kernels, in modules of SGLang itself: the general plugin puts it there
-(`sampling.attach`), for AURORA and EAGLE3 alike.
+What verifies sampled requests stands in for CUDA kernels, in modules of SGLang itself: the general
+plugin puts it there (`sampling.attach`), for AURORA and EAGLE3 alike.
 
-`convert_weight_packed` is left undefined on purpose: its presence is SGLang's test for the AMX build.
+`convert_weight_packed` is left undefined on purpose: its presence is SGLang's test for the AMX
+build.
 """
 
 import importlib.util
@@ -20,12 +23,16 @@ from types import ModuleType
 
 
 def activate() -> None:
-    """Entry point `sglang.srt.platforms`: never a platform of its own (None), only the stand-ins."""
+    """Entry point `sglang.srt.platforms`: never a platform of its own (None), only the
+    stand-ins.
+    """
     install()
 
 
 def install() -> bool:
-    """Put the stand-ins into sys.modules where they are wanted and missing; True if `sgl_kernel` is ours."""
+    """Put the stand-ins into sys.modules where they are wanted and missing; True if `sgl_kernel` is
+    ours.
+    """
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return False
     import torch
@@ -44,7 +51,9 @@ def is_installed() -> bool:
 
 
 def keeps_packed_weights() -> bool:
-    """Whether products with bfloat16 weights keep a copy of each (packed.py), which takes the memory of the weights."""
+    """Whether products with bfloat16 weights keep a copy of each (packed.py), which takes the
+    memory of the weights.
+    """
     return os.environ.get("AURORA_CPU_PACK") == "1"
 
 
@@ -56,7 +65,8 @@ def _install_sgl_kernel(ops) -> None:
         for name, value in vars(source).items():
             if name.endswith("_cpu"):
                 setattr(module, name, value)
-    # Plain attributes of the namespace: SGLang only calls them, and a dispatcher would cost more than some of them do.
+    # Plain attributes of the namespace: SGLang only calls them, and a dispatcher would cost more
+    # than some of them do.
     ops.decode_attention_cpu = attention.decode_attention_cpu
     ops.extend_attention_cpu = attention.extend_attention_cpu
     ops.murmur_hash32_cpu = hashing.murmur_hash32_cpu
@@ -64,13 +74,18 @@ def _install_sgl_kernel(ops) -> None:
 
 
 def _install_torchvision() -> None:
-    """Names that SGLang's multimodal configs import eagerly; using one of them fails on the missing attribute."""
+    """Names that SGLang's multimodal configs import eagerly; using one of them fails on the missing
+    attribute.
+    """
     from transformers.utils.import_utils import is_torchvision_available
 
-    is_torchvision_available()  # answered once and remembered: transformers must not take the stand-in for the package
+    # answered once and remembered: transformers must not take the stand-in for the package
+    is_torchvision_available()
     interpolation = type("InterpolationMode", (), {"BICUBIC": "bicubic", "BILINEAR": "bilinear"})
     functional = _module("torchvision.transforms.functional", InterpolationMode=interpolation)
-    transforms = _module("torchvision.transforms", InterpolationMode=interpolation, functional=functional)
+    transforms = _module(
+        "torchvision.transforms", InterpolationMode=interpolation, functional=functional
+    )
     _module("torchvision", transforms=transforms)
 
 

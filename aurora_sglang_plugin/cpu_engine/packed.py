@@ -26,7 +26,8 @@ WRITERS = (
     "sglang.srt.utils.weight_checker.WeightChecker.handle",
 )
 
-_writes = 0  # of SGLang's own calls
+# of SGLang's own calls
+_writes = 0
 
 
 def register(registry: Any, kind: Any) -> None:

@@ -99,7 +99,9 @@ def _wide_nucleus(probs: Tensor, top_ps: Tensor, above: Tensor) -> Tensor:
 
 
 def _keep(probs: Tensor, threshold: Tensor) -> Tensor:
-    """Write zeros where `probs` are below the row's `threshold` [R, 1]; the rest sums to 1 again."""
+    """Write zeros where `probs` are below the row's `threshold` [R, 1]; the rest sums to 1
+    again.
+    """
     # In units of its threshold one number serves every row, and torch has a fast pass for that.
     threshold_(probs.div_(threshold.clamp(min=TINY)), BELOW_ONE, 0.0)
     return probs.div_(probs.sum(1, keepdim=True))
@@ -211,7 +213,9 @@ def _write_path(
     candidates: Tensor,
     retrive_index: Tensor,
 ) -> Tensor:
-    """Write the path of nodes that are `accepted` [B, N] by their parents; returns its last, [B]."""
+    """Write the path of nodes that are `accepted` [B, N] by their parents; returns its last,
+    [B].
+    """
     path = torch.zeros_like(accepted)
     path[:, 0] = True
     for _ in range(accept_index.shape[1] - 1):

@@ -1,6 +1,8 @@
-"""`aurora-trainer check`: what a server and a trainer with this configuration would stumble over, before either starts.
+"""`aurora-trainer check`: what a server and a trainer with this configuration would stumble over,
+before either starts.
 
-Each check prints one line: what, and either what was found or what is wrong and how to put it right.
+Each check prints one line: what, and either what was found or what is wrong and how to put it
+right.
 """
 
 from __future__ import annotations
@@ -41,12 +43,16 @@ def check_all(config: TrainerFile) -> bool:
         ("sglang", _sglang),
         ("plugin", _plugin),
     ]
-    typer.echo("ok      configuration: known settings only, values in range, for the server and the trainer")
+    typer.echo(
+        "ok      configuration: known settings only, values in range, for the server and the"
+        " trainer"
+    )
     passed = True
     for name, run in checks:
         try:
             typer.echo(f"ok      {name}: {run()}")
-        except Exception as error:  # whatever it is, it belongs in the list, and the other checks still run
+        except Exception as error:
+            # whatever it is, it belongs in the list, and the other checks still run
             text = str(error) if isinstance(error, ValueError | OSError) else repr(error)
             typer.echo(f"FAILED  {name}: {text}")
             passed = False
@@ -74,20 +80,28 @@ def _draft(model: str, directory: Path) -> str:
     wrong = draft_problems(directory, target.config)
     if wrong and explained.conversions:
         raise ValueError(
-            f"{directory} is not in the form that a server loads ({'; '.join(explained.conversions)}); "
-            f"`aurora-trainer import {directory} NEW_DIRECTORY --target {model}` writes it"
+            f"{directory} is not in the form that a server loads"
+            f" ({'; '.join(explained.conversions)}); `aurora-trainer import {directory}"
+            f" NEW_DIRECTORY --target {model}` writes it"
         )
     notes = check_draft(directory, target.config)
     draft = Draft.load(directory, target.embedding())
     size = sum(p.numel() for p in draft.parameters())
-    fits = f"{directory} fits the target, {size} parameters, vocabulary {draft.config.draft_vocab_size}"
+    fits = (
+        f"{directory} fits the target, {size} parameters, vocabulary"
+        f" {draft.config.draft_vocab_size}"
+    )
     return "; ".join([fits, *notes])
 
 
 def _keys(link: LinkConfig) -> str:
     if link.trainer_keys is None or link.server_keys is None:
         here = stays_here(link.endpoint) and stays_here(link.bound)
-        return "none, the link stays on this machine" if here else "none: PLAINTEXT BEYOND LOOPBACK, as is set"
+        return (
+            "none, the link stays on this machine"
+            if here
+            else "none: PLAINTEXT BEYOND LOOPBACK, as is set"
+        )
     found = []
     trainer = load_trainer_keys(link.trainer_keys) if link.trainer_keys.is_dir() else None
     if trainer is not None:
@@ -99,13 +113,19 @@ def _keys(link: LinkConfig) -> str:
         check_pair(trainer, server)
         found.append("they fit")
     if not found:
-        raise ValueError(f"neither {link.trainer_keys} nor {link.server_keys} is here; expected what keygen wrote")
+        raise ValueError(
+            f"neither {link.trainer_keys} nor {link.server_keys} is here; expected what keygen"
+            " wrote"
+        )
     return "; ".join(found)
 
 
 def _endpoint(link: LinkConfig) -> str:
     if link.trainer_keys is not None and not link.trainer_keys.is_dir():
-        return f"{link.endpoint} is not bound here: link.trainer_keys {link.trainer_keys} is on another machine"
+        return (
+            f"{link.endpoint} is not bound here: link.trainer_keys {link.trainer_keys} is on"
+            " another machine"
+        )
     Receiver(link, ReceiveConfig(), books_path=None).close()
     return f"{link.bound} can be bound"
 
@@ -113,13 +133,19 @@ def _endpoint(link: LinkConfig) -> str:
 def _weights(directory: Path) -> str:
     _writable(directory)
     version = current_version(directory)
-    return f"{directory.absolute()} is writable, current version {'none yet' if version is None else version}"
+    return (
+        f"{directory.absolute()} is writable, current version"
+        f" {'none yet' if version is None else version}"
+    )
 
 
 def _checkpoints(directory: Path) -> str:
     _writable(directory)
     found = steps(directory)
-    return f"{directory.absolute()} is writable, newest checkpoint {f'step {found[-1]}' if found else 'none yet'}"
+    return (
+        f"{directory.absolute()} is writable, newest checkpoint"
+        f" {f'step {found[-1]}' if found else 'none yet'}"
+    )
 
 
 def _writable(directory: Path) -> None:
@@ -132,7 +158,9 @@ def _sglang() -> str:
     try:
         version = metadata.version("sglang")
     except metadata.PackageNotFoundError:
-        raise ValueError("not installed in this environment; run the check with the server's Python too") from None
+        raise ValueError(
+            "not installed in this environment; run the check with the server's Python too"
+        ) from None
     return f"version {version} (the server itself refuses a version that it was not written for)"
 
 
@@ -140,6 +168,7 @@ def _plugin() -> str:
     points = metadata.entry_points(group=PLUGIN_GROUP, name=PLUGIN_NAME)
     if not points:
         raise ValueError(
-            f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}; install this project with pip in the server's environment"
+            f"no entry point {PLUGIN_NAME} in {PLUGIN_GROUP}; install this project with pip in the"
+            " server's environment"
         )
     return f"entry point {next(iter(points)).value}"

@@ -10,7 +10,9 @@ import typer
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """What the user can put right is one message and exit code 2; the rest is a defect and keeps its traceback."""
+    """What the user can put right is one message and exit code 2; the rest is a defect and keeps
+    its traceback.
+    """
     try:
         yield
     except (ValueError, OSError) as error:

@@ -1,12 +1,13 @@
-"""Describe whatever Aurora wrote, for `aurora-trainer inspect`: which kind it is follows from the files.
+"""Describe whatever Aurora wrote, for `aurora-trainer inspect`: which kind it is follows from the
+files.
 
     recording            a directory of *.trace files, or one of them
     weights directory    CURRENT, v000042/..., or one version of it
     checkpoints          step-00000123/..., or one of them
     draft                config.json and *.safetensors
 
-Every description is a plain record (JSON) with `kind` and `problems`, and a text for people. Hashes are checked;
-tensors are not loaded.
+Every description is a plain record (JSON) with `kind` and `problems`, and a text for people. Hashes
+are checked; tensors are not loaded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from aurora_trainer.recording import SUFFIX
 from aurora_trainer.trace import MAGIC
 
 CHECKPOINT_FORMAT = 1
-SHOWN_STATE = ("target", "parent", "served", "rolled_back", "steps", "slots", "earlier_updates", "traffic", "published",
+SHOWN_STATE = ("target", "parent", "served", "rolled_back", "steps", "slots", "earlier_updates",
+"traffic", "published",
                "samples", "optimizer", "cursor", "open_requests")  # fmt: skip
 
 
@@ -47,21 +49,28 @@ def problems(found: dict[str, Any]) -> int:
 
 def _kind(path: Path) -> tuple[Callable[[Path], dict[str, Any]], Callable[[dict[str, Any]], str]]:
     names = {p.name for p in path.iterdir()} if path.is_dir() else set()
-    if path.is_file() and path.open("rb").read(len(MAGIC)) == MAGIC or any(n.endswith(SUFFIX) for n in names):
+    if (
+        path.is_file()
+        and path.open("rb").read(len(MAGIC)) == MAGIC
+        or any(n.endswith(SUFFIX) for n in names)
+    ):
         return describe_recording, recording_text
-    if path.is_file() and path.suffix == SUFFIX:  # its beginning is damaged
+    # its beginning is damaged
+    if path.is_file() and path.suffix == SUFFIX:
         return describe_recording, recording_text
     if contract.CURRENT in names or any(re.fullmatch(r"v\d+", name) for name in names):
         return describe_weights, weights_text
-    if {"manifest.json", "state.safetensors"} <= names or any(re.fullmatch(r"step-\d+", name) for name in names):
+    if {"manifest.json", "state.safetensors"} <= names or any(
+        re.fullmatch(r"step-\d+", name) for name in names
+    ):
         return describe_checkpoints, checkpoints_text
     if {"manifest.json", "model.safetensors"} <= names:
         return describe_version, version_text
     if "config.json" in names:
         return describe_draft, draft_text
     raise ValueError(
-        f"{path}: neither a recording, a weights directory, a version, a checkpoint nor a draft; expected "
-        "*.trace files, CURRENT, manifest.json, step-* or config.json there"
+        f"{path}: neither a recording, a weights directory, a version, a checkpoint nor a draft;"
+        " expected *.trace files, CURRENT, manifest.json, step-* or config.json there"
     )
 
 
@@ -69,8 +78,11 @@ def _kind(path: Path) -> tuple[Callable[[Path], dict[str, Any]], Callable[[dict[
 
 
 def describe_weights(path: Path) -> dict[str, Any]:
-    """Every version on disk, what CURRENT and REJECTED say, and whether files are what their manifests bind."""
-    from aurora_trainer.publish_weights import versions  # which brings torch
+    """Every version on disk, what CURRENT and REJECTED say, and whether files are what their
+    manifests bind.
+    """
+    # which brings torch
+    from aurora_trainer.publish_weights import versions
 
     found: dict[str, Any] = {"kind": "weights", "path": str(path), "problems": []}
     rejected = contract.rejected_versions(path)
@@ -83,8 +95,12 @@ def describe_weights(path: Path) -> dict[str, Any]:
     if current is not None and current not in on_disk:
         found["problems"].append(f"{path}/CURRENT names version {current}, which is not there")
     found |= {"current": current, "rejected": sorted(rejected)}
-    found["versions"] = [describe_version(path / contract.version_name(version)) for version in on_disk]
-    found["problems"] += [problem for version in found["versions"] for problem in version["problems"]]
+    found["versions"] = [
+        describe_version(path / contract.version_name(version)) for version in on_disk
+    ]
+    found["problems"] += [
+        problem for version in found["versions"] for problem in version["problems"]
+    ]
     return found
 
 
@@ -97,7 +113,9 @@ def describe_version(path: Path) -> dict[str, Any]:
         return found | {"problems": [str(error)]}
     for name, file in manifest.files.items():
         if contract.sha256_file(path / name) != file.sha256:
-            found["problems"].append(f"{path / name} is not the file that the manifest binds: its sha256 differs")
+            found["problems"].append(
+                f"{path / name} is not the file that the manifest binds: its sha256 differs"
+            )
     fields = msgspec.to_builtins(manifest)
     tensors = fields.pop("tensors")
     return found | fields | _tensors([(t["dtype"], t["shape"]) for t in tensors.values()])
@@ -113,11 +131,16 @@ def weights_text(found: dict[str, Any]) -> str:
         nbytes = sum(file["nbytes"] for file in of["files"].values())
         state = "REJECTED" if of["version"] in found["rejected"] else state
         rows.append([
-            f"v{of['version']:06d}", "DAMAGED" if of["problems"] else state or "whole", str(of["parent"]),
-            str(of["optimizer_step"]), moment(of["created_unix_s"]), size(nbytes), escape(of["target"], 20),
+            f"v{of['version']:06d}", "DAMAGED" if of["problems"] else state or "whole",
+            str(of["parent"]),
+            str(of["optimizer_step"]), moment(of["created_unix_s"]), size(nbytes),
+            escape(of["target"], 20),
             value(of["gate"]),
         ])  # fmt: skip
-    lines = [f"weights directory {escape(found['path'])}: {len(rows)} versions, CURRENT is {found['current']}"]
+    lines = [
+        f"weights directory {escape(found['path'])}: {len(rows)} versions, CURRENT is"
+        f" {found['current']}"
+    ]
     head = ["version", "state", "parent", "updates", "published", "size", "target", "gate"]
     lines += ["", *columns(head, rows)] if rows else []
     return "\n".join([*lines, *_problem_lines(found)])
@@ -127,7 +150,10 @@ def version_text(found: dict[str, Any]) -> str:
     lines = [f"version {escape(found['path'])}"]
     for name, of in found.items():
         if name == "files":
-            lines += [f"  {escape(n)} {size(f['nbytes'])} sha256 {escape(f['sha256'])}" for n, f in of.items()]
+            lines += [
+                f"  {escape(n)} {size(f['nbytes'])} sha256 {escape(f['sha256'])}"
+                for n, f in of.items()
+            ]
         elif name not in ("kind", "path", "problems"):
             lines.append(f"  {name} {moment(of) if name.endswith('unix_s') and of else value(of)}")
     return "\n".join([*lines, *_problem_lines(found)])
@@ -138,7 +164,8 @@ def version_text(found: dict[str, Any]) -> str:
 
 def describe_checkpoints(path: Path) -> dict[str, Any]:
     """Every checkpoint of a directory, or the one that `path` is."""
-    from aurora_trainer.checkpoint import steps  # which brings torch
+    # which brings torch
+    from aurora_trainer.checkpoint import steps
 
     one = (path / "manifest.json").exists()
     folders = [path] if one else [path / f"step-{step:08d}" for step in steps(path)]
@@ -158,14 +185,18 @@ def _checkpoint(path: Path) -> dict[str, Any]:
             described = manifest["files"][name]
             found["bytes"] += (path / name).stat().st_size
             if contract.sha256_file(path / name) != described["sha256"]:
-                raise ValueError(f"{name} is not the file that the manifest describes: its sha256 differs")
+                raise ValueError(
+                    f"{name} is not the file that the manifest describes: its sha256 differs"
+                )
         state = json.loads((path / "state.json").read_text())
         found["state"] = {name: state[name] for name in SHOWN_STATE if name in state}
         groups = defaultdict(list)
         with safe_open(path / "state.safetensors", framework="np") as file:
             for name in file.keys():
                 tensor = file.get_slice(name)
-                groups["/".join(name.split("/")[:-1]) or name].append((tensor.get_dtype(), tensor.get_shape()))
+                groups["/".join(name.split("/")[:-1]) or name].append(
+                    (tensor.get_dtype(), tensor.get_shape())
+                )
         found["tensors"] = {group: _tensors(tensors) for group, tensors in sorted(groups.items())}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         found["problems"].append(f"{path}: {error}")
@@ -196,7 +227,10 @@ def describe_draft(path: Path) -> dict[str, Any]:
             with safe_open(file_path, framework="np") as file:
                 for name in file.keys():
                     tensor = file.get_slice(name)
-                    found["tensors"][name] = {"dtype": tensor.get_dtype(), "shape": tensor.get_shape()}
+                    found["tensors"][name] = {
+                        "dtype": tensor.get_dtype(),
+                        "shape": tensor.get_shape(),
+                    }
     except (OSError, ValueError, SafetensorError) as error:
         found["problems"].append(f"{path}: {error}")
     return found | _tensors([(t["dtype"], t["shape"]) for t in found["tensors"].values()])
@@ -204,16 +238,32 @@ def describe_draft(path: Path) -> dict[str, Any]:
 
 def draft_text(found: dict[str, Any]) -> str:
     config = found.get("config", {})
-    lines = [f"draft {escape(found['path'])}: {found['parameters']} parameters, {size(found['tensor_bytes'])}"]
+    lines = [
+        f"draft {escape(found['path'])}: {found['parameters']} parameters,"
+        f" {size(found['tensor_bytes'])}"
+    ]
     lines += [f"  {escape(name)} {value(of)}" for name, of in config.items()]
-    rows = [[escape(n), escape(t["dtype"]), "x".join(map(str, t["shape"]))] for n, t in found["tensors"].items()]
+    rows = [
+        [escape(n), escape(t["dtype"]), "x".join(map(str, t["shape"]))]
+        for n, t in found["tensors"].items()
+    ]
     lines += ["", *columns(["tensor", "dtype", "shape"], rows)] if rows else []
     return "\n".join([*lines, *_problem_lines(found)])
 
 
 # ---- shared
 
-_BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "U8": 8, "I8": 8, "BOOL": 8}
+_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "F32": 32,
+    "I32": 32,
+    "F16": 16,
+    "BF16": 16,
+    "U8": 8,
+    "I8": 8,
+    "BOOL": 8,
+}
 
 
 def _tensors(tensors: list[tuple[str, list[int]]]) -> dict[str, Any]:
@@ -227,8 +277,17 @@ def _tensors(tensors: list[tuple[str, list[int]]]) -> dict[str, Any]:
         parameters += elements
         nbytes += elements * _BITS.get(dtype, 8) // 8
         dtypes[dtype] += 1
-    return {"tensors_count": len(tensors), "parameters": parameters, "tensor_bytes": nbytes, "dtypes": dict(dtypes)}
+    return {
+        "tensors_count": len(tensors),
+        "parameters": parameters,
+        "tensor_bytes": nbytes,
+        "dtypes": dict(dtypes),
+    }
 
 
 def _problem_lines(found: dict[str, Any]) -> list[str]:
-    return ["", *(f"PROBLEM {escape(problem, 300)}" for problem in found["problems"])] if found["problems"] else []
+    return (
+        ["", *(f"PROBLEM {escape(problem, 300)}" for problem in found["problems"])]
+        if found["problems"]
+        else []
+    )

@@ -26,7 +26,8 @@ class _Server:
     target: str = ""
     first_sent: int = 0
     last_sent: int = 0
-    lost: int = 0  # gaps in sent_seq since the recording heard of it
+    # gaps in sent_seq since the recording heard of it
+    lost: int = 0
     captured: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     requests: set[str] = field(default_factory=set)
@@ -36,20 +37,26 @@ class _Server:
 
 
 def describe_recording(path: Path) -> dict[str, Any]:
-    """Everything that its messages say together. Damage is in `damaged`, by position, and the rest is described."""
+    """Everything that its messages say together.
+
+    Damage is in `damaged`, by position, and the rest is described.
+    """
     damage, servers = Damage(), {}
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     ends: Counter[str] = Counter()
     totals: Counter[str] = Counter()
-    lengths: Counter[int] = Counter()  # steps by accept length
+    # steps by accept length
+    lengths: Counter[int] = Counter()
     shapes: set[str] = set()
     domains: dict[tuple[str, str], str] = {}
     for record, message in read_messages(path, damage):
         header, arrays = message.header, message.arrays
         kinds[header.kind] += 1
         nbytes[header.kind] += sum(map(len, record.parts))
-        server = servers.setdefault(header.epoch, _Server(first_sent=header.sent_seq, last_sent=header.sent_seq - 1))
+        server = servers.setdefault(
+            header.epoch, _Server(first_sent=header.sent_seq, last_sent=header.sent_seq - 1)
+        )
         server.messages += 1
         server.target = header.target
         server.lost += max(0, header.sent_seq - server.last_sent - 1)
@@ -65,15 +72,21 @@ def describe_recording(path: Path) -> dict[str, Any]:
         elif header.kind == "verify":
             server.versions.add(header.draft_version)
             lengths.update(arrays["feature_lens"].tolist())
-            totals["altered_steps"] += sum(bool(f & wire.FLAG_ALTERED_DISTRIBUTION) for f in header.flags)
+            totals["altered_steps"] += sum(
+                bool(f & wire.FLAG_ALTERED_DISTRIBUTION) for f in header.flags
+            )
             nodes, kept, width = *arrays["topk_ids"].shape[1:], arrays["aux_hidden_states"].shape[1]
             shapes.add(
-                f"steps {header.num_steps} topk {header.topk} nodes {nodes}, {kept} kept target logits, "
-                f"features {width} {message.dtype('aux_hidden_states')}"
+                f"steps {header.num_steps} topk {header.topk} nodes {nodes}, {kept} kept target"
+                f" logits, features {width} {message.dtype('aux_hidden_states')}"
             )
     steps, tokens = lengths.total(), sum(length * count for length, count in lengths.items())
     deepest = max(lengths, default=1)
-    reached = [sum(c for length, c in lengths.items() if length > k) / steps for k in range(deepest)] if steps else []
+    reached = (
+        [sum(c for length, c in lengths.items() if length > k) / steps for k in range(deepest)]
+        if steps
+        else []
+    )
     files = recording_files(path)
     labels = Counter(domains.values())
     times = [(s.first_s, s.last_s) for s in servers.values()]
@@ -107,7 +120,8 @@ def describe_recording(path: Path) -> dict[str, Any]:
         "steps": steps,
         "tokens": tokens,
         "accept_length": tokens / steps if steps else None,
-        "accepted_at_least": reached[1:],  # share of steps that accepted 1, 2, ... drafts
+        # share of steps that accepted 1, 2, ... drafts
+        "accepted_at_least": reached[1:],
         "altered_steps": totals["altered_steps"],
         "shapes": sorted(shapes),
         "damaged_records": damage.count,
@@ -119,30 +133,57 @@ def recording_text(found: dict[str, Any]) -> str:
     """`describe_recording` for people."""
     lines = [
         f"recording {escape(found['path'])}: {found['files']} files, {size(found['file_bytes'])}"
-        + (f", {found['oldest_files_removed']} older files removed" if found["oldest_files_removed"] else "")
+        + (
+            f", {found['oldest_files_removed']} older files removed"
+            if found["oldest_files_removed"]
+            else ""
+        )
     ]
     if found["first_unix_s"]:
         span = found["last_unix_s"] - found["first_unix_s"]
-        lines.append(f"from {moment(found['first_unix_s'])} to {moment(found['last_unix_s'])}, {span:.0f} s")
+        lines.append(
+            f"from {moment(found['first_unix_s'])} to {moment(found['last_unix_s'])}, {span:.0f} s"
+        )
     lines += ["", *columns(["messages", "count", "size"], [
         [kind, str(of["count"]), size(of["bytes"])] for kind, of in found["messages"].items()
     ])]  # fmt: skip
     rows = []
     for epoch, of in found["servers"].items():
-        dropped = " ".join(f"{escape(cause)}={count}" for cause, count in of["dropped"].items()) or "0"
+        dropped = (
+            " ".join(f"{escape(cause)}={count}" for cause, count in of["dropped"].items()) or "0"
+        )
         rows.append([
-            escape(epoch, 20), escape(of["target"], 20), f"{of['seconds']:.0f} s", str(of["messages"]),
+            escape(epoch, 20), escape(of["target"], 20), f"{of['seconds']:.0f} s",
+            str(of["messages"]),
             str(of["requests"]), ranges(of["draft_versions"]), str(of["lost"]), dropped,
         ])  # fmt: skip
-    head = ["server", "target", "time", "messages", "requests", "draft versions", "lost", "dropped by it"]
+    head = [
+        "server",
+        "target",
+        "time",
+        "messages",
+        "requests",
+        "draft versions",
+        "lost",
+        "dropped by it",
+    ]
     lines += ["", *columns(head, rows)]
-    labels = ", ".join(f"{escape(name)} {count}" for name, count in list(found["domains"].items())[:20])
+    labels = ", ".join(
+        f"{escape(name)} {count}" for name, count in list(found["domains"].items())[:20]
+    )
     reasons = ", ".join(f"{name} {count}" for name, count in found["ends"].items())
-    lines += ["", f"requests {found['requests']}; by domain: {labels or 'no labels'}; ended by: {reasons or 'none'}"]
+    lines += [
+        "",
+        (
+            f"requests {found['requests']}; by domain: {labels or 'no labels'}; ended by:"
+            f" {reasons or 'none'}"
+        ),
+    ]
     if found["steps"]:
         lines.append(
-            f"verify steps {found['steps']}, tokens {found['tokens']}, accept length {found['accept_length']:.3f}; "
-            f"prompt features {found['prompt_features']}; steps judged by another distribution {found['altered_steps']}"
+            f"verify steps {found['steps']}, tokens {found['tokens']}, accept length"
+            f" {found['accept_length']:.3f}; prompt features {found['prompt_features']}; steps"
+            f" judged by another distribution {found['altered_steps']}"
         )
         shares = found["accepted_at_least"]
         rows = [
@@ -156,7 +197,10 @@ def recording_text(found: dict[str, Any]) -> str:
 
 
 def message_at(path: Path, number: int) -> tuple[Record, wire.Message]:
-    """The message `number`, counted from 0 over all files, whole ones only. Raises ValueError where there is none."""
+    """The message `number`, counted from 0 over all files, whole ones only.
+
+    Raises ValueError where there is none.
+    """
     count = 0
     for record, message in read_messages(path, Damage()):
         if count == number:
@@ -174,12 +218,14 @@ def describe_message(record: Record, message: wire.Message, name: Name, top: int
             length = int(arrays["feature_lens"][row])
             logits = _float32(arrays["topk_logits"][row], message.dtype("topk_logits"))
             drawn = draw_tree(
-                arrays["draft_tokens"][row], arrays["parents"][row], arrays["accept_path"][row], length,
+                arrays["draft_tokens"][row], arrays["parents"][row], arrays["accept_path"][row],
+                length,
                 arrays["next_tokens"][row], arrays["topk_ids"][row],
                 np.exp(logits - arrays["logsumexp"][row][:, None]), name, top,
             )  # fmt: skip
             trees.append({
-                "request": request, "position": int(arrays["positions"][row]), "accept_length": length,
+                "request": request, "position": int(arrays["positions"][row]),
+                "accept_length": length,
                 "altered": bool(header.flags[row] & wire.FLAG_ALTERED_DISTRIBUTION), "drawn": drawn,
             })  # fmt: skip
     fields = msgspec.to_builtins(header)
@@ -200,16 +246,23 @@ def describe_message(record: Record, message: wire.Message, name: Name, top: int
 def message_text(found: dict[str, Any]) -> str:
     """`describe_message` for people."""
     header = found["header"]
-    lines = [f"{escape(header['kind'])} message: record {found['record']} at byte {found['byte']} of {found['file']}"]
-    lines += [f"  {name} {_short(value)}" for name, value in header.items() if value not in ([], {})]
+    lines = [
+        f"{escape(header['kind'])} message: record {found['record']} at byte {found['byte']} of"
+        f" {found['file']}"
+    ]
+    lines += [
+        f"  {name} {_short(value)}" for name, value in header.items() if value not in ([], {})
+    ]
     lines += ["", *columns(["frame", "dtype", "shape", "values"], [
-        [f["name"], f["dtype"], "x".join(map(str, f["shape"])), _short(found["values"].get(f["name"], ""))]
+        [f["name"], f["dtype"], "x".join(map(str, f["shape"])),
+        _short(found["values"].get(f["name"], ""))]
         for f in found["frames"]
     ])]  # fmt: skip
     for tree in found["trees"]:
         lines += [
             "",
-            f"request {escape(tree['request'])} at position {tree['position']}: accept length {tree['accept_length']}"
+            f"request {escape(tree['request'])} at position {tree['position']}: accept length"
+            f" {tree['accept_length']}"
             + (", judged by another distribution than the target's" if tree["altered"] else ""),
             *(f"  {line}" for line in tree["drawn"]),
         ]
@@ -217,19 +270,24 @@ def message_text(found: dict[str, Any]) -> str:
 
 
 def token_names(tokenizer: Path | None) -> Name:
-    """A token's text in quotes, with its id where the text does not say all; without a tokenizer its id."""
+    """A token's text in quotes, with its id where the text does not say all; without a tokenizer
+    its id.
+    """
     if tokenizer is None:
         return str
     from tokenizers import Tokenizer
 
     file = Path(tokenizer) / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(f"--tokenizer {tokenizer}: no tokenizer.json there; expected the target's directory")
+        raise ValueError(
+            f"--tokenizer {tokenizer}: no tokenizer.json there; expected the target's directory"
+        )
     loaded = Tokenizer.from_file(str(file))
 
     def name(token: int) -> str:
         text = loaded.decode([token], skip_special_tokens=False)
-        if not text or "\ufffd" in text:  # a part of a character
+        # a part of a character
+        if not text or "\ufffd" in text:
             return f"<{token}>"
         return f'"{escape(text)}"'
 
@@ -238,9 +296,15 @@ def token_names(tokenizer: Path | None) -> Name:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(escape(v) for v in value[:16]) + (f", … {len(value)} in all" if len(value) > 16 else "")
+        return ", ".join(escape(v) for v in value[:16]) + (
+            f", … {len(value)} in all" if len(value) > 16 else ""
+        )
     return escape(value, 200)
 
 
 def _float32(array: np.ndarray, dtype: str) -> np.ndarray:
-    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else array.astype(np.float32)
+    return (
+        (array.astype(np.uint32) << 16).view(np.float32)
+        if dtype == "bfloat16"
+        else array.astype(np.float32)
+    )

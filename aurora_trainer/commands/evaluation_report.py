@@ -1,7 +1,8 @@
 """An evaluation as figures with intervals (a plain record, for JSON), as a table and as a picture.
 
-Intervals are percentiles of a bootstrap over requests; every draft sees the same resamples, so that differences are
-paired. Means are ratios of sums: tokens over steps, as a server's own accept length is.
+Intervals are percentiles of a bootstrap over requests; every draft sees the same resamples, so that
+differences are paired. Means are ratios of sums: tokens over steps, as a server's own accept length
+is.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ from aurora_trainer.commands.terminal import columns, ranges
 from aurora_trainer.score import WALK
 
 RESAMPLES = 1000
-CHUNK = 50  # resamples at a time: counts of [CHUNK, n requests] are alive
+# resamples at a time: counts of [CHUNK, n requests] are alive
+CHUNK = 50
 LEVEL = 0.95
 ALL = "all"
 STEPS, TOKENS, REACHED, QUERIES, MATCHES, OVERLAP = range(len(WALK))
 
 
 def report(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
-    """Every figure: {"mean", "low", "high"} where it has an interval (low and high None below two requests)."""
+    """Every figure: {"mean", "low", "high"} where it has an interval (low and high None below two
+    requests).
+    """
     by_domain: dict[str, list[Request]] = {ALL: evaluation.requests}
     for request in evaluation.requests:
         by_domain.setdefault(request.domain, []).append(request)
@@ -37,7 +41,8 @@ def report(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
         "drafts": evaluation.drafts,
         "draft_steps": evaluation.depth,
         "recorded": {
-            **dict(zip(("num_steps", "topk", "nodes"), evaluation.shape)),  # nodes 0: a chain
+            # nodes 0: a chain
+            **dict(zip(("num_steps", "topk", "nodes"), evaluation.shape)),
             "draft_versions": sorted(evaluation.versions),
         },
         "samples": dict(evaluation.samples),
@@ -53,7 +58,9 @@ def table(figures: dict[str, Any]) -> str:
     pairs = list(domains[ALL]["differences"])
     drawn = f"chains of {figures['draft_steps']} draft steps"
     if figures["recorded"]["topk"] > 1:
-        drawn = "trees of {num_steps} draft steps, topk {topk}, {nodes} nodes".format(**figures["recorded"])
+        drawn = "trees of {num_steps} draft steps, topk {topk}, {nodes} nodes".format(
+            **figures["recorded"]
+        )
     lines = [
         f"accept length: tokens per verify step, with {drawn}",
         figures["interval"],
@@ -72,14 +79,20 @@ def table(figures: dict[str, Any]) -> str:
             ],
         ),
         "",
-        f"live: the server's own steps, with draft versions {ranges(figures['recorded']['draft_versions'])}",
+        (
+            "live: the server's own steps, with draft versions"
+            f" {ranges(figures['recorded']['draft_versions'])}"
+        ),
     ]
     for draft in drafts:
         by_depth = domains[ALL]["drafts"][draft]["as_chains"]
         sampling = domains[ALL]["drafts"][draft]["rejection_sampling"]
         lines += [
             "",
-            f"{draft} as chains, all domains; with rejection sampling at most about {_interval(sampling)}",
+            (
+                f"{draft} as chains, all domains; with rejection sampling at most about"
+                f" {_interval(sampling)}"
+            ),
             *columns(
                 ["draft steps", "accept length", "reached", "agrees", "sum min(p, q) at most"],
                 [
@@ -94,14 +107,19 @@ def table(figures: dict[str, Any]) -> str:
                 ],
             ),
         ]
-    lines += ["", "samples: " + ", ".join(f"{name} {count}" for name, count in figures["samples"].items())]
+    lines += [
+        "",
+        "samples: " + ", ".join(f"{name} {count}" for name, count in figures["samples"].items()),
+    ]
     if figures["damaged_records"]:
         lines.append(f"damaged records passed over: {figures['damaged_records']}")
     return "\n".join(lines)
 
 
 def picture(figures: dict[str, Any], path: Path) -> None:
-    """Write a PNG: accept length by domain and by number of draft steps, a colour for each draft."""
+    """Write a PNG: accept length by domain and by number of draft steps, a colour for each
+    draft.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,13 +132,19 @@ def picture(figures: dict[str, Any], path: Path) -> None:
         shift = (number - (len(drafts) - 1) / 2) * min(0.16, 0.7 / len(drafts))
         values = [domains[name]["drafts"][draft]["accept_length"] for name in names]
         style = dict(fmt="o", capsize=3, color=f"C{number}", label=draft)
-        left.errorbar(np.arange(len(names)) + shift, [v["mean"] for v in values], yerr=_bars(values), **style)
+        left.errorbar(
+            np.arange(len(names)) + shift, [v["mean"] for v in values], yerr=_bars(values), **style
+        )
         values = [row["accept_length"] for row in domains[ALL]["drafts"][draft]["as_chains"]]
         steps = np.arange(1, len(values) + 1)
-        right.errorbar(steps, [v["mean"] for v in values], yerr=_bars(values), **(style | {"fmt": "o-"}))
+        right.errorbar(
+            steps, [v["mean"] for v in values], yerr=_bars(values), **(style | {"fmt": "o-"})
+        )
     live = [domains[name]["live"]["accept_length"]["mean"] for name in names]
     left.plot(range(len(names)), live, "_", color="black", markersize=22, label="live, as recorded")
-    left.set_xticks(range(len(names)), [f"{name}\n{domains[name]['requests']} requests" for name in names])
+    left.set_xticks(
+        range(len(names)), [f"{name}\n{domains[name]['requests']} requests" for name in names]
+    )
     left.set_xlim(-0.6, len(names) - 0.4)
     left.set_ylabel("accept length")
     left.legend(frameon=False, fontsize=8)
@@ -130,7 +154,10 @@ def picture(figures: dict[str, Any], path: Path) -> None:
         axes.grid(axis="y", linewidth=0.5)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.suptitle(f"Expected accept length, {figures['interval'].split(',')[0]} intervals over requests", fontsize=11)
+    figure.suptitle(
+        f"Expected accept length, {figures['interval'].split(',')[0]} intervals over requests",
+        fontsize=11,
+    )
     figure.tight_layout()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -142,10 +169,22 @@ def picture(figures: dict[str, Any], path: Path) -> None:
 
 def _domain(requests: list[Request], evaluation: Evaluation, seed: int) -> dict[str, Any]:
     chains = np.stack([r.chains for r in requests])  # [n, D, WALK, S]
-    served, sampling, live = (np.stack([getattr(r, name) for r in requests]) for name in ("served", "sampling", "live"))
+    served, sampling, live = (
+        np.stack([getattr(r, name) for r in requests]) for name in ("served", "sampling", "live")
+    )
     # Denominators and numerators side by side, so that one pass over the resamples serves all.
-    under = [served[:, :, 0], sampling[:, :, 0], chains[:, :, STEPS].reshape(len(requests), -1), live[:, :1]]
-    over = [served[:, :, 1], sampling[:, :, 1], chains[:, :, TOKENS].reshape(len(requests), -1), live[:, 1:]]
+    under = [
+        served[:, :, 0],
+        sampling[:, :, 0],
+        chains[:, :, STEPS].reshape(len(requests), -1),
+        live[:, :1],
+    ]
+    over = [
+        served[:, :, 1],
+        sampling[:, :, 1],
+        chains[:, :, TOKENS].reshape(len(requests), -1),
+        live[:, 1:],
+    ]
     over, under = np.concatenate(over, 1), np.concatenate(under, 1)
     resampled = _resample(over, under, seed)  # [RESAMPLES, columns]
     means = _ratio(over.sum(0), under.sum(0))
@@ -178,7 +217,11 @@ def _domain(requests: list[Request], evaluation: Evaluation, seed: int) -> dict[
     for d in range(1, count):
         label = f"{evaluation.drafts[d]} - {evaluation.drafts[0]}"
         differences[label] = _bounds(means[d] - means[0], resampled[:, d] - resampled[:, 0])
-    own = {"accept_length": interval(-1), "steps": int(live[:, 0].sum()), "tokens": int(live[:, 1].sum())}
+    own = {
+        "accept_length": interval(-1),
+        "steps": int(live[:, 0].sum()),
+        "tokens": int(live[:, 1].sum()),
+    }
     return {"requests": len(requests), "drafts": drafts, "differences": differences, "live": own}
 
 
@@ -199,7 +242,11 @@ def _ratio(over: np.ndarray, under: np.ndarray) -> np.ndarray:
 
 def _bounds(mean: float, resampled: np.ndarray) -> dict[str, float | None]:
     resampled = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) if len(resampled) else (np.nan, np.nan)
+    low, high = (
+        np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        if len(resampled)
+        else (np.nan, np.nan)
+    )
     return {"mean": _number(mean), "low": _number(low), "high": _number(high)}
 
 
@@ -215,9 +262,15 @@ def _interval(value: dict[str, float | None], sign: str = "") -> str:
     if value["mean"] is None:
         return "-"
     text = f"{value['mean']:{sign}.3f}"
-    return text if value["low"] is None else f"{text} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    return (
+        text
+        if value["low"] is None
+        else f"{text} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+    )
 
 
 def _bars(values: Sequence[dict[str, float | None]]) -> np.ndarray:
-    mean, low, high = np.array([[v[k] for v in values] for k in ("mean", "low", "high")], dtype=np.float64)
+    mean, low, high = np.array(
+        [[v[k] for v in values] for k in ("mean", "low", "high")], dtype=np.float64
+    )
     return np.nan_to_num(np.stack([mean - low, high - mean])).clip(0)

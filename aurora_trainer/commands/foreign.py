@@ -1,10 +1,11 @@
 """Drafts made elsewhere: what their files call things, told apart from what they compute.
 
-    SGLang, SpecForge   flat config, LlamaForCausalLMEagle3; names with `midlayer.` or `layers.0.`, some with `model.`
+    SGLang, SpecForge   flat config, LlamaForCausalLMEagle3; names with `midlayer.` or `layers.0.`,
+                        some with `model.`
     EAGLE's authors     the same, architectures LlamaForCausalLM
-    speculators, vLLM   config nested in transformer_layer_config; layers named by what ENTERS them, one more than
-                        SGLang's name for the same feature; in a layer above the first the state's norm is
-                        input_layernorm (SGLang: hidden_norm)
+    speculators, vLLM   config nested in transformer_layer_config; layers named by what ENTERS them,
+                        one more than SGLang's name for the same feature; in a layer above the first
+                        the state's norm is input_layernorm (SGLang: hidden_norm)
 
 `read_foreign` puts config and names into SGLang's form and says what it changed; it looks at no
 weight. Whether the result can be served is draft_check.py's to judge.
@@ -47,7 +48,8 @@ OUTER = (
 )
 # null is as good as absent for what is meant, and not for SGLang, which computes with it
 NULLS = (
-    "target_hidden_size", "rope_theta", "partial_rotary_factor", "rope_is_neox_style", "attention_bias", "mlp_bias",
+    "target_hidden_size", "rope_theta", "partial_rotary_factor", "rope_is_neox_style",
+    "attention_bias", "mlp_bias",
     "rms_norm_eps", "hidden_act", "max_position_embeddings", "tie_word_embeddings", "use_cache",
     "initializer_range", "auto_map",
 )  # fmt: skip
@@ -126,7 +128,8 @@ def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[s
     outputs."""
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
-        return  # the judge says so
+        # the judge says so
+        return
     eagle = dict(eagle)
     for key in SWITCHES:
         # of norm_before_fc SGLang reads both, eagle_config first
@@ -142,7 +145,8 @@ def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[s
         try:
             eagle[aux_layers.KEY] = aux_layers.ids_that_name(outputs, target_config)
         except ValueError:
-            eagle[aux_layers.KEY] = outputs  # the judge says what is wrong with them
+            # the judge says what is wrong with them
+            eagle[aux_layers.KEY] = outputs
         found.conversions.append(
             f"{aux_layers.KEY} {entering} name what enters a layer: eagle_config says "
             f"{eagle[aux_layers.KEY]}, as "

@@ -28,8 +28,10 @@ from aurora_trainer.draft import tensor_of
 from aurora_trainer.target import Target, open_target
 
 LEFT_OUT = ("embed_tokens.weight", "t2d")
-UNSIGNED = ("U16", "U32")  # integers of d2t that int64 holds, and that torch does not add to it
-ROUNDING = 2.0**-7  # of bfloat16, relative: two copies of one embedding may differ by this
+# integers of d2t that int64 holds, and that torch does not add to it
+UNSIGNED = ("U16", "U32")
+# of bfloat16, relative: two copies of one embedding may differ by this
+ROUNDING = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,8 @@ def import_draft(
         raise ValueError(explained.text())
     found, config = explained.foreign, DraftConfig.from_json(explained.foreign.config)
     outputs = aux_layer_ids(found.config, target.config["num_hidden_layers"], target.config)
-    ids = config.aux_layer_ids or ids_that_name(
-        outputs, target.config
-    )  # SGLang's default, said aloud
+    # SGLang's default, said aloud
+    ids = config.aux_layer_ids or ids_that_name(outputs, target.config)
     entered = tuple(o + 1 for o in outputs)
     config = replace(
         config,

@@ -1,5 +1,6 @@
-"""`aurora-trainer plan`: what a target needs, from its config.json alone: bytes on the link, memory of the server and
-the trainer, size of a version, optimizer steps. No weights, no network. The formulas are in `sizes.py`.
+"""`aurora-trainer plan`: what a target needs, from its config.json alone: bytes on the link, memory
+of the server and the trainer, size of a version, optimizer steps. No weights, no network. The
+formulas are in `sizes.py`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from aurora_trainer.target import Target
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | None = None, dtype: str = "") -> dict:
+def plan(
+    target: Target, config: TrainerFile, load: Load, draft_vocab: int | None = None, dtype: str = ""
+) -> dict:
     """Everything, by section, in bytes and per second; rates are of all servers together.
 
-    dtype: of the server and of published weights; "" for the target's own. Raises ValueError for a target that a draft
+    dtype: of the server and of published weights; "" for the target's own. Raises ValueError for a
+        target that a draft
     cannot be made for.
     """
     dtype = dtype or target_dtype(target)
@@ -45,9 +49,10 @@ def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | Non
     per_prompt = prefill_bytes(draft, prompt, size)
     link = rate * (load.tokens_per_s * per_token + load.requests_per_s * per_prompt)
     row = queued_row_bytes(draft, load, size, capture.topk_logits)
+    # of one server, a second
     queued = capture.sample_rate * (
         load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
-    )  # of one server, a second
+    )
     slots = rate * load.tokens_per_s
     version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)
     every_s = trainer.publish.every_s
@@ -84,14 +89,20 @@ def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | Non
             "assemble_bytes": trainer.assemble.max_bytes,
             "buffer_bytes": trainer.buffer.max_bytes,
             "bytes_per_buffered_token": slot,
-            "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (slot * slots) if slots else math.inf,
+            "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (slot * slots)
+            if slots
+            else math.inf,
         },
         "trainer_device": device | {"total_bytes": sum(device.values())},
         "training": {
             "optimizer_steps_per_s": slots / trainer.pace.new_slots_per_step,
-            "seconds_per_step_at_most": trainer.pace.new_slots_per_step / slots if slots else math.inf,
+            "seconds_per_step_at_most": trainer.pace.new_slots_per_step / slots
+            if slots
+            else math.inf,
             "flops_per_step": step_flops(draft, trainer, load),
-            "flops_per_s": step_flops(draft, trainer, load) * slots / trainer.pace.new_slots_per_step,
+            "flops_per_s": step_flops(draft, trainer, load)
+            * slots
+            / trainer.pace.new_slots_per_step,
         },
         "weights": {
             "version_bytes": version,
@@ -99,7 +110,8 @@ def plan(target: Target, config: TrainerFile, load: Load, draft_vocab: int | Non
             "read_bytes_per_s": load.servers * version / every_s if every_s else 0.0,
             "disk_bytes": version * trainer.publish.keep,
             "checkpoint_bytes": checkpoint_bytes(draft, target, compute),
-            "checkpoints_disk_bytes": trainer.checkpoint.keep * checkpoint_bytes(draft, target, compute),
+            "checkpoints_disk_bytes": trainer.checkpoint.keep
+            * checkpoint_bytes(draft, target, compute),
         },
     }
 
@@ -115,7 +127,9 @@ def lines(name: str, result: dict[str, dict[str, Any]]) -> list[str]:
     out = [f"{name}, by arithmetic from its config.json; nothing of it was measured on a GPU"]
     for section, values in result.items():
         out.append(section.replace("_", " "))
-        out += [f"  {key.replace('_', ' '):<46} {_shown(key, value)}" for key, value in values.items()]
+        out += [
+            f"  {key.replace('_', ' '):<46} {_shown(key, value)}" for key, value in values.items()
+        ]
     return out
 
 

@@ -1,8 +1,9 @@
-"""`aurora-trainer prune-vocab`: how often each target token is generated, in recorded traffic or in text, and what a
-draft vocabulary of so many of them would cover.
+"""`aurora-trainer prune-vocab`: how often each target token is generated, in recorded traffic or in
+text, and what a draft vocabulary of so many of them would cover.
 
-The counts file (a JSON list of V numbers) is what `init-draft --counts` and `export --counts` read: one way to choose a
-vocabulary, for a draft that is made and for one that is there. V target vocabulary, VD draft vocabulary.
+The counts file (a JSON list of V numbers) is what `init-draft --counts` and `export --counts` read:
+one way to choose a vocabulary, for a draft that is made and for one that is there. V target
+vocabulary, VD draft vocabulary.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from aurora_sglang_plugin import wire
 from aurora_trainer import vocab
 from aurora_trainer.target import Target
 
-HALVES = 2  # coverage is measured on requests that were not counted
+# coverage is measured on requests that were not counted
+HALVES = 2
 MAX_MESSAGE_BYTES = 1 << 30
 SIZES = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
@@ -31,16 +33,22 @@ class Coverage:
     """One size of draft vocabulary: which share of the traffic's tokens it has."""
 
     size: int
-    counted: float  # of the tokens that chose it, e.g. 0.991
-    held_out: float  # of one half's tokens by the other half's choice: what to expect of traffic to come
-    head_bytes: int  # of lm_head, in the target's dtype
+    # of the tokens that chose it, e.g. 0.991
+    counted: float
+    # of one half's tokens by the other half's choice: what to expect of traffic to come
+    held_out: float
+    # of lm_head, in the target's dtype
+    head_bytes: int
 
 
 def count_messages(messages: Iterable[list[bytes]], target: Target) -> Tensor:
-    """int64 [HALVES, V]: how often each token was generated, of two halves of the requests (by their id's hash).
+    """int64 [HALVES, V]: how often each token was generated, of two halves of the requests (by
+    their id's hash).
 
-    messages: a recording's raw parts. Counts what verify steps committed, up to an end-of-text token in each step.
-    Raises ValueError (wire.WireError) for a message that cannot be read, and for tokens outside the vocabulary.
+    messages: a recording's raw parts. Counts what verify steps committed, up to an end-of-text
+        token in each step.
+    Raises ValueError (wire.WireError) for a message that cannot be read, and for tokens outside the
+    vocabulary.
     """
     size = target.config["vocab_size"]
     counts = torch.zeros(HALVES, size, dtype=torch.int64)
@@ -53,9 +61,13 @@ def count_messages(messages: Iterable[list[bytes]], target: Target) -> Tensor:
         lens = torch.from_numpy(message.arrays["feature_lens"].copy()).long()
         kept = torch.arange(tokens.shape[1]) < lens[:, None]
         ended = torch.isin(tokens, eos) & kept
-        kept &= (ended.cumsum(1) - ended.long()) == 0  # an accepted path runs past the end; nobody reads that
+        # an accepted path runs past the end; nobody reads that
+        kept &= (ended.cumsum(1) - ended.long()) == 0
         if kept.any() and int(tokens[kept].max()) >= size:
-            raise ValueError(f"the recording holds token {int(tokens[kept].max())}, the target has {size}: not its own")
+            raise ValueError(
+                f"the recording holds token {int(tokens[kept].max())}, the target has {size}: not"
+                " its own"
+            )
         half = torch.tensor([zlib.crc32(r.encode()) % HALVES for r in message.header.requests])
         for n in range(HALVES):
             counts[n] += tokens[kept & (half == n)[:, None]].bincount(minlength=size)
@@ -63,12 +75,16 @@ def count_messages(messages: Iterable[list[bytes]], target: Target) -> Tensor:
 
 
 def count_text(paths: Sequence[Path], target: Target) -> Tensor:
-    """The same from text files, with the target's own tokenizer.json; the halves are every other line."""
+    """The same from text files, with the target's own tokenizer.json; the halves are every other
+    line.
+    """
     from tokenizers import Tokenizer
 
     path = target.directory / "tokenizer.json"
     if not path.exists():
-        raise ValueError(f"{target.directory} has no tokenizer.json; count from a recording instead")
+        raise ValueError(
+            f"{target.directory} has no tokenizer.json; count from a recording instead"
+        )
     tokenizer, size = Tokenizer.from_file(str(path)), target.config["vocab_size"]
     counts = torch.zeros(HALVES, size, dtype=torch.int64)
     for number, line in enumerate(_lines(paths)):
@@ -78,16 +94,27 @@ def count_text(paths: Sequence[Path], target: Target) -> Tensor:
 
 
 def coverage(counts: Tensor, sizes: Sequence[int], target: Target) -> list[Coverage]:
-    """What vocabularies of `sizes` tokens cover; counts [HALVES, V]. Raises ValueError where nothing was counted."""
+    """What vocabularies of `sizes` tokens cover; counts [HALVES, V].
+
+    Raises ValueError where nothing was counted.
+    """
     if not counts.sum():
-        raise ValueError("no generated token was counted: the recording holds no verify steps, or the text is empty")
-    keep, row = target.eos_token_ids, target.config["hidden_size"] * target.embedding().element_size()
+        raise ValueError(
+            "no generated token was counted: the recording holds no verify steps, or the text is"
+            " empty"
+        )
+    keep, row = (
+        target.eos_token_ids,
+        target.config["hidden_size"] * target.embedding().element_size(),
+    )
     total, found = counts.sum(0), []
     for size in sizes:
         kept = _mask(total, size, keep)
         others = [(counts[n] * _mask(counts[1 - n], size, keep)).sum() for n in range(HALVES)]
         held_out = int(sum(others)) / int(total.sum())
-        found.append(Coverage(size, int((total * kept).sum()) / int(total.sum()), held_out, size * row))
+        found.append(
+            Coverage(size, int((total * kept).sum()) / int(total.sum()), held_out, size * row)
+        )
     return found
 
 
@@ -107,7 +134,8 @@ def read_counts(path: Path) -> Tensor:
         return counts
     except (ValueError, TypeError, RuntimeError):
         raise ValueError(
-            f"{path}: expected a JSON list of one count for each target token; `aurora-trainer prune-vocab` writes one"
+            f"{path}: expected a JSON list of one count for each target token; `aurora-trainer"
+            " prune-vocab` writes one"
         ) from None
 
 

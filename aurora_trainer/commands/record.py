@@ -1,4 +1,6 @@
-"""Record: receive in the trainer's place and write what comes to a recording, without training or a target's files."""
+"""Record: receive in the trainer's place and write what comes to a recording, without training or a
+target's files.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ WAIT_S = 0.1
 def record(config: TrainerFile, directory: Path, seconds: float | None = None) -> dict[str, int]:
     """Record until a signal comes, or for `seconds`; returns the recording's counters.
 
-    Heartbeats are recorded too: they say what servers dropped. The books of what was lost are kept in the directory.
-    Raises ValueError where the endpoint cannot be bound or the directory is another writer's.
+    Heartbeats are recorded too: they say what servers dropped. The books of what was lost are kept
+    in the directory. Raises ValueError where the endpoint cannot be bound or the directory is
+    another writer's.
     """
     stopping = False
 
@@ -31,14 +34,22 @@ def record(config: TrainerFile, directory: Path, seconds: float | None = None) -
 
     recording = Recording(directory, config.trainer.record)
     try:
-        receiver = Receiver(config.link, config.trainer.receive, directory / BOOKS, recording=recording)
+        receiver = Receiver(
+            config.link, config.trainer.receive, directory / BOOKS, recording=recording
+        )
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        log.info("recorder ready endpoint=%s directory=%s bytes=%d", config.link.endpoint, directory, recording.nbytes)
+        log.info(
+            "recorder ready endpoint=%s directory=%s bytes=%d",
+            config.link.endpoint,
+            directory,
+            recording.nbytes,
+        )
         began = said = time.monotonic()
         try:
             while not stopping and (seconds is None or time.monotonic() - began < seconds):
-                receiver.get(WAIT_S)  # only to make room: the receiver's thread writes
+                # only to make room: the receiver's thread writes
+                receiver.get(WAIT_S)
                 if time.monotonic() - said >= config.trainer.metrics.every_s:
                     said = time.monotonic()
                     _show("recording", recording, receiver)

@@ -1,4 +1,5 @@
-"""The commands about recordings, and the one that looks into everything: record, replay, eval, inspect.
+"""The commands about recordings, and the one that looks into everything: record, replay, eval,
+inspect.
 
 `cli.py` adds them to the others. As there, nothing heavy is imported before a command runs.
 """
@@ -25,12 +26,16 @@ class Pace(StrEnum):
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Option(help="Directory of the recording; one that is there goes on.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the recording; one that is there goes on.")
+    ],
     config: ConfigPath = None,
     overrides: Overrides = None,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop after so long.")] = None,
 ) -> None:
-    """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM, Ctrl-C)."""
+    """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM,
+    Ctrl-C).
+    """
     with clear_errors():
         log_to_stderr()
         from aurora_trainer.commands.record import record
@@ -44,10 +49,15 @@ def replay(
     recording: RecordingPath,
     config: ConfigPath = None,
     overrides: Overrides = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")] = None,
-    pace: Annotated[Pace, typer.Option(help="As fast as it can, or as it was recorded.")] = Pace.fast,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many optimizer steps.")
+    ] = None,
+    pace: Annotated[
+        Pace, typer.Option(help="As fast as it can, or as it was recorded.")
+    ] = Pace.fast,
     to: Annotated[
-        str | None, typer.Option(help="Send to the trainer at this endpoint instead of training here.")
+        str | None,
+        typer.Option(help="Send to the trainer at this endpoint instead of training here."),
     ] = None,
 ) -> None:
     """Train on a recording instead of live traffic, or send it to a live trainer."""
@@ -60,7 +70,9 @@ def replay(
             from aurora_trainer.replay import push
 
             if steps is not None:
-                raise ValueError("--steps with --to: expected one of them; the live trainer counts its own steps")
+                raise ValueError(
+                    "--steps with --to: expected one of them; the live trainer counts its own steps"
+                )
             settings = load_trainer_config(config, [*(overrides or ()), f"link.endpoint={to}"])
             counts = push(recording, settings.link, original_pace=original)
             typer.echo("replayed " + " ".join(f"{name}={count}" for name, count in counts.items()))
@@ -74,13 +86,21 @@ def replay(
 @app.command()
 def inspect(
     paths: Annotated[
-        list[Path], typer.Argument(help="Recordings, weights directories or versions, checkpoints, drafts.")
+        list[Path],
+        typer.Argument(help="Recordings, weights directories or versions, checkpoints, drafts."),
     ],
-    message: Annotated[int | None, typer.Option(min=0, help="Show this message of a recording: its trees.")] = None,
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Directory with the target's tokenizer.json: tokens as text, not as ids.")
+    message: Annotated[
+        int | None, typer.Option(min=0, help="Show this message of a recording: its trees.")
     ] = None,
-    top: Annotated[int, typer.Option(min=0, help="The target's likeliest tokens to show beside each node.")] = 1,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory with the target's tokenizer.json: tokens as text, not as ids."
+        ),
+    ] = None,
+    top: Annotated[
+        int, typer.Option(min=0, help="The target's likeliest tokens to show beside each node.")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Look into what Aurora wrote. Exit code 1 where something of it is damaged."""
@@ -89,7 +109,12 @@ def inspect(
         import json
 
         from aurora_trainer.commands.describe import describe, problems
-        from aurora_trainer.commands.describe_recording import describe_message, message_at, message_text, token_names
+        from aurora_trainer.commands.describe_recording import (
+            describe_message,
+            message_at,
+            message_text,
+            token_names,
+        )
 
         damaged = 0
         for number, path in enumerate(paths):
@@ -98,11 +123,15 @@ def inspect(
             else:
                 found = describe_message(*message_at(path, message), token_names(tokenizer), top)
                 text = message_text(found)
-            if as_json:  # an object a line
+            # an object a line
+            if as_json:
                 typer.echo(json.dumps(found))
-            else:  # a terminal that cannot show a character shows a question mark
+            else:
+                # a terminal that cannot show a character shows a question mark
                 encoding = sys.stdout.encoding or "utf-8"
-                typer.echo(("\n" if number else "") + text.encode(encoding, "replace").decode(encoding))
+                typer.echo(
+                    ("\n" if number else "") + text.encode(encoding, "replace").decode(encoding)
+                )
             damaged += problems(found)
         if damaged:
             raise typer.Exit(1)
@@ -110,21 +139,38 @@ def inspect(
 
 @app.command("eval")
 def evaluate(
-    drafts: Annotated[list[Path], typer.Argument(help="Directories of drafts, or a weights directory: its newest.")],
+    drafts: Annotated[
+        list[Path],
+        typer.Argument(help="Directories of drafts, or a weights directory: its newest."),
+    ],
     recording: RecordingPath,
     target: Annotated[
-        str | None, typer.Option(help="Directory of the target, or its name in the HF cache. Default: --config's.")
+        str | None,
+        typer.Option(
+            help="Directory of the target, or its name in the HF cache. Default: --config's."
+        ),
     ] = None,
     config: ConfigPath = None,
     overrides: Overrides = None,
-    depth: Annotated[int, typer.Option(min=0, max=16, help="Draft steps; 0: as many as were recorded.")] = 0,
-    requests: Annotated[int, typer.Option(min=0, help="Evaluate on the first so many; 0: all.")] = 0,
+    depth: Annotated[
+        int, typer.Option(min=0, max=16, help="Draft steps; 0: as many as were recorded.")
+    ] = 0,
+    requests: Annotated[
+        int, typer.Option(min=0, help="Evaluate on the first so many; 0: all.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every figure here.")] = None,
-    picture_file: Annotated[Path | None, typer.Option("--picture", help="Draw them here (PNG).")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write every figure here.")
+    ] = None,
+    picture_file: Annotated[
+        Path | None, typer.Option("--picture", help="Draw them here (PNG).")
+    ] = None,
 ) -> None:
-    """What accept length would these drafts have had on recorded traffic? By domain, by depth, with intervals."""
+    """What accept length would these drafts have had on recorded traffic?
+
+    By domain, by depth, with intervals.
+    """
     with clear_errors():
         log_to_stderr()
         import json
@@ -134,7 +180,9 @@ def evaluate(
         from aurora_trainer.config import load_trainer_config
 
         target = target or load_trainer_config(config, overrides or ()).trainer.model.target
-        evaluated = evaluate(drafts, recording, target, depth=depth, device=device, max_requests=requests)
+        evaluated = evaluate(
+            drafts, recording, target, depth=depth, device=device, max_requests=requests
+        )
         report = figures.report(evaluated, seed)
         typer.echo(figures.table(report))
         if json_file is not None:

@@ -1,4 +1,6 @@
-"""Read /metrics pages and compute what a human asks of them: totals, rates between two pages, means and quantiles."""
+"""Read /metrics pages and compute what a human asks of them: totals, rates between two pages, means
+and quantiles.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 TIMEOUT_S = 5.0
 
-Samples = dict[str, list[tuple[dict[str, str], float]]]  # name -> (labels, value) of each series
+# name -> (labels, value) of each series
+Samples = dict[str, list[tuple[dict[str, str], float]]]
 
 
 @dataclass
@@ -23,7 +26,11 @@ class Page:
     samples: Samples
 
     def series(self, name: str, **labels: str) -> list[tuple[dict[str, str], float]]:
-        return [(ls, v) for ls, v in self.samples.get(name, []) if labels.items() <= ls.items() and v == v]
+        return [
+            (ls, v)
+            for ls, v in self.samples.get(name, [])
+            if labels.items() <= ls.items() and v == v
+        ]
 
     def total(self, name: str, **labels: str) -> float:
         return sum(v for _, v in self.series(name, **labels))
@@ -47,21 +54,32 @@ class Figures:
     new: Page
 
     def rate(self, name: str, **labels: str) -> float:
-        """Growth per second; 0 where there is only one page, or the process began anew between them."""
-        seconds, grown = self.new.at_s - self.old.at_s, self.new.total(name, **labels) - self.old.total(name, **labels)
+        """Growth per second; 0 where there is only one page, or the process began anew between
+        them.
+        """
+        seconds, grown = (
+            self.new.at_s - self.old.at_s,
+            self.new.total(name, **labels) - self.old.total(name, **labels),
+        )
         return max(0.0, grown) / seconds if seconds > 0 else 0.0
 
     def mean(self, name: str, **labels: str) -> float | None:
-        """Of a histogram: between the pages, or since the start where nothing happened between them."""
+        """Of a histogram: between the pages, or since the start where nothing happened between
+        them.
+        """
         for old in (self.old, Page(0, {})):
             count = self.new.total(f"{name}_count", **labels) - old.total(f"{name}_count", **labels)
             if count > 0:
-                return (self.new.total(f"{name}_sum", **labels) - old.total(f"{name}_sum", **labels)) / count
+                return (
+                    self.new.total(f"{name}_sum", **labels) - old.total(f"{name}_sum", **labels)
+                ) / count
         return None
 
     def quantile(self, q: float, name: str, **labels: str) -> float | None:
         """Of a histogram since the start: the bound of the bucket that holds it."""
-        buckets = sorted((float(le), n) for le, n in self.new.by("le", f"{name}_bucket", **labels).items())
+        buckets = sorted(
+            (float(le), n) for le, n in self.new.by("le", f"{name}_bucket", **labels).items()
+        )
         if not buckets or not buckets[-1][1]:
             return None
         bound = next(le for le, n in buckets if n >= q * buckets[-1][1])
@@ -69,7 +87,10 @@ class Figures:
 
 
 def fetch(urls: Sequence[str]) -> Page:
-    """Aurora's metrics of all pages together. Raises ValueError for a page that cannot be read or has none of them."""
+    """Aurora's metrics of all pages together.
+
+    Raises ValueError for a page that cannot be read or has none of them.
+    """
     samples: Samples = {}
     for url in urls:
         address = url if "://" in url else f"http://{url}"
@@ -81,7 +102,10 @@ def fetch(urls: Sequence[str]) -> Page:
             raise ValueError(f"{address}: {getattr(error, 'reason', error)}") from None
         own = [line for line in text.splitlines() if line.startswith(("aurora_", "# TYPE aurora_"))]
         if not own:
-            raise ValueError(f"{address}: no metric of Aurora; expected a server with AURORA and --enable-metrics")
+            raise ValueError(
+                f"{address}: no metric of Aurora; expected a server with AURORA and"
+                " --enable-metrics"
+            )
         for family in text_string_to_metric_families("\n".join(own) + "\n"):
             for s in family.samples:
                 samples.setdefault(s.name, []).append((s.labels, s.value))

@@ -8,17 +8,24 @@ from typing import Any
 
 
 def escape(text: object, limit: int = 100) -> str:
-    """Without control characters, bidirectional overrides and the like; longer text is cut in the middle."""
+    """Without control characters, bidirectional overrides and the like; longer text is cut in the
+    middle.
+    """
     text = str(text)
     if len(text) > limit:
         text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A table, as wide as its cells."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in (head, *rows)
+    ]
 
 
 def ranges(numbers: Sequence[int]) -> str:

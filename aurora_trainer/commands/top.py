@@ -1,9 +1,10 @@
-"""`aurora-trainer top`: one screen of what matters, from the /metrics of servers and trainer, for a terminal.
+"""`aurora-trainer top`: one screen of what matters, from the /metrics of servers and trainer, for a
+terminal.
 
     scrape.fetch()  two pages, some seconds apart  ->  Figures  ->  lines of text
 
-Either side may be absent: its half says so, and why. Without a trainer's port its status file serves, with less in it.
-Imports no torch, so that it starts at once.
+Either side may be absent: its half says so, and why. Without a trainer's port its status file
+serves, with less in it. Imports no torch, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ def server_lines(f: Figures) -> list[str]:
     mode = next((m for m, on in new.by("mode", "aurora_mode").items() if on), "?")
     refused = sum(new.by("cause", "aurora_weights_refused_total").values())
     lines = [
-        f"{BOLD}SERVER{PLAIN}   {new.total('aurora_attached'):.0f} attached, {mode}   "
-        f"draft {' and '.join(f'v{v}' for v in versions)}, {_age(new.largest('aurora_weights_age_seconds'))} old   "
-        f"swaps {new.largest('aurora_swaps_total') or 0:.0f}   {_alarm('refused', refused)}"
+        f"{BOLD}SERVER{PLAIN}   {new.total('aurora_attached'):.0f} attached, {mode}   draft"
+        f" {' and '.join(f'v{v}' for v in versions)},"
+        f" {_age(new.largest('aurora_weights_age_seconds'))} old   swaps"
+        f" {new.largest('aurora_swaps_total') or 0:.0f}   {_alarm('refused', refused)}"
     ]
     if not new.series("aurora_captured_messages_total"):
         return [*lines, "  capture is off: no more is known"]
@@ -42,34 +44,54 @@ def server_lines(f: Figures) -> list[str]:
     lines.append(f"  accept length    {BOLD}{_number(length)}{PLAIN}   {'   '.join(roles)}")
     counted = f.rate("aurora_accept_length_tokens_count")
     by_position = new.by("position", "aurora_accepted_drafts_total")
-    share = {p: f.rate("aurora_accepted_drafts_total", position=p) / counted if counted else 0.0 for p in by_position}
-    lines.append("  by position      " + "  ".join(f"{p} {_bar(s)} {s:4.0%}" for p, s in list(share.items())[:5]))
-    captured, errors = f.rate("aurora_capture_seconds_sum"), new.total("aurora_capture_errors_total")
+    share = {
+        p: f.rate("aurora_accepted_drafts_total", position=p) / counted if counted else 0.0
+        for p in by_position
+    }
     lines.append(
-        f"  capture          {captured:.2%} of the scheduler's time, p99 of a step "
-        f"{_age(f.quantile(0.99, 'aurora_capture_seconds', kind='verify'))}   {_alarm('errors', errors)}"
+        "  by position      "
+        + "  ".join(f"{p} {_bar(s)} {s:4.0%}" for p, s in list(share.items())[:5])
+    )
+    captured, errors = (
+        f.rate("aurora_capture_seconds_sum"),
+        new.total("aurora_capture_errors_total"),
+    )
+    lines.append(
+        f"  capture          {captured:.2%} of the scheduler's time, p99 of a step"
+        f" {_age(f.quantile(0.99, 'aurora_capture_seconds', kind='verify'))}  "
+        f" {_alarm('errors', errors)}"
     )
     dropped = new.by("cause", "aurora_dropped_messages_total")
     blocked = new.largest("aurora_link_blocked_seconds") or 0.0
     lines.append(
-        f"  link             captured {f.rate('aurora_captured_messages_total'):.1f}/s  "
-        f"sent {f.rate('aurora_sent_messages_total'):.1f}/s, {_bytes(f.rate('aurora_sent_bytes_total'))}/s  "
-        f"queued {new.total('aurora_queued_messages'):.0f} ({_bytes(new.total('aurora_queued_bytes'))})"
+        f"  link             captured {f.rate('aurora_captured_messages_total'):.1f}/s  sent"
+        f" {f.rate('aurora_sent_messages_total'):.1f}/s,"
+        f" {_bytes(f.rate('aurora_sent_bytes_total'))}/s  queued"
+        f" {new.total('aurora_queued_messages'):.0f} ({_bytes(new.total('aurora_queued_bytes'))})"
     )
     causes = " ".join(f"{cause} {n:.0f}" for cause, n in dropped.items() if n)
-    silence = f"   {RED}no trainer takes anything for {_age(blocked)}{PLAIN}" if blocked > 10 else ""
-    lines.append(f"  dropped          {_alarm(causes or 'nothing', sum(dropped.values()), number=False)}{silence}")
+    silence = (
+        f"   {RED}no trainer takes anything for {_age(blocked)}{PLAIN}" if blocked > 10 else ""
+    )
     lines.append(
-        f"  new weights      freshness {_age(f.mean('aurora_freshness_seconds'))}   "
-        f"swap {_age(f.mean('aurora_swap_seconds'))}, stall {_age(f.mean('aurora_swap_stall_seconds'))}, "
-        f"p99 {_age(f.quantile(0.99, 'aurora_swap_stall_seconds'))}"
+        "  dropped         "
+        f" {_alarm(causes or 'nothing', sum(dropped.values()), number=False)}{silence}"
+    )
+    lines.append(
+        f"  new weights      freshness {_age(f.mean('aurora_freshness_seconds'))}   swap"
+        f" {_age(f.mean('aurora_swap_seconds'))}, stall"
+        f" {_age(f.mean('aurora_swap_stall_seconds'))}, p99"
+        f" {_age(f.quantile(0.99, 'aurora_swap_stall_seconds'))}"
     )
     return lines
 
 
 def trainer_lines(f: Figures) -> list[str]:
     new, p = f.new, "aurora_trainer_"
-    activities = {a: f.rate(f"{p}time_seconds_total", activity=a) for a in new.by("activity", f"{p}time_seconds_total")}
+    activities = {
+        a: f.rate(f"{p}time_seconds_total", activity=a)
+        for a in new.by("activity", f"{p}time_seconds_total")
+    }
     lengths = {w: f.mean(f"{p}batch_accept_length_tokens", when=w) for w in ("before", "after")}
     skipped = new.total(f"{p}skipped_steps_total")
     outcomes = new.by("outcome", f"{p}publications_total")
@@ -78,29 +100,51 @@ def trainer_lines(f: Figures) -> list[str]:
     losses = []
     for depth, nodes in new.by("depth", f"{p}scored_nodes_total", nodes="accepted").items():
         if nodes:
-            losses.append(f"{depth}: {new.total(f'{p}node_loss_total', depth=depth, nodes='accepted') / nodes:.2f}")
+            losses.append(
+                f"{depth}:"
+                f" {new.total(f'{p}node_loss_total', depth=depth, nodes='accepted') / nodes:.2f}"
+            )
     return [
-        f"{BOLD}TRAINER{PLAIN}  optimizer step {new.total(f'{p}optimizer_step'):,.0f}   "
-        f"published v{new.total(f'{p}draft_version'):.0f}, {_age(new.largest(f'{p}publication_age_seconds'))} ago   "
-        f"checkpoint {_age(new.largest(f'{p}checkpoint_age_seconds'))} ago",
-        f"  accept length    {BOLD}{_number(lengths['before'])}{PLAIN} before, {_number(lengths['after'])} after "
-        f"training on a batch   gate: served {_number(new.largest(f'{p}gate_served_accept_length_tokens'))}, "
-        f"candidate {_number(new.largest(f'{p}gate_candidate_accept_length_tokens'))}",
-        f"  training         {f.rate(f'{p}steps_total'):.2f} steps/s, "
-        f"{f.rate(f'{p}trained_tokens_total'):,.0f} tokens/s   {_alarm('skipped', skipped)}   "
-        f"gradient {_number(new.largest(f'{p}gradient_norm'))}   "
-        f"learning rate {_number(new.largest(f'{p}learning_rate'), '.2g')}",
+        (
+            f"{BOLD}TRAINER{PLAIN}  optimizer step {new.total(f'{p}optimizer_step'):,.0f}  "
+            f" published v{new.total(f'{p}draft_version'):.0f},"
+            f" {_age(new.largest(f'{p}publication_age_seconds'))} ago   checkpoint"
+            f" {_age(new.largest(f'{p}checkpoint_age_seconds'))} ago"
+        ),
+        (
+            f"  accept length    {BOLD}{_number(lengths['before'])}{PLAIN} before,"
+            f" {_number(lengths['after'])} after training on a batch   gate: served"
+            f" {_number(new.largest(f'{p}gate_served_accept_length_tokens'))}, candidate"
+            f" {_number(new.largest(f'{p}gate_candidate_accept_length_tokens'))}"
+        ),
+        (
+            f"  training         {f.rate(f'{p}steps_total'):.2f} steps/s, "
+            f"{f.rate(f'{p}trained_tokens_total'):,.0f} tokens/s   {_alarm('skipped', skipped)}   "
+            f"gradient {_number(new.largest(f'{p}gradient_norm'))}   "
+            f"learning rate {_number(new.largest(f'{p}learning_rate'), '.2g')}"
+        ),
         f"  loss by depth    {'  '.join(losses[:8]) or '-'}   (mean since the start)",
-        "  time             " + "  ".join(f"{a} {_bar(s)} {s:.0%}" for a, s in activities.items() if s >= 0.005),
-        f"  stream           {new.total(f'{p}servers'):.0f} servers, "
-        f"heard {_age(new.largest(f'{p}message_age_seconds'))} ago   "
-        f"received {f.rate(f'{p}received_messages_total'):.1f}/s   "
-        f"{_alarm('lost', new.total(f'{p}lost_messages_total'))}   {_alarm('rejected', rejected)}",
-        f"  buffer           {new.total(f'{p}buffer_samples'):.0f} samples ({_bytes(new.total(f'{p}buffer_bytes'))}), "
-        f"{new.total(f'{p}buffer_fresh_samples'):.0f} never used   open requests "
-        f"{new.total(f'{p}open_requests'):.0f}   sample age {_age(f.mean(f'{p}sample_age_seconds'))}",
-        f"  versions         {outcomes.get('published', 0):.0f} published, {refused:.0f} refused by the gate, "
-        f"{outcomes.get('rolled_back', 0):.0f} rolled back   publishing takes {_age(f.mean(f'{p}publish_seconds'))}",
+        "  time             "
+        + "  ".join(f"{a} {_bar(s)} {s:.0%}" for a, s in activities.items() if s >= 0.005),
+        (
+            f"  stream           {new.total(f'{p}servers'):.0f} servers, heard"
+            f" {_age(new.largest(f'{p}message_age_seconds'))} ago   received"
+            f" {f.rate(f'{p}received_messages_total'):.1f}/s  "
+            f" {_alarm('lost', new.total(f'{p}lost_messages_total'))}  "
+            f" {_alarm('rejected', rejected)}"
+        ),
+        (
+            f"  buffer           {new.total(f'{p}buffer_samples'):.0f} samples"
+            f" ({_bytes(new.total(f'{p}buffer_bytes'))}),"
+            f" {new.total(f'{p}buffer_fresh_samples'):.0f} never used   open requests"
+            f" {new.total(f'{p}open_requests'):.0f}   sample age"
+            f" {_age(f.mean(f'{p}sample_age_seconds'))}"
+        ),
+        (
+            f"  versions         {outcomes.get('published', 0):.0f} published, {refused:.0f}"
+            f" refused by the gate, {outcomes.get('rolled_back', 0):.0f} rolled back   publishing"
+            f" takes {_age(f.mean(f'{p}publish_seconds'))}"
+        ),
     ]
 
 
@@ -114,12 +158,21 @@ def status_lines(path: Path) -> list[str]:
     stale = f"{RED}written {_age(age)} ago{PLAIN}" if age > 30 else f"written {_age(age)} ago"
     return [
         f"{BOLD}TRAINER{PLAIN}  from {path}, {stale}",
-        f"  optimizer step   {s.get('optimizer_step', 0):,}   published v{s.get('draft_version', 0)}   "
-        f"{s.get('tokens_per_s', 0):,.0f} tokens/s   {_alarm('skipped', s.get('skipped_updates', 0))}",
-        f"  accept length    {_number(s.get('accept_length'))} before training on a batch, "
-        f"{_number(s.get('accept_length_traffic'))} of the traffic   loss {_number(s.get('loss'))}",
-        f"  stream           received {s.get('received', 0):,}   {_alarm('lost', s.get('lost', 0))}   "
-        f"{_alarm('rejected', sum(s.get('rejected', {}).values()))}",
+        (
+            f"  optimizer step   {s.get('optimizer_step', 0):,}   published"
+            f" v{s.get('draft_version', 0)}   {s.get('tokens_per_s', 0):,.0f} tokens/s  "
+            f" {_alarm('skipped', s.get('skipped_updates', 0))}"
+        ),
+        (
+            f"  accept length    {_number(s.get('accept_length'))} before training on a batch,"
+            f" {_number(s.get('accept_length_traffic'))} of the traffic   loss"
+            f" {_number(s.get('loss'))}"
+        ),
+        (
+            f"  stream           received {s.get('received', 0):,}  "
+            f" {_alarm('lost', s.get('lost', 0))}  "
+            f" {_alarm('rejected', sum(s.get('rejected', {}).values()))}"
+        ),
     ]
 
 
@@ -139,21 +192,29 @@ class Side:
         return self.lines(Figures(before or self.page, self.page))
 
 
-def show(servers: Sequence[str], trainer: str | None, status: Path | None, every_s: float, once: bool) -> bool:
-    """Draw frames until interrupted, or one of them. Returns whether both sides were there in the last one."""
+def show(
+    servers: Sequence[str], trainer: str | None, status: Path | None, every_s: float, once: bool
+) -> bool:
+    """Draw frames until interrupted, or one of them.
+
+    Returns whether both sides were there in the last one.
+    """
     server = Side("SERVER", servers, server_lines)
     trained = Side("TRAINER", [trainer] if trainer else [], trainer_lines)
     colours = sys.stdout.isatty()
 
     def halves() -> tuple[list[str], list[str]]:
         if trainer or not status:
-            return server.look(), trained.look() if trainer else [f"{BOLD}TRAINER{PLAIN}  not asked for"]
+            return server.look(), (
+                trained.look() if trainer else [f"{BOLD}TRAINER{PLAIN}  not asked for"]
+            )
         try:
             return server.look(), status_lines(status)
         except ValueError as error:
             return server.look(), [f"{BOLD}TRAINER{PLAIN}  {RED}absent{PLAIN}: {error}"]
 
-    halves()  # rates need a page before
+    # rates need a page before
+    halves()
     while True:
         time.sleep(every_s)
         one, other = halves()
@@ -191,7 +252,13 @@ def _age(seconds: float | None) -> str:
     """A duration in the unit that suits it."""
     if seconds is None:
         return "-"
-    units = ((1e-3, "us", 1e-6), (1, "ms", 1e-3), (120, "s", 1), (7200, "min", 60), (172800, "h", 3600))
+    units = (
+        (1e-3, "us", 1e-6),
+        (1, "ms", 1e-3),
+        (120, "s", 1),
+        (7200, "min", 60),
+        (172800, "h", 3600),
+    )
     for limit, unit, size in units:
         if seconds < limit:
             return f"{seconds / size:.3g} {unit}"

@@ -1,23 +1,27 @@
-"""Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and print what each one takes.
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and print what each one
+takes.
 
     python tests/kernels/compile_cuda.py [--all] [--capability 90] [--kernel tree_attention]
 
-Without --all, as in the test, every kernel is compiled for each of the three, and every specialisation for one of
+Without --all, as in the test, every kernel is compiled for each of the three, and every
+specialisation for one of
 them: a kernel's specialisations take turns.
 
 The convention: a file kernels/<op>.py with Triton kernels has
 
-    def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]
+    def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict,
+    dict]]
 
-and yields (name, kernel, arguments, constexprs, options), one per specialisation to be compiled for that capability
-((8, 0), (9, 0) or (10, 0)), out of the same function or table that its launcher uses, so that what is compiled here
-is what would run there:
+and yields (name, kernel, arguments, constexprs, options), one per specialisation to be compiled for
+that capability ((8, 0), (9, 0) or (10, 0)), out of the same function or table that its launcher
+uses, so that what is compiled here is what would run there:
 
 - name: short and unique in the file, such as "bwd bf16 D=128"; it is a row of the table;
-- arguments: parameter -> what the launcher passes, for every parameter that is not a constexpr: a tensor (on the meta
-  device it costs nothing), an int, a float, a bool or None. They are specialised as Triton does it: an int divisible by
-  16 is known to be so, 1 and None become constants, pointers are aligned to 16 bytes. A Triton type ("*bf16", "i32",
-  "i64", "fp32"; with ":16" where an int is divisible by 16) says the same without a value;
+- arguments: parameter -> what the launcher passes, for every parameter that is not a constexpr: a
+  tensor (on the meta device it costs nothing), an int, a float, a bool or None. They are
+  specialised as Triton does it: an int divisible by 16 is known to be so, 1 and None become
+  constants, pointers are aligned to 16 bytes. A Triton type ("*bf16", "i32", "i64", "fp32"; with
+  ":16" where an int is divisible by 16) says the same without a value;
 - constexprs: parameter -> value, for the others;
 - options: num_warps, num_stages, maxnreg.
 
@@ -48,11 +52,22 @@ from triton.runtime.jit import JITFunction
 
 CAPABILITIES = ((8, 0), (9, 0), (10, 0))
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-           torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8", torch.uint8: "*u8",
+POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+torch.float64: "*fp64",
+           torch.int64: "*i64", torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+           torch.uint8: "*u8",
            torch.bool: "*i1"}  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
-COLUMNS = ("capability", "file", "specialisation", "registers", "stack_bytes", "shared_bytes", "warps", "stages")
+COLUMNS = (
+    "capability",
+    "file",
+    "specialisation",
+    "registers",
+    "stack_bytes",
+    "shared_bytes",
+    "warps",
+    "stages",
+)
 
 
 def modules() -> list:
@@ -63,20 +78,30 @@ def modules() -> list:
 
 
 def kernels_of(module) -> set[str]:
-    """Names of the kernels that a file defines; device functions that they call have other names."""
+    """Names of the kernels that a file defines; device functions that they call have other
+    names.
+    """
     return {
         name
         for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
+        if isinstance(value, JITFunction)
+        and name.endswith("_kernel")
+        and value.fn.__module__ == module.__name__
     }
 
 
 def specialise(kernel: JITFunction, arguments: dict, constexprs: dict) -> ASTSource:
-    """What Triton would compile for this call. Raises ValueError if a parameter is missing or unknown."""
+    """What Triton would compile for this call.
+
+    Raises ValueError if a parameter is missing or unknown.
+    """
     given = {**arguments, **constexprs}
     names = [p.name for p in kernel.params]
     if set(names) != set(given):
-        raise ValueError(f"{kernel.__name__}: missing {set(names) - set(given)}, unknown {set(given) - set(names)}")
+        raise ValueError(
+            f"{kernel.__name__}: missing {set(names) - set(given)}, unknown"
+            f" {set(given) - set(names)}"
+        )
     signature, constants, attributes = {}, {}, {}
     for i, p in enumerate(kernel.params):
         value = given[p.name]
@@ -107,7 +132,9 @@ def _type_of(value) -> tuple[str, bool]:
 def compile_one(file: str, name: str, capability: tuple[int, int]) -> dict:
     """One row of the table."""
     module = importlib.import_module(f"aurora_kernels.{file}")
-    kernel, arguments, constexprs, options = next(s[1:] for s in module.specialisations(capability) if s[0] == name)
+    kernel, arguments, constexprs, options = next(
+        s[1:] for s in module.specialisations(capability) if s[0] == name
+    )
     source = specialise(kernel, arguments, constexprs)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     compiled = triton.compile(source, target=target, options=options)
@@ -126,7 +153,9 @@ def compile_one(file: str, name: str, capability: tuple[int, int]) -> dict:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, bytes of its stack, where spilled registers go) of a compiled kernel."""
+    """(registers of a thread, bytes of its stack, where spilled registers go) of a compiled
+    kernel.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -167,7 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, choices=[80, 90, 100])
     parser.add_argument("--kernel", default="", help="only files whose name contains this")
-    parser.add_argument("--all", action="store_true", help="every specialisation for every capability: minutes")
+    parser.add_argument(
+        "--all", action="store_true", help="every specialisation for every capability: minutes"
+    )
     parser.add_argument("--json", action="store_true", help="a line of JSON per row")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
@@ -179,7 +210,9 @@ def main() -> None:
     rows = []
     for row in table(wanted, args.kernel, args.all):
         rows.append(row)
-        print(json.dumps(row) if args.json else layout.format(*(row[c] for c in COLUMNS)), flush=True)
+        print(
+            json.dumps(row) if args.json else layout.format(*(row[c] for c in COLUMNS)), flush=True
+        )
     if not args.json:
         print(f"{len(rows)} specialisations")
 

@@ -1,8 +1,9 @@
-"""Tests named test_*_kernels.py run Triton kernels: on a GPU (`make test-gpu`), else in Triton's interpreter.
+"""Tests named test_*_kernels.py run Triton kernels: on a GPU (`make test-gpu`), else in Triton's
+interpreter.
 
-The interpreter is chosen when triton is first imported and holds for the whole process, so in `make test`
-test_interpreter.py runs those files in processes of their own; elsewhere they are not collected.
-By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_tree_attention_kernels.py
+The interpreter is chosen when triton is first imported and holds for the whole process, so in `make
+test` test_interpreter.py runs those files in processes of their own; elsewhere they are not
+collected. By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/test_tree_attention_kernels.py
 """
 
 import pytest
@@ -34,8 +35,8 @@ def gpu(device) -> str:
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Every floating point tensor from torch.empty and its kin is full of NaN from now on, integers of a huge value:
-    what a kernel forgets to write, or reads before it is written, shows."""
+    """Every floating point tensor from torch.empty and its kin is full of NaN from now on, integers
+    of a huge value: what a kernel forgets to write, or reads before it is written, shows."""
 
     def poisoned(make):
         def wrapper(*args, **kwargs):

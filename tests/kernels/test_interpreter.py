@@ -1,4 +1,6 @@
-"""Runs every test_*_kernels.py of this folder in Triton's interpreter, each in its own process (see conftest.py)."""
+"""Runs every test_*_kernels.py of this folder in Triton's interpreter, each in its own process (see
+conftest.py).
+"""
 
 import os
 import re
@@ -15,7 +17,10 @@ FILES = sorted(Path(__file__).parent.glob("test_*_kernels.py"))
 def test_kernels_in_the_interpreter(path):
     command = [sys.executable, "-m", "pytest", str(path), "--no-header", "-p", "no:cacheprovider"]
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    print(run.stdout)  # shown if this test fails, and with -s
+    run = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
+    # shown if this test fails, and with -s
+    print(run.stdout)
     assert run.returncode == 0, f"{path.name} fails in the interpreter, see the output above"
     assert re.search(r"\b[1-9]\d* passed", run.stdout), "nothing was run"

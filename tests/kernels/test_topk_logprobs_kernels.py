@@ -1,4 +1,6 @@
-"""The top-K kernels, in Triton's interpreter or on a GPU (conftest.py says how), against a stable sort in float64."""
+"""The top-K kernels, in Triton's interpreter or on a GPU (conftest.py says how), against a stable
+sort in float64.
+"""
 
 import math
 
@@ -19,11 +21,17 @@ def where() -> str:
 
 
 def randn(*shape, seed=0, dtype=torch.float32, where="cpu", scale=4.0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(where)
+    return (
+        (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale)
+        .to(dtype)
+        .to(where)
+    )
 
 
 def check(logits, k, rows=None):
-    """Exact ids and logits, of equal logits the lowest ids; the log-sum-exp to float32's precision."""
+    """Exact ids and logits, of equal logits the lowest ids; the log-sum-exp to float32's
+    precision.
+    """
     before = logits.clone()
     ids, kept, logsumexp = topk_logprobs(logits, k, rows)
     assert torch.equal(logits.nan_to_num(123.0), before.nan_to_num(123.0)), "the input was changed"
@@ -39,7 +47,16 @@ def check(logits, k, rows=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("rows", "vocab", "k"),
-    [(1, 1, 1), (2, 5, 9), (3, 33, 4), (1, 2, 2), (5, 127, 127), (3, 513, 128), (2, BLOCK + 1, 32), (1, 3 * BLOCK, 3)],
+    [
+        (1, 1, 1),
+        (2, 5, 9),
+        (3, 33, 4),
+        (1, 2, 2),
+        (5, 127, 127),
+        (3, 513, 128),
+        (2, BLOCK + 1, 32),
+        (1, 3 * BLOCK, 3),
+    ],
 )
 def test_odd_sizes(rows, vocab, k, dtype, where):
     check(randn(rows, vocab, dtype=dtype, where=where), k)
@@ -52,14 +69,20 @@ def test_any_logits(data, where):
     rows, vocab = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 700))
     k, dtype = data.draw(st.integers(1, MAX_K)), data.draw(st.sampled_from(DTYPES))
     seed = data.draw(st.integers(0, 1000))
-    values = data.draw(st.lists(st.sampled_from([-math.inf, -1e4, -1.0, -0.0, 0.0, 1e-7, 1.0, 2.5, 1e4]), min_size=1))
+    values = data.draw(
+        st.lists(
+            st.sampled_from([-math.inf, -1e4, -1.0, -0.0, 0.0, 1e-7, 1.0, 2.5, 1e4]), min_size=1
+        )
+    )
     pick = torch.randint(len(values), (rows, vocab), generator=torch.Generator().manual_seed(seed))
     check(torch.tensor(values)[pick].to(dtype).to(where), k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_are_neighbours_or_one_in_every_group(dtype, where):
-    """All of the K in one group, and each in a group of its own whose other members lose to nobody else's."""
+    """All of the K in one group, and each in a group of its own whose other members lose to nobody
+    else's.
+    """
     logits = randn(2, 4096, dtype=dtype, where=where)
     group = group_size(4096, 32)
     logits[0, 640:672] += 100
@@ -87,7 +110,9 @@ def test_masked_logits_come_out_finite(dtype, where):
 
 @pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
 def test_nan_and_infinity_are_seen(bad, where):
-    """First among the kept, and as the row's log-sum-exp, as from the reference; other rows have nothing of it."""
+    """First among the kept, and as the row's log-sum-exp, as from the reference; other rows have
+    nothing of it.
+    """
     logits = randn(2, 9000, where=where)
     logits[0, 8500] = bad
     for topk in (topk_logprobs, topk_logprobs_ref):
@@ -105,17 +130,25 @@ def test_strided_and_chosen_rows(dtype, where):
     check(wide[::2, :77], 20)
     check(wide[:, :5].T, 3)
     check(wide[:, :999], 8, rows=torch.tensor([5, 0, 0, 3], device=where))
-    assert topk_logprobs(wide, 8, rows=torch.tensor([], dtype=torch.int64, device=where))[0].shape == (0, 8)
+    assert topk_logprobs(wide, 8, rows=torch.tensor([], dtype=torch.int64, device=where))[
+        0
+    ].shape == (0, 8)
 
 
 def test_large_logits_do_not_overflow(where):
-    _, top, logsumexp = topk_logprobs(torch.tensor([[1e4, -1e4, 1e4], [-1e4, -1e4, -1e4]], device=where), 3)
+    _, top, logsumexp = topk_logprobs(
+        torch.tensor([[1e4, -1e4, 1e4], [-1e4, -1e4, -1e4]], device=where), 3
+    )
     assert top[0].tolist() == [1e4, 1e4, -1e4]
-    torch.testing.assert_close(logsumexp.cpu(), torch.tensor([1e4 + math.log(2), -1e4 + math.log(3)]))
+    torch.testing.assert_close(
+        logsumexp.cpu(), torch.tensor([1e4 + math.log(2), -1e4 + math.log(3)])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "vocab", "k"), [(4096, 32_000, 32), (96, 151_936, 32), (64, 200_064, 128)])
+@pytest.mark.parametrize(
+    ("rows", "vocab", "k"), [(4096, 32_000, 32), (96, 151_936, 32), (64, 200_064, 128)]
+)
 def test_full_size(rows, vocab, k, dtype, gpu):
     logits = randn(rows, vocab, dtype=dtype).to(gpu)
     check(logits, k)
@@ -125,7 +158,8 @@ def test_full_size(rows, vocab, k, dtype, gpu):
 def test_captured_in_a_cuda_graph(gpu):
     logits = randn(48, 32_000, dtype=torch.bfloat16, where=gpu)
     rows = torch.arange(0, 48, 2, device=gpu)
-    topk_logprobs(logits, 32, rows)  # compiles
+    # compiles
+    topk_logprobs(logits, 32, rows)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = topk_logprobs(logits, 32, rows)

@@ -1,8 +1,10 @@
-"""The trainer's numbers do not change: 20 steps over a recording with kernels are those with the references.
+"""The trainer's numbers do not change: 20 steps over a recording with kernels are those with the
+references.
 
-Losses of all steps agree within the first TOLERANCE (relative). Final weights differ by at most the second one of how
-far training moved them, both as the norm over all of them, not element by element: AdamW turns the sign of a gradient
-near zero into a whole step. In the interpreter two cases run, on a few slots a step; on a GPU all, on more slots.
+Losses of all steps agree within the first TOLERANCE (relative). Final weights differ by at most the
+second one of how far training moved them, both as the norm over all of them, not element by
+element: AdamW turns the sign of a gradient near zero into a whole step. In the interpreter two
+cases run, on a few slots a step; on a GPU all, on more slots.
 """
 
 import importlib.util
@@ -21,7 +23,8 @@ from aurora_trainer.recording import read_messages
 from aurora_trainer.train import Training
 
 STEPS, VOCAB, HIDDEN = 20, 100, 128
-TOLERANCE = {  # (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2; a guess on a GPU
+# (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2; a guess on a GPU
+TOLERANCE = {
     ("cpu", "float32"): (1e-5, 1e-4),
     ("cpu", "bfloat16"): (2e-2, 0.05),
     ("cuda", "float32"): (1e-4, 1e-2),
@@ -29,7 +32,9 @@ TOLERANCE = {  # (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-
 }
 
 # tests/trainer/traffic.py, by its place: it belongs to the tests of another folder
-_spec = importlib.util.spec_from_file_location("trainer_traffic", Path(__file__).parents[1] / "trainer" / "traffic.py")
+_spec = importlib.util.spec_from_file_location(
+    "trainer_traffic", Path(__file__).parents[1] / "trainer" / "traffic.py"
+)
 _traffic = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_traffic)
 
@@ -48,7 +53,9 @@ def site(tmp_path_factory):
     return site
 
 
-def train(site, out, draft, dtype, device, small: bool) -> tuple[list[float], torch.Tensor, torch.Tensor]:
+def train(
+    site, out, draft, dtype, device, small: bool
+) -> tuple[list[float], torch.Tensor, torch.Tensor]:
     """(loss of each step, all masters before training, and after it)."""
     settings = {
         "weights.directory": out,
@@ -59,7 +66,8 @@ def train(site, out, draft, dtype, device, small: bool) -> tuple[list[float], to
         "trainer.pace.new_slots_per_step": 4 if small else 24,
         "trainer.batch.max_slots": 16 if small else 512,
         "trainer.gate.enabled": False,
-        "trainer.loss.rejected": 0.3,  # or the trees are left out
+        # or the trees are left out
+        "trainer.loss.rejected": 0.3,
         "trainer.loss.rejected_by": "reach",
         "trainer.optimizer.lr": 3e-3,
     }
@@ -97,7 +105,10 @@ def only(monkeypatch, kernels: bool) -> None:
 @pytest.mark.parametrize("draft", ["whole", "reduced"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twenty_steps_with_kernels_are_those_with_references(dtype, draft, site, device, tmp_path):
-    if (small := device == "cpu") and (dtype, draft) not in (("float32", "reduced"), ("bfloat16", "whole")):
+    if (small := device == "cpu") and (dtype, draft) not in (
+        ("float32", "reduced"),
+        ("bfloat16", "whole"),
+    ):
         pytest.skip("takes minutes in the interpreter")
     with pytest.MonkeyPatch.context() as patch:
         only(patch, kernels=False)
@@ -106,10 +117,14 @@ def test_twenty_steps_with_kernels_are_those_with_references(dtype, draft, site,
         only(patch, kernels=True)
         got, same_start, other_end = train(site, tmp_path / "kernels", draft, dtype, device, small)
     assert torch.equal(start, same_start)
-    assert want[-1] < 0.9 * want[0]  # it learns, so there is something to agree on
+    # it learns, so there is something to agree on
+    assert want[-1] < 0.9 * want[0]
     loss_error = max(abs(a - b) / abs(a) for a, b in zip(want, got, strict=True))
     moved = (end - start).norm()
     weight_error = float((end - other_end).norm() / moved)
-    print(f"{dtype} {draft} on {device}: loss error {loss_error:.1e}, weights {weight_error:.1e} of what they moved")
+    print(
+        f"{dtype} {draft} on {device}: loss error {loss_error:.1e}, weights {weight_error:.1e} of"
+        " what they moved"
+    )
     losses_within, weights_within = TOLERANCE[device, dtype]
     assert loss_error <= losses_within and weight_error <= weights_within

@@ -14,24 +14,38 @@ def naive(q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, sc
     for i in range(len(q)):
         nodes = [a for a in ancestors[i].tolist() if a >= 0]
         for h in range(q.shape[1]):
-            k = torch.cat([slot_k[slot_start[i] : slot_end[i], h // group], node_k[nodes, h // group]])
-            v = torch.cat([slot_v[slot_start[i] : slot_end[i], h // group], node_v[nodes, h // group]])
+            k = torch.cat(
+                [slot_k[slot_start[i] : slot_end[i], h // group], node_k[nodes, h // group]]
+            )
+            v = torch.cat(
+                [slot_v[slot_start[i] : slot_end[i], h // group], node_v[nodes, h // group]]
+            )
             out.append(torch.softmax(k @ q[i, h] * scale, 0) @ v if len(k) else q[i, h] * 0)
     return torch.stack(out).view(q.shape) if out else q * 0
 
 
-def case(seed, lengths, queries, nodes, width, kv_heads, group, dim, dtype=torch.float64, spread=1.0):
+def case(
+    seed, lengths, queries, nodes, width, kv_heads, group, dim, dtype=torch.float64, spread=1.0
+):
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return (torch.randn(*shape, generator=g, dtype=torch.float64) * spread).to(dtype).requires_grad_()
+        return (
+            (torch.randn(*shape, generator=g, dtype=torch.float64) * spread)
+            .to(dtype)
+            .requires_grad_()
+        )
 
     slots = sum(lengths)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     sequence = torch.randint(len(lengths), (queries,), generator=g)
     start = bounds[sequence]
     end = start + (torch.rand(queries, generator=g) * (bounds[sequence + 1] - start + 1)).long()
-    ancestors = torch.randint(-1, nodes, (queries, width), generator=g) if nodes else torch.full((queries, width), -1)
+    ancestors = (
+        torch.randint(-1, nodes, (queries, width), generator=g)
+        if nodes
+        else torch.full((queries, width), -1)
+    )
     tensors = (
         normal(queries, kv_heads * group, dim),
         normal(slots, kv_heads, dim), normal(slots, kv_heads, dim),
@@ -49,7 +63,9 @@ def compare(tensors, rest, tolerance=1e-10):
     have = torch.autograd.grad((o * weight).sum(), tensors)
     for name, w, h in zip(("q", "slot_k", "slot_v", "node_k", "node_v"), want, have, strict=True):
         w = torch.zeros_like(h) if w is None else w
-        torch.testing.assert_close(h, w, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"d{name}: {m}")
+        torch.testing.assert_close(
+            h, w, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"d{name}: {m}"
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,7 +79,9 @@ def compare(tensors, rest, tolerance=1e-10):
     group=st.integers(1, 3),
     dim=st.sampled_from([2, 5, 16]),
 )
-def test_outputs_and_gradients_equal_the_naive_ones(seed, lengths, queries, nodes, width, kv_heads, group, dim):
+def test_outputs_and_gradients_equal_the_naive_ones(
+    seed, lengths, queries, nodes, width, kv_heads, group, dim
+):
     """Unsorted queries, empty prefixes, missing and repeated ancestors, no queries at all."""
     compare(*case(seed, lengths, queries, nodes, width, kv_heads, group, dim))
 
@@ -81,7 +99,9 @@ def test_level_0_is_causal_attention():
     o = tree_attention(*tensors[:3], None, None, start, torch.arange(9) + 1, None, 0.5)
     for rows in (slice(0, 6), slice(6, 9)):
         q, k, v = (t[rows].transpose(0, 1)[None] for t in tensors[:3])
-        want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.5, enable_gqa=True)
+        want = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.5, enable_gqa=True
+        )
         torch.testing.assert_close(o[rows], want[0].transpose(0, 1))
 
 
@@ -94,7 +114,8 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
 
 
 def test_extreme_scores_stay_finite():
-    tensors, rest = case(5, [20, 9], 30, 10, 3, 2, 1, 8, dtype=torch.float32, spread=100.0)  # scores of about 1e4
+    # scores of about 1e4
+    tensors, rest = case(5, [20, 9], 30, 10, 3, 2, 1, 8, dtype=torch.float32, spread=100.0)
     o = tree_attention(*tensors, *rest)
     torch.testing.assert_close(o, naive(*tensors, *rest), atol=1e-2, rtol=1e-3)
     assert all(g.isfinite().all() for g in torch.autograd.grad(o.sum(), tensors))
@@ -108,7 +129,9 @@ def test_bfloat16_computes_in_float32():
 
 
 def test_memory_grows_with_tokens_not_with_their_square(monkeypatch):
-    """The biggest tensor of forward and backward, for 300 and 2400 slots; 2400 x 2400 scores would be 64 times."""
+    """The biggest tensor of forward and backward, for 300 and 2400 slots; 2400 x 2400 scores would
+    be 64 times.
+    """
     monkeypatch.setattr(module, "BLOCK_SCORES", 1 << 14)
 
     def biggest_bytes(slots):

@@ -1,9 +1,16 @@
-"""The kernels of tree_attention against the reference in float64, which is tested against one query at a time."""
+"""The kernels of tree_attention against the reference in float64, which is tested against one query
+at a time.
+"""
 
 import aurora_kernels.tree_attention_launch as tree_attention_launch
 import pytest
 import torch
-from aurora_kernels.tree_attention import queries_of_nodes, rows_of_slots, sort_queries, tree_attention
+from aurora_kernels.tree_attention import (
+    queries_of_nodes,
+    rows_of_slots,
+    sort_queries,
+    tree_attention,
+)
 from aurora_kernels.tree_attention_ref import tree_attention_ref
 from biggest import Biggest
 from hypothesis import HealthCheck, given, settings
@@ -20,27 +27,53 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tree_attention_launch, "blocks", lambda *_: (16, 16, 4, 2))
 
 
-def inputs(device, queries, slots, nodes, kv_heads=2, group=2, dim=16, dtype=torch.float32, spread=1.0, seed=0):
+def inputs(
+    device,
+    queries,
+    slots,
+    nodes,
+    kv_heads=2,
+    group=2,
+    dim=16,
+    dtype=torch.float32,
+    spread=1.0,
+    seed=0,
+):
     """q, slot_k, slot_v, node_k and node_v with gradients."""
     g = torch.Generator().manual_seed(seed)
-    shapes = ((queries, kv_heads * group), (slots, kv_heads), (slots, kv_heads), (nodes, kv_heads), (nodes, kv_heads))
+    shapes = (
+        (queries, kv_heads * group),
+        (slots, kv_heads),
+        (slots, kv_heads),
+        (nodes, kv_heads),
+        (nodes, kv_heads),
+    )
     made = (torch.randn(*shape, dim, generator=g) * spread for shape in shapes)
     return [x.to(device, dtype).requires_grad_() for x in made]
 
 
 def random_index(device, queries, lengths, nodes, width, seed=0):
-    """Unsorted queries of packed sequences: some see nothing, ancestors are missing and repeated."""
+    """Unsorted queries of packed sequences: some see nothing, ancestors are missing and
+    repeated.
+    """
     g = torch.Generator().manual_seed(seed)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     sequence = torch.randint(len(lengths), (queries,), generator=g)
     start = bounds[sequence]
     end = start + (torch.rand(queries, generator=g) * (bounds[sequence + 1] - start + 1)).long()
-    ancestors = torch.randint(-1, nodes, (queries, width), generator=g) if nodes else torch.full((queries, width), -1)
+    ancestors = (
+        torch.randint(-1, nodes, (queries, width), generator=g)
+        if nodes
+        else torch.full((queries, width), -1)
+    )
     return [x.to(device) for x in (start, end, ancestors)]
 
 
 def tree_index(device, lengths, trees):
-    """Every node but the roots is a query. trees: (sequence, slot in it, parents). Returns the index and the nodes."""
+    """Every node but the roots is a query. trees: (sequence, slot in it, parents).
+
+    Returns the index and the nodes.
+    """
     first = torch.tensor([0, *lengths]).cumsum(0).tolist()
     start, end, paths = [], [], []
     for sequence, slot, parents in trees:
@@ -53,7 +86,9 @@ def tree_index(device, lengths, trees):
     width = max(map(len, paths), default=0)
     ancestors = torch.tensor([p + [-1] * (width - len(p)) for p in paths]).view(len(paths), width)
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
-    return [x[order].to(device) for x in (torch.tensor(start), torch.tensor(end), ancestors)], len(paths)
+    return [x[order].to(device) for x in (torch.tensor(start), torch.tensor(end), ancestors)], len(
+        paths
+    )
 
 
 def outputs(function, tensors, index, scale, upcast=None):
@@ -63,7 +98,9 @@ def outputs(function, tensors, index, scale, upcast=None):
     o = function(*tensors, *index, scale)
     weight = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(o)
     grads = torch.autograd.grad((o * weight).sum(), tensors, allow_unused=True)
-    return {"o": o} | {f"d{n}": torch.zeros_like(x) if g is None else g for n, x, g in zip(NAMES, tensors, grads)}
+    return {"o": o} | {
+        f"d{n}": torch.zeros_like(x) if g is None else g for n, x, g in zip(NAMES, tensors, grads)
+    }
 
 
 def compare(tensors, index, scale=0.3, tolerance=2e-5):
@@ -71,11 +108,18 @@ def compare(tensors, index, scale=0.3, tolerance=2e-5):
     want = outputs(tree_attention_ref, tensors, index, scale, torch.float64)
     for name, x in have.items():
         torch.testing.assert_close(
-            x.double(), want[name], atol=tolerance, rtol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            x.double(),
+            want[name],
+            atol=tolerance,
+            rtol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])  # the device
+# the device
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 10**6),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
@@ -86,47 +130,62 @@ def compare(tensors, index, scale=0.3, tolerance=2e-5):
     group=st.sampled_from([1, 2, 3, 4, 5, 7, 8]),
     dim=st.sampled_from([2, 5, 16]),
 )
-def test_outputs_and_gradients_equal_the_references(device, seed, lengths, queries, nodes, width, kv_heads, group, dim):
+def test_outputs_and_gradients_equal_the_references(
+    device, seed, lengths, queries, nodes, width, kv_heads, group, dim
+):
     compare(
         inputs(device, queries, sum(lengths), nodes, kv_heads, group, dim, seed=seed),
         random_index(device, queries, lengths, nodes, width, seed),
     )
 
 
-
-
 @pytest.mark.parametrize("group", [1, 3, 4, 5, 7, 8])
 def test_many_blocks_and_several_sequences_in_each(device, small_blocks, group):
     lengths, queries = [37, 1, 5, 60, 2], 96 // group
-    compare(inputs(device, queries, 105, 30, 1, group), random_index(device, queries, lengths, 30, 3))
+    compare(
+        inputs(device, queries, 105, 30, 1, group), random_index(device, queries, lengths, 30, 3)
+    )
 
 
 @pytest.mark.parametrize("dim", [2, 5, 40, 64, 96, 128])
 def test_head_sizes(device, dim):
-    compare(inputs(device, 20, 70, 9, 1, 4, dim), random_index(device, 20, [50, 20], 9, 2), dim**-0.5)
+    compare(
+        inputs(device, 20, 70, 9, 1, 4, dim), random_index(device, 20, [50, 20], 9, 2), dim**-0.5
+    )
 
 
 @pytest.mark.parametrize("slots", [1, 16, 100])
 def test_one_sequence_causal(device, small_blocks, slots):
-    """Level 0 of one sequence, without nodes: a single token, a whole block, many unmasked blocks."""
+    """Level 0 of one sequence, without nodes: a single token, a whole block, many unmasked
+    blocks.
+    """
     index = [torch.zeros(slots, dtype=torch.int64), torch.arange(slots) + 1, None]
     tensors = inputs(device, slots, slots, 0, 1, 2)
     compare([*tensors], [x if x is None else x.to(device) for x in index])
 
 
-@pytest.mark.parametrize("queries, slots, nodes, width", [(0, 5, 3, 1), (3, 0, 4, 2), (4, 6, 0, 2), (4, 6, 3, 0)])
+@pytest.mark.parametrize(
+    "queries, slots, nodes, width", [(0, 5, 3, 1), (3, 0, 4, 2), (4, 6, 0, 2), (4, 6, 3, 0)]
+)
 def test_nothing_of_something(device, queries, slots, nodes, width):
     """No queries, no slots, no nodes, no ancestors."""
-    compare(inputs(device, queries, slots, nodes), random_index(device, queries, [slots], nodes, width))
+    compare(
+        inputs(device, queries, slots, nodes), random_index(device, queries, [slots], nodes, width)
+    )
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient(device):
-    start, end = torch.tensor([0, 1, 4, 3]), torch.tensor([0, 4, 4, 2])  # an end before its start as well
+    # an end before its start as well
+    start, end = torch.tensor([0, 1, 4, 3]), torch.tensor([0, 4, 4, 2])
     ancestors = torch.tensor([[-1, -1], [-1, -1], [1, -1], [-1, -1]])
     tensors, index = inputs(device, 4, 4, 2), [x.to(device) for x in (start, end, ancestors)]
     compare(tensors, index)
     have = outputs(tree_attention, tensors, index, 0.3)
-    assert not have["o"][[0, 3]].any() and not have["dq"][[0, 3]].any() and not have["dnode_k"][0].any()
+    assert (
+        not have["o"][[0, 3]].any()
+        and not have["dq"][[0, 3]].any()
+        and not have["dnode_k"][0].any()
+    )
 
 
 def test_starts_that_overlap(device, small_blocks):
@@ -147,7 +206,10 @@ def test_starts_that_differ_before_slots_that_all_see(device, small_blocks):
 
 def test_repeated_ancestors_count_as_often_as_they_are_named(device):
     ancestors = torch.tensor([[0, 0, 0], [1, 0, 1], [1, -1, 1]])
-    index = [x.to(device) for x in (torch.zeros(3, dtype=torch.int64), torch.tensor([2, 0, 1]), ancestors)]
+    index = [
+        x.to(device)
+        for x in (torch.zeros(3, dtype=torch.int64), torch.tensor([2, 0, 1]), ancestors)
+    ]
     compare(inputs(device, 3, 2, 2), index)
 
 
@@ -159,7 +221,9 @@ def test_named_trees(device):
 
 
 def test_a_small_tree_from_every_slot(device, small_blocks):
-    trees = [(0, slot, random_tree(4, slot)) for slot in range(24)] + [(1, slot, [-1, 0]) for slot in range(9)]
+    trees = [(0, slot, random_tree(4, slot)) for slot in range(24)] + [
+        (1, slot, [-1, 0]) for slot in range(9)
+    ]
     index, nodes = tree_index(device, [24, 9], trees)
     compare(inputs(device, nodes, 33, nodes, 1, 2), index)
 
@@ -179,7 +243,9 @@ def test_any_scale(device, scale):
 
 
 def test_extreme_scores(device):
-    """All scores of a query are near 1e4, or all near -1e4: what they differ by decides, and nothing overflows."""
+    """All scores of a query are near 1e4, or all near -1e4: what they differ by decides, and
+    nothing overflows.
+    """
     q, *others = inputs(device, 30, 29, 10)
     with torch.no_grad():
         q[..., 0] = torch.where(torch.arange(30, device=device) % 2 == 0, 200.0, -200.0)[:, None]
@@ -194,26 +260,37 @@ def test_extreme_scores(device):
 
 def test_scores_far_apart(device):
     """Differences of 1e4 and more: one key takes everything."""
-    tensors, index = inputs(device, 30, 29, 10, spread=100.0), random_index(device, 30, [20, 9], 10, 3)
+    tensors, index = (
+        inputs(device, 30, 29, 10, spread=100.0),
+        random_index(device, 30, [20, 9], 10, 3),
+    )
     have = outputs(tree_attention, tensors, index, 0.3)
-    torch.testing.assert_close(have["o"], tree_attention_ref(*tensors, *index, 0.3), atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(
+        have["o"], tree_attention_ref(*tensors, *index, 0.3), atol=1e-2, rtol=1e-3
+    )
     assert all(x.isfinite().all() for x in have.values())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-2), (torch.float16, 6e-3)])
 def test_16_bit_inputs(device, dtype, tolerance):
-    tensors, index = inputs(device, 30, 50, 12, 1, 4, 64, dtype), random_index(device, 30, [30, 20], 12, 3)
+    tensors, index = (
+        inputs(device, 30, 50, 12, 1, 4, 64, dtype),
+        random_index(device, 30, [30, 20], 12, 3),
+    )
     compare(tensors, index, 0.125, tolerance)
     assert all(x.dtype == dtype for x in outputs(tree_attention, tensors, index, 0.125).values())
 
 
 def test_inputs_that_are_not_contiguous(device):
     tensors, index = inputs(device, 9, 20, 5, 2, 2), random_index(device, 9, [20], 5, 2)
-    turned = [x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in tensors]
+    turned = [
+        x.detach().transpose(0, 2).contiguous().transpose(0, 2).requires_grad_() for x in tensors
+    ]
     assert not turned[0].is_contiguous()
     compare(turned, index)
     o = tree_attention(*turned, *index, 0.3)
-    o.sum().backward()  # a gradient of stride 0
+    # a gradient of stride 0
+    o.sum().backward()
     assert turned[0].grad.isfinite().all()
 
 
@@ -230,7 +307,10 @@ def test_without_gradients_none_are_kept(device):
 
 
 @settings(max_examples=30, deadline=None)
-@given(bounds=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30), block=st.integers(1, 17))
+@given(
+    bounds=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30),
+    block=st.integers(1, 17),
+)
 def test_rows_of_slots_miss_nobody(bounds, block):
     slots = 40
     key, _ = sort_queries(*torch.tensor(bounds, dtype=torch.int64).view(-1, 2).T)
@@ -254,10 +334,15 @@ def test_queries_of_nodes():
 
 
 def test_memory_grows_with_tokens_not_with_their_square(device, small_blocks):
-    """The biggest tensor of forward and backward, for 25 and 200 slots; 200 x 200 scores would be 64 times."""
+    """The biggest tensor of forward and backward, for 25 and 200 slots; 200 x 200 scores would be
+    64 times.
+    """
 
     def biggest_bytes(slots):
-        tensors, own = inputs(device, slots, slots, slots, 1, 1, 4), torch.arange(slots, device=device)
+        tensors, own = (
+            inputs(device, slots, slots, slots, 1, 1, 4),
+            torch.arange(slots, device=device),
+        )
         with Biggest() as biggest:
             tree_attention(*tensors, own * 0, own + 1, own[:, None], 1.0).sum().backward()
         return biggest.nbytes
@@ -274,7 +359,9 @@ def test_32k_tokens_are_causal_attention(gpu):
     have = (o, *torch.autograd.grad(o, (q, k, v), do))
     batched = [x.transpose(0, 1)[None] for x in (q, k, v)]
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        flash = torch.nn.functional.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=True)
+        flash = torch.nn.functional.scaled_dot_product_attention(
+            *batched, is_causal=True, enable_gqa=True
+        )
     flash = flash[0].transpose(0, 1)
     want = (flash, *torch.autograd.grad(flash, (q, k, v), do))
     for name, a, b in zip(("o", "dq", "dk", "dv"), have, want):
@@ -284,7 +371,9 @@ def test_32k_tokens_are_causal_attention(gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_full_size_trees(gpu, dim, dtype):
-    """Two sequences, 61-node trees every 16 slots, at the blocks of this GPU; the reference computes in float32."""
+    """Two sequences, 61-node trees every 16 slots, at the blocks of this GPU; the reference
+    computes in float32.
+    """
     trees = [(n % 2, 16 * (n // 2), random_tree(61, n)) for n in range(128)]
     index, nodes = tree_index(gpu, [1024, 1500], trees)
     tensors = inputs(gpu, nodes, 2524, nodes, 2, 4, dim, dtype)
@@ -295,7 +384,9 @@ def test_full_size_trees(gpu, dim, dtype):
 
 
 def test_more_than_2_to_the_31_numbers(gpu):
-    """Keys and values whose offsets need 64 bits: what the last slots give is what they give alone."""
+    """Keys and values whose offsets need 64 bits: what the last slots give is what they give
+    alone.
+    """
     slots, tail = (1 << 21) + 100, 300
     tensors = [x.detach() for x in inputs(gpu, 64, tail, 4, 8, 1, 128, torch.bfloat16)]
     long = [torch.zeros(slots, 8, 128, dtype=torch.bfloat16, device=gpu) for _ in range(2)]
@@ -303,9 +394,13 @@ def test_more_than_2_to_the_31_numbers(gpu):
         whole[-tail:] = part
     start, end, ancestors = random_index(gpu, 64, [tail], 4, 2)
     shift = slots - tail
-    moved = [x.requires_grad_() for x in (tensors[0].clone(), *long, *(t.clone() for t in tensors[3:]))]
+    moved = [
+        x.requires_grad_() for x in (tensors[0].clone(), *long, *(t.clone() for t in tensors[3:]))
+    ]
     have = outputs(tree_attention, moved, [start + shift, end + shift, ancestors], 0.1)
-    want = outputs(tree_attention, [x.requires_grad_() for x in tensors], [start, end, ancestors], 0.1)
+    want = outputs(
+        tree_attention, [x.requires_grad_() for x in tensors], [start, end, ancestors], 0.1
+    )
     for name, x in have.items():
         torch.testing.assert_close(x[-len(want[name]) :], want[name], atol=2e-2, rtol=2e-2)
     assert not have["dslot_k"][:-tail].any()

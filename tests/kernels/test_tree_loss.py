@@ -11,15 +11,23 @@ EPS = 1e-5
 
 
 def naive(state, norm_weight, head, ids, logits, lse, weight, mixture):
-    """(loss_sum, loss, acceptance), row by row, over explicit outcomes: every kept draft token, and the tail."""
+    """(loss_sum, loss, acceptance), row by row, over explicit outcomes: every kept draft token, and
+    the tail.
+    """
     losses, acceptances = [], []
     for r in range(len(state)):
         x = state[r] / (state[r].pow(2).mean() + EPS).sqrt() * norm_weight
         log_q = torch.log_softmax(head @ x, 0)
-        kept = [(i, (value - lse[r]).exp()) for i, value in zip(ids[r].tolist(), logits[r], strict=True)]
+        kept = [
+            (i, (value - lse[r]).exp()) for i, value in zip(ids[r].tolist(), logits[r], strict=True)
+        ]
         inside = [i for i, _ in kept if i >= 0]
         others = [i for i in range(len(head)) if i not in inside]
-        tail = (1 - sum(p for _, p in kept)).clamp(min=0) if others else torch.zeros((), dtype=state.dtype)
+        tail = (
+            (1 - sum(p for _, p in kept)).clamp(min=0)
+            if others
+            else torch.zeros((), dtype=state.dtype)
+        )
         outcomes = [(p, log_q[i]) for i, p in kept if i >= 0]
         if others:
             outcomes.append((tail, log_q[others].logsumexp(0)))
@@ -53,7 +61,12 @@ def case(seed, rows, hidden, draft_vocab, vocab, k, spread=1.0, dtype=torch.floa
     to_draft[torch.randperm(vocab, generator=g)[:draft_vocab]] = torch.arange(draft_vocab)
     logits = 2 * normal(rows, vocab)
     kept, ids = logits.topk(min(k, vocab), -1)
-    targets = (to_draft[ids], kept, logits.logsumexp(-1), torch.rand(rows, generator=g, dtype=torch.float64))
+    targets = (
+        to_draft[ids],
+        kept,
+        logits.logsumexp(-1),
+        torch.rand(rows, generator=g, dtype=torch.float64),
+    )
     return (
         tuple(w.to(dtype).requires_grad_() for w in weights),
         tuple(t.to(dtype) if t.is_floating_point() else t for t in targets),
@@ -91,8 +104,12 @@ mixtures = st.one_of(
     k=st.integers(1, 20),
     mixture=mixtures,
 )
-def test_losses_and_gradients_equal_the_naive_ones(seed, rows, hidden, draft_vocab, outside, k, mixture):
-    """Full and reduced vocabularies, kept tokens outside the draft's, everything kept (K = V), no tail."""
+def test_losses_and_gradients_equal_the_naive_ones(
+    seed, rows, hidden, draft_vocab, outside, k, mixture
+):
+    """Full and reduced vocabularies, kept tokens outside the draft's, everything kept (K = V), no
+    tail.
+    """
     compare(*case(seed, rows, hidden, draft_vocab, draft_vocab + outside, k), mixture)
 
 
@@ -116,7 +133,9 @@ def test_with_everything_kept_it_is_the_divergence_over_the_whole_vocabulary(dis
 
 
 def test_a_reduced_vocabulary_is_taught_the_renormalised_target():
-    """At p restricted to the draft's tokens and renormalised, the gradient vanishes; acceptance is the covered mass."""
+    """At p restricted to the draft's tokens and renormalised, the gradient vanishes; acceptance is
+    the covered mass.
+    """
     p = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
     ids = torch.tensor([[0, -1, 1, 2]])
     q = torch.tensor([0.4, 0.2, 0.1], dtype=torch.float64) / 0.7
@@ -132,7 +151,8 @@ def test_a_reduced_vocabulary_is_taught_the_renormalised_target():
 def test_a_target_that_the_draft_vocabulary_lacks_teaches_nothing():
     weights, (ids, kept, lse, weight) = case(0, 2, 4, 6, 6, 3)
     kept, lse = torch.full_like(kept, -60.0), torch.zeros_like(lse)
-    kept[:, 0] = 0.0  # all of the mass, on a token that the first row's draft lacks
+    # all of the mass, on a token that the first row's draft lacks
+    kept[:, 0] = 0.0
     ids[0, 0] = -1
     result = tree_loss(*weights, ids, kept, lse, weight, "forward_kl", EPS)
     assert result.loss[0] == 0 and result.loss[1] > 0
@@ -142,7 +162,9 @@ def test_a_target_that_the_draft_vocabulary_lacks_teaches_nothing():
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_extreme_logits_stay_finite(distance):
-    """Draft and target logits of about 1e4 in both directions, and a kept logit at the lowest number."""
+    """Draft and target logits of about 1e4 in both directions, and a kept logit at the lowest
+    number.
+    """
     weights, (ids, kept, lse, weight) = case(0, 8, 6, 30, 40, 7, dtype=torch.float32)
     with torch.no_grad():
         weights[2].mul_(1e4)
@@ -162,7 +184,9 @@ def test_float32_agrees_with_float64():
         low = tree_loss(*low_weights, *low_targets, distance, EPS)
         torch.testing.assert_close(low.loss.double(), high.loss, atol=1e-5, rtol=1e-4)
         for a, b in zip(
-            torch.autograd.grad(low.loss_sum, low_weights), torch.autograd.grad(high.loss_sum, weights), strict=True
+            torch.autograd.grad(low.loss_sum, low_weights),
+            torch.autograd.grad(high.loss_sum, weights),
+            strict=True,
         ):
             torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-3)
 

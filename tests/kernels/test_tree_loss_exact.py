@@ -1,4 +1,6 @@
-"""The reference of exact targets against softmaxes written out, and against top-K targets with everything kept."""
+"""The reference of exact targets against softmaxes written out, and against top-K targets with
+everything kept.
+"""
 
 import aurora_kernels.tree_loss_ref as module
 import pytest
@@ -9,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tree_loss import EPS, mixtures
 
-SHARED = 6  # hidden size of the targets
+# hidden size of the targets
+SHARED = 6
 
 
 def exact_case(seed, rows, hidden, draft_vocab, vocab, spread=1.0, dtype=torch.float64):
-    """Draft weights, (target_state, target_head, target_ids) and weight; a reduced vocabulary where it is smaller."""
+    """Draft weights, (target_state, target_head, target_ids) and weight; a reduced vocabulary where
+    it is smaller.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -23,15 +28,23 @@ def exact_case(seed, rows, hidden, draft_vocab, vocab, spread=1.0, dtype=torch.f
     target = normal(rows, SHARED), normal(vocab, SHARED)
     ids = torch.randperm(vocab, generator=g)[:draft_vocab] if draft_vocab < vocab else None
     weight = torch.rand(rows, generator=g, dtype=torch.float64)
-    return tuple(w.to(dtype).requires_grad_() for w in weights), (*(t.to(dtype) for t in target), ids), weight.to(dtype)
+    return (
+        tuple(w.to(dtype).requires_grad_() for w in weights),
+        (*(t.to(dtype) for t in target), ids),
+        weight.to(dtype),
+    )
 
 
 def naive(weights, target, weight, mixture):
-    """(loss_sum, loss, acceptance, greedy_match), from whole softmaxes; gradients are autograd's."""
+    """(loss_sum, loss, acceptance, greedy_match), from whole softmaxes; gradients are
+    autograd's.
+    """
     state, norm_weight, head = weights
     target_state, target_head, ids = target
     ids = torch.arange(len(head)) if ids is None else ids
-    q = torch.softmax(torch.nn.functional.rms_norm(state, norm_weight.shape, norm_weight, EPS) @ head.T, -1)
+    q = torch.softmax(
+        torch.nn.functional.rms_norm(state, norm_weight.shape, norm_weight, EPS) @ head.T, -1
+    )
     whole = torch.softmax(target_state @ target_head.T, -1)
     raw = whole[:, ids]
     p = raw / raw.sum(-1, keepdim=True)
@@ -44,7 +57,12 @@ def naive(weights, target, weight, mixture):
         "greedy": -(is_label * q.log()).sum(-1),
     }
     loss = sum(share * distances[name] for name, share in mixture.items())
-    return (loss * weight).sum(), loss, torch.minimum(raw, q).sum(-1), ids[q.argmax(-1)] == label[:, 0]
+    return (
+        (loss * weight).sum(),
+        loss,
+        torch.minimum(raw, q).sum(-1),
+        ids[q.argmax(-1)] == label[:, 0],
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -56,7 +74,9 @@ def naive(weights, target, weight, mixture):
     outside=st.integers(0, 6),
     mixture=mixtures,
 )
-def test_losses_and_gradients_equal_those_of_softmaxes(seed, rows, hidden, draft_vocab, outside, mixture):
+def test_losses_and_gradients_equal_those_of_softmaxes(
+    seed, rows, hidden, draft_vocab, outside, mixture
+):
     weights, target, weight = exact_case(seed, rows, hidden, draft_vocab, draft_vocab + outside)
     result = tree_loss_exact(*weights, *target, weight, mixture, EPS)
     total, loss, acceptance, match = naive(weights, target, weight, mixture)
@@ -89,7 +109,8 @@ def test_it_equals_the_top_k_form_with_everything_kept(distance, draft_vocab, vo
 def test_a_first_choice_that_the_draft_lacks_teaches_greedy_nothing():
     weights, (state, head, _), weight = exact_case(0, 2, 4, 5, 6)
     state[1] = -state[0]
-    head[5] = 50 * state[0]  # the first row's first choice, and the second's last
+    # the first row's first choice, and the second's last
+    head[5] = 50 * state[0]
     result = tree_loss_exact(*weights, state, head, torch.arange(5), weight, "greedy", EPS)
     assert result.loss[0] == 0 and not result.greedy_match[0] and result.loss[1] > 0
     grad = torch.autograd.grad(result.loss_sum, weights[0])[0]
@@ -120,9 +141,13 @@ def test_vocabularies_that_do_not_fit_are_refused(ids):
 
 
 def test_memory_grows_with_rows_not_with_rows_times_vocabulary(monkeypatch):
-    """The target's logits are a chunk's too, however much larger than the draft's its vocabulary is."""
+    """The target's logits are a chunk's too, however much larger than the draft's its vocabulary
+    is.
+    """
     monkeypatch.setattr(module, "CHUNK_LOGITS", 1 << 12)
     weights, target, weight = exact_case(0, 4096, 4, 16, 128, dtype=torch.float32)
     with Biggest() as biggest:
-        tree_loss_exact(*weights, *target, weight, {"forward_kl": 1.0, "tv": 1.0}, EPS).loss_sum.backward()
+        tree_loss_exact(
+            *weights, *target, weight, {"forward_kl": 1.0, "tv": 1.0}, EPS
+        ).loss_sum.backward()
     assert biggest.nbytes < 4096 * 128 * 4 / 16

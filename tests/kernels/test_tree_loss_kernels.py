@@ -1,4 +1,6 @@
-"""tree_loss's kernels against the references in float64: values and every gradient, for both kinds of target."""
+"""tree_loss's kernels against the references in float64: values and every gradient, for both kinds
+of target.
+"""
 
 import aurora_kernels.tree_loss as module
 import pytest
@@ -13,7 +15,9 @@ from test_tree_loss import EPS, case, mixtures
 from test_tree_loss_exact import exact_case
 
 ALL = {"forward_kl": 0.5, "reverse_kl": 0.7, "tv": 0.3, "greedy": 0.2}
-SIZES = {  # (draft vocabulary, vocabulary, K): the interpreter's tiles have 16 columns, kept logits 16 or 32 places
+# (draft vocabulary, vocabulary, K): the interpreter's tiles have 16 columns, kept logits 16 or 32
+# places
+SIZES = {
     "no tail": (9, 9, 9),
     "one kept": (16, 40, 1),
     "odd": (37, 45, 5),
@@ -39,9 +43,13 @@ def compare(have, want, atol=2e-5, rtol=2e-4, near_ties=0.0):
     (result, grads), (expected, expected_grads) = have, want
     for name in ("loss_sum", "loss", "acceptance"):
         h, w = getattr(result, name), getattr(expected, name)
-        torch.testing.assert_close(h.double(), w, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            h.double(), w, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}"
+        )
     for name in ("argmax", "greedy_match"):
-        assert (getattr(result, name) != getattr(expected, name)).sum() <= near_ties * len(expected.argmax), name
+        assert (getattr(result, name) != getattr(expected, name)).sum() <= near_ties * len(
+            expected.argmax
+        ), name
     greatest = max((float(w.abs().max()) for w in expected_grads if w.numel()), default=0.0) or 1.0
     for name, h, w in zip(("state", "norm", "head"), grads, expected_grads, strict=True):
         # Behind a norm over few dimensions nearly all of dstate cancels: what is left is rounding.
@@ -59,9 +67,17 @@ def check_topk(weights, targets, mixture, device, dtype=torch.float32, **toleran
 
 
 def check_exact(weights, target, weight, mixture, device, dtype=torch.float32, **tolerance):
-    weights, target, weight = on(device, dtype, weights), on(device, dtype, target), weight.to(device, torch.float32)
+    weights, target, weight = (
+        on(device, dtype, weights),
+        on(device, dtype, target),
+        weight.to(device, torch.float32),
+    )
     have = run(tree_loss_exact, weights, *target, weight, mixture)
-    compare(have, run(tree_loss_exact_ref, double(weights), *double(target), weight.double(), mixture), **tolerance)
+    compare(
+        have,
+        run(tree_loss_exact_ref, double(weights), *double(target), weight.double(), mixture),
+        **tolerance,
+    )
 
 
 def double(tensors):
@@ -69,7 +85,9 @@ def double(tensors):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("mixture", [*({d: 1.0} for d in DISTANCES), ALL], ids=lambda m: "+".join(m))
+@pytest.mark.parametrize(
+    "mixture", [*({d: 1.0} for d in DISTANCES), ALL], ids=lambda m: "+".join(m)
+)
 def test_losses_and_gradients_equal_the_references(size, mixture, device, poison):
     draft_vocab, vocab, k = SIZES[size]
     check_topk(*case(0, 3, 7, draft_vocab, vocab, k), mixture, device)
@@ -89,7 +107,9 @@ def test_losses_and_gradients_equal_the_references(size, mixture, device, poison
 def test_any_size(seed, rows, hidden, draft_vocab, outside, k, mixture):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check_topk(*case(seed, rows, hidden, draft_vocab, draft_vocab + outside, k), mixture, device)
-    check_exact(*exact_case(seed, rows, hidden, draft_vocab, draft_vocab + outside), mixture, device)
+    check_exact(
+        *exact_case(seed, rows, hidden, draft_vocab, draft_vocab + outside), mixture, device
+    )
 
 
 @pytest.mark.parametrize("k", [64, 127, 128])
@@ -108,7 +128,9 @@ def test_half_inputs(dtype, device, poison):
 
 
 def test_small_weights_do_not_vanish_in_float16(device):
-    """As under a loss scale: weights far below float16's smallest number, scaled up again in the backward pass."""
+    """As under a loss scale: weights far below float16's smallest number, scaled up again in the
+    backward pass.
+    """
     weights, (*targets, weight) = case(4, 5, 9, 37, 45, 6, spread=0.5)
     grads = []
     for scale in (1.0, 2.0**-30):
@@ -124,14 +146,23 @@ def test_a_head_of_another_dtype_than_the_state(device):
     weights, targets = case(4, 4, 9, 37, 45, 6, spread=0.5)
     targets = on(device, torch.float32, targets)
     for state, head in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        mixed = tuple(w.to(device, dtype) for w, dtype in zip(weights, (state, state, head), strict=True))
+        mixed = tuple(
+            w.to(device, dtype) for w, dtype in zip(weights, (state, state, head), strict=True)
+        )
         have = run(tree_loss, mixed, *targets, "forward_kl")
         assert [g.dtype for g in have[1]] == [state, state, head]
-        compare(have, run(tree_loss_ref, double(mixed), *double(targets), "forward_kl"), atol=2e-2, rtol=2e-2)
+        compare(
+            have,
+            run(tree_loss_ref, double(mixed), *double(targets), "forward_kl"),
+            atol=2e-2,
+            rtol=2e-2,
+        )
 
 
 def test_rows_that_teach_nothing(device, poison):
-    """No kept token in the draft and no tail; a weight of zero; nothing kept but a tail; no rows at all."""
+    """No kept token in the draft and no tail; a weight of zero; nothing kept but a tail; no rows at
+    all.
+    """
     weights, (ids, kept, lse, weight) = case(0, 4, 4, 20, 24, 3)
     kept, lse = torch.full_like(kept, -60.0), torch.zeros_like(lse)
     kept[:, 0] = 0.0
@@ -140,19 +171,24 @@ def test_rows_that_teach_nothing(device, poison):
     ids[2], kept[2] = -1, -3.0
     check_topk(weights, (ids, kept, lse, weight), ALL, device)
     check_topk(weights, (ids, kept, lse, torch.zeros_like(weight)), ALL, device)
-    check_topk((weights[0][:0], *weights[1:]), (ids[:0], kept[:0], lse[:0], weight[:0]), ALL, device)
+    check_topk(
+        (weights[0][:0], *weights[1:]), (ids[:0], kept[:0], lse[:0], weight[:0]), ALL, device
+    )
     weights, (state, head, _), weight = exact_case(0, 3, 4, 20, 21)
     state[1] = -state[0]
-    head[20] = 1e3 * state[0]  # the draft lacks it: all of the first row's mass, none of the second's
+    # the draft lacks it: all of the first row's mass, none of the second's
+    head[20] = 1e3 * state[0]
     weight[2] = 0
     check_exact(weights, (state, head, torch.arange(20)), weight, ALL, device)
-    check_exact((weights[0][:0], *weights[1:]), (state[:0], head, torch.arange(20)), weight[:0], ALL, device)
+    check_exact(
+        (weights[0][:0], *weights[1:]), (state[:0], head, torch.arange(20)), weight[:0], ALL, device
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_extreme_logits(distance, device, poison):
-    """Draft and target logits of about 1e4 in both directions, and a kept logit at the lowest number: finite, and
-    equal to float64's as far as float32 holds logits of this size (1e-3)."""
+    """Draft and target logits of about 1e4 in both directions, and a kept logit at the lowest
+    number: finite, and equal to float64's as far as float32 holds logits of this size (1e-3)."""
     weights, (ids, kept, lse, weight) = case(0, 4, 6, 30, 40, 7)
     weights = (*weights[:2], weights[2].detach() * 1e4)
     kept = (kept * 1e4).float().double()
@@ -161,13 +197,17 @@ def test_extreme_logits(distance, device, poison):
     check_topk(weights, (ids, kept, lse, weight), distance, device, atol=5e-3, rtol=5e-3)
     weights, (state, head, target_ids), weight = exact_case(0, 4, 6, 30, 40)
     weights = (*weights[:2], weights[2].detach() * 1e3)
-    check_exact(weights, (state, head * 1e3, target_ids), weight, distance, device, atol=5e-3, rtol=5e-3)
+    check_exact(
+        weights, (state, head * 1e3, target_ids), weight, distance, device, atol=5e-3, rtol=5e-3
+    )
 
 
 def test_nan_shows(device):
     weights, targets = case(0, 3, 4, 20, 24, 3, dtype=torch.float32)
     weights[0].data[1, 2] = torch.nan
-    result = tree_loss(*on(device, torch.float32, weights), *on(device, torch.float32, targets), "forward_kl", EPS)
+    result = tree_loss(
+        *on(device, torch.float32, weights), *on(device, torch.float32, targets), "forward_kl", EPS
+    )
     assert result.loss.isnan().tolist() == [False, True, False] and result.loss_sum.isnan()
 
 
@@ -191,14 +231,16 @@ def test_without_gradients_none_are_computed(device, monkeypatch):
     with torch.no_grad():
         result = tree_loss(*weights, *targets, "tv", EPS)
     assert not result.loss_sum.requires_grad and torch.equal(result.loss, want.loss)
-    frozen = tree_loss(weights[0], weights[1], weights[2].detach(), *targets, "tv", EPS)  # no product for its gradient
+    # no product for its gradient
+    frozen = tree_loss(weights[0], weights[1], weights[2].detach(), *targets, "tv", EPS)
     a, b = (torch.autograd.grad(r.loss_sum, weights[:2]) for r in (frozen, want))
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 def test_the_first_of_equal_logits_is_the_argmax(device):
     (state, norm, head), (ids, kept, lse, weight) = case(0, 3, 4, 40, 40, 3, dtype=torch.float32)
-    ids[0], ids[1] = torch.tensor([3, 2, 1]), torch.tensor([0, 20, 39])  # the first is kept in the second row alone
+    # the first is kept in the second row alone
+    ids[0], ids[1] = torch.tensor([3, 2, 1]), torch.tensor([0, 20, 39])
     inputs = on(device, torch.float32, (state, norm, torch.zeros_like(head)))
     result = tree_loss(*inputs, *on(device, torch.float32, (ids, kept, lse, weight)), "tv", EPS)
     assert result.argmax.tolist() == [0, 0, 0]
@@ -234,7 +276,9 @@ def test_memory_grows_with_rows_not_with_rows_times_vocabulary(kind, device, mon
 @pytest.mark.parametrize("kind", ["topk", "exact"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_full_size(kind, dtype, gpu):
-    """A vocabulary of Qwen3's size, but odd, in several chunks; fp32 means without TF32, which is torch's default."""
+    """A vocabulary of Qwen3's size, but odd, in several chunks; fp32 means without TF32, which is
+    torch's default.
+    """
     tolerance = {"atol": 1e-4, "rtol": 1e-3, "near_ties": 0.005}
     if dtype == torch.bfloat16:
         tolerance = {"atol": 2e-2, "rtol": 5e-2, "near_ties": 0.1}
@@ -242,19 +286,26 @@ def test_full_size(kind, dtype, gpu):
     if kind == "topk":
         check_topk(*case(0, rows, 64, vocab, vocab, 32, spread=0.3), ALL, gpu, dtype, **tolerance)
     else:
-        check_exact(*exact_case(0, rows, 64, 32_001, vocab, spread=0.3), ALL, gpu, dtype, **tolerance)
+        check_exact(
+            *exact_case(0, rows, 64, 32_001, vocab, spread=0.3), ALL, gpu, dtype, **tolerance
+        )
 
 
 @pytest.mark.parametrize("kind", ["topk", "exact"])
 def test_peak_memory_at_full_size(kind, gpu):
-    """Above the inputs: two bytes for the gradient and four for the logits of a chunk, d(head), and little else."""
+    """Above the inputs: two bytes for the gradient and four for the logits of a chunk, d(head), and
+    little else.
+    """
     rows, hidden, vocab = 4096, 64, 151_936
     weights = tuple(torch.randn(*shape, device=gpu, dtype=torch.bfloat16, requires_grad=True)
                     for shape in ((rows, hidden), (hidden,), (vocab, hidden)))  # fmt: skip
     weight = torch.ones(rows, device=gpu)
     if kind == "topk":
         ids = torch.arange(32, device=gpu).expand(rows, 32).contiguous()
-        function, target = tree_loss, (ids, torch.randn(rows, 32, device=gpu), torch.full((rows,), 9.0, device=gpu))
+        function, target = (
+            tree_loss,
+            (ids, torch.randn(rows, 32, device=gpu), torch.full((rows,), 9.0, device=gpu)),
+        )
     else:
         function, target = tree_loss_exact, (weights[0].detach(), weights[2].detach(), None)
     torch.cuda.reset_peak_memory_stats()
@@ -262,4 +313,5 @@ def test_peak_memory_at_full_size(kind, gpu):
     function(*weights, *target, weight, ALL, EPS).loss_sum.backward()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak < module.CHUNK_LOGITS * 6 + vocab * hidden * 6 + rows * hidden * 16 + (64 << 20)
-    assert peak < rows * vocab * 2  # not even the logits in bf16
+    # not even the logits in bf16
+    assert peak < rows * vocab * 2

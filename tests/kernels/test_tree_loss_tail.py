@@ -11,7 +11,10 @@ def test_the_tail_bucket_is_a_bound_that_grows_tight_with_k():
     assert bias == sorted(bias, reverse=True) and bias[0] > 0.1 and abs(bias[-1]) < 1e-5
     for distance in ("forward_kl", "reverse_kl", "tv"):
         kept = list(result["distances"][distance]["kept"].values())
-        loss, gradient = [row["loss_error"] for row in kept], [row["gradient_error"] for row in kept]
+        loss, gradient = (
+            [row["loss_error"] for row in kept],
+            [row["gradient_error"] for row in kept],
+        )
         assert loss == sorted(loss) and loss[0] < -0.1 and abs(loss[-1]) < 1e-4, distance
         assert gradient == sorted(gradient, reverse=True) and gradient[-1] < 1e-3, distance
     assert result["distances"]["greedy"]["kept"][1]["gradient_error"] < 1e-5

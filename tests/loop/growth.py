@@ -1,8 +1,10 @@
-"""Grow trees from a sample with our draft as SGLang grows them, to compare node for node with what it really drew.
+"""Grow trees from a sample with our draft as SGLang grows them, to compare node for node with what
+it really drew.
 
-With topk > 1 SGLang re-selects the beams at each step by cumulative probability and permutes their states, but not
-their KV lanes: lane t always reads what lane t wrote, which may belong to an uncle. The final tree is the best N - 1
-candidates of all steps. Growing along true ancestors would propose other children, so this follows the lanes.
+With topk > 1 SGLang re-selects the beams at each step by cumulative probability and permutes their
+states, but not their KV lanes: lane t always reads what lane t wrote, which may belong to an uncle.
+The final tree is the best N - 1 candidates of all steps. Growing along true ancestors would propose
+other children, so this follows the lanes.
 
 Letters: G trees, W = topk beams, S draft steps, N tree nodes.
 """
@@ -19,16 +21,23 @@ from aurora_trainer.sample import Sample
 
 @dataclass
 class Growth:
-    tokens: torch.Tensor  # int64 [G, N], node 0 is the root
-    parents: torch.Tensor  # int64 [G, N], -1 for the root
-    margin: torch.Tensor  # float [G], the smallest gap that decided anything: tiny where a tie explains a difference
-    strayed: int  # nodes whose lane held KV of another branch than their ancestors'
-    queried: int  # nodes that were queried at depth >= 2, where that can happen
+    # int64 [G, N], node 0 is the root
+    tokens: torch.Tensor
+    # int64 [G, N], -1 for the root
+    parents: torch.Tensor
+    # float [G], the smallest gap that decided anything: tiny where a tie explains a difference
+    margin: torch.Tensor
+    # nodes whose lane held KV of another branch than their ancestors'
+    strayed: int
+    # nodes that were queried at depth >= 2, where that can happen
+    queried: int
 
 
 @torch.no_grad()
 def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> Growth:
-    """The trees that `version` drew from the sample's slots, in the order of sample.tree_first. Needs start == 0.
+    """The trees that `version` drew from the sample's slots, in the order of sample.tree_first.
+
+    Needs start == 0.
 
     `drafts` has the draft of every version that wrote a slot's KV or drew a tree.
     """
@@ -51,7 +60,8 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
     tokens = choice.flatten()
     state = state.repeat_interleave(width, 0)
     node_kv, lanes = None, []
-    chain = lane[:, :, None]  # the KV rows that hold a beam's true ancestors
+    # the KV rows that hold a beam's true ancestors
+    chain = lane[:, :, None]
     strayed = queried = 0
     for step in range(1, steps):
         own = lane.flatten()[:, None] + (step - 1) * trees * width
@@ -79,7 +89,8 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
         all_tokens.append(children)
         parent_candidates.append(best.indices + offset)
         tokens = children.gather(1, best.indices).flatten()
-        source = (best.indices // width + torch.arange(trees)[:, None] * width).flatten()  # the beam that each one left
+        # the beam that each one left
+        source = (best.indices // width + torch.arange(trees)[:, None] * width).flatten()
         state = state[source]
         chain = chain.flatten(0, 1)[source].view(trees, width, -1)
 
@@ -87,8 +98,11 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
     if width > 1:
         margin = torch.minimum(margin, gap)
     selected = candidates.indices.sort(1).values  # [G, N - 1]
-    parent = torch.cat(parent_candidates, 1).gather(1, selected // width)  # candidate ids, -1 for the root
-    position = torch.where(parent < 0, 0, 1 + (selected[:, None, :] == parent[:, :, None]).int().argmax(2))
+    # candidate ids, -1 for the root
+    parent = torch.cat(parent_candidates, 1).gather(1, selected // width)
+    position = torch.where(
+        parent < 0, 0, 1 + (selected[:, None, :] == parent[:, :, None]).int().argmax(2)
+    )
     root = sample.tokens[slots + 1]
     return Growth(
         torch.cat([root[:, None], torch.cat(all_tokens, 1).gather(1, selected)], 1),
@@ -105,14 +119,23 @@ def _slot_kv(drafts: dict[int, Draft], sample: Sample) -> list[tuple[torch.Tenso
     mixed = None
     for version in sample.slot_version.unique().tolist():
         start = torch.zeros_like(positions)
-        (kv,) = drafts[version].slots(sample.tokens[1:], sample.features.float(), positions, start)[1]  # of one layer
+        # of one layer
+        (kv,) = drafts[version].slots(sample.tokens[1:], sample.features.float(), positions, start)[
+            1
+        ]
         mine = (sample.slot_version == version)[:, None, None]
-        mixed = kv if mixed is None else tuple(torch.where(mine, new, old) for new, old in zip(kv, mixed))
+        mixed = (
+            kv
+            if mixed is None
+            else tuple(torch.where(mine, new, old) for new, old in zip(kv, mixed))
+        )
     return [mixed]
 
 
 def _slot_states(draft: Draft, sample: Sample, slots: torch.Tensor, slot_kv: list) -> torch.Tensor:
-    """What the draft's extend left of these slots [G, H], where it may have attended to other versions' KV."""
+    """What the draft's extend left of these slots [G, H], where it may have attended to other
+    versions' KV.
+    """
     layer = draft.layers[0]
     state, rope = draft._project(sample.features.float())[slots], draft._rope(slots)
     x = layer.attention_input(draft._embeds(sample.tokens[1 + slots]), state)
@@ -121,7 +144,9 @@ def _slot_states(draft: Draft, sample: Sample, slots: torch.Tensor, slot_kv: lis
 
 
 def _best(values: torch.Tensor, k: int) -> tuple[torch.return_types.topk, torch.Tensor]:
-    """The k best of each row, and the smallest relative gap between neighbours down to the first that lost."""
+    """The k best of each row, and the smallest relative gap between neighbours down to the first
+    that lost.
+    """
     more = values.topk(min(k + 1, values.shape[1]), -1)
     gap = (more.values[:, :-1] - more.values[:, 1:]) / more.values[:, :-1].clamp_min(1e-30)
     gap = gap.amin(1) if gap.shape[1] else torch.full((len(values),), torch.inf)

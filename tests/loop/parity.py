@@ -11,31 +11,36 @@ from growth import grow
 from aurora_trainer.draft import Draft
 from aurora_trainer.sample import Sample
 
-TIE = 1e-4  # relative gap of probabilities below which float32 may decide either way
+# relative gap of probabilities below which float32 may decide either way
+TIE = 1e-4
 
 
 @dataclass
 class Parity:
     trees: int = 0
-    nodes: int = 0  # roots are not counted
+    # roots are not counted
+    nodes: int = 0
     same: int = 0
     strayed: int = 0
     queried: int = 0
-    tied: int = 0  # trees that differ, where a choice was a tie
+    # trees that differ, where a choice was a tie
+    tied: int = 0
     unexplained: list[tuple] = field(default_factory=list)
 
     def text(self) -> str:
         return (
-            f"{self.same} of {self.nodes} nodes in {self.trees} trees are the same, {self.tied} trees differ by ties, "
-            f"{len(self.unexplained)} unexplained {self.unexplained[:2]}; "
-            f"lanes strayed for {self.strayed} of {self.queried} nodes of depth 2 and more"
+            f"{self.same} of {self.nodes} nodes in {self.trees} trees are the same, {self.tied}"
+            f" trees differ by ties, {len(self.unexplained)} unexplained {self.unexplained[:2]};"
+            f" lanes strayed for {self.strayed} of {self.queried} nodes of depth 2 and more"
         )
 
 
 def eligible(samples: Iterable[Sample], version: int) -> list[Sample]:
     """Those without a cache hit, whose every slot and tree comes from one version."""
     return [
-        s for s in samples if s.start == 0 and (s.slot_version == version).all() and (s.tree_version == version).all()
+        s
+        for s in samples
+        if s.start == 0 and (s.slot_version == version).all() and (s.tree_version == version).all()
     ]
 
 
@@ -49,11 +54,13 @@ def compare(draft: Draft, samples: Iterable[Sample]) -> Parity:
 
 
 def compare_across(draft_of: Callable[[int], Draft], samples: Iterable[Sample]) -> Parity:
-    """Samples without a cache hit that ran across swaps: every tree with the version that drew it, every slot's KV
-    with the one that wrote it."""
+    """Samples without a cache hit that ran across swaps: every tree with the version that drew it,
+    every slot's KV with the one that wrote it."""
     result = Parity()
     for sample in samples:
-        drafts = {v: draft_of(v) for v in {*sample.slot_version.tolist(), *sample.tree_version.tolist()}}
+        drafts = {
+            v: draft_of(v) for v in {*sample.slot_version.tolist(), *sample.tree_version.tolist()}
+        }
         for version in sample.tree_version.unique().tolist():
             _compare(drafts, sample, version, result)
     return result
@@ -61,7 +68,8 @@ def compare_across(draft_of: Callable[[int], Draft], samples: Iterable[Sample]) 
 
 def _compare(drafts: dict[int, Draft], sample: Sample, version: int, result: Parity) -> None:
     drawn = sample.tree_version == version
-    tokens = sample.node_token.view(len(drawn), -1)[drawn]  # SGLang fills every tree
+    # SGLang fills every tree
+    tokens = sample.node_token.view(len(drawn), -1)[drawn]
     parents = sample.node_parent.view(len(drawn), -1)[drawn]
     parents = torch.where(parents < 0, -1, parents - sample.tree_first[drawn, None])
     trees = len(tokens)
@@ -76,5 +84,10 @@ def _compare(drafts: dict[int, Draft], sample: Sample, version: int, result: Par
         if growth.margin[i] < TIE:
             result.tied += 1
         else:
-            found = (tokens[i].tolist(), parents[i].tolist(), growth.tokens[i].tolist(), growth.parents[i].tolist())
+            found = (
+                tokens[i].tolist(),
+                parents[i].tolist(),
+                growth.tokens[i].tolist(),
+                growth.parents[i].tolist(),
+            )
             result.unexplained.append((sample.request, i, float(growth.margin[i]), *found))

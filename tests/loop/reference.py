@@ -1,4 +1,6 @@
-"""What Hugging Face computes of the same target, to hold against what was captured: every off-by-one shows here."""
+"""What Hugging Face computes of the same target, to hold against what was captured: every
+off-by-one shows here.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import torch
 from aurora_sglang_plugin import wire
 from aurora_trainer.sample import Sample
 
-FEATURE_ATOL = 2e-4  # float32 in another order; features are of size 1 to 10
+# float32 in another order; features are of size 1 to 10
+FEATURE_ATOL = 2e-4
 LOGIT_ATOL = 2e-3
 ROWS = 32
 
@@ -17,7 +20,8 @@ ROWS = 32
 @dataclass
 class Reference:
     model: torch.nn.Module
-    layers: tuple[int, ...]  # whose output is a feature
+    # whose output is a feature
+    layers: tuple[int, ...]
 
     @torch.no_grad()
     def run(self, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,12 +37,15 @@ class Reference:
             some = sequences[first : first + ROWS]
             padded = torch.zeros(len(some), max(map(len, some)), dtype=torch.int64)
             for i, tokens in enumerate(some):
-                padded[i, : len(tokens)] = torch.tensor(tokens)  # causal: what follows a row's end is not seen
+                # causal: what follows a row's end is not seen
+                padded[i, : len(tokens)] = torch.tensor(tokens)
             last = torch.tensor([len(tokens) - 1 for tokens in some])
             rows.append(self.model(padded).logits[torch.arange(len(some)), last])
         return torch.cat(rows)
 
-    def check_sample(self, sample: Sample, tokens: list[int], rejected: int = 24, judged=None) -> None:
+    def check_sample(
+        self, sample: Sample, tokens: list[int], rejected: int = 24, judged=None
+    ) -> None:
         """`tokens`: everything that the client knows of this request, prompt and output.
 
         `judged(raw logits [n, V], roots [n])` are the logits that SGLang judged with, `roots` the
@@ -46,9 +53,15 @@ class Reference:
         """
         edit = judged or (lambda logits, roots: logits)
         start, slots = sample.start, len(sample.features)
-        assert sample.tokens.tolist() == tokens[start : start + slots + 1]  # and never beyond
+        # and never beyond
+        assert sample.tokens.tolist() == tokens[start : start + slots + 1]
         features, logits = self.run(tokens)
-        _near(sample.features.float(), features[start : start + slots], FEATURE_ATOL, f"features {sample.request}")
+        _near(
+            sample.features.float(),
+            features[start : start + slots],
+            FEATURE_ATOL,
+            f"features {sample.request}",
+        )
         # Every slot's target is the distribution at the next position.
         with_target = torch.where(sample.slot_node >= 0)[0]
         nodes = sample.slot_node[with_target]
@@ -65,12 +78,24 @@ class Reference:
 
     def _check_nodes(self, sample: Sample, nodes: torch.Tensor, logits: torch.Tensor) -> None:
         kept = sample.topk_logits[nodes]
-        _near(kept, logits.gather(1, sample.topk_ids[nodes]), LOGIT_ATOL, f"logits of ids {sample.request}")
-        _near(kept, logits.topk(kept.shape[1]).values, LOGIT_ATOL, f"largest logits {sample.request}")
-        _near(sample.logsumexp[nodes], logits.logsumexp(-1), LOGIT_ATOL, f"logsumexp {sample.request}")
+        _near(
+            kept,
+            logits.gather(1, sample.topk_ids[nodes]),
+            LOGIT_ATOL,
+            f"logits of ids {sample.request}",
+        )
+        _near(
+            kept, logits.topk(kept.shape[1]).values, LOGIT_ATOL, f"largest logits {sample.request}"
+        )
+        _near(
+            sample.logsumexp[nodes], logits.logsumexp(-1), LOGIT_ATOL, f"logsumexp {sample.request}"
+        )
 
     def check_prefill(self, message: wire.Message, row: int, tokens: list[int]) -> tuple[int, int]:
-        """One request's chunk of a prefill message. Returns its positions, first to past the last."""
+        """One request's chunk of a prefill message.
+
+        Returns its positions, first to past the last.
+        """
         a = message.arrays
         assert (a["extend_lens"] == a["feature_lens"]).all()
         begin, count = int(a["extend_lens"][:row].sum()), int(a["extend_lens"][row])
@@ -80,7 +105,12 @@ class Reference:
             assert a["next_tokens"][row] == tokens[first + count]
         features, _ = self.run(tokens[: first + count])
         hidden = torch.from_numpy(a["aux_hidden_states"][begin : begin + count].copy())
-        _near(hidden, features[first:], FEATURE_ATOL, f"prefill {message.header.requests[row]} at {first}")
+        _near(
+            hidden,
+            features[first:],
+            FEATURE_ATOL,
+            f"prefill {message.header.requests[row]} at {first}",
+        )
         return first, first + count
 
 

@@ -1,7 +1,7 @@
 """A real server and the trainer's receiving half beside it, as the loop's tests use them.
 
-    server (AURORA) -> ZeroMQ -> Receiver -> messages, Assembler -> samples by request
-    drafts -> WeightsWriter -> weights directory -> server
+server (AURORA) -> ZeroMQ -> Receiver -> messages, Assembler -> samples by request
+drafts -> WeightsWriter -> weights directory -> server
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ while True:
     receiver.get(0.1)
 """
 
-START_S = 600  # a busy machine takes minutes over the imports
+# a busy machine takes minutes over the imports
+START_S = 600
 FINAL = ("stop", "length", "abort")
 
 
 class Loop:
     """One AURORA server, its weights directory and a receiver that can come and go.
 
-    `settings` are AURORA_SET's; `versions` are published before the server starts; `encrypted`: the link has keys;
-    `shape` is the trees'.
+    `settings` are AURORA_SET's; `versions` are published before the server starts; `encrypted`: the
+    link has keys; `shape` is the trees'.
     """
 
     def __init__(
@@ -69,7 +70,11 @@ class Loop:
         **shape: int,
     ):
         self.folder, self.target, self.initial_draft = folder, target, draft
-        keys = {f"{side}_keys": folder / "keys" / side for side in ("trainer", "server")} if encrypted else {}
+        keys = (
+            {f"{side}_keys": folder / "keys" / side for side in ("trainer", "server")}
+            if encrypted
+            else {}
+        )
         if keys:
             make_keys(folder / "keys", ["server"])
         self.link = LinkConfig(endpoint=f"tcp://127.0.0.1:{free_port()}", **keys)
@@ -86,7 +91,11 @@ class Loop:
             self.listen()
         for version in versions:
             self.publish(version)
-        set_ = [f"link.endpoint={self.link.endpoint}", f"weights.directory={self.weights}", *settings]
+        set_ = [
+            f"link.endpoint={self.link.endpoint}",
+            f"weights.directory={self.weights}",
+            *settings,
+        ]
         set_ += [f"link.{name}={path}" for name, path in keys.items()]
         self._start = dict(
             draft=draft,
@@ -119,13 +128,19 @@ class Loop:
 
     # ---- traffic
 
-    def generate(self, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None = None) -> list:
-        """Answers to concurrent requests, each with its `rid`; output token ids are in `output_ids`."""
+    def generate(
+        self, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None = None
+    ) -> list:
+        """Answers to concurrent requests, each with its `rid`; output token ids are in
+        `output_ids`.
+        """
         return generate(self.server, prompts, params, rids)
 
     @contextmanager
     def load(self, prompts: list[list[int]], params: dict) -> Iterator[list[list[dict]]]:
-        """Keep the server busy with rounds of these requests; the answers of each round are appended to the value."""
+        """Keep the server busy with rounds of these requests; the answers of each round are
+        appended to the value.
+        """
         rounds: list[list[dict]] = []
         stop = threading.Event()
 
@@ -149,7 +164,11 @@ class Loop:
             for sample in self.assembler.add(message):
                 self.samples[sample.request].append(sample)
             if message.header.kind == "end":
-                final = [r for r, why in zip(message.header.requests, message.header.reasons) if why in FINAL]
+                final = [
+                    r
+                    for r, why in zip(message.header.requests, message.header.reasons)
+                    if why in FINAL
+                ]
                 self._final.update(final)
 
     def taken(self, rids: Sequence[str], timeout_s: float = 20) -> dict[str, list[Sample]]:
@@ -167,7 +186,9 @@ class Loop:
         self._final.discard(rid)
 
     def quiet(self, timeout_s: float = 20) -> dict:
-        """Wait until the newest epoch's books are complete, add up, and say what /metrics says; returns them."""
+        """Wait until the newest epoch's books are complete, add up, and say what /metrics says;
+        returns them.
+        """
 
         def balanced() -> bool:
             self.drain()
@@ -178,22 +199,35 @@ class Loop:
             return self.metrics()["aurora_captured_messages"] == books[self.epoch]["captured"]
 
         self.epoch = ""
-        wait_until(balanced, lambda: f"balanced books, {self.receiver.balanced(self.epoch)}", timeout_s)
+        wait_until(
+            balanced, lambda: f"balanced books, {self.receiver.balanced(self.epoch)}", timeout_s
+        )
         return self.receiver.books()["epochs"][self.epoch]
 
     # ---- weights
 
     def publish(self, draft: Draft) -> int:
         return self.writer.publish(
-            draft.checkpoint(), draft.config.to_json(), target=self.fingerprint, parent=0, optimizer_step=0
+            draft.checkpoint(),
+            draft.config.to_json(),
+            target=self.fingerprint,
+            parent=0,
+            optimizer_step=0,
         )
 
     def draft(self, version: int) -> Draft:
-        """The draft of a version as the trainer's own code reads it; 0 is the one that the server was given."""
-        return Draft.load(self.weights / version_name(version) if version else self.initial_draft, self.embed)
+        """The draft of a version as the trainer's own code reads it; 0 is the one that the server
+        was given.
+        """
+        return Draft.load(
+            self.weights / version_name(version) if version else self.initial_draft, self.embed
+        )
 
     def wait_for_version(self, version: int, timeout_s: float = 30) -> None:
-        """Until the server drafts with it. An idle server swaps when it next works, so this makes it work."""
+        """Until the server drafts with it.
+
+        An idle server swaps when it next works, so this makes it work.
+        """
 
         def serving() -> bool:
             self.generate([[5, 6, 7]], {"max_new_tokens": 4})
@@ -208,11 +242,15 @@ class Loop:
         return metrics(self.server)
 
 
-def generate(server: Server, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None) -> list[dict]:
+def generate(
+    server: Server, prompts: list[list[int]], params: dict | list[dict], rids: list[str] | None
+) -> list[dict]:
     rids = rids or [uuid.uuid4().hex for _ in prompts]
     params = params if isinstance(params, list) else [params] * len(prompts)
     params = [{"temperature": 0, "ignore_eos": True, **p} for p in params]
-    answers = server.post("/generate", {"input_ids": prompts, "sampling_params": params, "rid": rids})
+    answers = server.post(
+        "/generate", {"input_ids": prompts, "sampling_params": params, "rid": rids}
+    )
     return [answer | {"rid": answer["meta_info"]["id"]} for answer in answers]
 
 
@@ -231,23 +269,35 @@ def checksums(server: Server, which: str) -> dict[str, Any]:
     """SGLang's own checksums of every parameter of the `target` or the `draft`, by name."""
     answer = server.post("/weights_checker", {"action": "checksum", "selector": which})
     assert answer["success"], answer
-    return {name: checksum for rank in answer["ranks"] for name, checksum in rank["checksums"].items()}
+    return {
+        name: checksum for rank in answer["ranks"] for name, checksum in rank["checksums"].items()
+    }
 
 
 def receiver_process(loop: Loop) -> subprocess.Popen:
     """A receiver that can be stopped and killed, with the loop's books."""
-    command = [sys.executable, "-c", RECEIVE, loop.link.model_dump_json(), str(loop.folder / "books.json")]
+    command = [
+        sys.executable,
+        "-c",
+        RECEIVE,
+        loop.link.model_dump_json(),
+        str(loop.folder / "books.json"),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
 
 def wait_until(
-    true: Callable[[], Any], what: str | Callable[[], str], timeout_s: float = 20, every_s: float = 0.05
+    true: Callable[[], Any],
+    what: str | Callable[[], str],
+    timeout_s: float = 20,
+    every_s: float = 0.05,
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {timeout_s} s: {what if isinstance(what, str) else what()}")
+            raise AssertionError(
+                f"not within {timeout_s} s: {what if isinstance(what, str) else what()}"
+            )
         time.sleep(every_s)
-

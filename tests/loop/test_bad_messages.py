@@ -1,4 +1,6 @@
-"""A stranger sends garbage to the trainer's socket while a server publishes: it is counted, nothing else is lost."""
+"""A stranger sends garbage to the trainer's socket while a server publishes: it is counted, nothing
+else is lost.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,24 @@ def garbage(real: wire.Header) -> list[list[bytes]]:
         [encoded(schema=99)],
         [encoded(kind="pickle")],
         [encoded(kind="heartbeat"), b"one frame too many"],
-        [encoded(kind="end", requests=["r"], reasons=["stop"], frames=[("committed_lens", "int32", (1,))]), b"abc"],
-        [encoded(kind="end", requests=["r"], reasons=["stop"], frames=[("committed_lens", "int64", (1,))]), b"\0" * 8],
+        [
+            encoded(
+                kind="end",
+                requests=["r"],
+                reasons=["stop"],
+                frames=[("committed_lens", "int32", (1,))],
+            ),
+            b"abc",
+        ],
+        [
+            encoded(
+                kind="end",
+                requests=["r"],
+                reasons=["stop"],
+                frames=[("committed_lens", "int64", (1,))],
+            ),
+            b"\0" * 8,
+        ],
         [encoded(unknown_key=1)],
         [b"x" * (2 << 20)],
         [b"part"] * 60,
@@ -42,7 +60,9 @@ def test_garbage_while_a_server_publishes(chain, stream):
     socket.connect(chain.link.endpoint)
     bad = garbage(header)
     try:
-        with chain.load([stream[34000 + 50 * i : 34040 + 50 * i] for i in range(4)], {"max_new_tokens": 24}) as rounds:
+        with chain.load(
+            [stream[34000 + 50 * i : 34040 + 50 * i] for i in range(4)], {"max_new_tokens": 24}
+        ) as rounds:
             for _ in range(5):
                 for parts in bad:
                     socket.send_multipart(parts)

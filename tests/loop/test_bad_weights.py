@@ -1,4 +1,6 @@
-"""Weights that must not be loaded: a live server refuses each, counts it, and serves on as before."""
+"""Weights that must not be loaded: a live server refuses each, counts it, and serves on as
+before.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,17 @@ PARAMS = {"max_new_tokens": 32}
 
 
 def made_elsewhere(loop, folder, change=lambda tensors: None) -> tuple[int, Path]:
-    """The next version, whole and with a manifest that describes it, not yet where the server looks."""
+    """The next version, whole and with a manifest that describes it, not yet where the server
+    looks.
+    """
     draft = disturb(loop.draft(0), seed=loop.writer.newest, size=0.1)
     tensors = draft.checkpoint()
     change(tensors)
     elsewhere = WeightsWriter(folder)
     elsewhere.newest = loop.writer.newest
-    version = elsewhere.publish(tensors, draft.config.to_json(), target=loop.fingerprint, parent=0, optimizer_step=0)
+    version = elsewhere.publish(
+        tensors, draft.config.to_json(), target=loop.fingerprint, parent=0, optimizer_step=0
+    )
     elsewhere.close()
     return version, folder / version_name(version)
 
@@ -46,7 +52,9 @@ def renamed(loop, folder):
 
 
 def wrong_shape(loop, folder):
-    return made_elsewhere(loop, folder, lambda t: t.update({"fc.weight": t["fc.weight"][:, :-1].clone()}))
+    return made_elsewhere(
+        loop, folder, lambda t: t.update({"fc.weight": t["fc.weight"][:, :-1].clone()})
+    )
 
 
 def wrong_hash(loop, folder):
@@ -74,10 +82,15 @@ def another_target(loop, folder):
 
 
 def _describe_again(path, tensors):
-    """A manifest whose sizes and hashes are right, so that the values themselves are what is refused."""
+    """A manifest whose sizes and hashes are right, so that the values themselves are what is
+    refused.
+    """
     manifest = json.loads((path / "manifest.json").read_text())
     data = (path / "model.safetensors").read_bytes()
-    manifest["files"]["model.safetensors"] = {"nbytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["files"]["model.safetensors"] = {
+        "nbytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     for name, tensor in tensors.items():
         digest = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         manifest["tensors"][name]["sha256"] = digest
@@ -114,13 +127,17 @@ def test_refused(cause, chain, stream, tmp_path):
     shutil.move(path, chain.weights / version_name(version))
     chain.writer.newest = version
     name_current(chain, version_name(version) + "\n")
-    wait_until(lambda: refused(chain, cause) == before + 1, f"refusal by {cause}: {chain.metrics()}", 10)
+    wait_until(
+        lambda: refused(chain, cause) == before + 1, f"refusal by {cause}: {chain.metrics()}", 10
+    )
     answer = chain.generate([prompt], PARAMS)[0]
     assert answer["output_ids"] == expected["output_ids"]
     assert chain.version() == served
 
 
-@pytest.mark.parametrize("text", ["v1", "", "../../etc/passwd", "v000000000000000000000000000000000000000"])
+@pytest.mark.parametrize(
+    "text", ["v1", "", "../../etc/passwd", "v000000000000000000000000000000000000000"]
+)
 def test_garbage_for_current(text, chain, stream):
     served = chain.version()
     before = refused(chain, "current")

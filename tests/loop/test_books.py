@@ -1,5 +1,6 @@
-"""The accounting adds up exactly: nobody there, a receiver that comes, restarts, is stopped and killed, and a server
-that is killed and starts again. One server of its own, over an encrypted link; the tests go in this order.
+"""The accounting adds up exactly: nobody there, a receiver that comes, restarts, is stopped and
+killed, and a server that is killed and starts again. One server of its own, over an encrypted link;
+the tests go in this order.
 
     captured = sent + dropped + queued        sent = received + lost + rejected
 
@@ -23,21 +24,29 @@ QUEUE_MESSAGES, QUEUE_BYTES = 60, 4 << 20
 PARAMS = {"max_new_tokens": 32}
 
 
-SIZES = (0.1, 0.1, 0.1, 0.5)  # of the noise in each version; the last one must propose other tokens than the rest
+# of the noise in each version; the last one must propose other tokens than the rest
+SIZES = (0.1, 0.1, 0.1, 0.5)
 
 
 @pytest.fixture(scope="module")
 def drafts(taught, target):
     embed = open_target(target).embedding()
-    return [disturb(Draft.load(taught / "full", embed), seed=seed, size=size) for seed, size in enumerate(SIZES)]
+    return [
+        disturb(Draft.load(taught / "full", embed), seed=seed, size=size)
+        for seed, size in enumerate(SIZES)
+    ]
 
 
 @pytest.fixture(scope="module")
 def loop(target, taught, drafts, tmp_path_factory):
-    settings = [f"plugin.publish.queue_messages={QUEUE_MESSAGES}", f"plugin.publish.queue_bytes={QUEUE_BYTES}"]
+    settings = [
+        f"plugin.publish.queue_messages={QUEUE_MESSAGES}",
+        f"plugin.publish.queue_bytes={QUEUE_BYTES}",
+    ]
     folder = tmp_path_factory.mktemp("books")
     loop = Loop(
-        folder, target, taught / "full", settings=settings, listening=False, versions=drafts[:3], encrypted=True,
+        folder, target, taught / "full", settings=settings, listening=False, versions=drafts[:3],
+        encrypted=True,
         topk=1, num_steps=3,
     )  # fmt: skip
     yield loop
@@ -58,12 +67,16 @@ def replay(loop, batch, version):
 
 
 def test_nobody_listens(loop, plain, batch):
-    """Unreachable endpoint: served as usual, the newest messages are kept, all others counted as dropped."""
-    assert loop.version() == 3  # of three in the directory, not the draft that it was given
+    """Unreachable endpoint: served as usual, the newest messages are kept, all others counted as
+    dropped.
+    """
+    # of three in the directory, not the draft that it was given
+    assert loop.version() == 3
     expected = [a["output_ids"] for a in generate(plain, batch, PARAMS, None)]
     for _ in range(3):
         assert [a["output_ids"] for a in loop.generate(batch, PARAMS)] == expected
-    time.sleep(1.5)  # the metrics follow once a second
+    # the metrics follow once a second
+    time.sleep(1.5)
     metrics = loop.metrics()
     assert metrics["aurora_attached"] == 1 and metrics["aurora_sent_messages"] == 0
     assert metrics["aurora_capture_errors"] == 0
@@ -93,11 +106,15 @@ def test_restart_of_the_receiver(loop, batch):
         loop.listen()
     books = loop.quiet()
     assert books["sent_seq"] == books["received"] + books["lost"]
-    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(books["dropped"].values())
+    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(
+        books["dropped"].values()
+    )
 
 
 def test_a_stopped_receiver(loop, batch):
-    """SIGSTOP with a full queue: the kernel's buffers and ZeroMQ's take some, the bound holds, nothing is lost."""
+    """SIGSTOP with a full queue: the kernel's buffers and ZeroMQ's take some, the bound holds,
+    nothing is lost.
+    """
     before = loop.quiet()
     loop.deafen()
     process = receiver_process(loop)
@@ -119,23 +136,33 @@ def test_a_stopped_receiver(loop, batch):
         def sent():
             m = loop.metrics()
             drops = sum(v for k, v in m.items() if k.startswith("aurora_dropped"))
-            return m["aurora_captured_messages"] == m["aurora_sent_messages"] + drops and m["aurora_queued_bytes"] == 0
+            return (
+                m["aurora_captured_messages"] == m["aurora_sent_messages"] + drops
+                and m["aurora_queued_bytes"] == 0
+            )
 
         wait_until(sent, "an empty queue")
         assert loop.metrics()["aurora_captured_messages"] >= captured
-        process.terminate()  # its last second of books is lost with it, and the messages are counted as lost
+        # its last second of books is lost with it, and the messages are counted as lost
+        process.terminate()
         process.wait()
         loop.listen()
         books = loop.quiet()
     finally:
         process.kill()
         process.wait()
-    assert books["sent_seq"] == books["received"] + books["lost"] and books["sent_seq"] > before["sent_seq"]
-    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(books["dropped"].values())
+    assert (
+        books["sent_seq"] == books["received"] + books["lost"]
+        and books["sent_seq"] > before["sent_seq"]
+    )
+    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(
+        books["dropped"].values()
+    )
 
 
 def test_a_killed_server_starts_again(loop, plain, drafts, batch):
-    if loop.receiver is None:  # this test alone
+    # this test alone
+    if loop.receiver is None:
         loop.listen()
         loop.generate(batch, PARAMS)
     loop.quiet()

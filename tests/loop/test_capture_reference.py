@@ -1,4 +1,6 @@
-"""What a server captured is what Hugging Face computes of the same target, whatever happened to the request."""
+"""What a server captured is what Hugging Face computes of the same target, whatever happened to the
+request.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def check_whole(reference, loop, prompt, answer, reason):
     tokens = known(prompt, answer)
     assert answer["meta_info"]["finish_reason"]["type"] == reason
     assert samples and samples[-1].reason == reason
-    assert samples[-1].start + len(samples[-1].tokens) == len(tokens), "what was committed, not less, not more"
+    assert samples[-1].start + len(samples[-1].tokens) == len(tokens), (
+        "what was committed, not less, not more"
+    )
     for sample in samples:
         assert sample.prompt_len == len(prompt)
         reference.check_sample(sample, tokens)
@@ -52,7 +56,8 @@ def test_batch_of_lengths(name, request, stream, reference):
     answers = loop.generate(batch, params)
     for prompt, answer in zip(batch, answers):
         samples = check_whole(reference, loop, prompt, answer, "length")
-        cached = answer["meta_info"]["cached_tokens"]  # a token or two that another prompt begins with as well
+        # a token or two that another prompt begins with as well
+        cached = answer["meta_info"]["cached_tokens"]
         assert [s.start for s in samples] == [cached]
         chunks = chunks_of(loop, answer["rid"])
         spans = [reference.check_prefill(m, row, known(prompt, answer)) for m, row in chunks]
@@ -60,7 +65,9 @@ def test_batch_of_lengths(name, request, stream, reference):
         assert all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
     assert max(len(chunks_of(loop, a["rid"])) for a in answers) >= 3
     accepted = [int(s.node_accepted.sum()) for a in answers for s in loop.samples[a["rid"]]]
-    assert sum(accepted) > sum(len(loop.samples[a["rid"]][0].tree_first) for a in answers), "nothing was ever accepted"
+    assert sum(accepted) > sum(len(loop.samples[a["rid"]][0].tree_first) for a in answers), (
+        "nothing was ever accepted"
+    )
 
 
 @pytest.mark.parametrize("name", ["chain", "tree"])
@@ -84,7 +91,10 @@ def test_max_tokens_one(chain, stream, reference):
     for prompt, answer in zip(batch, chain.generate(batch, {"max_new_tokens": 1})):
         assert len(answer["output_ids"]) == 1
         assert chain.taken([answer["rid"]])[answer["rid"]] == []
-        spans = [reference.check_prefill(m, row, known(prompt, answer)) for m, row in chunks_of(chain, answer["rid"])]
+        spans = [
+            reference.check_prefill(m, row, known(prompt, answer))
+            for m, row in chunks_of(chain, answer["rid"])
+        ]
         assert spans[-1][1] == len(prompt)
 
 
@@ -97,9 +107,14 @@ def test_stops(name, request, stream, reference, target):
     batch = prompts(stream, 17000, [30, 40, 50, 60, 70, 80])
     free = loop.generate(batch, {"max_new_tokens": 48})
     token = [a["output_ids"][9 + i] for i, a in enumerate(free)]
-    text = [AutoTokenizer.from_pretrained(target).decode(a["output_ids"][12 + i : 14 + i]) for i, a in enumerate(free)]
+    text = [
+        AutoTokenizer.from_pretrained(target).decode(a["output_ids"][12 + i : 14 + i])
+        for i, a in enumerate(free)
+    ]
     usual = {"max_new_tokens": 48, "ignore_eos": False}
-    params = [usual | {"stop_token_ids": [t]} for t in token[:3]] + [usual | {"stop": t} for t in text[3:]]
+    params = [usual | {"stop_token_ids": [t]} for t in token[:3]] + [
+        usual | {"stop": t} for t in text[3:]
+    ]
     for prompt, whole, answer in zip(batch, free, loop.generate(batch, params)):
         assert answer["output_ids"] == whole["output_ids"][: len(answer["output_ids"])]
         assert len(answer["output_ids"]) < 48
@@ -113,16 +128,23 @@ def test_stops(name, request, stream, reference, target):
 
 
 def test_end_of_text(chain, stream, reference):
-    """An end-of-text token that a bias brings about: it ends the request, and is a target as any."""
+    """An end-of-text token that a bias brings about: it ends the request, and is a target as
+    any.
+    """
     batch = [stream[19000 + 50 * i : 19040 + 50 * i] for i in range(8)]
     for prompt, free in zip(batch, chain.generate(batch, {"max_new_tokens": 60})):
         logits = reference.run(known(prompt, free))[1][len(prompt) - 1 : -1]
-        short = (logits.amax(-1) - logits[:, 0]).tolist()  # what the end of text lacks to be the choice
+        # what the end of text lacks to be the choice
+        short = (logits.amax(-1) - logits[:, 0]).tolist()
         first = next((i for i in range(4, 60) if short[i] < min(short[:i]) - 1e-3), None)
         if first is not None:
             break
     assert first is not None, "no prompt comes nearer to its end as it goes on"
-    params = {"max_new_tokens": 60, "ignore_eos": False, "logit_bias": {"0": (short[first] + min(short[:first])) / 2}}
+    params = {
+        "max_new_tokens": 60,
+        "ignore_eos": False,
+        "logit_bias": {"0": (short[first] + min(short[:first])) / 2},
+    }
     answer = chain.generate([prompt], params)[0]
     assert answer["output_ids"] == free["output_ids"][:first] + [0]
     (sample,) = chain.taken([answer["rid"]])[answer["rid"]]
@@ -140,8 +162,8 @@ NEUTRAL = {
 
 
 def edited(sample, params):
-    """What SGLang makes of raw logits: penalties as they stood before each step, for which it counts
-    the last token of every step only, then the bias."""
+    """What SGLang makes of raw logits: penalties as they stood before each step, for which it
+    counts the last token of every step only, then the bias."""
     roots = sample.node_token[sample.tree_first]
 
     def judged(logits, trees):
@@ -155,7 +177,8 @@ def edited(sample, params):
             row.copy_(torch.where(row < 0, row * scale, row / scale))
             for token, bias in params.get("logit_bias", {}).items():
                 row[int(token)] += bias
-            if tree + 1 < params.get("min_new_tokens", 0):  # one for each step
+            # one for each step
+            if tree + 1 < params.get("min_new_tokens", 0):
                 row[END_OF_TEXT] = -torch.inf
         return logits
 
@@ -172,7 +195,12 @@ def test_the_target_of_a_row_is_the_distribution_that_judged_it(name, request, s
         {"repetition_penalty": 1.3},
         {"logit_bias": {"5": 4.0, "9": -100.0}},
         {"frequency_penalty": -0.4, "repetition_penalty": 1.1, "logit_bias": {"7": 2.0}},
-        {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "repetition_penalty": 1},
+        {
+            "logit_bias": {},
+            "frequency_penalty": 0,
+            "presence_penalty": 0.0,
+            "repetition_penalty": 1,
+        },
         {"min_new_tokens": 8},
         {},
     ]
@@ -244,7 +272,9 @@ def stream_answer(server, body):
 def test_streaming(chain, stream, reference):
     prompt = stream[24000:24050]
     params = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
-    answer = stream_answer(chain.server, {"input_ids": prompt, "sampling_params": params, "rid": "streamed"})
+    answer = stream_answer(
+        chain.server, {"input_ids": prompt, "sampling_params": params, "rid": "streamed"}
+    )
     check_whole(reference, chain, prompt, answer, "length")
 
 
@@ -263,12 +293,16 @@ def test_abort(tree, stream, reference):
     samples = tree.taken(["aborted"])["aborted"]
     assert samples[-1].reason == "abort"
     whole = tree.generate([prompt], {"max_new_tokens": 700})[0]["output_ids"]
-    assert samples[-1].start + len(samples[-1].tokens) >= len(prompt) + len(answer["output_ids"]) - 1
+    assert (
+        samples[-1].start + len(samples[-1].tokens) >= len(prompt) + len(answer["output_ids"]) - 1
+    )
     reference.check_sample(samples[-1], prompt + whole)
 
 
 def test_mixed_chunks_retraction_and_long_prompts(mixed, plain, stream, reference):
-    """Everything at once: steps of one token in extend batches, re-prefills, and features of a prompt's tail only."""
+    """Everything at once: steps of one token in extend batches, re-prefills, and features of a
+    prompt's tail only.
+    """
     lengths = [150, 33, 120, 64, 200, 90, 40, 170, 60, 130]
     batch = prompts(stream, 26000, lengths)
     params = {"max_new_tokens": 60}
@@ -284,7 +318,8 @@ def test_mixed_chunks_retraction_and_long_prompts(mixed, plain, stream, referenc
         assert samples[-1].start + len(samples[-1].tokens) == len(tokens)
         for sample in samples:
             reference.check_sample(sample, tokens, rejected=8)
-            assert sample.start >= len(prompt) - 100  # max_prompt_features
+            # max_prompt_features
+            assert sample.start >= len(prompt) - 100
             generated = sample.slot_node[max(0, len(prompt) - 1 - sample.start) :]
             plain_steps += int((generated < 0).sum())
         retracted += sum(s.reason == "retract" for s in samples)

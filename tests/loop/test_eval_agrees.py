@@ -1,5 +1,5 @@
-"""`aurora-trainer eval` of the draft that serves says what the server itself measured, on traffic that
-`aurora-trainer record` took from the wire."""
+"""`aurora-trainer eval` of the draft that serves says what the server itself measured, on traffic
+that `aurora-trainer record` took from the wire."""
 
 from __future__ import annotations
 
@@ -39,12 +39,16 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     try:
         process = recorder(loop, out)
     except BaseException:
-        loop.listen()  # the tests after this one share the server
+        # the tests after this one share the server
+        loop.listen()
         raise
     try:
         prompts = cut(stream, 30000, [20 + 7 * n for n in range(REQUESTS)])
         params = [
-            {"max_new_tokens": TOKENS, "custom_params": {"aurora_domain": "odd" if n % 2 else "even"}}
+            {
+                "max_new_tokens": TOKENS,
+                "custom_params": {"aurora_domain": "odd" if n % 2 else "even"},
+            }
             for n in range(REQUESTS)
         ]
         answers = loop.generate(prompts, params)
@@ -61,7 +65,16 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     assert process.returncode == 0 and "rejected=0 not_recorded_full=0 not_recorded_disk=0" in log
 
     draft = loop.weights / version_name(version) if version else loop.initial_draft
-    command = [TRAINER, "eval", str(draft), str(out), "--target", str(loop.target), "--json", str(tmp_path / "e.json")]
+    command = [
+        TRAINER,
+        "eval",
+        str(draft),
+        str(out),
+        "--target",
+        str(loop.target),
+        "--json",
+        str(tmp_path / "e.json"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     figures = json.loads((tmp_path / "e.json").read_text())
@@ -76,20 +89,29 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     walk, live = next(iter(of["drafts"].values())), of["live"]
     print(result.stdout)
     print(
-        f"{name}: SGLang {1 + correct / steps:.4f} over {steps} steps, wire {tokens / rows:.4f} over {rows}, "
-        f"live but for last steps {live['tokens'] / live['steps']:.4f} over {live['steps']}, "
-        f"eval {walk['tokens'] / walk['steps']:.4f} over {walk['steps']}"
+        f"{name}: SGLang {1 + correct / steps:.4f} over {steps} steps, wire {tokens / rows:.4f}"
+        f" over {rows}, live but for last steps {live['tokens'] / live['steps']:.4f} over"
+        f" {live['steps']}, eval {walk['tokens'] / walk['steps']:.4f} over {walk['steps']}"
     )
-    assert {n: d["requests"] for n, d in figures["domains"].items()} == {"all": 12, "even": 6, "odd": 6}
+    assert {n: d["requests"] for n, d in figures["domains"].items()} == {
+        "all": 12,
+        "even": 6,
+        "odd": 6,
+    }
     assert figures["recorded"]["draft_versions"] == [version]
-    assert rows == steps and abs(tokens - steps - correct) <= 4 * REQUESTS  # a last path may run past max_tokens
-    # The very steps: the same tokens, but for ties of probabilities and a prompt that hit the cache by chance.
-    assert (walk["steps"], walk["tokens"]) == pytest.approx((live["steps"], live["tokens"]), rel=0.005)
+    # a last path may run past max_tokens
+    assert rows == steps and abs(tokens - steps - correct) <= 4 * REQUESTS
+    # The very steps: the same tokens, but for ties of probabilities and a prompt that hit the cache
+    # by chance.
+    assert (walk["steps"], walk["tokens"]) == pytest.approx(
+        (live["steps"], live["tokens"]), rel=0.005
+    )
     # What is left out, the last steps, is the only difference to SGLang's own figure.
     assert live["steps"] >= rows - 5 * REQUESTS
     assert walk["tokens"] / walk["steps"] == pytest.approx(1 + correct / steps, rel=0.03)
     chain = walk["as_chains"][-1]["accept_length"]["mean"]
     if name == "tree":
-        assert chain < 0.95 * walk["accept_length"]["mean"]  # a chain of it accepts less
+        # a chain of it accepts less
+        assert chain < 0.95 * walk["accept_length"]["mean"]
     else:
         assert chain == walk["accept_length"]["mean"]

@@ -1,5 +1,6 @@
-"""A published version, exported, is served: by SGLang's own EAGLE3 as it is, by AURORA pruned, and the output is the
-target's. Unpruned it accepts exactly what the server that it was published to accepts.
+"""A published version, exported, is served: by SGLang's own EAGLE3 as it is, by AURORA pruned, and
+the output is the target's. Unpruned it accepts exactly what the server that it was published to
+accepts.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from aurora_trainer.commands import sizes
 from aurora_trainer.draft import Draft
 from aurora_trainer.publish_weights import WeightsWriter
 
-ARGS = ["--chunked-prefill-size", "64"]  # as chain has them
+# as chain has them
+ARGS = ["--chunked-prefill-size", "64"]
 PARAMS = {"max_new_tokens": 40}
-KEPT = 30  # fewer than the draft is right about
+# fewer than the draft is right about
+KEPT = 30
 
 
 @pytest.fixture(scope="module")
 def served(chain, target, stream, tmp_path_factory):
     """EAGLE3 with the export of what chain serves now, AURORA with its pruned export."""
     folder = tmp_path_factory.mktemp("exported")
-    version = chain.publish(disturb(chain.draft(0), seed=4242, size=0.001))  # bits that nobody published before
+    # bits that nobody published before
+    version = chain.publish(disturb(chain.draft(0), seed=4242, size=0.001))
     chain.wait_for_version(version)
     counts = torch.tensor(stream).bincount(minlength=chain.draft(0).config.vocab_size).tolist()
     (folder / "counts.json").write_text(json.dumps(counts))
@@ -42,12 +46,17 @@ def served(chain, target, stream, tmp_path_factory):
         env = quiet if algorithm == "AURORA" else {}
         log = folder / f"{algorithm}.log"
         draft = folder / name
-        server = Server(target, draft=draft, algorithm=algorithm, args=ARGS, env=env, log=log, timeout_s=START_S)
+        server = Server(
+            target, draft=draft, algorithm=algorithm, args=ARGS, env=env, log=log, timeout_s=START_S
+        )
         server.draft, server.weights = draft, folder / "weights"
         return server
 
-    with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers, which die with their parent thread
-        started = {n: pool.submit(start, n, a) for n, a in (("full", "EAGLE3"), ("pruned", "AURORA"))}
+    # its threads must outlive the servers, which die with their parent thread
+    with ThreadPoolExecutor(2) as pool:
+        started = {
+            n: pool.submit(start, n, a) for n, a in (("full", "EAGLE3"), ("pruned", "AURORA"))
+        }
         try:
             yield {name: future.result() for name, future in started.items()}
         finally:
@@ -61,14 +70,17 @@ def test_exports_are_served(served, chain, plain, stream):
     expected = [answer["output_ids"] for answer in generate(plain, prompts, PARAMS, None)]
     accepted = {}
     for name, server in {"published": chain.server, **served}.items():
-        answers = [generate(server, [prompt], PARAMS, None)[0] for prompt in prompts]  # one by one: the same batches
+        # one by one: the same batches
+        answers = [generate(server, [prompt], PARAMS, None)[0] for prompt in prompts]
         assert [answer["output_ids"] for answer in answers] == expected, name
         accepted[name] = [answer["meta_info"]["spec_accept_length"] for answer in answers]
     print({name: round(sum(lengths) / len(lengths), 3) for name, lengths in accepted.items()})
     assert accepted["full"] == accepted["published"]
     mean = {name: sum(lengths) / len(lengths) for name, lengths in accepted.items()}
-    assert mean["full"] > 1.3  # an untrained draft has 1.0
-    assert 1 + 0.3 * (mean["full"] - 1) < mean["pruned"] < mean["full"]  # it cannot propose the rest
+    # an untrained draft has 1.0
+    assert mean["full"] > 1.3
+    # it cannot propose the rest
+    assert 1 + 0.3 * (mean["full"] - 1) < mean["pruned"] < mean["full"]
     config = json.loads(served["pruned"].draft.joinpath("config.json").read_text())
     assert config["draft_vocab_size"] == KEPT
 
@@ -93,12 +105,16 @@ def test_messages_are_as_large_as_planned(chain, target, stream):
     """What a real server sent, frame for frame."""
     config = chain.draft(0).config
     before = len(chain.messages)
-    chain.taken([a["rid"] for a in chain.generate([stream[39000:39020], stream[39100:39150]], PARAMS)])
+    chain.taken(
+        [a["rid"] for a in chain.generate([stream[39000:39020], stream[39100:39150]], PARAMS)]
+    )
     found = [m for m in chain.messages[before:] if m.header.kind == "verify"]
     assert len(found) > 10
     for message in found:
         lens = message.arrays["feature_lens"]
         load = sizes.Load(running=len(lens), num_steps=4, accept_length=float(lens.mean()))
         kept = message.arrays["topk_ids"].shape[2]
-        planned = sizes.verify_bytes(config, load, 4, kept) - sizes.header_bytes("verify", load, kept)
+        planned = sizes.verify_bytes(config, load, 4, kept) - sizes.header_bytes(
+            "verify", load, kept
+        )
         assert sum(array.nbytes for array in message.arrays.values()) == round(planned)

@@ -1,4 +1,5 @@
-"""The whole loop with the real trainer: the accept length climbs, and either side survives the other's death.
+"""The whole loop with the real trainer: the accept length climbs, and either side survives the
+other's death.
 
 One server and one weights directory for the file; tests run in order and go on from one another.
 """
@@ -65,14 +66,17 @@ class Flywheel:
 
     def start_server(self) -> None:
         self.server = Server(
-            self.target, draft=self.home / "draft", algorithm="AURORA", num_steps=4, args=["--enable-metrics"],
+            self.target, draft=self.home / "draft", algorithm="AURORA", num_steps=4,
+            args=["--enable-metrics"],
             env={"AURORA_CONFIG": str(self.config)}, log=self.home / f"server-{time.time_ns()}.log",
         )  # fmt: skip
 
     def start_trainer(self) -> None:
         with open(self.home / "trainer.log", "ab") as log:
             command = [TRAINER, "run", "--config", self.config]
-            self.trainer = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=die_with_parent)
+            self.trainer = subprocess.Popen(
+                command, stdout=log, stderr=log, preexec_fn=die_with_parent
+            )
 
     def kill_trainer(self) -> None:
         self.trainer.send_signal(signal.SIGKILL)
@@ -91,7 +95,9 @@ class Flywheel:
         return generate(self.server, self.prompts(count), {"max_new_tokens": TOKENS}, None)
 
     def outputs(self, prompts: list[list[int]]) -> list[list[int]]:
-        return [a["output_ids"] for a in generate(self.server, prompts, {"max_new_tokens": 64}, None)]
+        return [
+            a["output_ids"] for a in generate(self.server, prompts, {"max_new_tokens": 64}, None)
+        ]
 
     @contextmanager
     def load(self):
@@ -153,7 +159,8 @@ def test_it_learns(flywheel):
     flywheel.reference = reference, flywheel.outputs(reference)
     flywheel.target_sums = checksums(flywheel.server, "target")
     first = flywheel.accept_length(flywheel.send(16))
-    assert first < 1.15  # a random draft
+    # a random draft
+    assert first < 1.15
     flywheel.start_trainer()
     wait_until(lambda: "trainer ready" in flywheel.log(), "the trainer", 90)
     best, deadline = first, time.monotonic() + 150
@@ -165,7 +172,9 @@ def test_it_learns(flywheel):
 
 
 def test_it_survives_a_killed_trainer(flywheel):
-    """SIGKILL at random instants, also while it publishes and saves; the server carries on, training resumes."""
+    """SIGKILL at random instants, also while it publishes and saves; the server carries on,
+    training resumes.
+    """
     seed = random.randrange(1 << 30)
     print("seed", seed)
     pauses = random.Random(seed)
@@ -177,10 +186,20 @@ def test_it_survives_a_killed_trainer(flywheel):
             flywheel.check_weights()
             ready = flywheel.log().count("trainer ready")
             flywheel.start_trainer()
-            wait_until(lambda ready=ready: flywheel.log().count("trainer ready") > ready, "a resumed trainer", 90)
+            wait_until(
+                lambda ready=ready: flywheel.log().count("trainer ready") > ready,
+                "a resumed trainer",
+                90,
+            )
     assert flywheel.log().count("resumed step=") == 5
-    wait_until(lambda: flywheel.send(4) and flywheel.status()["optimizer_step"] > steps, "training goes on", 60)
-    failures = {k: v for k, v in metrics(flywheel.server).items() if "failure" in k or "refused" in k}
+    wait_until(
+        lambda: flywheel.send(4) and flywheel.status()["optimizer_step"] > steps,
+        "training goes on",
+        60,
+    )
+    failures = {
+        k: v for k, v in metrics(flywheel.server).items() if "failure" in k or "refused" in k
+    }
     assert not any(failures.values()), failures
     assert checksums(flywheel.server, "target") == flywheel.target_sums
     prompts, outputs = flywheel.reference
@@ -188,7 +207,9 @@ def test_it_survives_a_killed_trainer(flywheel):
 
 
 def test_it_survives_a_killed_server(flywheel):
-    """The trainer carries on; the server that comes back serves the newest version, not its initial draft."""
+    """The trainer carries on; the server that comes back serves the newest version, not its initial
+    draft.
+    """
     with flywheel.load():
         time.sleep(1)
     flywheel.server.kill()
@@ -204,15 +225,23 @@ def test_it_survives_a_killed_server(flywheel):
 
 
 def test_the_books_add_up_after_all_that(flywheel):
-    """Every epoch of the trainer's books: sent = received + lost + rejected, and what the publisher counted itself."""
+    """Every epoch of the trainer's books: sent = received + lost + rejected, and what the publisher
+    counted itself.
+    """
 
     def balanced() -> bool:
         books = flywheel.status()["books"]
         newest = max(books.values(), key=lambda e: e["last_unix_s"])
-        captured = newest["sent_seq"] - newest["heartbeats"] + sum(newest["dropped"].values()) + newest["queued"]
+        captured = (
+            newest["sent_seq"]
+            - newest["heartbeats"]
+            + sum(newest["dropped"].values())
+            + newest["queued"]
+        )
         return newest["queued"] == 0 and newest["captured"] == captured
 
     wait_until(balanced, lambda: json.dumps(flywheel.status()["books"]), 30)
     for epoch in flywheel.status()["books"].values():
         assert epoch["sent_seq"] == epoch["received"] + epoch["lost"] + epoch["rejected"], epoch
-    assert len(flywheel.status()["books"]) == 2  # two lives of the server
+    # two lives of the server
+    assert len(flywheel.status()["books"]) == 2

@@ -1,5 +1,6 @@
-"""Nothing changes the output: token for token what the target says without speculation, before, across and after
-swaps under load, with the receiver up, gone and killed; and the target's parameters are what they were, to the bit.
+"""Nothing changes the output: token for token what the target says without speculation, before,
+across and after swaps under load, with the receiver up, gone and killed; and the target's
+parameters are what they were, to the bit.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import pytest
 from drafts import disturb
 from rig import checksums, generate, receiver_process, wait_until
 
-SWAPS = 8  # in each of three phases
+# in each of three phases
+SWAPS = 8
 PARAMS = {"max_new_tokens": 48}
+
 
 @pytest.mark.parametrize("name", ["chain", "tree"])
 def test_swaps_under_load(name, request, plain, stream):
@@ -37,9 +40,13 @@ def test_swaps_under_load(name, request, plain, stream):
         """Publish drafts, bad ones among them, each when the one before is served."""
         nonlocal seen
         for i in range(times):
-            version = loop.publish(disturb(loop.draft(0), seed=1000 + seen, size=(0.02, 0.5)[i % 2]))
+            version = loop.publish(
+                disturb(loop.draft(0), seed=1000 + seen, size=(0.02, 0.5)[i % 2])
+            )
             seen += 1
-            wait_until(partial(swapped, f"draft swapped version={version} "), f"swap to {version}", 30)
+            wait_until(
+                partial(swapped, f"draft swapped version={version} "), f"swap to {version}", 30
+            )
 
     with loop.load(batch, PARAMS) as rounds:
         swap(SWAPS)
@@ -54,17 +61,24 @@ def test_swaps_under_load(name, request, plain, stream):
             process.kill()
             process.wait()
             loop.listen()
-    assert len(rounds) >= 2 and all(map(right, rounds)), f"{sum(map(right, rounds))} of {len(rounds)} rounds are right"
+    assert len(rounds) >= 2 and all(map(right, rounds)), (
+        f"{sum(map(right, rounds))} of {len(rounds)} rounds are right"
+    )
     assert right(loop.generate(batch, PARAMS))
-    wait_until(lambda: loop.metrics()["aurora_swaps"] - swaps == 3 * SWAPS >= 20, "swaps in the metrics", 5)
+    wait_until(
+        lambda: loop.metrics()["aurora_swaps"] - swaps == 3 * SWAPS >= 20, "swaps in the metrics", 5
+    )
     loop.drain()
     across = max(len(s.slot_version.unique()) for found in loop.samples.values() for s in found)
     assert across >= 3, "no request ran across swaps"
 
     assert checksums(loop.server, "target") == target
     after = checksums(loop.server, "draft")
-    assert {n: c for n, c in after.items() if "embed" in n} == {n: c for n, c in draft.items() if "embed" in n}
+    assert {n: c for n, c in after.items() if "embed" in n} == {
+        n: c for n, c in draft.items() if "embed" in n
+    }
     assert after != draft
 
-    loop.wait_for_version(loop.publish(base))  # what accepts something, for those who come after
+    # what accepts something, for those who come after
+    loop.wait_for_version(loop.publish(base))
     print(f"{name}: {len(rounds)} rounds of {len(batch)} requests across {3 * SWAPS} swaps")

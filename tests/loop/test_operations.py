@@ -1,8 +1,8 @@
 """The operator's API under AURORA: whatever is called, the process lives, the draft is the newest
 version, a changed target says so and only its own versions are loaded, and the accounting adds up.
 
-One server with trees of one draft step and pages of 16 tokens, in the order of this file. What needs
-CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
+One server with trees of one draft step and pages of 16 tokens, in the order of this file. What
+needs CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
 tests/plugin/test_weight_updates.py and test_reload.py.
 """
 
@@ -98,7 +98,9 @@ def captured_target(loop) -> str:
 
 @contextmanager
 def unharmed(loop, target_stays=True) -> Iterator[None]:
-    """What is done meanwhile leaves the draft as it is; the target too, unless it is said to change."""
+    """What is done meanwhile leaves the draft as it is; the target too, unless it is said to
+    change.
+    """
     draft, target = draft_of(loop), checksums(loop.server, "target")
     version, changes, swaps = (
         loop.metrics()[f"aurora_{n}"] for n in ("draft_version", "target_changes", "swaps")
@@ -108,7 +110,8 @@ def unharmed(loop, target_stays=True) -> Iterator[None]:
     assert draft_of(loop) == draft
     assert (checksums(loop.server, "target") == target) is target_stays
     outputs(loop)
-    loop.quiet()  # which waits for the metrics to follow
+    # which waits for the metrics to follow
+    loop.quiet()
     found = loop.metrics()
     assert found["aurora_draft_version"] == version and found["aurora_swaps"] == swaps
     assert (found["aurora_target_changes"] == changes) is target_stays
@@ -135,12 +138,15 @@ def test_another_target_and_back(loop, other, expected):
     )
     assert loop.version() == version - 1
     assert call(loop, "/update_weights_from_disk", {"model_path": str(loop.target)})[0]
-    loop.wait_for_version(version)  # nothing new was published: it is this server's target again
+    # nothing new was published: it is this server's target again
+    loop.wait_for_version(version)
     assert outputs(loop) == expected and captured_target(loop) == loop.fingerprint
 
 
 def test_updates_that_fail(loop, other, expected, tmp_path):
-    """A directory that is not there, and two whose tensors do not fit: the target is what it was."""
+    """A directory that is not there, and two whose tensors do not fit: the target is what it
+    was.
+    """
     broken = make_random_target(tmp_path / "broken", vocab=600, tokenizer=True)
     half = tmp_path / "half"
     half.mkdir()
@@ -165,7 +171,8 @@ def tensors(shape: int = 64) -> dict:
 
 def test_tensors_in_a_session(loop, other, expected):
     with unharmed(loop):
-        assert not call(loop, "/update_weights_from_tensor", tensors())[0]  # no session
+        # no session
+        assert not call(loop, "/update_weights_from_tensor", tensors())[0]
         assert call(loop, "/begin_weight_update", {"selector": "draft"})[0]
         success, text = call(loop, "/update_weights_from_tensor", tensors() | {"selector": "draft"})
         assert not success and "published instead" in text
@@ -219,7 +226,9 @@ def test_tensors_by_a_process_group(loop, expected):
 
 
 def test_memory_and_resets(loop, expected):
-    """Without a memory saver nothing is given back; SGLang's own test call does overwrite the draft."""
+    """Without a memory saver nothing is given back; SGLang's own test call does overwrite the
+    draft.
+    """
     with unharmed(loop):
         call(loop, "/release_memory_occupation", {})
         call(loop, "/resume_memory_occupation", {})
@@ -238,7 +247,8 @@ def test_calls_that_concern_no_weights(loop, expected):
         assert not call(loop, "/unload_lora_adapter", {"lora_name": "a"})[0]
         assert call(loop, "/update_weight_version", {"new_version": "two"})[0]
     assert outputs(loop) == expected
-    # Nobody can tell what an update wrote before it failed: an update from disk makes it certain again.
+    # Nobody can tell what an update wrote before it failed: an update from disk makes it certain
+    # again.
     assert not call(loop, "/update_weights_from_ipc", {"zmq_handles": {}})[0]
     assert captured_target(loop) != loop.fingerprint
     assert call(loop, "/update_weights_from_disk", {"model_path": str(loop.target)})[0]
@@ -302,18 +312,24 @@ def test_abort_all_under_load(loop, expected):
 
 
 def test_a_session_of_turns(loop):
-    """SGLang itself puts the turns before into the prompt; a sample begins where the cache ended."""
+    """SGLang itself puts the turns before into the prompt; a sample begins where the cache
+    ended.
+    """
     session = loop.server.post("/open_session", {"capacity_of_str_len": 4000})
     told, rid = [], None
     for turn in range(3):
         new = [(13 * turn + 3 * i) % 450 for i in range(30)]
         params = {"temperature": 0, "ignore_eos": True, **PARAMS}
         body = {"input_ids": new, "sampling_params": params, "rid": f"turn-{turn}"}
-        answer = loop.server.post("/generate", body | {"session_params": {"id": session, "rid": rid}})
+        answer = loop.server.post(
+            "/generate", body | {"session_params": {"id": session, "rid": rid}}
+        )
         rid = answer["meta_info"]["id"]
         told += new + answer["output_ids"]
         (sample,) = loop.taken([rid])[rid]
-        assert sample.start == answer["meta_info"]["cached_tokens"] and (sample.start > 0) is (turn > 0)
+        assert sample.start == answer["meta_info"]["cached_tokens"] and (sample.start > 0) is (
+            turn > 0
+        )
         assert sample.tokens.tolist() == told[sample.start : sample.start + len(sample.tokens)]
         assert sample.start + len(sample.tokens) == len(told)
     loop.server.post("/close_session", {"session_id": session})

@@ -1,5 +1,5 @@
-"""Our draft in PyTorch proposes, node for node, what SGLang's draft proposed: slots, positions, recurrence, masks,
-d2t and assembly are all in here, and a mistake in any of them shows.
+"""Our draft in PyTorch proposes, node for node, what SGLang's draft proposed: slots, positions,
+recurrence, masks, d2t and assembly are all in here, and a mistake in any of them shows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ PARITY = 0.999
 
 def serve(loop, prompts, params):
     answers = loop.generate(prompts, params)
-    samples = [sample for found in loop.taken([a["rid"] for a in answers]).values() for sample in found]
+    samples = [
+        sample for found in loop.taken([a["rid"] for a in answers]).values() for sample in found
+    ]
     return answers, samples
 
 
@@ -45,7 +47,8 @@ def test_chain(chain, stream):
     lengths = [3, 40, 63, 64, 65, 100, 128, 129, 200, 257]
     answers, samples = serve(chain, cut(stream, 0, lengths), {"max_new_tokens": 64})
     chunks = [r for m in chain.messages if m.header.kind == "prefill" for r in m.header.requests]
-    assert max(chunks.count(a["rid"]) for a in answers) >= 3  # prompts of several chunks are among them
+    # prompts of several chunks are among them
+    assert max(chunks.count(a["rid"]) for a in answers) >= 3
     check(chain, samples, version, "chain")
     # ... and this would not have passed with another draft, or without attention.
     draft = chain.draft(version)
@@ -59,11 +62,14 @@ def test_tree(tree, stream):
     lengths = [3, 40, 64, 65, 129, 200]
     _, samples = serve(tree, cut(stream, 0, lengths), {"max_new_tokens": 64})
     result = check(tree, samples, version, "tree")
-    assert result.strayed > 0  # else growing along true ancestors would have done as well
+    # else growing along true ancestors would have done as well
+    assert result.strayed > 0
 
 
 def test_a_draft_as_others_publish_it(modern, stream):
-    """EAGLE 3.1's norms, yarn, a bias and another family's config: as served so trained, after a swap too."""
+    """EAGLE 3.1's norms, yarn, a bias and another family's config: as served so trained, after a
+    swap too.
+    """
     version = modern.version()
     _, samples = serve(modern, cut(stream, 20000, [3, 40, 100, 200, 257]), {"max_new_tokens": 64})
     check(modern, samples, version, "modern")
@@ -85,9 +91,13 @@ def test_a_draft_as_others_publish_it(modern, stream):
 
 
 def test_after_a_swap(tree, stream, target, tmp_path):
-    """Requests that started since are the new version's in every level, another draft vocabulary included."""
+    """Requests that started since are the new version's in every level, another draft vocabulary
+    included.
+    """
     old = tree.version()
-    new = Draft.load(make_draft(tmp_path / "draft", target, draft_vocab=DRAFT_VOCAB, seed=5), tree.embed)
+    new = Draft.load(
+        make_draft(tmp_path / "draft", target, draft_vocab=DRAFT_VOCAB, seed=5), tree.embed
+    )
     assert not torch.equal(new.d2t, tree.draft(old).d2t)
     version = tree.publish(new)
     tree.wait_for_version(version)
@@ -95,7 +105,8 @@ def test_after_a_swap(tree, stream, target, tmp_path):
     check(tree, samples, version, "tree after a swap")
     other = compare(tree.draft(old), eligible(samples, version))
     assert other.same < 0.5 * other.nodes
-    back = tree.publish(disturb(tree.draft(0), seed=5, size=0.02))  # one that accepts something
+    # one that accepts something
+    back = tree.publish(disturb(tree.draft(0), seed=5, size=0.02))
     tree.wait_for_version(back)
     _, samples = serve(tree, cut(stream, 6000, [20, 30, 70]), {"max_new_tokens": 48})
     check(tree, samples, back, "tree swapped back")
@@ -103,11 +114,13 @@ def test_after_a_swap(tree, stream, target, tmp_path):
 
 @pytest.mark.parametrize("name", ["chain", "tree"])
 def test_across_swaps(name, request, stream):
-    """Requests that ran while versions changed: each tree is of one version in all its levels, the one it names, and
-    each slot's KV is of the version that it names."""
+    """Requests that ran while versions changed: each tree is of one version in all its levels, the
+    one it names, and each slot's KV is of the version that it names."""
     loop = request.getfixturevalue(name)
     with ThreadPoolExecutor(1) as pool:
-        serving = pool.submit(serve, loop, cut(stream, 50000, [20, 30, 40, 80]), {"max_new_tokens": 120})
+        serving = pool.submit(
+            serve, loop, cut(stream, 50000, [20, 30, 40, 80]), {"max_new_tokens": 120}
+        )
         while not serving.done():
             loop.publish(disturb(loop.draft(0), seed=500 + loop.writer.newest, size=0.15))
             time.sleep(0.3)
@@ -118,14 +131,17 @@ def test_across_swaps(name, request, stream):
     versions = {int(v) for s in crossed for v in s.tree_version}
     print(f"{name} across versions {sorted(versions)}: {result.text()}")
     assert result.same >= PARITY * result.nodes > 0 and not result.unexplained, result.text()
-    for sample in crossed:  # the label matters: one version too late is seen
+    # the label matters: one version too late is seen
+    for sample in crossed:
         sample.tree_version = sample.tree_version.clamp(max=max(versions) - 1) + 1
     late = compare_across(loop.draft, crossed)
     assert late.same < 0.99 * late.nodes
 
 
 def test_cache_hits_are_aligned_and_excluded(chain, stream):
-    """Slots of a cached prefix are not known, so these cannot be replayed; where they stand must be right."""
+    """Slots of a cached prefix are not known, so these cannot be replayed; where they stand must be
+    right.
+    """
     version = chain.version()
     first = stream[8000:8180]
     hits = [first[:n] + stream[8500 : 8500 + 20 * i] for i, n in enumerate((60, 100, 150, 180))]
@@ -139,5 +155,6 @@ def test_cache_hits_are_aligned_and_excluded(chain, stream):
         assert sample.tokens.tolist() == tokens[cached:]
         roots = sample.start + sample.node_slot[sample.tree_first] + 1
         assert sample.node_token[sample.tree_first].tolist() == [tokens[i] for i in roots]
-        assert (sample.slot_node[len(prompt) - cached - 1 : -1] >= 0).all()  # every generated slot has a target
+        # every generated slot has a target
+        assert (sample.slot_node[len(prompt) - cached - 1 : -1] >= 0).all()
     print(f"chain: {len(samples)} samples with cache hits excluded, all aligned")

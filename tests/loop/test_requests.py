@@ -1,7 +1,8 @@
-"""Every kind of request under wide trees: served, greedy output as a plain server gives it, captured
-as it was, and one client's oddities cost nobody else anything.
+"""Every kind of request under wide trees: served, greedy output as a plain server gives it,
+captured as it was, and one client's oddities cost nobody else anything.
 
-Servers of their own (`wide`: topk 4, 8 nodes; `widest`: topk 8, 64 nodes), the shared `plain` and `chain`.
+Servers of their own (`wide`: topk 4, 8 nodes; `widest`: topk 8, 64 nodes), the shared `plain` and
+`chain`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def shaped(target, taught, tmp_path_factory):
             folder / name, target, draft, args=["--enable-return-hidden-states"], **SHAPES[name]
         )
 
-    with ThreadPoolExecutor(2) as pool:  # its threads must outlive the servers
+    # its threads must outlive the servers
+    with ThreadPoolExecutor(2) as pool:
         loops = dict(zip(SHAPES, pool.map(start, SHAPES)))
         yield loops
         for loop in loops.values():
@@ -98,7 +100,9 @@ def test_what_shapes_the_output(loop, plain, stream, target):
 
 
 def test_penalties_are_served(loop, stream):
-    """Not a plain server's output: a whole step is judged by the penalties before it (output.md)."""
+    """Not a plain server's output: a whole step is judged by the penalties before it
+    (output.md).
+    """
     names = ("frequency_penalty", "presence_penalty", "repetition_penalty", "min_new_tokens")
     params = [
         {"max_new_tokens": 24, name: value} for name, value in zip(names, (0.7, 0.7, 1.2, 12))

@@ -14,19 +14,25 @@ def test_documentation_is_what_a_server_exports(chain):
 
 
 def test_figures_of_a_server(chain, stream):
-    """They follow the traffic: accept lengths as SGLang itself counts them, whether messages are sent or not."""
+    """They follow the traffic: accept lengths as SGLang itself counts them, whether messages are
+    sent or not.
+    """
     chain.generate([stream[20000:20050]], {"max_new_tokens": 4})
     chain.quiet()
     before = values(chain.server.get("/metrics"))
     prompts = [stream[at : at + 50] for at in range(21000, 22000, 250)]
     metas = [a["meta_info"] for a in chain.generate(prompts, {"max_new_tokens": 32})]
-    steps, correct = (sum(m[name] for m in metas) for name in ("spec_verify_ct", "spec_num_correct_drafts"))
+    steps, correct = (
+        sum(m[name] for m in metas) for name in ("spec_verify_ct", "spec_num_correct_drafts")
+    )
 
     def grown(name: str, labels: str = SERIES) -> float:
         series = f"{name}{{{labels}}}"
         return values(chain.server.get("/metrics"))[series] - before[series]
 
-    wait_until(lambda: grown("aurora_accept_length_tokens_count") >= steps, "the steps in the histogram")
+    wait_until(
+        lambda: grown("aurora_accept_length_tokens_count") >= steps, "the steps in the histogram"
+    )
     chain.quiet()
     assert grown("aurora_accept_length_tokens_count") == steps
     assert grown("aurora_accept_length_tokens_sum") == steps + correct

@@ -1,4 +1,5 @@
-"""Two tensor-parallel ranks of a real server: right output, swaps together, and each rank reports what is its own.
+"""Two tensor-parallel ranks of a real server: right output, swaps together, and each rank reports
+what is its own.
 
 Takes a minute and 4 GB more, so it runs by `make test-ranks`.
 """
@@ -25,11 +26,14 @@ PROMPTS = [[(7 * n + 3 * i) % (VOCAB - 2) for i in range(30)] for n in range(4)]
 
 @pytest.fixture(scope="module")
 def loop(tmp_path_factory):
-    """Heads of a number that two ranks share: with others SGLang pads them on a CPU, and versions are refused."""
+    """Heads of a number that two ranks share: with others SGLang pads them on a CPU, and versions
+    are refused.
+    """
     folder = tmp_path_factory.mktemp("parallel")
     target = make_random_target(folder / "target", vocab=VOCAB, heads=4, kv_heads=2)
     init_draft(target, folder / "draft", "target")
-    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}  # one group of processors for each rank
+    # one group of processors for each rank
+    env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = ["--tp-size", "2", "--skip-tokenizer-init"]
     loop = Loop(folder, target, folder / "draft", topk=1, num_steps=4, args=args, env=env)
     yield loop
@@ -45,7 +49,11 @@ def check_output(loop: Loop) -> None:
     model = AutoModelForCausalLM.from_pretrained(loop.target, dtype=torch.float32).eval()
     answers = loop.generate(PROMPTS, {"max_new_tokens": NEW})
     for prompt, answer in zip(PROMPTS, answers, strict=True):
-        tokens = model(torch.tensor([prompt + answer["output_ids"]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+        tokens = (
+            model(torch.tensor([prompt + answer["output_ids"]]))
+            .logits[0, len(prompt) - 1 : -1]
+            .argmax(-1)
+        )
         assert tokens.tolist() == answer["output_ids"]
 
 
@@ -54,7 +62,8 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
     assert exported(loop.server.get("/metrics"), "aurora_") == documented("Server")
     assert by_rank(loop, "aurora_attached") == [1, 1]
     books = loop.quiet()
-    assert by_rank(loop, "aurora_captured_messages_total") == [books["captured"], None]  # rank 0 alone captures
+    # rank 0 alone captures
+    assert by_rank(loop, "aurora_captured_messages_total") == [books["captured"], None]
     for _ in range(2):
         draft = loop.draft(0)
         with torch.no_grad():
@@ -67,6 +76,10 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
 
         wait_until(both_draft_with, lambda: f"both ranks to swap: {loop.metrics()}", 40)
     check_output(loop)
-    assert by_rank(loop, "aurora_swaps_total") == by_rank(loop, "aurora_swap_stall_seconds_count") == [2, 2]
+    assert (
+        by_rank(loop, "aurora_swaps_total")
+        == by_rank(loop, "aurora_swap_stall_seconds_count")
+        == [2, 2]
+    )
     books = loop.quiet()
     assert books["lost"] == books["rejected"] == 0 and books["captured"] > 0

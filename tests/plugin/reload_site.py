@@ -1,5 +1,5 @@
-"""A server's draft as SGLang holds it (fused qkv and gate_up, shared embedding), its reloader, and the directory that a
-trainer writes."""
+"""A server's draft as SGLang holds it (fused qkv and gate_up, shared embedding), its reloader, and
+the directory that a trainer writes."""
 
 from types import SimpleNamespace
 
@@ -15,12 +15,15 @@ TARGET = "f" * 32
 
 
 class Draft(nn.Module):
-    """As sglang.srt.models.llama_eagle3: silent about unknown names, loaders attached to the parameters."""
+    """As sglang.srt.models.llama_eagle3: silent about unknown names, loaders attached to the
+    parameters.
+    """
 
     def __init__(self, embedding: nn.Parameter):
         super().__init__()
         self.config = SimpleNamespace(
-            hidden_size=H, intermediate_size=I, num_attention_heads=HEADS, num_key_value_heads=KV, vocab_size=V,
+            hidden_size=H, intermediate_size=I, num_attention_heads=HEADS, num_key_value_heads=KV,
+            vocab_size=V,
             draft_vocab_size=VD, tie_word_embeddings=False, rms_norm_eps=1e-6,
             eagle_config={"eagle_aux_hidden_state_layer_ids": [0, 1, 2]},
         )  # fmt: skip
@@ -44,7 +47,11 @@ class Draft(nn.Module):
         self.lm_head.weight.weight_loader = self.load_head
 
     def load_qkv(self, param, loaded, shard):
-        start, size = {"q": (0, HEADS * 2), "k": (HEADS * 2, KV * 2), "v": ((HEADS + KV) * 2, KV * 2)}[shard]
+        start, size = {
+            "q": (0, HEADS * 2),
+            "k": (HEADS * 2, KV * 2),
+            "v": ((HEADS + KV) * 2, KV * 2),
+        }[shard]
         view = param.data.narrow(0, start, size)
         assert view.shape == loaded.shape
         view.copy_(loaded)
@@ -58,7 +65,8 @@ class Draft(nn.Module):
 
     def load_weights(self, weights):
         params = dict(self.named_parameters())
-        fused = [("qkv_proj", "q_proj", "q"), ("qkv_proj", "k_proj", "k"), ("qkv_proj", "v_proj", "v"),
+        fused = [("qkv_proj", "q_proj", "q"), ("qkv_proj", "k_proj", "k"),
+        ("qkv_proj", "v_proj", "v"),
                  ("gate_up_proj", "gate_proj", 0), ("gate_up_proj", "up_proj", 1)]  # fmt: skip
         for name, loaded in weights:
             for new, old, shard in fused:
@@ -77,13 +85,18 @@ def checkpoint(seed: float) -> dict[str, torch.Tensor]:
     layer = "midlayer."
     shapes = {
         "fc.weight": (H, 3 * H), "norm.weight": (H,), "lm_head.weight": (VD, H),
-        layer + "self_attn.q_proj.weight": (HEADS * 2, 2 * H), layer + "self_attn.k_proj.weight": (KV * 2, 2 * H),
-        layer + "self_attn.v_proj.weight": (KV * 2, 2 * H), layer + "self_attn.o_proj.weight": (H, HEADS * 2),
+        layer + "self_attn.q_proj.weight": (HEADS * 2, 2 * H),
+        layer + "self_attn.k_proj.weight": (KV * 2, 2 * H),
+        layer + "self_attn.v_proj.weight": (KV * 2, 2 * H),
+        layer + "self_attn.o_proj.weight": (H, HEADS * 2),
         layer + "mlp.gate_proj.weight": (I, H), layer + "mlp.up_proj.weight": (I, H),
         layer + "mlp.down_proj.weight": (H, I), layer + "hidden_norm.weight": (H,),
     }  # fmt: skip
     tensors = {n: torch.full(s, float(seed)) for n, s in shapes.items()}
-    return tensors | {"d2t": torch.arange(VD) % 7 * 0 + int(seed) % 5, "t2d": torch.zeros(V, dtype=torch.bool)}
+    return tensors | {
+        "d2t": torch.arange(VD) % 7 * 0 + int(seed) % 5,
+        "t2d": torch.zeros(V, dtype=torch.bool),
+    }
 
 
 class Site:
@@ -96,16 +109,24 @@ class Site:
         self.model = Draft(self.embedding)
         self.hot = torch.arange(VD)
         self.reloader = Reloader(
-            self.model, self.hot, WeightsConfig(directory=directory), SwapConfig(poll_s=0.001, **swap), TARGET
+            self.model,
+            self.hot,
+            WeightsConfig(directory=directory),
+            SwapConfig(poll_s=0.001, **swap),
+            TARGET,
         )
         self.embedding_before = self.embedding.detach().clone()
         self.addresses = self.find_addresses()
 
     def find_addresses(self):
-        return {n: p.data_ptr() for n, p in self.model.named_parameters()} | {"hot": self.hot.data_ptr()}
+        return {n: p.data_ptr() for n, p in self.model.named_parameters()} | {
+            "hot": self.hot.data_ptr()
+        }
 
     def publish(self, tensors, config=None, target=TARGET):
-        return self.writer.publish(tensors, config or {"hidden_size": H}, target=target, parent=0, optimizer_step=1)
+        return self.writer.publish(
+            tensors, config or {"hidden_size": H}, target=target, parent=0, optimizer_step=1
+        )
 
     def step(self):
         self.reloader._watcher.poll()
@@ -115,7 +136,9 @@ class Site:
         return self.model.lm_head.weight._version
 
     def assert_whole(self, seed):
-        """Every parameter, padding apart, holds `seed`; the embedding and all addresses are as they were."""
+        """Every parameter, padding apart, holds `seed`; the embedding and all addresses are as they
+        were.
+        """
         for name, p in self.model.named_parameters():
             if "embed_tokens" not in name:
                 values = p[:VD] if name == "lm_head.weight" else p

@@ -112,7 +112,8 @@ def captured() -> dict[str, dict]:
         try:
             taken = [_capture(method, ids) for ids in IDS]
         except AttributeError:
-            continue  # hands on to the language model inside, whose class is asked by itself
+            # hands on to the language model inside, whose class is asked by itself
+            continue
         found[name] = {"module": Path(inspect.getfile(method)).stem, "taken": taken}
     return found
 

@@ -39,7 +39,8 @@ def refusal(draft, target=TARGET):
     return str(error.value)
 
 
-# The algorithm imports sglang, which takes seconds: one process-wide import for the tests that need it.
+# The algorithm imports sglang, which takes seconds: one process-wide import for the tests that need
+# it.
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +53,29 @@ def algorithm():
 def test_every_predicate_answers_as_eagle3(algorithm):
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    aurora = algorithm.AuroraAlgorithm(name="AURORA", factory=lambda _: object, supports_overlap=True)
+    aurora = algorithm.AuroraAlgorithm(
+        name="AURORA", factory=lambda _: object, supports_overlap=True
+    )
     eagle3 = SpeculativeAlgorithm.EAGLE3
-    names = [n for n, m in vars(SpeculativeAlgorithm).items() if inspect.isfunction(m) and n[0] != "_"]
+    names = [
+        n for n, m in vars(SpeculativeAlgorithm).items() if inspect.isfunction(m) and n[0] != "_"
+    ]
     predicates = [n for n in names if len(inspect.signature(getattr(eagle3, n)).parameters) == 0]
-    assert {"is_eagle3", "supports_mixed_chunk", "need_topk", "carries_draft_hidden_states"} <= {*predicates}
-    assert {n: getattr(aurora, n)() for n in predicates} == {n: getattr(eagle3, n)() for n in predicates}
+    assert {"is_eagle3", "supports_mixed_chunk", "need_topk", "carries_draft_hidden_states"} <= {
+        *predicates
+    }
+    assert {n: getattr(aurora, n)() for n in predicates} == {
+        n: getattr(eagle3, n)() for n in predicates
+    }
     assert aurora in (eagle3,) and aurora != SpeculativeAlgorithm.EAGLE and {eagle3: 1}[aurora]
-    # What takes arguments is the enum's own function, or written here; nothing of the enum is missing.
+    # What takes arguments is the enum's own function, or written here; nothing of the enum is
+    # missing.
     own = {"create_worker", "handle_server_args"}
     for name in set(names) - set(predicates) - own:
-        assert inspect.getattr_static(algorithm.AuroraAlgorithm, name) is vars(SpeculativeAlgorithm)[name], name
+        assert (
+            inspect.getattr_static(algorithm.AuroraAlgorithm, name)
+            is vars(SpeculativeAlgorithm)[name]
+        ), name
 
 
 def test_registers_under_its_name(algorithm):
@@ -97,7 +110,8 @@ def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch
     "requested, draft, target, fits",
     [
         ("auto", "bfloat16", "bfloat16", True),
-        ("auto", "float32", "bfloat16", False),  # SGLang would run the draft in float16
+        # SGLang would run the draft in float16
+        ("auto", "float32", "bfloat16", False),
         ("auto", "float32", "float16", True),
         ("auto", "float16", "bfloat16", False),
         ("auto", "float32", None, True),
@@ -149,16 +163,21 @@ OPTIONS = {
 
 
 def test_options_that_aurora_cannot_serve_are_refused_with_their_remedy(draft, target):
-    """Before anything is loaded; the draft inherits the target's quantization unless it is told not to."""
+    """Before anything is loaded; the draft inherits the target's quantization unless it is told not
+    to.
+    """
     line = f"--model-path {target} --device cpu --dtype bfloat16 --speculative-algorithm AURORA "
-    line += f"--speculative-draft-model-path {draft()} --speculative-num-steps 2 --speculative-eagle-topk 1"
+    line += (
+        f"--speculative-draft-model-path {draft()} --speculative-num-steps 2"
+        " --speculative-eagle-topk 1"
+    )
     lines = [f"{line} {more}".split() for more in OPTIONS]
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
     command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     found = [text.removeprefix("RESULT") for text in done.stdout.splitlines() if "RESULT" in text]
     for option, says, text in zip(OPTIONS, OPTIONS.values(), found, strict=True):
-        assert (says in text if says else not text), (option, text)
+        assert says in text if says else not text, (option, text)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +189,9 @@ def test_options_that_aurora_cannot_serve_are_refused_with_their_remedy(draft, t
         (None, "aurora.toml"),
     ],
 )
-def test_a_bad_configuration_is_refused_before_anything_is_loaded(algorithm, monkeypatch, tmp_path, text, says):
+def test_a_bad_configuration_is_refused_before_anything_is_loaded(
+    algorithm, monkeypatch, tmp_path, text, says
+):
     path = tmp_path / "aurora.toml"
     if text is not None:
         path.write_text(text)
@@ -193,7 +214,8 @@ def test_a_failure_to_register_is_kept_and_logged(algorithm, monkeypatch, caplog
 
     monkeypatch.setattr(plugin, "failure", None)
     monkeypatch.setattr(algorithm, "register", fail)
-    with pytest.raises(RuntimeError):  # SGLang swallows it
+    # SGLang swallows it
+    with pytest.raises(RuntimeError):
         plugin.register()
     assert plugin.failure == "RuntimeError: no such seam" and "no such seam" in caplog.text
 
@@ -226,7 +248,9 @@ def test_accepts_sglang_default_layers_where_they_are_three(draft):
 def test_what_a_draft_leaves_to_sglang_is_said(draft):
     (note,) = check_draft(draft(aux_layer_ids=None), {**TARGET, "num_hidden_layers": 8})
     assert "the outputs of layers [1, 3, 4]" in note
-    (note,) = check_draft(draft(changes={"max_position_embeddings": 64}), {**TARGET, "max_position_embeddings": 128})
+    (note,) = check_draft(
+        draft(changes={"max_position_embeddings": 64}), {**TARGET, "max_position_embeddings": 128}
+    )
     assert "--context-length 64" in note
     assert check_draft(draft(), TARGET) == []
 
@@ -266,7 +290,15 @@ def test_refuses_a_directory_that_is_no_draft(tmp_path, target):
         ({"num_hidden_layers": 2}, "lacks layers.1."),
         ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3]}}, "fc.weight is [64, 192]"),
         ({"num_aux_hidden_states": 2}, "num_aux_hidden_states is 2"),
-        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": AUX, "use_aux_hidden_state": False}}, "use_aux"),
+        (
+            {
+                "eagle_config": {
+                    "eagle_aux_hidden_state_layer_ids": AUX,
+                    "use_aux_hidden_state": False,
+                }
+            },
+            "use_aux",
+        ),
         ({"architectures": ["LlamaForCausalLM"]}, "not an EAGLE3 draft"),
     ],
 )
@@ -281,7 +313,10 @@ def test_absent_sizes_are_those_of_the_family(draft):
         del config[key]
     (path / "config.json").write_text(json.dumps(config))
     message = refusal(path)
-    assert "hidden_size is 4096, the target's hidden_size is 64" in message and "vocab_size is 32000" in message
+    assert (
+        "hidden_size is 4096, the target's hidden_size is 64" in message
+        and "vocab_size is 32000" in message
+    )
 
 
 def test_refuses_a_null_draft_vocabulary(draft):
@@ -316,5 +351,8 @@ def test_refuses_tensors_that_would_be_skipped_and_damaged_files(draft):
 
 
 def test_draft_check_imports_neither_torch_nor_sglang():
-    code = "import sys, aurora_sglang_plugin.draft_check; assert not {'torch', 'sglang'} & {*sys.modules}"
+    code = (
+        "import sys, aurora_sglang_plugin.draft_check; assert not {'torch', 'sglang'} &"
+        " {*sys.modules}"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

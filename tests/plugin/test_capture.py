@@ -1,4 +1,6 @@
-"""What is taken of a step, on stand-ins for SGLang's batches; tests/loop/test_capture_reference.py has real ones."""
+"""What is taken of a step, on stand-ins for SGLang's batches; tests/loop/test_capture_reference.py
+has real ones.
+"""
 
 from types import SimpleNamespace
 
@@ -32,7 +34,8 @@ def make_capture(**config):
 
 def sampling_params(**changes):
     usual = dict(
-        custom_params=None, logit_bias=None, frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0,
+        custom_params=None, logit_bias=None, frequency_penalty=0.0, presence_penalty=0.0,
+        repetition_penalty=1.0,
         min_new_tokens=0,
     )  # fmt: skip
     return SimpleNamespace(**{**usual, **changes})
@@ -40,7 +43,8 @@ def sampling_params(**changes):
 
 def request(rid="r", prompt=range(5), output=(), finished=None, grammar=None, **params):
     return SimpleNamespace(
-        rid=rid, origin_input_ids=list(prompt), output_ids=list(output), finished_len=None, grammar=grammar,
+        rid=rid, origin_input_ids=list(prompt), output_ids=list(output), finished_len=None,
+        grammar=grammar,
         sampling_params=sampling_params(**params), finished=lambda: finished is not None,
         finished_reason=None if finished is None else SimpleNamespace(to_json=lambda: {"type": finished}),
     )  # fmt: skip
@@ -77,7 +81,9 @@ def verify_step(capture, reqs):
         retrieve_next_sibling=torch.full((size, N), -1),
     )
     result = SimpleNamespace(
-        logits_output=SimpleNamespace(hidden_states=torch.randn(size * N, F), next_token_logits=logits),
+        logits_output=SimpleNamespace(
+            hidden_states=torch.randn(size * N, F), next_token_logits=logits
+        ),
         accept_index=torch.arange(size)[:, None] * N + torch.arange(P),
         accept_lens=torch.full((size,), P),
         next_token_ids=torch.arange(size * N) + 1,
@@ -85,10 +91,18 @@ def verify_step(capture, reqs):
     info = SimpleNamespace(watermark_candidates_host=[req.rid == "watermarked" for req in reqs])
     batch = SimpleNamespace(reqs=reqs, seq_lens=torch.full((size,), 10), sampling_info=info)
     capture.before_verify(batch)
-    judged = logits.mul_(0.5).clone()  # as sampling may edit them in place
+    # as sampling may edit them in place
+    judged = logits.mul_(0.5).clone()
     capture.verify(batch, tree, result, 3, 4)
-    for tensor in (logits, tree.draft_token, tree.positions, result.logits_output.hidden_states, result.next_token_ids):
-        tensor.zero_()  # as the next replay of a CUDA graph does
+    for tensor in (
+        logits,
+        tree.draft_token,
+        tree.positions,
+        result.logits_output.hidden_states,
+        result.next_token_ids,
+    ):
+        # as the next replay of a CUDA graph does
+        tensor.zero_()
     return judged
 
 
@@ -105,7 +119,8 @@ def test_verify_takes_the_sampled_rows():
     assert arrays["positions"].tolist() == [10, 12]
     assert arrays["draft_tokens"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     assert arrays["next_tokens"].tolist() == [[1, 2, 3], [9, 10, 11]]
-    expected = judged.view(3, N, V)[[0, 2]].topk(5)  # of the logits as sampling left them
+    # of the logits as sampling left them
+    expected = judged.view(3, N, V)[[0, 2]].topk(5)
     assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
     assert abs(arrays["aux_hidden_states"]).min() > 0
     assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
@@ -141,7 +156,11 @@ def test_a_prefill_that_fits_no_slot_is_sent_in_several_messages():
     capture = make_capture(pinned_slot_bytes=6 * (F * 4 + 64))
     reqs = [request(str(i), prompt=range(4)) for i in range(3)] + [request("long", prompt=range(9))]
     prefill_step(capture, reqs, [0] * 4, [4, 2, 3, 9])
-    assert [fields["requests"] for _, _, fields in capture.publisher.items] == [["0", "1"], ["2"], ["long"]]
+    assert [fields["requests"] for _, _, fields in capture.publisher.items] == [
+        ["0", "1"],
+        ["2"],
+        ["long"],
+    ]
     positions = [s.build()["positions"][1].tolist() for _, s, _ in capture.publisher.items]
     assert positions == [[0, 0], [0], [0]] and not capture.errors
 
@@ -151,18 +170,30 @@ def test_without_a_slot_nothing_is_computed():
     capture.transfer.has_room = lambda: False
     verify_step(capture, [request("a"), request("b")])
     prefill_step(capture, [request("a")], [0], [5])
-    assert capture.publisher.drops == ["no_slot", "no_slot"] and not capture.publisher.items and not capture.errors
+    assert (
+        capture.publisher.drops == ["no_slot", "no_slot"]
+        and not capture.publisher.items
+        and not capture.errors
+    )
 
 
 def test_prefill_of_a_batch():
     out = {"aurora_capture": False}
-    reqs = [request("a", range(4)), request("b", range(9), custom_params=out), request("c", range(30))]
+    reqs = [
+        request("a", range(4)),
+        request("b", range(9), custom_params=out),
+        request("c", range(30)),
+    ]
     capture = make_capture()
     prefill_step(capture, reqs, [0, 2, 10], [4, 3, 5])
     ((kind, snapshot, fields),) = capture.publisher.items
     assert (kind, fields["requests"], fields["extend_version"]) == ("prefill", ["a", "c"], 2)
     arrays = {name: array.tolist() for name, (_, array) in snapshot.build().items()}
-    assert arrays["positions"] == [0, 10] and arrays["extend_lens"] == [4, 5] and arrays["prompt_lens"] == [4, 30]
+    assert (
+        arrays["positions"] == [0, 10]
+        and arrays["extend_lens"] == [4, 5]
+        and arrays["prompt_lens"] == [4, 30]
+    )
     assert arrays["input_ids"] == [100, 101, 102, 103, 107, 108, 109, 110, 111]
     assert arrays["next_tokens"] == [104, 112]
     assert [row[0] // F for row in arrays["aux_hidden_states"]] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
@@ -180,7 +211,9 @@ def test_max_prompt_features(prefix, extend, taken):
     if not taken:
         assert capture.publisher.items == []
         return
-    arrays = {name: array.tolist() for name, (_, array) in capture.publisher.items[0][1].build().items()}
+    arrays = {
+        name: array.tolist() for name, (_, array) in capture.publisher.items[0][1].build().items()
+    }
     assert arrays["positions"] == [prefix + extend - taken] and arrays["feature_lens"] == [taken]
     assert arrays["input_ids"] == list(range(100 + extend - taken, 100 + extend))
 
@@ -209,7 +242,13 @@ def test_flags(change, altered):
 
 @pytest.mark.parametrize(
     ("finished", "reason"),
-    [("stop", "stop"), ("length", "length"), ("abort", "abort"), (None, "retract"), ("something new", "abort")],
+    [
+        ("stop", "stop"),
+        ("length", "length"),
+        ("abort", "abort"),
+        (None, "retract"),
+        ("something new", "abort"),
+    ],
 )
 def test_end(finished, reason):
     capture = make_capture()
@@ -221,7 +260,15 @@ def test_end(finished, reason):
 
 @pytest.mark.parametrize(
     ("label", "travels"),
-    [("code", True), ("a-b_C.9", True), ("x" * 33, False), ("a b", False), ("a\n", False), ("é", False), (7, False)],
+    [
+        ("code", True),
+        ("a-b_C.9", True),
+        ("x" * 33, False),
+        ("a b", False),
+        ("a\n", False),
+        ("é", False),
+        (7, False),
+    ],
 )
 def test_a_requests_label_travels_where_it_is_short_and_harmless(label, travels):
     reqs = [request("a"), request("b", custom_params={"aurora_domain": label}, finished="stop")]
@@ -230,7 +277,9 @@ def test_a_requests_label_travels_where_it_is_short_and_harmless(label, travels)
     capture.ended(reqs[1])
     capture.ended(reqs[0])
     domains = [fields["domains"] for _, _, fields in capture.publisher.items]
-    assert domains == ([["", label], [label], []] if travels else [[], [], []]) and not capture.errors
+    assert (
+        domains == ([["", label], [label], []] if travels else [[], [], []]) and not capture.errors
+    )
 
 
 def test_end_within_an_accepted_path():

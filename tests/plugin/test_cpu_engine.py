@@ -1,7 +1,9 @@
-"""The stand-ins against their oracles: SGLang's own Triton kernels, interpreted, and naive attention.
+"""The stand-ins against their oracles: SGLang's own Triton kernels, interpreted, and naive
+attention.
 
-The kernels need TRITON_INTERPRET before triton is imported, so this file also runs itself as a script, once: SGLang
-grows random trees there, its kernels build and verify them, and everything comes back as arrays.
+The kernels need TRITON_INTERPRET before triton is imported, so this file also runs itself as a
+script, once: SGLang grows random trees there, its kernels build and verify them, and everything
+comes back as arrays.
 """
 
 import os
@@ -16,8 +18,14 @@ import torch
 from aurora_sglang_plugin import cpu_engine
 from aurora_sglang_plugin.cpu_engine import attention, hashing, slots, tree
 
-CPU_ENV = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
-SHAPES = [  # topk, draft steps, nodes, requests
+CPU_ENV = {
+    **os.environ,
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+}
+# topk, draft steps, nodes, requests
+SHAPES = [
     (1, 1, 2, 3),
     (1, 4, 5, 4),
     (1, 7, 8, 1),
@@ -33,7 +41,9 @@ SHAPES = [  # topk, draft steps, nodes, requests
 
 
 def grow_and_verify_with_sglang(path):
-    """The oracle: trees as SGLang grows them (select_top_k_tokens), built and verified by its Triton kernels."""
+    """The oracle: trees as SGLang grows them (select_top_k_tokens), built and verified by its
+    Triton kernels.
+    """
     from sglang.kernels.ops.sampling.murmur_hash import murmur_hash32_kernel
     from sglang.kernels.ops.speculative.spec_tree import (
         TreeMaskMode,
@@ -46,49 +56,75 @@ def grow_and_verify_with_sglang(path):
     torch.manual_seed(0)
     found = {}
     for case, (topk, steps, n, batch) in enumerate(SHAPES):
-        vocab = 3 * topk  # so small that beams repeat tokens and verification goes deep
+        # so small that beams repeat tokens and verification goes deep
+        vocab = 3 * topk
         scores, lists = None, ([], [], [])
         for i in range(steps):
             p = torch.rand(batch if i == 0 else batch * topk, topk)
             if case % 2:
-                p = p**8  # peaked: a few long branches
+                # peaked: a few long branches
+                p = p**8
             token = torch.stack([torch.randperm(vocab)[:topk] for _ in range(len(p))])
-            _, _, scores, info = select_top_k_tokens(i, p, token, torch.zeros(len(p), 1), scores, topk)
+            _, _, scores, info = select_top_k_tokens(
+                i, p, token, torch.zeros(len(p), 1), scores, topk
+            )
             for collected, item in zip(lists, info):
                 collected.append(item)
         parents, selected, draft = organize_draft_results(*lists, n)
         lens = torch.randint(1, 50, (batch,))
         out = empty_tree(batch, n)
         sgl_build_tree_kernel_triton(
-            parents.contiguous(), selected, lens, *out, topk, steps, n, tree_mask_mode=TreeMaskMode.QLEN_ONLY
+            parents.contiguous(),
+            selected,
+            lens,
+            *out,
+            topk,
+            steps,
+            n,
+            tree_mask_mode=TreeMaskMode.QLEN_ONLY,
         )
         candidates = torch.cat([torch.zeros(batch, 1, dtype=torch.long), draft], 1)
         child, sibling = out[3], out[4]
-        child = torch.where(torch.rand(batch, n) < 0.5, child, sibling.gather(1, child.clamp(min=0)))
-        agrees = (child >= 0) & (torch.rand(batch, n) < 0.8)  # most nodes' target is a first or second child
+        child = torch.where(
+            torch.rand(batch, n) < 0.5, child, sibling.gather(1, child.clamp(min=0))
+        )
+        # most nodes' target is a first or second child
+        agrees = (child >= 0) & (torch.rand(batch, n) < 0.8)
         target = torch.randint(0, vocab, (batch, n))
         target = torch.where(agrees, candidates.gather(1, child.clamp(min=0)), target)
         verified = empty_path(batch, n, steps)
         verify_tree_greedy_triton(*verified, candidates, *out[2:], target)
-        arrays = dict(parents=parents, selected=selected, lens=lens, candidates=candidates, target=target)
+        arrays = dict(
+            parents=parents, selected=selected, lens=lens, candidates=candidates, target=target
+        )
         arrays |= dict(zip("mask positions index child sibling".split(), out))
         arrays |= dict(zip("predicts path correct".split(), verified))
         found |= {f"{case}.{name}": value.numpy() for name, value in arrays.items()}
 
     seed, positions, columns = hash_inputs()
     hashed = torch.empty(len(seed), len(columns), dtype=torch.uint32)
-    murmur_hash32_kernel[(len(seed), 1)](seed, positions, columns, hashed, *hashed.shape, BLOCK_SIZE=64)
+    murmur_hash32_kernel[(len(seed), 1)](
+        seed, positions, columns, hashed, *hashed.shape, BLOCK_SIZE=64
+    )
     np.savez(path, hashed=hashed.numpy(), **found)
 
 
 def empty_tree(batch, n):
     links = [torch.full((batch, n), -1) for _ in range(3)]
-    return [torch.ones(batch * n * n, dtype=torch.bool), torch.zeros(batch * n, dtype=torch.long), *links]
+    return [
+        torch.ones(batch * n * n, dtype=torch.bool),
+        torch.zeros(batch * n, dtype=torch.long),
+        *links,
+    ]
 
 
 def empty_path(batch, n, steps):
     int32 = {"dtype": torch.int32}
-    return [torch.zeros(batch * n, **int32), torch.full((batch, steps + 1), -1, **int32), torch.zeros(batch, **int32)]
+    return [
+        torch.zeros(batch * n, **int32),
+        torch.full((batch, steps + 1), -1, **int32),
+        torch.zeros(batch, **int32),
+    ]
 
 
 def hash_inputs():
@@ -105,16 +141,24 @@ def oracle(tmp_path_factory):
     return np.load(path)
 
 
-@pytest.fixture(params=range(len(SHAPES)), ids=lambda i: "topk{}-steps{}-nodes{}-batch{}".format(*SHAPES[i]))
+@pytest.fixture(
+    params=range(len(SHAPES)), ids=lambda i: "topk{}-steps{}-nodes{}-batch{}".format(*SHAPES[i])
+)
 def case(request, oracle):
-    arrays = {k.split(".")[1]: torch.from_numpy(oracle[k]) for k in oracle if k.startswith(f"{request.param}.")}
+    arrays = {
+        k.split(".")[1]: torch.from_numpy(oracle[k])
+        for k in oracle
+        if k.startswith(f"{request.param}.")
+    }
     return SHAPES[request.param], arrays
 
 
 def test_trees_are_built_as_by_sglang(case):
     (topk, steps, n, batch), a = case
     out = empty_tree(batch, n)
-    tree.build_tree_kernel_efficient_cpu(a["parents"], a["selected"], a["lens"], *out, topk, steps, n, tree.QLEN_ONLY)
+    tree.build_tree_kernel_efficient_cpu(
+        a["parents"], a["selected"], a["lens"], *out, topk, steps, n, tree.QLEN_ONLY
+    )
     for name, mine in zip("mask positions index child sibling".split(), out):
         assert torch.equal(mine, a[name]), name
 
@@ -122,7 +166,9 @@ def test_trees_are_built_as_by_sglang(case):
 def test_trees_are_verified_as_by_sglang(case):
     (_, steps, n, batch), a = case
     out = empty_path(batch, n, steps)
-    tree.verify_tree_greedy_cpu(*out, a["candidates"], a["index"], a["child"], a["sibling"], a["target"])
+    tree.verify_tree_greedy_cpu(
+        *out, a["candidates"], a["index"], a["child"], a["sibling"], a["target"]
+    )
     for name, mine in zip("predicts path correct".split(), out):
         assert torch.equal(mine, a[name]), name
 
@@ -140,7 +186,9 @@ def test_seeded_sampling_hashes_as_sglang(oracle):
 
 def test_only_masks_without_the_prefix_are_built():
     with pytest.raises(NotImplementedError, match="QLEN_ONLY"):
-        tree.build_tree_kernel_efficient_cpu(None, None, None, None, None, None, None, None, 2, 3, 4, 0)
+        tree.build_tree_kernel_efficient_cpu(
+            None, None, None, None, None, None, None, None, 2, 3, 4, 0
+        )
 
 
 # Attention
@@ -159,7 +207,8 @@ class Pool:
         self.v = self.k.clone()
         free = torch.randperm(SLOTS)
         self.rows = torch.randperm(8)[: len(lens)]
-        self.table = torch.randint(0, SLOTS, (8, 100), dtype=torch.int32)  # stale entries behind every sequence
+        # stale entries behind every sequence
+        self.table = torch.randint(0, SLOTS, (8, 100), dtype=torch.int32)
         for row, length in zip(self.rows, lens):
             owned, free = free[:length], free[length:]
             self.table[row, :length] = owned.int()
@@ -176,7 +225,8 @@ class Pool:
 def decode(pool, q, k=None, v=None, cache_loc=None):
     out = torch.empty_like(q)
     attention.decode_attention_cpu(
-        q, pool.k, pool.v, 1.0, 1.0, out, k, v, cache_loc, None, pool.table, pool.rows, pool.lens, SCALE,
+        q, pool.k, pool.v, 1.0, 1.0, out, k, v, cache_loc, None, pool.table, pool.rows, pool.lens,
+        SCALE,
         0.0, False, 0, None, None,
     )  # fmt: skip
     return out
@@ -206,12 +256,21 @@ def test_decode_stores_the_new_token_first():
     q = torch.randn(2, HEADS, D)
     out = decode(pool, q, k.view(2, -1), v.view(2, -1), last)
     assert torch.equal(pool.k[last], k) and torch.equal(pool.v[last], v)
-    torch.testing.assert_close(out, torch.stack([pool.naive(r, q[r], slice(None)) for r in range(2)]))
+    torch.testing.assert_close(
+        out, torch.stack([pool.naive(r, q[r], slice(None)) for r in range(2)])
+    )
 
 
 @pytest.mark.parametrize(
     "lens, counts",
-    [([12], [12]), ([12, 7, 20], [12, 2, 5]), ([9, 30], [4, 4]), ([5, 5], [5, 5]), ([90], [90]), ([95, 80], [70, 70])],
+    [
+        ([12], [12]),
+        ([12, 7, 20], [12, 2, 5]),
+        ([9, 30], [4, 4]),
+        ([5, 5], [5, 5]),
+        ([90], [90]),
+        ([95, 80], [70, 70]),
+    ],
 )
 def test_extend_is_causal(lens, counts):
     pool = Pool(lens)
@@ -226,7 +285,8 @@ def test_extend_is_causal(lens, counts):
 
 def test_verify_sees_ancestors_only():
     parents = [-1, 0, 0, 1, 1, 2]
-    n, lens = len(parents), [6, 11, 50]  # the first request has no prefix
+    # the first request has no prefix
+    n, lens = len(parents), [6, 11, 50]
     mask = torch.zeros(n, n, dtype=torch.bool)
     for i, parent in enumerate(parents):
         mask[i] = mask[parent] if parent >= 0 else False
@@ -235,7 +295,9 @@ def test_verify_sees_ancestors_only():
     pool = Pool(lens)
     q = torch.randn(len(lens) * n, HEADS, D)
     expected = [
-        pool.naive(r, q[r * n + i], torch.cat([torch.ones(lens[r] - n, dtype=torch.bool), masks[r, i]]))
+        pool.naive(
+            r, q[r * n + i], torch.cat([torch.ones(lens[r] - n, dtype=torch.bool), masks[r, i]])
+        )
         for r in range(len(lens))
         for i in range(n)
     ]
@@ -247,7 +309,8 @@ def test_what_is_not_built_is_refused():
     q = torch.randn(1, HEADS, D)
     with pytest.raises(NotImplementedError, match="sliding windows"):
         attention.decode_attention_cpu(
-            q, pool.k, pool.v, 1.0, 1.0, q, None, None, None, None, pool.table, pool.rows, pool.lens, SCALE,
+            q, pool.k, pool.v, 1.0, 1.0, q, None, None, None, None, pool.table, pool.rows,
+            pool.lens, SCALE,
             0.0, False, 128, None, None,
         )  # fmt: skip
     with pytest.raises(NotImplementedError, match="QLEN_ONLY"):
@@ -259,9 +322,17 @@ def test_what_is_not_built_is_refused():
 
 def test_slots_are_written_and_read_per_request():
     rows, table = torch.tensor([3, 1]), torch.zeros(4, 10, dtype=torch.int32)
-    start, end, owned = torch.tensor([2, 0]), torch.tensor([5, 2]), torch.tensor([11, 12, 13, 14, 15])
+    start, end, owned = (
+        torch.tensor([2, 0]),
+        torch.tensor([5, 2]),
+        torch.tensor([11, 12, 13, 14, 15]),
+    )
     slots.assign_req_to_token_pool_cpu(rows, table, start, end, owned, 10)
-    assert table[3].tolist() == [0, 0, 11, 12, 13, 0, 0, 0, 0, 0] and table[1, :3].tolist() == [14, 15, 0]
+    assert table[3].tolist() == [0, 0, 11, 12, 13, 0, 0, 0, 0, 0] and table[1, :3].tolist() == [
+        14,
+        15,
+        0,
+    ]
     packed = torch.zeros(5, dtype=torch.long)
     slots.assign_extend_cache_locs_cpu(rows, table, start, end, packed, 10)
     assert torch.equal(packed, owned)
@@ -272,7 +343,9 @@ def test_slots_are_written_and_read_per_request():
 
 def test_a_lane_is_the_sequence_and_its_own_draft_slots():
     table = torch.arange(60, dtype=torch.int32).view(3, 20)
-    lanes = slots.build_draft_decode_metadata_cpu(table, torch.tensor([2, 0]), torch.tensor([3, 1]), 2, 3, 20)
+    lanes = slots.build_draft_decode_metadata_cpu(
+        table, torch.tensor([2, 0]), torch.tensor([3, 1]), 2, 3, 20
+    )
     assert lanes.tolist() == [
         [40, 41, 42, 43, 44, 45],
         [40, 41, 42, 46, 47, 48],
@@ -291,7 +364,9 @@ def test_accepted_nodes_move_to_the_front():
     slots.fill_bonus_tokens_cpu(tokens, torch.tensor([2, 1], dtype=torch.int32), bonus, 3)
     assert bonus.tolist() == [2, 4]
     ids = torch.tensor([1, 2, 3, 4, 5])
-    slots.rotate_input_ids_cpu(ids, torch.tensor([0, 3]), torch.tensor([3, 2]), torch.tensor([[8], [9]]))
+    slots.rotate_input_ids_cpu(
+        ids, torch.tensor([0, 3]), torch.tensor([3, 2]), torch.tensor([[8], [9]])
+    )
     assert ids.tolist() == [2, 3, 8, 5, 9]
 
 
@@ -329,14 +404,18 @@ def test_a_gpu_or_a_real_package_is_left_alone(monkeypatch, tmp_path, has_gpu, r
         (tmp_path / "sgl_kernel/__init__.py").write_text("REAL = True\n")
         monkeypatch.syspath_prepend(str(tmp_path))
     assert cpu_engine.install() is False
-    assert "sgl_kernel" not in sys.modules  # the real one is found, and left for SGLang to import
+    # the real one is found, and left for SGLang to import
+    assert "sgl_kernel" not in sys.modules
 
 
 def test_a_child_process_of_sglang_finds_the_stand_ins():
-    """Through the entry point alone: a spawned scheduler imports this module before any general plugin is loaded."""
+    """Through the entry point alone: a spawned scheduler imports this module before any general
+    plugin is loaded.
+    """
     code = (
         "import sglang.srt.mem_cache.allocation, sgl_kernel, torch, sys\n"
-        "assert sgl_kernel.AURORA_STAND_IN and not hasattr(torch.ops.sgl_kernel, 'convert_weight_packed')\n"
+        "assert sgl_kernel.AURORA_STAND_IN and not hasattr(torch.ops.sgl_kernel,"
+        " 'convert_weight_packed')\n"
         "from transformers.utils import is_torchvision_available\n"
         "assert not is_torchvision_available()\n"
         # general plugins make SGLang's own verification sample, unless all of the batch is greedy
@@ -344,7 +423,8 @@ def test_a_child_process_of_sglang_finds_the_stand_ins():
         "load_plugins()\n"
         "from sglang.srt.speculative import eagle_utils\n"
         "from aurora_sglang_plugin.cpu_engine import sampling\n"
-        "for name in ('top_k_renorm_prob', 'top_p_renorm_prob', 'tree_speculative_sampling_target_only',\n"
+        "for name in ('top_k_renorm_prob', 'top_p_renorm_prob',"
+        " 'tree_speculative_sampling_target_only',\n"
         "             'chain_speculative_sampling_triton'):\n"
         "    assert getattr(eagle_utils, name) is getattr(sampling, name), name\n"
         "facts = dict(is_cpu=True, is_hip=False, is_xpu=False, use_rejection_sampling=False)\n"

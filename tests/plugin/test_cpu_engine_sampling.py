@@ -32,7 +32,8 @@ def run_sglangs_kernels(path):
     from sglang.kernels.ops.sampling import renorm_triton
     from sglang.kernels.ops.speculative import reject_sampling
 
-    renorm_triton._prepare_probs = lambda probs: probs.float().contiguous()  # it refuses a CPU
+    # it refuses a CPU
+    renorm_triton._prepare_probs = lambda probs: probs.float().contiguous()
     found = {}
     probs, top_ks, top_ps = rows_to_cut()
     found["top_k"] = renorm_triton.top_k_renorm_probs_triton(probs, top_ks)
@@ -226,7 +227,8 @@ def test_a_coin_beyond_what_rounding_left_still_draws_a_token_of_the_target():
 # Distributions. The target is a Markov chain over V tokens: a row for each token.
 
 V, DRAWS, LENGTH = 6, 8000, 3
-TREE = [-1, 0, 0, 1, 1, 2, 3]  # topk 2, 3 steps
+# topk 2, 3 steps
+TREE = [-1, 0, 0, 1, 1, 2, 3]
 
 
 def target_rows(temperature=1.0, top_k=1 << 30, top_p=1.0):

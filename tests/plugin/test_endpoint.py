@@ -11,15 +11,30 @@ from aurora_sglang_plugin.publish import Publisher
 from aurora_trainer.receive import ReceiveConfig, Receiver
 
 KEYS = {"trainer_keys": "/keys/trainer", "server_keys": "/keys/server"}
-HERE = ["ipc:///run/aurora/link", "ipc://@aurora", "tcp://127.0.0.1:5590", "tcp://127.8.9.1:1", "tcp://localhost:5590"]
+HERE = [
+    "ipc:///run/aurora/link",
+    "ipc://@aurora",
+    "tcp://127.0.0.1:5590",
+    "tcp://127.8.9.1:1",
+    "tcp://localhost:5590",
+]
 HERE += ["tcp://[::1]:5590"]
-AWAY = ["tcp://10.0.0.7:5590", "tcp://trainer.example:5590", "tcp://[fd00::7]:5590", "tcp://127.0.0.1.example:5590"]
+AWAY = [
+    "tcp://10.0.0.7:5590",
+    "tcp://trainer.example:5590",
+    "tcp://[fd00::7]:5590",
+    "tcp://127.0.0.1.example:5590",
+]
 AWAY += ["tcp://localhost.example:5590", "tcp://127.1:5590", "tcp://trainer_1:65535"]
 NONSENSE = [
-    "", "tcp://", "tcp://:5590", "tcp://127.0.0.1", "tcp://127.0.0.1:", "tcp://127.0.0.1:0", "tcp://127.0.0.1:65536",
-    "tcp://127.0.0.1:*", "tcp://127.0.0.1:port", "udp://127.0.0.1:1", "inproc://x", "ipc://", "ipc://*", "ipc://@",
-    "tcp://127.0.0.1:5590/x", "http://127.0.0.1:80", "pgm://127.0.0.1;239.1.1.1:80", " tcp://127.0.0.1:5590",
-    "tcp://127.0.0.1:0;10.0.0.7:5590",  # libzmq: from loopback, to 10.0.0.7
+    "", "tcp://", "tcp://:5590", "tcp://127.0.0.1", "tcp://127.0.0.1:", "tcp://127.0.0.1:0",
+    "tcp://127.0.0.1:65536",
+    "tcp://127.0.0.1:*", "tcp://127.0.0.1:port", "udp://127.0.0.1:1", "inproc://x", "ipc://",
+    "ipc://*", "ipc://@",
+    "tcp://127.0.0.1:5590/x", "http://127.0.0.1:80", "pgm://127.0.0.1;239.1.1.1:80",
+    " tcp://127.0.0.1:5590",
+    # libzmq: from loopback, to 10.0.0.7
+    "tcp://127.0.0.1:0;10.0.0.7:5590",
     "tcp://127.0.0.1:5590;10.0.0.7:5590",
     "tcp://127.0.0.1:5590\n",
 ]  # fmt: skip
@@ -36,7 +51,9 @@ def test_what_stays_here_needs_no_keys(endpoint):
 @pytest.mark.parametrize("endpoint", AWAY)
 def test_what_leaves_needs_keys_or_the_words(endpoint):
     assert not stays_here(endpoint)
-    with pytest.raises(ValidationError, match="link.endpoint .* leaves this machine.*insecure_plaintext"):
+    with pytest.raises(
+        ValidationError, match="link.endpoint .* leaves this machine.*insecure_plaintext"
+    ):
         LinkConfig(endpoint=endpoint)
     LinkConfig(endpoint=endpoint, **KEYS)
     LinkConfig(endpoint=endpoint, insecure_plaintext_beyond_loopback=True)
@@ -72,14 +89,17 @@ def test_keys_for_one_side_only(given):
 def test_the_refusal_names_the_file(tmp_path):
     path = tmp_path / "aurora.toml"
     path.write_text('[link]\nendpoint = "tcp://10.0.0.7:5590"\n')
-    with pytest.raises(ConfigError, match="aurora.toml(.|\n)*link.endpoint 'tcp://10.0.0.7:5590' leaves"):
+    with pytest.raises(
+        ConfigError, match="aurora.toml(.|\n)*link.endpoint 'tcp://10.0.0.7:5590' leaves"
+    ):
         load(ServerConfig, path)
 
 
 def test_an_ipc_path_that_every_user_can_replace_is_refused_by_both_sides(tmp_path):
     open_to_all = tmp_path / "open"
     (open_to_all / "mine").mkdir(parents=True)
-    for directory in (open_to_all, open_to_all / "mine"):  # the directory itself, or one above it
+    # the directory itself, or one above it
+    for directory in (open_to_all, open_to_all / "mine"):
         open_to_all.chmod(0o777)
         link = LinkConfig(endpoint=f"ipc://{directory}/link")
         with pytest.raises(ValueError, match=f"{open_to_all} .mode 0777.*mkdir -m 700"):

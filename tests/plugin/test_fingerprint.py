@@ -110,7 +110,8 @@ def test_another_config_or_dtype_is_another_target(target):
     before = target_fingerprint(str(target))
     config = json.loads((target / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(dict(reversed(config.items())), indent=7))
-    assert target_fingerprint(str(target)) == before  # the same, written otherwise
+    # the same, written otherwise
+    assert target_fingerprint(str(target)) == before
     (target / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
     changed = target_fingerprint(str(target))
     save_file(

@@ -1,7 +1,7 @@
 """The judge of drafts, judged: SGLang's own loader is asked about each of them.
 
-What draft_check accepts, SGLang loads, whole, and the trainer computes as SGLang was built; what SGLang never reads is
-accepted. `sglang_loader.py` is the loader, in one process for all drafts.
+What draft_check accepts, SGLang loads, whole, and the trainer computes as SGLang was built; what
+SGLang never reads is accepted. `sglang_loader.py` is the loader, in one process for all drafts.
 """
 
 import json
@@ -30,12 +30,13 @@ IDS = {"eagle_aux_hidden_state_layer_ids": AUX}
 ABSENT = object()
 VALUES = [ABSENT, None, "x", [1], {}, -1, 0, 1, 1.5, True, False, math.nan]
 READ = (
-    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings vocab_size "
-    "draft_vocab_size tie_word_embeddings dtype target_hidden_size num_aux_hidden_states eagle_config fc_norm "
-    "norm_before_fc norm_output bias attention_bias mlp_bias partial_rotary_factor rope_is_neox_style layer_types "
-    "quantization_config text_config final_logit_softcapping auto_map use_cache pad_token_id eos_token_id "
-    "initializer_range attention_dropout architectures"
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    " num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters"
+    " max_position_embeddings vocab_size draft_vocab_size tie_word_embeddings dtype"
+    " target_hidden_size num_aux_hidden_states eagle_config fc_norm norm_before_fc norm_output bias"
+    " attention_bias mlp_bias partial_rotary_factor rope_is_neox_style layer_types"
+    " quantization_config text_config final_logit_softcapping auto_map use_cache pad_token_id"
+    " eos_token_id initializer_range attention_dropout architectures"
 ).split()
 UNREAD = (
     "sliding_window",
@@ -57,20 +58,26 @@ ACCEPTED = {
     "yarn": {"rope_scaling": yarn()},
     "yarn, both mscales": {"rope_scaling": yarn(mscale=0.7, mscale_all_dim=1.3)},
     "yarn, one mscale": {"rope_scaling": yarn(mscale=0.7)},
-    "yarn of Kimi": {"rope_scaling": yarn(factor=64.0, beta_fast=32, beta_slow=1, mscale=1, mscale_all_dim=1)},
+    "yarn of Kimi": {"rope_scaling": yarn(factor=64.0, beta_fast=32, beta_slow=1, mscale=1,
+    mscale_all_dim=1)},
     "yarn, not truncated": {"rope_scaling": yarn(truncate=False, beta_fast=16.0, beta_slow=2)},
-    "yarn, other factors": {"rope_scaling": yarn(attn_factor=1.5, extrapolation_factor=0.5, attention_factor=9.0)},
-    "yarn of an integer": {"rope_parameters": yarn(factor=8, rope_theta=500.0), "rope_scaling": None},
+    "yarn, other factors": {"rope_scaling": yarn(attn_factor=1.5, extrapolation_factor=0.5,
+    attention_factor=9.0)},
+    "yarn of an integer": {"rope_parameters": yarn(factor=8, rope_theta=500.0),
+    "rope_scaling": None},
     "yarn, theta beside it": {"rope_scaling": yarn(), "rope_theta": 1e6},
     "yarn, length at the top": {"rope_scaling": yarn(), "original_max_position_embeddings": 128},
-    "yarn, length by default": {"rope_scaling": {"type": "yarn", "factor": 2.0}, "max_position_embeddings": 256},
+    "yarn, length by default": {"rope_scaling": {"type": "yarn", "factor": 2.0},
+    "max_position_embeddings": 256},
     "llama3": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 512}},
     "llama3, length by default": {"rope_scaling": LLAMA3},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
     "linear of an integer": {"rope_scaling": {"type": "linear", "factor": 4}},
-    "scaling goes before parameters": {"rope_scaling": {"rope_type": "default"}, "rope_parameters": yarn()},
+    "scaling goes before parameters": {"rope_scaling": {"rope_type": "default"},
+    "rope_parameters": yarn()},
     "a factor without a type": {"rope_scaling": {"factor": 4.0}},
-    "partial among the parameters": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "partial among the parameters": {"rope_parameters": {"rope_theta": 1e4,
+    "partial_rotary_factor": 0.5}},
     "qwen2": {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False},
     "qwen3": {"model_type": "qwen3", "rope_theta": 1e6},
     "qwen3_moe": {"model_type": "qwen3_moe"},
@@ -79,35 +86,42 @@ ACCEPTED = {
     "mixtral": {"model_type": "mixtral", "rope_theta": ABSENT, "rms_norm_eps": ABSENT},
     "phi3": {"model_type": "phi3", "rms_norm_eps": ABSENT},
     "qwen2, head_dim by default": {"model_type": "qwen2", "head_dim": ABSENT},
-    "mistral, theta by default": {"model_type": "mistral", "rope_theta": ABSENT, "rms_norm_eps": ABSENT},
+    "mistral, theta by default": {"model_type": "mistral", "rope_theta": ABSENT,
+    "rms_norm_eps": ABSENT},
     "a second architecture": {"architectures": ["LlamaForCausalLMEagle3", "Other"]},
     "layers named twice": {"eagle_config": IDS, "eagle_aux_hidden_state_layer_ids": [1, 3, 5]},
     "mlp_bias without tensors": {"mlp_bias": True},
     "layer types": {"layer_types": ["sliding_attention"], "sliding_window": 64},
-    "numbers of features": {"num_aux_hidden_states": 3, "eagle_config": {**IDS, "use_aux_hidden_state": True}},
+    "numbers of features": {"num_aux_hidden_states": 3,
+    "eagle_config": {**IDS, "use_aux_hidden_state": True}},
     "a softcap of zero": {"final_logit_softcapping": 0.0},
 }  # fmt: skip
 ACCEPTED |= {
     f"{f}, yarn": {"model_type": f, "rope_scaling": yarn()} for f in FAMILIES if f != "phi3"
 }
-# Changes that are refused: what the sentence names. SGLang fails on those after the line, and serves the others.
+# Changes that are refused: what the sentence names. SGLang fails on those after the line, and
+# serves the others.
 REFUSED = {
     "rope dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
     "half of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
     "not neox": ({"rope_is_neox_style": False}, "rope_is_neox_style"),
     "aux off": ({"eagle_config": {**IDS, "use_aux_hidden_state": False}}, "use_aux_hidden_state"),
-    "norm_output elsewhere": ({"eagle_config": {**IDS, "norm_output": True}}, "eagle_config.norm_output"),
+    "norm_output elsewhere": ({"eagle_config": {**IDS, "norm_output": True}},
+    "eagle_config.norm_output"),
     "fc_norm elsewhere": ({"eagle_config": {**IDS, "fc_norm": True}}, "eagle_config.fc_norm"),
-    "layers at the top alone": ({"eagle_config": ABSENT, "eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "at its top"),
+    "layers at the top alone": ({"eagle_config": ABSENT,
+    "eagle_aux_hidden_state_layer_ids": [1, 3, 5]}, "at its top"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings"),
     "speculators' residual": ({"norm_before_residual": True}, "norm_before_residual"),
     "another family": ({"model_type": "glm4"}, "model_type"),
     # ---- SGLang fails
-    "rope nested": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "nested by layer type"),
+    "rope nested": ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+    "nested by layer type"),
     "rope longrope": ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
     "rope nested, with layer types": (
-        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}, "layer_types": ["full_attention"]}, "nested"),
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}},
+        "layer_types": ["full_attention"]}, "nested"),
     "phi3 stretched": ({"model_type": "phi3", "rope_scaling": yarn()}, "longrope"),
     "yarn without a factor": ({"rope_scaling": {"type": "yarn"}}, "lacks factor"),
     "yarn with a null": ({"rope_scaling": yarn(beta_fast=None)}, "beta_fast = None"),
@@ -121,7 +135,8 @@ REFUSED = {
     "an empty quantization": ({"quantization_config": {}}, "quantization_config"),
 }  # fmt: skip
 
-# Changes that only transformers or the server's own length refuses: keys that nobody reads, too many to list.
+# Changes that only transformers or the server's own length refuses: keys that nobody reads, too
+# many to list.
 AT_START = {
     "fewer positions": ({"max_position_embeddings": 64}, "context_length"),
     "an unknown layer type": ({"layer_types": ["no such type"]}, "layer_types"),
@@ -160,7 +175,8 @@ class Site:
             {"norm_output": True, "norm_before_fc": True},
             {"input_norm.weight": torch.rand(3 * H)},
         )
-        self.add("EAGLE 3.1 in eagle_config", {"eagle_config": {**IDS, "norm_before_fc": True}, "norm_output": True},
+        self.add("EAGLE 3.1 in eagle_config",
+        {"eagle_config": {**IDS, "norm_before_fc": True}, "norm_output": True},
                  {"input_norm.weight": torch.rand(3 * H)})  # fmt: skip
         norms = {f"fc_norm.{i}.weight": torch.rand(H) for i in range(3)}
         self.add("fc_norm", {"fc_norm": True}, norms)
@@ -180,7 +196,8 @@ class Site:
         self.add("another t2d", {}, {"t2d": ~self.tensors["t2d"]})
         self.add("leftovers", {}, {
             "midlayer.self_attn.rotary_emb.inv_freq": ones(8), "verifier_norm.weight": ones(H),
-            "midlayer.self_attn.q_proj.bias": torch.zeros(H), "embed_tokens.weight": torch.randn(512, H),
+            "midlayer.self_attn.q_proj.bias": torch.zeros(H),
+            "embed_tokens.weight": torch.randn(512, H),
         })  # fmt: skip
         self.add("a bias that counts", {}, {"midlayer.self_attn.q_proj.bias": torch.ones(H)})
         self.add(
@@ -224,8 +241,10 @@ class Site:
 
     def ask(self):
         result = subprocess.run(
-            [sys.executable, Path(__file__).with_name("sglang_loader.py"), str(self.target.directory)],
-            input="\n".join(str(self.path(n)) for n in self.names), env={**os.environ, "TMPDIR": str(self.folder)},
+            [sys.executable, Path(__file__).with_name("sglang_loader.py"),
+            str(self.target.directory)],
+            input="\n".join(str(self.path(n)) for n in self.names),
+            env={**os.environ, "TMPDIR": str(self.folder)},
             capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr[-3000:]
@@ -237,7 +256,9 @@ class Site:
 
 
 def assert_served_as_trained(site: Site, name: str) -> None:
-    """SGLang loads it, whole; the trainer's draft has its tensors, its switches and its rotary table."""
+    """SGLang loads it, whole; the trainer's draft has its tensors, its switches and its rotary
+    table.
+    """
     answer = site.answers[name]
     assert "error" not in answer, (name, answer)
     assert answer["unloaded"] == [], (name, answer["unloaded"])
@@ -318,7 +339,8 @@ def test_keys_that_sglang_never_reads_are_not_looked_at(site):
 
 @pytest.mark.parametrize(
     "name",
-    ["EAGLE 3.1", "EAGLE 3.1 in eagle_config", "fc_norm", "use_aux_norm", "bias", "attention_bias", "d2t in int32",
+    ["EAGLE 3.1", "EAGLE 3.1 in eagle_config", "fc_norm", "use_aux_norm", "bias", "attention_bias",
+    "d2t in int32",
      "another t2d", "leftovers", "half precision", "sharded", "a stray file"],
 )  # fmt: skip
 def test_tensors_that_sglang_takes(site, name):
@@ -351,7 +373,8 @@ def test_every_target_of_sglang_captures_what_aux_layers_says(site):
     for architecture, found in site.captured.items():
         config = {"architectures": [architecture], "num_hidden_layers": layers}
         if architecture.endswith(("NextN", "Eagle")):
-            continue  # drafts of a target, not targets
+            # drafts of a target, not targets
+            continue
         for ids, entering in zip(asked, found["taken"], strict=True):
             draft = {
                 "eagle_config": {} if ids is None else {"eagle_aux_hidden_state_layer_ids": ids}
@@ -377,7 +400,10 @@ def test_the_last_output_is_captured_by_the_models_that_are_said_to():
     import sglang
 
     said = {name for names, how in CONVENTIONS.items() if how.last_output for name in names}
-    pattern = r"(end_layer|num_layers|num_hidden_layers|len\(self\.layers\)) in self\.(model\.)?layers_to_capture"
+    pattern = (
+        r"(end_layer|num_layers|num_hidden_layers|len\(self\.layers\)) in"
+        r" self\.(model\.)?layers_to_capture"
+    )
     for path in sorted((Path(sglang.__file__).parent / "srt" / "models").glob("*.py")):
         text = path.read_text()
         classes = re.findall(r"^class (\w+For(?:CausalLM|ConditionalGeneration))\b", text, re.M)
@@ -390,15 +416,27 @@ def test_absent_keys_are_what_transformers_takes_for_them():
     from transformers import AutoConfig
 
     for family, defaults in FAMILIES.items():
-        if family == "kimi_k2":  # an alias that SGLang registers
+        # an alias that SGLang registers
+        if family == "kimi_k2":
             continue
         theirs = AutoConfig.for_model(family)
         named = {**theirs.rope_parameters, **vars(theirs)}
-        for key, value in {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "hidden_act": "silu", **defaults}.items():
+        for key, value in {
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e4,
+            "hidden_act": "silu",
+            **defaults,
+        }.items():
             assert named[key] == value, (family, key)
-        config = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": family, "draft_vocab_size": 10}
+        config = {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": family,
+            "draft_vocab_size": 10,
+        }
         draft, problems = read_draft_config(config)
         assert problems == [] and draft.hidden_size == theirs.hidden_size, (family, problems)
         assert draft.num_key_value_heads == theirs.num_key_value_heads
-        assert draft.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // draft.num_attention_heads)
+        assert draft.head_dim == (
+            getattr(theirs, "head_dim", None) or theirs.hidden_size // draft.num_attention_heads
+        )
         assert not theirs.tie_word_embeddings and not getattr(theirs, "attention_bias", False)

@@ -1,4 +1,6 @@
-"""Keys: never overwritten, never readable by others, never shown; what is wrong with them is said with its remedy."""
+"""Keys: never overwritten, never readable by others, never shown; what is wrong with them is said
+with its remedy.
+"""
 
 import os
 import stat
@@ -22,7 +24,9 @@ def everything(directory):
 def test_what_was_made_fits_and_is_private(keys):
     trainer = load_trainer_keys(keys / "trainer")
     servers = [load_server_keys(keys / name) for name in ("gpu-1", "gpu-2")]
-    assert {server.public for server in servers} == set(trainer.servers) and len(trainer.servers) == 2
+    assert {server.public for server in servers} == set(trainer.servers) and len(
+        trainer.servers
+    ) == 2
     assert sorted(trainer.servers.values()) == ["gpu-1", "gpu-2"]
     for server in servers:
         check_pair(trainer, server)
@@ -38,7 +42,10 @@ def test_modes_do_not_depend_on_the_umask(tmp_path):
         make_keys(tmp_path / "keys", ["server"])
     finally:
         os.umask(before)
-    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "keys").rglob("*")} == {0o700, 0o600}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "keys").rglob("*")} == {
+        0o700,
+        0o600,
+    }
 
 
 def test_a_further_server_joins_and_nothing_else_changes(keys):
@@ -59,7 +66,9 @@ def test_nothing_is_overwritten_and_nothing_half_done(keys):
     assert len(everything(keys)) == len(before) - 3 and not (keys / "gpu-3").exists()
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "trainer", ".hidden", "x" * 65, "a b", "a\n"])
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "a/b", "trainer", ".hidden", "x" * 65, "a b", "a\n"]
+)
 def test_names_that_are_none(tmp_path, name):
     with pytest.raises(ValueError, match="--server"):
         make_keys(tmp_path / "keys", [name])
@@ -76,7 +85,9 @@ def test_a_name_twice(tmp_path):
 def test_a_secret_that_others_can_read_is_refused(keys, who, mode):
     path = keys / who / f"{'trainer' if who == 'trainer' else 'server'}.secret"
     path.chmod(mode)
-    with pytest.raises(ValueError, match=f"{path} can be read by other users .mode {mode:04o}.*chmod 600") as error:
+    with pytest.raises(
+        ValueError, match=f"{path} can be read by other users .mode {mode:04o}.*chmod 600"
+    ) as error:
         (load_trainer_keys if who == "trainer" else load_server_keys)(keys / who)
     assert path.read_bytes().splitlines()[-1].decode() not in str(error.value)
 
@@ -125,7 +136,10 @@ def test_a_damaged_key_is_named_and_not_shown(keys, name, damage):
 
 
 def test_what_is_missing_is_named(keys, tmp_path):
-    for missing, load in ((tmp_path / "none", load_trainer_keys), (tmp_path / "none", load_server_keys)):
+    for missing, load in (
+        (tmp_path / "none", load_trainer_keys),
+        (tmp_path / "none", load_server_keys),
+    ):
         with pytest.raises(ValueError, match="No such file.*aurora-trainer keygen"):
             load(missing)
     (keys / "gpu-1" / "trainer.public").unlink()
@@ -147,7 +161,10 @@ def test_a_pipe_does_not_hold_a_start_up(keys):
 
 def test_keys_that_do_not_fit(keys, tmp_path):
     make_keys(tmp_path / "other", ["gpu-1"])
-    trainer, other = load_trainer_keys(keys / "trainer"), load_server_keys(tmp_path / "other" / "gpu-1")
+    trainer, other = (
+        load_trainer_keys(keys / "trainer"),
+        load_server_keys(tmp_path / "other" / "gpu-1"),
+    )
     with pytest.raises(ValueError, match="not the public key of this trainer"):
         check_pair(trainer, other)
     (keys / "trainer" / "servers" / "gpu-1.public").unlink()

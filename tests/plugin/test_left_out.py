@@ -27,9 +27,8 @@ def test_an_opt_out_fails_closed(value):
 def test_what_says_nothing_of_capture_is_taken():
     for custom in (None, {}, {"something": "else"}, {"aurora_capture": True}):
         assert cause(params={"custom_params": custom}) is None
-    assert (
-        cause(params={"custom_params": "aurora_capture=false"}) == "opt_out"
-    )  # nobody can tell what was meant
+    # nobody can tell what was meant
+    assert cause(params={"custom_params": "aurora_capture=false"}) == "opt_out"
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,8 @@ def test_every_request_is_counted_once_whatever_happens_to_it():
     for _ in range(3):
         prefill_step(capture, [image, out, taken], [0, 0, 0], [2, 2, 2])
         verify_step(capture, [image, out, taken])
-        image.multimodal_inputs = None  # SGLang releases it at an abort, before the request ends
+        # SGLang releases it at an abort, before the request ends
+        image.multimodal_inputs = None
     for req in (image, out, taken):
         capture.ended(req)
     assert capture.left_out == {"multimodal": 1, "opt_out": 1} and capture.left_out.keys() <= {

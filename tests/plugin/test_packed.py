@@ -67,12 +67,14 @@ def test_a_written_weight_is_packed_again(weight):
     assert not stale()
     weight.mul_(2)
     assert not stale()
-    weight.data.mul_(2)  # as SGLang's loaders write: nothing counts it, so whoever calls them does
+    # as SGLang's loaders write: nothing counts it, so whoever calls them does
+    weight.data.mul_(2)
     assert stale()
     packed._write(lambda: None)
     assert not stale()
     weight.data.mul_(2)
-    torch.autograd.graph.increment_version([weight])  # as Aurora's swap does
+    # as Aurora's swap does
+    torch.autograd.graph.increment_version([weight])
     assert not stale()
 
     def fails():

@@ -1,4 +1,6 @@
-"""The publisher against real sockets: it never blocks, and its books are exact whatever the trainer does."""
+"""The publisher against real sockets: it never blocks, and its books are exact whatever the trainer
+does.
+"""
 
 import os
 import signal
@@ -33,11 +35,19 @@ class End:
 
 
 def offer(publisher, value=0, requests=1, **kwargs):
-    publisher.offer("end", End(value, requests, **kwargs), requests=["r"] * requests, reasons=["stop"] * requests)
+    publisher.offer(
+        "end",
+        End(value, requests, **kwargs),
+        requests=["r"] * requests,
+        reasons=["stop"] * requests,
+    )
 
 
 def exact(counters):
-    return counters["captured"] == counters["sent"] + sum(counters["dropped"].values()) + counters["queued"]
+    return (
+        counters["captured"]
+        == counters["sent"] + sum(counters["dropped"].values()) + counters["queued"]
+    )
 
 
 def until(condition, timeout_s=10.0):
@@ -62,7 +72,9 @@ def publish(endpoint):
 
     def start(max_message_bytes=64 << 20, **config):
         link = LinkConfig(endpoint=endpoint, max_message_bytes=max_message_bytes)
-        publishers.append(Publisher(link, PublishConfig(**{"heartbeat_s": 0.05} | config), "target"))
+        publishers.append(
+            Publisher(link, PublishConfig(**{"heartbeat_s": 0.05} | config), "target")
+        )
         return publishers[-1]
 
     yield start
@@ -103,7 +115,10 @@ def test_order_and_books_in_headers(publish, pull):
     last = messages[-1].header
     assert (last.captured_seq, last.queued, last.dropped, last.target) == (50, 0, {}, "target")
     assert last.sent_seq - last.heartbeats == 50 and last.epoch == publisher.epoch
-    assert all(m.header.captured_seq == i + 1 for i, m in enumerate(m for m in messages if m.header.kind == "end"))
+    assert all(
+        m.header.captured_seq == i + 1
+        for i, m in enumerate(m for m in messages if m.header.kind == "end")
+    )
 
 
 def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
@@ -112,9 +127,14 @@ def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
     for value in range(1000):
         offer(publisher, value)
         assert exact(publisher.counters())
-    assert time.perf_counter() - start < 2  # 1000 offers and 1000 checks, nothing waited
+    # 1000 offers and 1000 checks, nothing waited
+    assert time.perf_counter() - start < 2
     counters = publisher.counters()
-    assert counters["dropped"] == {"queue_full": 990} and counters["queued"] == 10 and counters["sent"] == 0
+    assert (
+        counters["dropped"] == {"queue_full": 990}
+        and counters["queued"] == 10
+        and counters["sent"] == 0
+    )
     puller = pull()
     got = [receive(puller) for _ in range(10)]
     assert [int(m.arrays["committed_lens"][0]) for m in got] == list(range(990, 1000))
@@ -152,22 +172,31 @@ def test_the_queue_is_bounded_in_bytes(publish):
         assert publisher.counters()["queued_bytes"] <= 1000
     offer(publisher, nbytes=1001)
     counters = publisher.counters()
-    assert counters["dropped"] == {"queue_full": 7, "too_large": 1} and counters["queued"] == 3 and exact(counters)
+    assert (
+        counters["dropped"] == {"queue_full": 7, "too_large": 1}
+        and counters["queued"] == 3
+        and exact(counters)
+    )
 
 
 def test_every_cause_is_counted_and_publishing_goes_on(publish, pull, caplog):
     puller, publisher = pull(), publish(max_message_bytes=4096)
     offer(publisher, 1, fail=True)
     offer(publisher, 2, fail=True)
-    offer(publisher, 3, requests=5000)  # 20 kB
+    # 20 kB
+    offer(publisher, 3, requests=5000)
     publisher.drop("no_slot")
     offer(publisher, 4)
     while (message := receive(puller)).header.kind != "end":
         pass
     assert int(message.arrays["committed_lens"][0]) == 4
-    assert message.header.dropped == {"build": 2, "too_large": 1, "no_slot": 1} and message.header.captured_seq == 5
+    assert (
+        message.header.dropped == {"build": 2, "too_large": 1, "no_slot": 1}
+        and message.header.captured_seq == 5
+    )
     assert exact(publisher.counters())
-    assert sum("cause=build" in r.getMessage() for r in caplog.records) == 1  # logged once
+    # logged once
+    assert sum("cause=build" in r.getMessage() for r in caplog.records) == 1
 
 
 def test_heartbeats_only_while_nothing_else_is_sent(publish, pull):
@@ -185,7 +214,8 @@ def test_a_slow_trainer_gets_whole_messages_and_the_rest_is_counted(publish, pul
     puller, publisher = pull(rcvhwm=1), publish(queue_messages=8)
     received = 0
     for value in range(300):
-        offer(publisher, value, requests=50_000)  # 200 kB, more in all than any socket buffer
+        # 200 kB, more in all than any socket buffer
+        offer(publisher, value, requests=50_000)
         assert exact(publisher.counters())
         if value % 20 == 0 and puller.poll(100):
             assert receive(puller).header.kind in ("end", "heartbeat")
@@ -198,7 +228,8 @@ def test_a_slow_trainer_gets_whole_messages_and_the_rest_is_counted(publish, pul
     counters = publisher.counters()
     assert exact(counters) and counters["queued"] == 0
     header = message.header
-    assert header.sent_seq == received  # nothing was lost between two living sides
+    # nothing was lost between two living sides
+    assert header.sent_seq == received
     assert header.captured_seq == header.sent_seq - header.heartbeats + sum(header.dropped.values())
 
 
@@ -214,7 +245,9 @@ def puller_process(endpoint):
     started = []
 
     def start():
-        process = subprocess.Popen([sys.executable, "-c", PULLER, endpoint], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PULLER, endpoint], stdout=subprocess.PIPE, text=True
+        )
         started.append(process)
         assert process.stdout.readline() == "bound\n"
         return process
@@ -239,10 +272,15 @@ def test_a_stopped_or_killed_trainer_never_makes_offer_wait(publish, puller_proc
             slowest = max(slowest, time.perf_counter() - start)
             assert exact(publisher.counters())
             time.sleep(0.001)
-        assert slowest < 0.1  # a scheduling hiccup of a busy machine, not a wait for a trainer
-        assert publisher.counters()["dropped"]["queue_full"] > 0 and publisher.counters()["queued"] >= 8
+        # a scheduling hiccup of a busy machine, not a wait for a trainer
+        assert slowest < 0.1
+        assert (
+            publisher.counters()["dropped"]["queue_full"] > 0
+            and publisher.counters()["queued"] >= 8
+        )
     process.wait()
-    puller_process()  # and it goes on when one is there again
+    # and it goes on when one is there again
+    puller_process()
     until(lambda: publisher.counters()["queued"] == 0)
     assert exact(publisher.counters())
 
@@ -253,8 +291,11 @@ def test_close_sends_what_it_can_and_counts_the_rest(publish, pull):
         offer(publisher, value)
     publisher.close(5.0)
     assert publisher.counters()["sent"] == 20 and exact(publisher.counters())
-    while (message := receive(puller)).header.captured_seq < 20 or message.header.kind != "heartbeat":
-        pass  # the last books arrive as well
+    while (
+        message := receive(puller)
+    ).header.captured_seq < 20 or message.header.kind != "heartbeat":
+        # the last books arrive as well
+        pass
     offer(publisher)
     assert publisher.counters()["dropped"] == {"closed": 1}
     publisher.close(0.0)

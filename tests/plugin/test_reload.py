@@ -1,4 +1,5 @@
-"""Reloading into a module that loads as SGLang's EAGLE3 draft does: fused qkv and gate_up, shared embedding.
+"""Reloading into a module that loads as SGLang's EAGLE3 draft does: fused qkv and gate_up, shared
+embedding.
 
 Every file goes through the real directory, watcher and checks.
 """
@@ -59,8 +60,13 @@ def test_twin_is_not_written_while_a_swap_reads_it(site):
     site.reloader._watcher.poll()
     site.reloader._state = "applying"
     site.publish(checkpoint(2))
-    site.reloader._watcher.poll()  # no room: nothing staged, nothing forgotten, nothing counted
-    assert {p.mean().item() for n, p in site.reloader._twin.named_parameters() if n == "model.norm.weight"} == {1.0}
+    # no room: nothing staged, nothing forgotten, nothing counted
+    site.reloader._watcher.poll()
+    assert {
+        p.mean().item()
+        for n, p in site.reloader._twin.named_parameters()
+        if n == "model.norm.weight"
+    } == {1.0}
     site.reloader._state = "free"
     assert site.step() == 2 and not site.reloader._watcher.failures
 
@@ -105,7 +111,9 @@ def test_old_or_new_but_never_half_while_the_watcher_runs(site):
 
 def rank(number, directory, port, results):
     """One of two tensor-parallel ranks; rank 1 sees each version some steps after rank 0."""
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number)
+    torch.distributed.init_process_group(
+        "gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number
+    )
     writer, directory = directory / "writer", directory / f"rank{number}"
     site = Site(directory)
     world = torch.distributed.group.WORLD
@@ -154,8 +162,11 @@ def test_ranks_swap_at_the_same_step(tmp_path):
 
 def test_fp16_overflow_is_refused(tmp_path):
     site = Site(tmp_path)
-    site.model.half()  # a server in float16: 1e6 is finite in the file and infinite there
-    site.reloader = Reloader(site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
+    # a server in float16: 1e6 is finite in the file and infinite there
+    site.model.half()
+    site.reloader = Reloader(
+        site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET
+    )
     site.publish(checkpoint(1) | {"norm.weight": torch.full((H,), 1e6)})
     assert site.step() is None and site.reloader.counters()["refused_values"] == 1
 
@@ -163,7 +174,9 @@ def test_fp16_overflow_is_refused(tmp_path):
 def test_a_whole_vocabulary_needs_no_offsets(tmp_path):
     site = Site(tmp_path)
     site.model.config.vocab_size = VD
-    site.reloader = Reloader(site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
+    site.reloader = Reloader(
+        site.model, site.hot, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET
+    )
     site.hot.fill_(-1)
     site.publish({n: t for n, t in checkpoint(5).items() if n not in ("d2t", "t2d")})
     assert site.step() == 1
@@ -174,7 +187,8 @@ def test_a_server_in_inference_mode(tmp_path):
     with torch.inference_mode():
         site = Site(tmp_path)
     site.publish(checkpoint(1))
-    site.reloader._watcher.poll()  # as the watcher's thread, which is not in that mode
+    # as the watcher's thread, which is not in that mode
+    site.reloader._watcher.poll()
     with torch.inference_mode():
         assert site.reloader.apply_pending() == 1, site.reloader.counters()
         site.assert_whole(1)
@@ -200,7 +214,10 @@ def test_twin_shares_the_embedding_and_keeps_loaders():
     assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
     live, other = model.model.layers[0], twin.model.layers[0]
     assert live.mlp.gate_up_proj.weight.data_ptr() != other.mlp.gate_up_proj.weight.data_ptr()
-    assert other.self_attn.qkv_proj.weight.weight_loader is live.self_attn.qkv_proj.weight.weight_loader
+    assert (
+        other.self_attn.qkv_proj.weight.weight_loader
+        is live.self_attn.qkv_proj.weight.weight_loader
+    )
     assert dict(twin.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
@@ -249,24 +266,42 @@ BAD = {
     "bit flip": ("hash", spoil(flip_byte)),
     "other config, same size": (
         "hash",
-        spoil(lambda d: (d / "config.json").write_text((d / "config.json").read_text().replace("8", "9"))),
+        spoil(
+            lambda d: (d / "config.json").write_text(
+                (d / "config.json").read_text().replace("8", "9")
+            )
+        ),
     ),
     "other content": ("hash", spoil(swap_two_tensors)),
     "other target": ("target", lambda site: site.publish(checkpoint(2), target="0" * 32)),
     "other config": ("config", lambda site: site.publish(checkpoint(2), {"hidden_size": 16})),
     "other aux layers": (
         "config",
-        lambda site: site.publish(checkpoint(2), {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}),
+        lambda site: site.publish(
+            checkpoint(2), {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 1, 3]}}
+        ),
     ),
     "nan": ("values", bad_tensors(lambda t: t["fc.weight"].view(-1)[3].copy_(NAN))),
-    "bf16 inf": ("values", bad_tensors(lambda t: t.update({"norm.weight": (NAN / 1).to(torch.bfloat16).repeat(H)}))),
+    "bf16 inf": (
+        "values",
+        bad_tensors(lambda t: t.update({"norm.weight": (NAN / 1).to(torch.bfloat16).repeat(H)})),
+    ),
     "missing name": ("names", bad_tensors(lambda t: t.pop("midlayer.self_attn.k_proj.weight"))),
     "unknown name": ("names", bad_tensors(lambda t: t.update({"layers.0.extra": torch.ones(2)}))),
-    "same name twice": ("names", bad_tensors(lambda t: t.update({"model.norm.weight": torch.ones(H)}))),
+    "same name twice": (
+        "names",
+        bad_tensors(lambda t: t.update({"model.norm.weight": torch.ones(H)})),
+    ),
     "missing d2t": ("names", bad_tensors(lambda t: t.pop("d2t"))),
     "wrong shape": ("shape", bad_tensors(lambda t: t.update({"norm.weight": torch.ones(1)}))),
-    "wrong dtype": ("dtype", bad_tensors(lambda t: t.update({"norm.weight": torch.ones(H, dtype=torch.int64)}))),
-    "d2t out of range": ("d2t", bad_tensors(lambda t: t.update({"d2t": torch.full((VD,), V - VD + 1)}))),
+    "wrong dtype": (
+        "dtype",
+        bad_tensors(lambda t: t.update({"norm.weight": torch.ones(H, dtype=torch.int64)})),
+    ),
+    "d2t out of range": (
+        "d2t",
+        bad_tensors(lambda t: t.update({"d2t": torch.full((VD,), V - VD + 1)})),
+    ),
     "d2t maps twice": ("d2t", bad_tensors(lambda t: t["d2t"][1].fill_(int(t["d2t"][0]) - 1))),
 }
 
@@ -282,7 +317,8 @@ def test_bad_weights_are_refused_counted_and_forgotten(site, case):
     site.assert_whole(1)
     counted = site.reloader._watcher.failures
     assert set(counted) == {cause} and counted[cause] == (3 if cause == "missing" else 1)
-    site.publish(checkpoint(4))  # the next good one is taken
+    # the next good one is taken
+    site.publish(checkpoint(4))
     site.assert_whole(1)
     assert site.step() == 3
     site.assert_whole(4)
@@ -305,12 +341,19 @@ def test_rollback_is_exact_after_many_swaps(site):
 def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     site = Site(tmp_path)
     site.publish(checkpoint(1))
-    site.reloader.apply_at_start()  # an old version that lay there says nothing about either
+    # an old version that lay there says nothing about either
+    site.reloader.apply_at_start()
     assert sum(site.reloader.durations.counts) == sum(site.reloader.freshness.counts) == 0
-    site.reloader.step()  # serving begins
+    # serving begins
+    site.reloader.step()
     seen_ns = time.time_ns() - 20 * 10**9
     site.writer.publish(
-        checkpoint(2), {"hidden_size": H}, target=TARGET, parent=1, optimizer_step=2, trained_until_ns=seen_ns
+        checkpoint(2),
+        {"hidden_size": H},
+        target=TARGET,
+        parent=1,
+        optimizer_step=2,
+        trained_until_ns=seen_ns,
     )
     deadline = time.monotonic() + 20
     while site.reloader.step() is None and time.monotonic() < deadline:
@@ -328,9 +371,16 @@ def test_an_operator_takes_a_version_back(site):
     """The runbook's two commands: a line in REJECTED and a touch of CURRENT."""
     site.publish(checkpoint(1))
     site.step()
-    site.writer.publish(checkpoint(2), {"hidden_size": H}, target=TARGET, parent=1, optimizer_step=2)
+    site.writer.publish(
+        checkpoint(2), {"hidden_size": H}, target=TARGET, parent=1, optimizer_step=2
+    )
     assert site.step() == 2
-    subprocess.run("""echo '{"version": 2}' >> REJECTED && touch CURRENT""", shell=True, check=True, cwd=site.directory)
+    subprocess.run(
+        """echo '{"version": 2}' >> REJECTED && touch CURRENT""",
+        shell=True,
+        check=True,
+        cwd=site.directory,
+    )
     assert site.step() == 1
     site.assert_whole(1)
     assert site.reloader.counters()["refused_rejected"] == 1
@@ -371,7 +421,8 @@ def test_what_no_copy_holds_is_read_again(site):
     site.publish(checkpoint(1))
     site.publish(checkpoint(2))
     site.step()
-    site.reloader._in_twin = None  # as a staging that failed leaves it
+    # as a staging that failed leaves it
+    site.reloader._in_twin = None
     spoil(site)
     site.reloader.restore()
     assert site.step() == 2
@@ -383,7 +434,8 @@ def test_another_target(site):
     site.publish(checkpoint(1))
     site.step()
     site.publish(checkpoint(2))
-    site.reloader._watcher.poll()  # staged, not yet swapped
+    # staged, not yet swapped
+    site.reloader._watcher.poll()
     site.reloader.retarget("e" * 32)
     assert site.reloader.apply_pending() is None and site.reloader.version == 1
     site.assert_whole(1)
@@ -397,7 +449,8 @@ def test_another_target(site):
     site.assert_whole(4)
     refused = dict(site.reloader._watcher.failures)
     site.reloader.retarget("e" * 32)
-    assert site.step() is None  # what drafts goes on, and is no news
+    # what drafts goes on, and is no news
+    assert site.step() is None
     assert site.reloader._watcher.failures == refused
     assert site.reloader.counters()["target_changes"] == 3
 

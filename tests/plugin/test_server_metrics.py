@@ -1,4 +1,6 @@
-"""The server's families: two tensor-parallel ranks in SGLang's kind of registry, and the counting underneath."""
+"""The server's families: two tensor-parallel ranks in SGLang's kind of registry, and the counting
+underneath.
+"""
 
 import subprocess
 import sys
@@ -60,7 +62,9 @@ def page(tmp_path_factory):
     """What SGLang's /metrics would say of two ranks."""
     directory = tmp_path_factory.mktemp("multiproc")
     ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(n)], env={"PROMETHEUS_MULTIPROC_DIR": str(directory)})
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(n)], env={"PROMETHEUS_MULTIPROC_DIR": str(directory)}
+        )
         for n in range(2)
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
@@ -87,16 +91,22 @@ def test_every_rank_is_right_and_nothing_counts_twice(page):
     for n in (0, 1):
         rank = f'dp_rank="0",le="0.005",tp_rank="{n}"'
         assert found[f"aurora_swap_stall_seconds_bucket{{{rank}}}"] == 1
-        assert found[f'aurora_swap_stall_seconds_sum{{dp_rank="0",tp_rank="{n}"}}'] == pytest.approx(0.004)
+        assert found[
+            f'aurora_swap_stall_seconds_sum{{dp_rank="0",tp_rank="{n}"}}'
+        ] == pytest.approx(0.004)
 
 
 def test_acceptance_by_position_and_version(page):
     found = values(page)
+
     def value(name, **labels):
         pairs = sorted({"dp_rank": "0", "tp_rank": "0", **labels}.items())
         return found[name + "{" + ",".join(f'{k}="{v}"' for k, v in pairs) + "}"]
 
-    assert value("aurora_accept_length_tokens_count") == 5 and value("aurora_accept_length_tokens_sum") == 13
+    assert (
+        value("aurora_accept_length_tokens_count") == 5
+        and value("aurora_accept_length_tokens_sum") == 13
+    )
     assert value("aurora_accept_length_tokens_bucket", le="1.0") == 2
     assert [value("aurora_accepted_drafts_total", position=p) for p in "123"] == [3, 3, 2]
     assert value("aurora_version_accept_length_tokens", role="previous") == 2
@@ -110,7 +120,8 @@ def test_a_version_that_comes_back_keeps_what_it_had():
     a.add(1, np.array([3, 3]))
     a.add(2, np.array([1]))
     assert mean_length(a.of_role["previous"]) == 3
-    a.add(1, np.array([1, 1]))  # 2 was rolled back
+    # 2 was rolled back
+    a.add(1, np.array([1, 1]))
     assert mean_length(a.of_role["current"]) == 2 and mean_length(a.of_role["previous"]) == 1
     a.add(5, np.array([2]))
     assert mean_length(a.of_role["previous"]) == 2 and a.of_role["current"].sum() == 1
@@ -120,14 +131,17 @@ def test_a_version_that_comes_back_keeps_what_it_had():
 def test_a_tally_is_the_histogram_that_prometheus_would_have_made():
     bounds, seen = (0.5, 1, 2), [0.5, 0.500001, 1, 2, 2.5, 0]
     registry = CollectorRegistry()
-    exported = Exported({"ours": histogram("h", bounds), "theirs": histogram("h", bounds)}, registry)
+    exported = Exported(
+        {"ours": histogram("h", bounds), "theirs": histogram("h", bounds)}, registry
+    )
     tally = Tally(bounds)
     for value in seen:
         tally.observe(value)
         exported.load("ours", tally)
         exported.child("theirs").observe(value)
     ours, theirs = (
-        [(s.labels, s.value) for s in family.samples if "_created" not in s.name] for family in registry.collect()
+        [(s.labels, s.value) for s in family.samples if "_created" not in s.name]
+        for family in registry.collect()
     )
     assert ours == theirs and [value for _, value in ours][:5] == [2, 4, 5, 6, 6]
 
@@ -136,8 +150,10 @@ def test_counters_go_on_from_before_and_never_back():
     registry = CollectorRegistry()
     families = {"a": counter("a"), "b": counter("b", cause=("x", "y")), "g": gauge("g")}
     exported = Exported(families, registry)
-    assert registry.get_sample_value("b_total", {"cause": "y"}) == 0  # there before the first event
-    assert registry.get_sample_value("g") != registry.get_sample_value("g")  # NaN: not known yet
+    # there before the first event
+    assert registry.get_sample_value("b_total", {"cause": "y"}) == 0
+    # NaN: not known yet
+    assert registry.get_sample_value("g") != registry.get_sample_value("g")
     exported.count_to("a", 100, before=True)
     for total in (103, 99, 100):
         exported.count_to("a", total)

@@ -16,7 +16,9 @@ F, V, P = 6, 40, 5
 
 
 def links(tree, nodes):
-    """First-child and next-sibling links of a tree, as SGLang keeps them; the nodes past its end are unused."""
+    """First-child and next-sibling links of a tree, as SGLang keeps them; the nodes past its end
+    are unused.
+    """
     child, sibling = np.full(nodes, -1), np.full(nodes, -1)
     for node in range(1, len(tree)):
         earlier = [n for n in range(1, node) if tree[n] == tree[node]]
@@ -34,7 +36,8 @@ def batch_links(trees):
 
 
 def test_parents_of_named_trees():
-    trees = list(NAMED_TREES.values())  # of different sizes in one batch
+    # of different sizes in one batch
+    trees = list(NAMED_TREES.values())
     found = parents(*batch_links(trees))
     for row, tree in zip(found.tolist(), trees):
         assert row == tree + [-2] * (len(row) - len(tree))
@@ -50,7 +53,8 @@ def header(kind, requests, **fields):
     fields = (dict(num_steps=P - 1, topk=2) if kind == "verify" else {}) | fields
     counters = dict(captured_seq=1, sent_seq=1, heartbeats=0, dropped={}, queued=0)
     return wire.Header(
-        wire.SCHEMA_VERSION, kind, "epoch", **counters, target="t", draft_version=0, extend_version=0, time_ns=1,
+        wire.SCHEMA_VERSION, kind, "epoch", **counters, target="t", draft_version=0,
+        extend_version=0, time_ns=1,
         requests=requests, **fields,
     )  # fmt: skip
 
@@ -60,7 +64,10 @@ def decoded(head, arrays):
 
 
 def verify_tensors(logits=True, dtype=torch.float32):
-    """Two ragged trees. Row 0 accepted 0 -> 1 -> 3, row 1 the root only; ids of SGLang's path are row * N + node."""
+    """Two ragged trees.
+
+    Row 0 accepted 0 -> 1 -> 3, row 1 the root only; ids of SGLang's path are row * N + node.
+    """
     tree = NAMED_TREES["ragged"]
     nodes = len(tree)
     child, sibling = batch_links([tree, tree])
@@ -72,7 +79,9 @@ def verify_tensors(logits=True, dtype=torch.float32):
         "next_token": child,
         "next_sibling": sibling,
         "positions": torch.tensor([11, 7]),
-        "accept_index": torch.tensor([[0, 1, 3, -1, -1], [nodes, -1, -1, -1, -1]], dtype=torch.int32),
+        "accept_index": torch.tensor(
+            [[0, 1, 3, -1, -1], [nodes, -1, -1, -1, -1]], dtype=torch.int32
+        ),
         "accept_lens": torch.tensor([3, 1], dtype=torch.int32),
         "next_tokens": torch.tensor([[1, 3, 30, 77, 77], [31, 77, 77, 77, 77]]),
     }
@@ -80,7 +89,11 @@ def verify_tensors(logits=True, dtype=torch.float32):
         tensors["logits"] = raw
     else:
         top = raw.topk(4)
-        tensors |= {"topk_ids": top.indices, "topk_logits": top.values, "logsumexp": raw.logsumexp(-1)}
+        tensors |= {
+            "topk_ids": top.indices,
+            "topk_logits": top.values,
+            "logsumexp": raw.logsumexp(-1),
+        }
     return tensors, raw
 
 
@@ -112,7 +125,10 @@ def test_k_larger_than_the_vocabulary():
 
 def test_bfloat16_travels_as_its_bits():
     tensors, _ = verify_tensors(dtype=torch.bfloat16)
-    message = decoded(header("verify", ["a", "b"], flags=[0, 0]), Verify(HostTensors().stage(tensors), k=4).build())
+    message = decoded(
+        header("verify", ["a", "b"], flags=[0, 0]),
+        Verify(HostTensors().stage(tensors), k=4).build(),
+    )
     assert message.dtype("aux_hidden_states") == "bfloat16"
     bits = message.arrays["aux_hidden_states"].view(np.int16).copy()
     hidden = torch.cat([tensors["hidden"][0, :3], tensors["hidden"][1, :1]])
@@ -121,8 +137,12 @@ def test_bfloat16_travels_as_its_bits():
 
 def test_infinite_logits_are_sent_finite():
     tensors, raw = verify_tensors()
-    raw[3, 2:] = -torch.inf  # a masked vocabulary: fewer tokens than K are left
-    message = decoded(header("verify", ["a", "b"], flags=[0, 0]), Verify(HostTensors().stage(tensors), k=4).build())
+    # a masked vocabulary: fewer tokens than K are left
+    raw[3, 2:] = -torch.inf
+    message = decoded(
+        header("verify", ["a", "b"], flags=[0, 0]),
+        Verify(HostTensors().stage(tensors), k=4).build(),
+    )
     assert np.isfinite(message.arrays["topk_logits"]).all() and not message.bad
 
 
@@ -138,19 +158,27 @@ def test_a_bad_row_is_left_out_and_the_message_goes(what):
         requests[0] = "x" * 2000 if what == "id" else "\ud800"
     outbox = Outbox(PublishConfig())
     fields = dict(requests=requests, flags=[0, 1], reasons=[], domains=[], num_steps=P - 1, topk=2)
-    outbox.put("verify", Verify(HostTensors().stage(tensors), k=4), fields | {"draft_version": 1, "extend_version": 1})
+    outbox.put(
+        "verify",
+        Verify(HostTensors().stage(tensors), k=4),
+        fields | {"draft_version": 1, "extend_version": 1},
+    )
     item = outbox.take()
     arrays = outbox.leave_out_bad_rows(item, item.snapshot.build())
     message = decoded(outbox.header(item, "epoch", "target"), arrays)
     assert message.header.requests == ["b"] and message.header.flags == [1] and not message.bad
-    np.testing.assert_array_equal(message.arrays["aux_hidden_states"], tensors["hidden"][1, :1].numpy())
+    np.testing.assert_array_equal(
+        message.arrays["aux_hidden_states"], tensors["hidden"][1, :1].numpy()
+    )
     counters = outbox.counters()
     assert counters["left_out"] == {"request" if what in ("id", "surrogate") else "not_finite": 1}
     assert counters["captured"] == counters["queued"] == 1 and not counters["dropped"]
 
 
 def test_prefill():
-    """Three requests of the batch, the middle one not sampled; of the last one only a chunk's tail is taken."""
+    """Three requests of the batch, the middle one not sampled; of the last one only a chunk's tail
+    is taken.
+    """
     hidden = torch.arange(5 * F, dtype=torch.float32).view(5, F)
     tensors = {
         "hidden": hidden,
@@ -173,13 +201,20 @@ def test_end():
     assert a["committed_lens"].tolist() == [17]
 
 
-@pytest.mark.parametrize("waits", [True, False], ids=["it waits for a trainer first", "it is sent at once"])
+@pytest.mark.parametrize(
+    "waits", [True, False], ids=["it waits for a trainer first", "it is sent at once"]
+)
 def test_accept_lengths_are_counted_once(waits):
     tensors, _ = verify_tensors()
     acceptance = Acceptance(num_steps=P - 1)
     snapshot = Verify(HostTensors().stage(tensors), k=4, version=5, acceptance=acceptance)
     if waits:
         snapshot.unload()
-        assert acceptance.by_length.tolist() == [0, 1, 0, 1, 0, 0]  # though it may never be sent
+        # though it may never be sent
+        assert acceptance.by_length.tolist() == [0, 1, 0, 1, 0, 0]
     snapshot.build()
-    assert acceptance.by_length.tolist() == acceptance.of_role["current"].tolist() == [0, 1, 0, 1, 0, 0]
+    assert (
+        acceptance.by_length.tolist()
+        == acceptance.of_role["current"].tolist()
+        == [0, 1, 0, 1, 0, 0]
+    )

@@ -1,4 +1,6 @@
-"""Whoever sits at the trainer's endpoint without the trainer's key gets no prompt, and the trainer gets them later."""
+"""Whoever sits at the trainer's endpoint without the trainer's key gets no prompt, and the trainer
+gets them later.
+"""
 
 import logging
 import os
@@ -79,7 +81,10 @@ class Squatter:
             self._path = link.endpoint.removeprefix("ipc://")
             self._socket.bind(self._path)
         else:
-            self._socket, self._path = socket.create_server(("127.0.0.1", int(link.endpoint.rpartition(":")[2]))), None
+            self._socket, self._path = (
+                socket.create_server(("127.0.0.1", int(link.endpoint.rpartition(":")[2]))),
+                None,
+            )
         self._socket.listen()
         self._open = []
         threading.Thread(target=self._serve, daemon=True).start()
@@ -118,7 +123,10 @@ SQUATTERS = {
     "silent": (dict(), None),
     "hangs up": (dict(hang_up=True), None),
     "ssh": (dict(banner=b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n"), "garbage"),
-    "plaintext zmtp": (dict(banner=NULL_GREETING + b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04PULL"), "protocol"),
+    "plaintext zmtp": (
+        dict(banner=NULL_GREETING + b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04PULL"),
+        "protocol",
+    ),
 }
 
 
@@ -130,11 +138,18 @@ def test_a_squatter_is_told_nothing_and_the_trainer_gets_the_newest(link, publis
         offer(publisher)
     until(lambda: squatter.came)
     if cause:
-        until(lambda: publisher.counters()["refused"].get(cause) and f"cause={cause}" in caplog.text)
+        until(
+            lambda: publisher.counters()["refused"].get(cause) and f"cause={cause}" in caplog.text
+        )
     time.sleep(0.3)
     counters = publisher.counters()
-    assert (counters["sent"], counters["queued"], counters["dropped"]) == (0, 10, {"queue_full": 40})
-    assert PROMPT.encode() not in squatter.told and len(squatter.told) <= 300 * squatter.came  # greeting, hello
+    assert (counters["sent"], counters["queued"], counters["dropped"]) == (
+        0,
+        10,
+        {"queue_full": 40},
+    )
+    # greeting, hello
+    assert PROMPT.encode() not in squatter.told and len(squatter.told) <= 300 * squatter.came
     squatter.close()
     receiver = Receiver(link, ReceiveConfig(), None)
     assert all(receiver.get(10.0).header.requests[0] == PROMPT for _ in range(10))
@@ -170,17 +185,23 @@ def test_the_same_false_trainer_gets_everything_without_keys(link):
     pull = false_trainer(link, None, plaintext=True)
     publisher = Publisher(plain, PublishConfig(heartbeat_s=0.05), "target")
     offer(publisher)
-    until(lambda: pull.poll(5000) and any(PROMPT.encode() in part for part in pull.recv_multipart()))
+    until(
+        lambda: pull.poll(5000) and any(PROMPT.encode() in part for part in pull.recv_multipart())
+    )
     publisher.close(0.0)
     pull.context.destroy(linger=0)
 
 
 def test_with_the_right_keys_nothing_readable_is_on_the_way(link, publisher):
-    """Between the two stands a relay that reads everything, and finds neither prompt nor request id."""
+    """Between the two stands a relay that reads everything, and finds neither prompt nor request
+    id.
+    """
     if link.endpoint.startswith("ipc://"):
         pytest.skip("the relay speaks TCP")
     inner = socket.create_server(("127.0.0.1", 0))
-    receiver_link = link.model_copy(update={"endpoint": f"tcp://127.0.0.1:{inner.getsockname()[1]}"})
+    receiver_link = link.model_copy(
+        update={"endpoint": f"tcp://127.0.0.1:{inner.getsockname()[1]}"}
+    )
     inner.close()
     receiver = Receiver(receiver_link, ReceiveConfig(), None)
     outer = socket.create_server(("127.0.0.1", int(link.endpoint.rpartition(":")[2])))
@@ -196,7 +217,12 @@ def test_with_the_right_keys_nothing_readable_is_on_the_way(link, publisher):
 
     offer(publisher)
     peer, _ = outer.accept()
-    with peer, socket.create_connection(("127.0.0.1", int(receiver_link.endpoint.rpartition(":")[2]))) as onward:
+    with (
+        peer,
+        socket.create_connection(
+            ("127.0.0.1", int(receiver_link.endpoint.rpartition(":")[2]))
+        ) as onward,
+    ):
         for pair in ((peer, onward), (onward, peer)):
             threading.Thread(target=relay, args=pair, daemon=True).start()
         assert receiver.get(10.0).header.requests[0] == PROMPT
@@ -216,9 +242,15 @@ def test_a_server_that_is_listed_later_is_let_in_by_the_next_trainer(link, publi
     first = Receiver(link, ReceiveConfig(), None)
     with caplog.at_level(logging.WARNING):
         offer(publisher)
-        until(lambda: publisher.counters()["refused"].get("key") and first.books()["refused_peers"].get("key"))
+        until(
+            lambda: (
+                publisher.counters()["refused"].get("key")
+                and first.books()["refused_peers"].get("key")
+            )
+        )
     own = load_server_keys(link.server_keys).public.decode()
-    until(lambda: f"public_key={own}" in caplog.text and f"key={own} address=" in caplog.text)  # both ends say which
+    # both ends say which
+    until(lambda: f"public_key={own}" in caplog.text and f"key={own} address=" in caplog.text)
     first.close()
     other.write_bytes(key)
     other.chmod(0o600)
@@ -228,8 +260,15 @@ def test_a_server_that_is_listed_later_is_let_in_by_the_next_trainer(link, publi
 
 
 def test_no_secret_is_in_any_text(link, publisher, caplog):
-    secrets = {load_trainer_keys(link.trainer_keys).secret.decode(), load_server_keys(link.server_keys).secret.decode()}
-    texts = [repr(load_trainer_keys(link.trainer_keys)), repr(load_server_keys(link.server_keys)), repr(link)]
+    secrets = {
+        load_trainer_keys(link.trainer_keys).secret.decode(),
+        load_server_keys(link.server_keys).secret.decode(),
+    }
+    texts = [
+        repr(load_trainer_keys(link.trainer_keys)),
+        repr(load_server_keys(link.server_keys)),
+        repr(link),
+    ]
     texts += [str(vars(publisher)), caplog.text]
     raw = [repr(z85.decode(secret)) for secret in secrets]
     assert not any(secret in text for secret in [*secrets, *raw] for text in texts)

@@ -40,12 +40,14 @@ def test_what_is_staged_arrives(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_release_twice_and_when_forgotten(device):
     pool = transfer(device)
-    for _ in range(5):  # more often than there are slots
+    # more often than there are slots
+    for _ in range(5):
         staged = pool.stage(tensors(device))
         staged.fetch()
         staged.release()
         staged.release()
-        dropped = pool.stage(tensors(device))  # a message that is dropped unread
+        # a message that is dropped unread
+        dropped = pool.stage(tensors(device))
         assert dropped is not None
         del dropped
 
@@ -56,7 +58,8 @@ def test_unloaded_tensors_outlive_their_slot():
     staged.unload()
     staged.unload()
     assert free == ["slot"]
-    buffer.zero_()  # the next step is written there
+    # the next step is written there
+    buffer.zero_()
     assert staged.fetch()["x"].tolist() == [0, 1, 2, 3] and staged.slot is None
     staged.release()
     assert staged.tensors == {} and free == ["slot"]

@@ -1,4 +1,6 @@
-"""The watcher: cheap when nothing changed, stubborn only where trying again can help, and never raising."""
+"""The watcher: cheap when nothing changed, stubborn only where trying again can help, and never
+raising.
+"""
 
 import logging
 import time
@@ -17,14 +19,18 @@ EXPECTED = Expected("t", {"fc.weight": (2, 3)}, target_vocab=10, config={"hidden
 def publish(directory, fill, **fields):
     writer = WeightsWriter(directory)
     fields = {"target": "t", "parent": 0, "optimizer_step": 1} | fields
-    version = writer.publish({"fc.weight": torch.full((2, 3), float(fill))}, {"hidden_size": 2}, **fields)
+    version = writer.publish(
+        {"fc.weight": torch.full((2, 3), float(fill))}, {"hidden_size": 2}, **fields
+    )
     writer.close()
     return version
 
 
 def test_every_version_is_staged_once(tmp_path):
     staged = []
-    watcher = Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True)
+    watcher = Watcher(
+        tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True
+    )
     watcher.poll()
     for fill in (1, 2):
         publish(tmp_path, fill)
@@ -49,12 +55,15 @@ def test_a_rolled_back_version_gives_way_to_its_parent(tmp_path):
     rejected = tmp_path / "REJECTED"
     rejected.write_text('{"version": 2}\n{"version": 3}\n')
     staged = []
-    restarted = Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True)
+    restarted = Watcher(
+        tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True
+    )
     restarted.poll()
     restarted.poll()
     assert staged == [1] and restarted.failures == {"rejected": 2}
     rejected.write_text('{"version": 1}\n{"version": 2}\n{"version": 3}\n')
-    Watcher(tmp_path, 0.001, EXPECTED, staged.append).poll()  # the initial draft is what the server started with
+    # the initial draft is what the server started with
+    Watcher(tmp_path, 0.001, EXPECTED, staged.append).poll()
     assert staged == [1]
     publish(tmp_path, 4, parent=1)
     restarted.poll()
@@ -80,7 +89,9 @@ def test_a_failing_stage_is_counted_and_logged_once(tmp_path, caplog):
         for _ in range(4):
             watcher.poll()
     assert watcher.failures == {"stage": 1}
-    assert [r.message for r in caplog.records] == ["weights refused version=1 cause=stage error=out of memory"]
+    assert [r.message for r in caplog.records] == [
+        "weights refused version=1 cause=stage error=out of memory"
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "v1", "../../etc", "v000001 x", "\x00\xff" * 40])

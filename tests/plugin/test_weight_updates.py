@@ -1,7 +1,7 @@
 """What stands before SGLang's WeightUpdaters, on an updater that writes and fails as SGLang's does.
 
-The real ones, behind a real server's API, are in tests/loop/test_operations.py; updates over CUDA IPC
-are here only.
+The real ones, behind a real server's API, are in tests/loop/test_operations.py; updates over CUDA
+IPC are here only.
 """
 
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ class Updater:
     """As SGLang's: remembers the new path before it loads, and rolls back to that one."""
 
     def __init__(self, directories):
-        self.directories = directories  # name -> weights, or an exception
+        # name -> weights, or an exception
+        self.directories = directories
         self.model_config = SimpleNamespace(model_path="old")
         self.weights = directories["old"]
 

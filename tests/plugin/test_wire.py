@@ -1,4 +1,6 @@
-"""The wire contract: what decodes, what is refused and by which cause, and that nothing else ever happens."""
+"""The wire contract: what decodes, what is refused and by which cause, and that nothing else ever
+happens.
+"""
 
 import msgspec
 import numpy as np
@@ -14,7 +16,8 @@ MAX = 1 << 20
 
 def header(kind="verify", **changes):
     fields = dict(
-        schema=wire.SCHEMA_VERSION, kind=kind, epoch="e", captured_seq=1, sent_seq=1, heartbeats=0, dropped={},
+        schema=wire.SCHEMA_VERSION, kind=kind, epoch="e", captured_seq=1, sent_seq=1, heartbeats=0,
+        dropped={},
         queued=0, target="t", draft_version=3, extend_version=3, time_ns=1, requests=["a", "b"],
     )  # fmt: skip
     if kind == "verify":
@@ -27,7 +30,10 @@ def i32(*values):
 
 
 def verify_arrays(parents=(-1, 0, 0, 1, 1, 2, 3, 3, 6), dtype="bfloat16", k=4):
-    """Two requests: the first accepts the path to its deepest node, the second only the root. Two nodes at least."""
+    """Two requests: the first accepts the path to its deepest node, the second only the root.
+
+    Two nodes at least.
+    """
     parents = [*parents, -2][: max(2, len(parents))]
     n = len(parents)
     leaf, path = int(np.argmax(depths(list(parents)))), []
@@ -65,7 +71,10 @@ def prefill_arrays():
 MESSAGES = {
     "prefill": lambda: (header("prefill"), prefill_arrays()),
     "verify": lambda: (header(), verify_arrays()),
-    "end": lambda: (header("end", reasons=["stop", "abort"], domains=["", "code"]), {"committed_lens": i32(5, 6)}),
+    "end": lambda: (
+        header("end", reasons=["stop", "abort"], domains=["", "code"]),
+        {"committed_lens": i32(5, 6)},
+    ),
     "heartbeat": lambda: (header("heartbeat", requests=[]), {}),
 }
 
@@ -91,7 +100,9 @@ def test_every_named_tree_travels(name):
     steps = arrays["accept_path"][1].shape[1] - 1
     message = wire.decode(wire.encode(header(num_steps=steps), arrays), max_bytes=MAX)
     nodes = len(NAMED_TREES[name])
-    assert message.arrays["parents"][:, :nodes].tolist() == [NAMED_TREES[name]] * 2 and not message.bad
+    assert (
+        message.arrays["parents"][:, :nodes].tolist() == [NAMED_TREES[name]] * 2 and not message.bad
+    )
 
 
 def test_frames_are_not_copied():
@@ -256,10 +267,15 @@ def test_a_bad_row_is_its_own_and_can_be_left_out(name):
         setattr(sent, name, value)
     left = wire.decode([bytes(p) for p in wire.encode(sent, arrays)], max_bytes=MAX)
     assert not left.bad and left.header.requests == ["b"]
-    fields, arrays = rows.left_out({0: cause}, {name: getattr(left.header, name) for name in fields}, arrays)
+    fields, arrays = rows.left_out(
+        {0: cause}, {name: getattr(left.header, name) for name in fields}, arrays
+    )
     for name, value in fields.items():
         setattr(sent, name, value)
-    assert wire.decode([bytes(p) for p in wire.encode(sent, arrays)], max_bytes=MAX).header.requests == []
+    assert (
+        wire.decode([bytes(p) for p in wire.encode(sent, arrays)], max_bytes=MAX).header.requests
+        == []
+    )
 
 
 @pytest.mark.parametrize("kind", ["prefill", "verify", "end"])
@@ -272,7 +288,9 @@ def test_a_refused_message_has_a_stand_in(kind):
 
 
 @pytest.mark.parametrize(
-    "shape", [(2**40, 2**40), (0, 2**62), (2**31, 2**33), (-1, -6), (-2, 3), (2**62,), (1 << 63, 2)], ids=str
+    "shape",
+    [(2**40, 2**40), (0, 2**62), (2**31, 2**33), (-1, -6), (-2, 3), (2**62,), (1 << 63, 2)],
+    ids=str,
 )
 def test_shapes_are_bounded_before_anything_is_allocated(shape):
     parts = parts_of("prefill")
@@ -288,7 +306,14 @@ def test_shapes_are_bounded_before_anything_is_allocated(shape):
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_truncated_or_garbled_parts(kind):
     parts = parts_of(kind)
-    for bad in ([], [b""], [b"garbage", *parts[1:]], [parts[0][:-1], *parts[1:]], [*parts, b""], [parts[0]] * 40):
+    for bad in (
+        [],
+        [b""],
+        [b"garbage", *parts[1:]],
+        [parts[0][:-1], *parts[1:]],
+        [*parts, b""],
+        [parts[0]] * 40,
+    ):
         with pytest.raises(wire.WireError):
             wire.decode(bad, max_bytes=MAX)
     if len(parts) > 1:
@@ -312,7 +337,12 @@ def test_size_caps():
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)
-@given(st.sampled_from(sorted(MESSAGES)), st.floats(0, 1, exclude_max=True), st.floats(0, 1), st.integers(1, 255))
+@given(
+    st.sampled_from(sorted(MESSAGES)),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1),
+    st.integers(1, 255),
+)
 def test_any_changed_byte_is_refused_or_still_valid(kind, where, place, xor):
     """A WireError or a message: never another exception. Half of the draws hit the header."""
     parts = parts_of(kind)

@@ -1,4 +1,6 @@
-"""What several test files train and serve: a tiny random target of the simulated traffic's size, and a random draft."""
+"""What several test files train and serve: a tiny random target of the simulated traffic's size,
+and a random draft.
+"""
 
 import pytest
 from models import make_random_target
@@ -11,5 +13,9 @@ from aurora_trainer.commands.init_draft import init_draft
 def models(tmp_path_factory):
     """Directory with `target` and `draft`; a file that needs others has a fixture of its own."""
     directory = tmp_path_factory.mktemp("models")
-    init_draft(make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN), directory / "draft", "random")
+    init_draft(
+        make_random_target(directory / "target", vocab=VOCAB, hidden=HIDDEN),
+        directory / "draft",
+        "random",
+    )
     return directory

@@ -10,7 +10,8 @@ from aurora_trainer.commands.init_draft import randomise
 from aurora_trainer.draft import Draft
 
 CONFIG = DraftConfig(
-    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6, vocab_size=50,
+    hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+    vocab_size=50,
     draft_vocab_size=50, aux_layer_ids=(0, 1, 2),
 )  # fmt: skip
 VARIANTS = {
@@ -20,12 +21,14 @@ VARIANTS = {
     "norm_output": replace(CONFIG, norm_output=True),
     "bias": replace(CONFIG, bias=True),
     "two layers": replace(CONFIG, num_hidden_layers=2),
-    "two aux of another width": replace(CONFIG, aux_layer_ids=(0, 2), num_aux=2, target_hidden_size=12),
+    "two aux of another width": replace(CONFIG, aux_layer_ids=(0, 2), num_aux=2,
+    target_hidden_size=12),
     "reduced vocabulary": replace(CONFIG, draft_vocab_size=20),
     "attention_bias": replace(CONFIG, attention_bias=True),
     "EAGLE 3.1": replace(CONFIG, norm_before_fc=True, norm_output=True),
     "yarn rope": replace(CONFIG, rope_scaling={
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0,
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0,
+        "beta_slow": 1.0,
         "extrapolation_factor": 1, "attn_factor": 1.25, "truncate": True,
     }),
     "linear rope": replace(CONFIG, rope_scaling={"rope_type": "linear", "factor": 2.0}),
@@ -41,7 +44,9 @@ def make(config: DraftConfig, dtype=torch.float64) -> Draft:
     embed = torch.randn(config.vocab_size, config.hidden_size, generator=g)
     d2t = None
     if config.draft_vocab_size < config.vocab_size:
-        d2t = torch.randperm(config.vocab_size, generator=g)[: config.draft_vocab_size].sort().values
+        d2t = (
+            torch.randperm(config.vocab_size, generator=g)[: config.draft_vocab_size].sort().values
+        )
         d2t = d2t - torch.arange(config.draft_vocab_size)
     draft = Draft(config, embed, d2t)
     randomise(draft, 1)
@@ -52,7 +57,9 @@ def make(config: DraftConfig, dtype=torch.float64) -> Draft:
 
 
 class Naive:
-    """EAGLE3 one token at a time, with a growing KV cache; a node sees a copy of the cache of its parent."""
+    """EAGLE3 one token at a time, with a growing KV cache; a node sees a copy of the cache of its
+    parent.
+    """
 
     def __init__(self, draft: Draft):
         self.c, self.w, self.embed = draft.config, draft.checkpoint(torch.float64), draft.embed
@@ -69,8 +76,15 @@ class Naive:
             f = self.c.rope_theta ** (-2 * i / self.c.head_dim)
             size, s = 1.0, self.c.rope_scaling or {"rope_type": "default"}
             if s["rope_type"] == "llama3":
-                n = s["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original length
-                smooth = min(max((n - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"]), 0), 1)
+                # turns within the original length
+                n = s["original_max_position_embeddings"] * f / (2 * math.pi)
+                smooth = min(
+                    max(
+                        (n - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"]),
+                        0,
+                    ),
+                    1,
+                )
                 f = f * smooth + f / s["factor"] * (1 - smooth)
             elif s["rope_type"] == "linear":
                 f = f / s["factor"]
@@ -80,7 +94,13 @@ class Naive:
                     / (2 * math.log(self.c.rope_theta))
                     for beta in ("beta_fast", "beta_slow")
                 )  # fmt: skip
-                slow = min(max((i - max(math.floor(low), 0)) / (math.ceil(high) - max(math.floor(low), 0)), 0), 1)
+                slow = min(
+                    max(
+                        (i - max(math.floor(low), 0)) / (math.ceil(high) - max(math.floor(low), 0)),
+                        0,
+                    ),
+                    1,
+                )
                 f = f * (1 - slow) + f / s["factor"] * slow
                 size = s["attn_factor"] * (1 + 0.1 * math.log(s["factor"]))
             angle = torch.tensor(position * f, dtype=torch.float64)
@@ -93,7 +113,9 @@ class Naive:
         if self.c.norm_before_fc:
             feature = self.norm(feature, "input_norm")
         if self.c.fc_norm:
-            feature = torch.cat([self.norm(f, f"fc_norm.{i}") for i, f in enumerate(feature.chunk(self.c.num_aux))])
+            feature = torch.cat(
+                [self.norm(f, f"fc_norm.{i}") for i, f in enumerate(feature.chunk(self.c.num_aux))]
+            )
         return self.linear(feature, "fc")
 
     def step(self, token, state, position, cache):
@@ -104,7 +126,9 @@ class Naive:
             x = self.norm(hidden, at + "hidden_norm")
             if n == 0:
                 x = torch.cat([self.norm(self.embed[token], at + "input_layernorm"), x])
-            q, k, v = (self.linear(x, f"{at}self_attn.{p}_proj").view(-1, self.c.head_dim) for p in "qkv")
+            q, k, v = (
+                self.linear(x, f"{at}self_attn.{p}_proj").view(-1, self.c.head_dim) for p in "qkv"
+            )
             q, k = self.rope(q, position), self.rope(k, position)
             cache[n].append((k, v))
             o = []

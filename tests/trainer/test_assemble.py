@@ -1,4 +1,6 @@
-"""Assembly against a simulated server that knows the truth, position by position and node by node."""
+"""Assembly against a simulated server that knows the truth, position by position and node by
+node.
+"""
 
 from collections import Counter
 
@@ -25,7 +27,10 @@ def assemble(server, config=WHOLE):
 
 
 def check(sample, server):
-    """Every value of the sample against the truth. Returns (request number, numbers of its trees)."""
+    """Every value of the sample against the truth.
+
+    Returns (request number, numbers of its trees).
+    """
     length, start = len(sample.features), sample.start
     number = int(sample.features[0, 0])
     request = server.requests[number]
@@ -60,15 +65,21 @@ def check(sample, server):
         assert set(sample.node_altered[first:end].tolist()) == {tree.altered}
     slots = (sample.slot_node >= 0).nonzero().flatten()
     nodes = sample.slot_node[slots]
-    assert (sample.node_slot + sample.node_depth)[nodes].equal(slots)  # it stands where the slot's token does
-    assert sample.node_token[nodes].equal(sample.tokens[slots + 1]) and sample.node_accepted[nodes].all()
+    # it stands where the slot's token does
+    assert (sample.node_slot + sample.node_depth)[nodes].equal(slots)
+    assert (
+        sample.node_token[nodes].equal(sample.tokens[slots + 1])
+        and sample.node_accepted[nodes].all()
+    )
     return number, numbers
 
 
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize("seed", range(15))
 def test_what_arrives_is_never_lost(seed, odd):
-    """Each life of a request (until it is retracted or ends) is one sample, cut where it ended, with all its trees."""
+    """Each life of a request (until it is retracted or ends) is one sample, cut where it ended,
+    with all its trees.
+    """
     server = Server(seed, odd=odd)
     samples, assembler = assemble(server)
     found = {}
@@ -82,7 +93,8 @@ def test_what_arrives_is_never_lost(seed, odd):
             first, last = life["first"], life["committed"] - 1
             trees = [t for t in life["trees"] if first < server.trees[t].root <= last]
             rootless += sum(server.trees[t].root == first for t in life["trees"][:1])
-            if last - first < 2 or not trees:  # nothing to learn from
+            # nothing to learn from
+            if last - first < 2 or not trees:
                 continue
             sample, kept = found.pop((request.number, first, last))
             assert sample.reason == life["reason"] and sample.prompt_len == request.prompt_len
@@ -90,11 +102,22 @@ def test_what_arrives_is_never_lost(seed, odd):
             covered = set()
             for t in trees:
                 tree = server.trees[t]
-                path = [n for k, n in enumerate(tree.path[: tree.committed + 1]) if tree.root + k <= last]
-                nodes = sample.logsumexp[sample.node_accepted & (sample.node_slot == tree.root - 1 - first)] - 1
+                path = [
+                    n
+                    for k, n in enumerate(tree.path[: tree.committed + 1])
+                    if tree.root + k <= last
+                ]
+                nodes = (
+                    sample.logsumexp[
+                        sample.node_accepted & (sample.node_slot == tree.root - 1 - first)
+                    ]
+                    - 1
+                )
                 assert (nodes % 64).tolist() == path
                 covered |= {tree.root + k for k in range(len(path))}
-            assert covered == {first + 1 + i for i, node in enumerate(sample.slot_node.tolist()) if node >= 0}
+            assert covered == {
+                first + 1 + i for i, node in enumerate(sample.slot_node.tolist()) if node >= 0
+            }
     assert not found
     assert assembler.counters["rootless_trees"] == rootless and assembler.counters["holes"] == 0
     if odd:
@@ -105,7 +128,9 @@ def test_what_arrives_is_never_lost(seed, odd):
 @pytest.mark.parametrize("lose", [0.0, 0.05, 0.4])
 def test_whatever_happens_no_sample_is_wrong(seed, lose):
     server = Server(1000 + seed, requests=20, lose=lose)
-    config = WHOLE if seed % 2 else AssembleConfig(part_slots=10, context_slots=seed % 6, max_slots=20)
+    config = (
+        WHOLE if seed % 2 else AssembleConfig(part_slots=10, context_slots=seed % 6, max_slots=20)
+    )
     samples, assembler = assemble(server, config)
     keys, seen = set(), []
     for sample in samples:
@@ -113,8 +138,14 @@ def test_whatever_happens_no_sample_is_wrong(seed, lose):
         seen += trees
         keys.add((sample.epoch, sample.request, sample.attempt))
         if sample.reason in ("stop", "length", "abort", "retract"):
-            ends = [(life["reason"], life["committed"]) for life in server.requests[number].lives if "reason" in life]
-            assert any(r == sample.reason and sample.start + len(sample.features) < c for r, c in ends)
+            ends = [
+                (life["reason"], life["committed"])
+                for life in server.requests[number].lives
+                if "reason" in life
+            ]
+            assert any(
+                r == sample.reason and sample.start + len(sample.features) < c for r, c in ends
+            )
     assert samples and len(keys) == len(samples)
     assert len(seen) == len(set(seen)), "a tree is in two samples"
     assert not assembler.bad_rows
@@ -122,12 +153,18 @@ def test_whatever_happens_no_sample_is_wrong(seed, lose):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_two_requests_of_one_id_are_never_glued(seed):
-    """The first one's `end` and the second one's prefill are lost: the verify that comes may well fit by its token."""
+    """The first one's `end` and the second one's prefill are lost: the verify that comes may well
+    fit by its token.
+    """
     server = Server(seed, requests=2, odd=False)
     first, second = server.requests
     second.rid, second.prompt_len = first.rid, first.prompt_len + 3
     first.total_len = second.total_len = first.prompt_len + 30
-    kept = [m for m in server.run() if m.header.kind == "verify" or not second.lives and m.header.kind != "end"]
+    kept = [
+        m
+        for m in server.run()
+        if m.header.kind == "verify" or not second.lives and m.header.kind != "end"
+    ]
     assembler = Assembler(WHOLE)
     samples = [s for m in kept for s in assembler.add(m)]
     assembler.idle(0.0)
@@ -158,11 +195,18 @@ def test_another_token_than_was_accepted_starts_anew():
     assembler = Assembler(WHOLE)
     one, two = [s for m in messages for s in assembler.add(m)]
     root = int(roots[5].arrays["positions"][0])
-    assert (one.reason, one.start + len(one.features), two.start, two.attempt) == ("gap", root, root, 1)
+    assert (one.reason, one.start + len(one.features), two.start, two.attempt) == (
+        "gap",
+        root,
+        root,
+        1,
+    )
 
 
 def test_an_id_that_comes_again_without_an_end_starts_anew():
-    """The same text again, found in the prefix cache up to its last token, now as a longer prompt."""
+    """The same text again, found in the prefix cache up to its last token, now as a longer
+    prompt.
+    """
     server, messages = one_request()
     *first, _ = messages
     chunk = next(m for m in reversed(first) if m.header.kind == "prefill")
@@ -233,8 +277,12 @@ def test_repeated_messages_change_nothing():
 
 def changed(message, **arrays):
     """The message as it would have arrived with other frames."""
-    frames = {name: (message.dtype(name), array) for name, array in (message.arrays | arrays).items()}
-    return wire.decode([bytes(part) for part in wire.encode(message.header, frames)], max_bytes=1 << 20)
+    frames = {
+        name: (message.dtype(name), array) for name, array in (message.arrays | arrays).items()
+    }
+    return wire.decode(
+        [bytes(part) for part in wire.encode(message.header, frames)], max_bytes=1 << 20
+    )
 
 
 def test_a_bad_row_ends_its_requests_sample_and_no_others():
@@ -243,14 +291,19 @@ def test_a_bad_row_ends_its_requests_sample_and_no_others():
     assembler, samples, broken, hurt = Assembler(WHOLE), [], Counter(), set()
     for message in server.run():
         a = message.arrays
-        if message.header.kind == "verify" and message.header.captured_seq % 5 == 0 and message.header.requests:
+        if (
+            message.header.kind == "verify"
+            and message.header.captured_seq % 5 == 0
+            and message.header.requests
+        ):
             row = message.header.captured_seq % len(message.header.requests)
             cause = ("not_finite", "path", "logits", "token")[message.header.captured_seq // 5 % 4]
             if cause == "not_finite":
                 features = a["aux_hidden_states"].copy()
                 features[a["feature_lens"].cumsum()[row] - 1] = np.nan
                 message = changed(message, aux_hidden_states=features)
-            elif cause == "logits":  # more than all of it
+            elif cause == "logits":
+                # more than all of it
                 logits = a["topk_logits"].copy()
                 logits[row] += 1e6
                 message = changed(message, topk_logits=logits)
@@ -272,7 +325,10 @@ def test_a_bad_row_ends_its_requests_sample_and_no_others():
     untouched = {s.request: s for s in whole if s.request not in hurt}
     same = {s.request: s for s in samples if s.request in untouched}
     assert untouched and untouched.keys() == same.keys()
-    assert all(same[r].tokens.equal(untouched[r].tokens) and same[r].reason == untouched[r].reason for r in same)
+    assert all(
+        same[r].tokens.equal(untouched[r].tokens) and same[r].reason == untouched[r].reason
+        for r in same
+    )
 
 
 def test_a_refused_messages_stand_in_ends_its_requests_only():
@@ -284,9 +340,15 @@ def test_a_refused_messages_stand_in_ends_its_requests_only():
         message.header.captured_seq = message.header.sent_seq = number
     assembler, samples, refused = Assembler(WHOLE), [], 0
     for message in both:
-        if message.header.kind == "verify" and message.header.requests == ["another"] and refused < 3:
+        if (
+            message.header.kind == "verify"
+            and message.header.requests == ["another"]
+            and refused < 3
+        ):
             refused += 1
-            message = wire.decode([bytes(p) for p in wire.missing(message.header)], max_bytes=1 << 20)
+            message = wire.decode(
+                [bytes(p) for p in wire.missing(message.header)], max_bytes=1 << 20
+            )
         samples += assembler.add(message)
     assembler.idle(0.0)
     samples += assembler.idle(1e3)
@@ -297,7 +359,11 @@ def test_a_refused_messages_stand_in_ends_its_requests_only():
 def test_a_loss_while_its_epoch_was_forgotten_is_noticed(monkeypatch):
     monkeypatch.setattr("aurora_trainer.assemble.MAX_EPOCHS", 2)
     server, messages = one_request()
-    others = [m for n in range(2) for m in list(Server(n, requests=1, odd=False, epoch=f"other{n}").run())[:1]]
+    others = [
+        m
+        for n in range(2)
+        for m in list(Server(n, requests=1, odd=False, epoch=f"other{n}").run())[:1]
+    ]
     assembler, samples, half = Assembler(WHOLE), [], len(messages) // 2
     for number, message in enumerate(messages):
         if number == half:
@@ -313,7 +379,11 @@ def test_a_loss_while_its_epoch_was_forgotten_is_noticed(monkeypatch):
 
 def test_a_flood_of_one_server_evicts_what_is_its_own():
     server, messages = one_request(200)
-    flood = next(m for m in Server(9, requests=1, odd=False, epoch="flood").run() if m.header.kind == "prefill")
+    flood = next(
+        m
+        for m in Server(9, requests=1, odd=False, epoch="flood").run()
+        if m.header.kind == "prefill"
+    )
     samples, number = [], 0
     assembler = Assembler(AssembleConfig(max_open=8, part_slots=10_000))
     for message in messages:

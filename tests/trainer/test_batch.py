@@ -10,7 +10,9 @@ from aurora_trainer.loss import states
 
 
 def naive_levels(sample, depth, rejected=True):
-    """Each level as a sorted list of (tokens of the query's path, position, slots it sees, target node, accepted)."""
+    """Each level as a sorted list of (tokens of the query's path, position, slots it sees, target
+    node, accepted).
+    """
     levels = [[] for _ in range(depth)]
     slots = len(sample.features)
 
@@ -25,7 +27,11 @@ def naive_levels(sample, depth, rejected=True):
                 levels[d].append((path, sample.start + i + d, i + 1, slot_target(i + d), True))
     for u in range(len(sample.node_token)) if rejected else ():
         d = int(sample.node_depth[u])
-        if not 1 <= d < min(depth, sample.num_steps) or sample.node_accepted[u] or sample.node_altered[u]:
+        if (
+            not 1 <= d < min(depth, sample.num_steps)
+            or sample.node_accepted[u]
+            or sample.node_altered[u]
+        ):
             continue
         path, at = [], u
         while sample.node_parent[at] >= 0:
@@ -42,7 +48,9 @@ def unpacked(samples, config):
     first_slot = [0]
     for s in samples:
         first_slot.append(first_slot[-1] + len(s.features))
-    node_tokens = torch.cat([level.tokens for level in batch.levels[1:]] or [torch.empty(0, dtype=torch.int64)])
+    node_tokens = torch.cat(
+        [level.tokens for level in batch.levels[1:]] or [torch.empty(0, dtype=torch.int64)]
+    )
     out = [[[] for _ in batch.levels] for _ in samples]
     for d, level in enumerate(batch.levels):
         assert level.ancestors.shape == (len(level), d)
@@ -68,7 +76,8 @@ def unpacked(samples, config):
 @pytest.mark.parametrize(
     "shape",
     [
-        {}, {"topk": 1}, {"prompt_len": 1}, {"verifies": 0}, {"verifies": 1, "num_steps": 1}, {"altered": 0.5},
+        {}, {"topk": 1}, {"prompt_len": 1}, {"verifies": 0}, {"verifies": 1, "num_steps": 1},
+        {"altered": 0.5},
         {"start": 2}, {"start": 6, "verifies": 8}, {"kept": 3}, {"num_steps": 5, "width": 2},
     ],
     ids=str,
@@ -78,7 +87,8 @@ def test_levels_are_those_that_enumeration_finds(shape, depth):
     """Packed behind and before other samples, of other depth and other K."""
     for seed in range(3):
         sample = random_sample(seed, **shape)
-        if sample.start > 4:  # trees that hung from slots which were cut off
+        # trees that hung from slots which were cut off
+        if sample.start > 4:
             keep = sample.node_slot >= 0
             assert not keep.all()
             first = int(keep.nonzero()[0])
@@ -95,7 +105,8 @@ def test_levels_are_those_that_enumeration_finds(shape, depth):
 
 def drop_first_nodes(s, first):
     node = {f: getattr(s, f)[first:] for f in (
-        "node_token", "node_depth", "node_slot", "node_accepted", "node_altered", "topk_ids", "topk_logits", "logsumexp"
+        "node_token", "node_depth", "node_slot", "node_accepted", "node_altered", "topk_ids",
+        "topk_logits", "logsumexp"
     )}  # fmt: skip
     trees = s.tree_first >= first
     return replace(
@@ -110,7 +121,9 @@ def drop_first_nodes(s, first):
 
 @pytest.mark.parametrize("name", ["plain", "norm_output", "two layers"])
 def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
-    """The whole arm: packing, parents, ancestors, positions and the draft, against a growing KV cache per path."""
+    """The whole arm: packing, parents, ancestors, positions and the draft, against a growing KV
+    cache per path.
+    """
     draft = make(VARIANTS[name])
     naive = Naive(draft)
     samples = [random_sample(0, verifies=3), random_sample(1, verifies=3, topk=1, start=2)]
@@ -118,7 +131,8 @@ def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
     batch.features = batch.features.double()
     got = states(draft, batch)
     node_tokens = torch.cat([level.tokens for level in batch.levels[1:]])
-    caches = []  # after every slot: (state, cache)
+    # after every slot: (state, cache)
+    caches = []
     for s in samples:
         cache = [[] for _ in draft.layers]
         for i in range(len(s.features)):
@@ -130,12 +144,16 @@ def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
             state, cache = caches[int(level.slot_end[q]) - 1]
             position = int(batch.positions[level.slot_end[q] - 1])
             for k, node in enumerate(level.ancestors[q]):
-                state, _, cache = naive.step(node_tokens[node], naive.carried(state), position + 1 + k, cache)
-            torch.testing.assert_close(got[d][q], state, atol=1e-5, rtol=1e-5)  # rope is float32 once
+                state, _, cache = naive.step(
+                    node_tokens[node], naive.carried(state), position + 1 + k, cache
+                )
+            # rope is float32 once
+            torch.testing.assert_close(got[d][q], state, atol=1e-5, rtol=1e-5)
 
 
 def test_reach_is_the_targets_probability_of_the_path():
-    sample = random_sample(3, kept=50)  # everything kept
+    # everything kept
+    sample = random_sample(3, kept=50)
     log_p = torch.full((len(sample.node_token), 50), -torch.inf)
     log_p.scatter_(1, sample.topk_ids, sample.topk_logits - sample.logsumexp[:, None])
     batch = pack([sample], BatchConfig())
@@ -163,7 +181,10 @@ def test_group_fills_up_to_max_slots_and_never_splits_a_sample():
 def test_counts_are_queries_with_a_loss():
     sample = random_sample(5, altered=0.4)
     batch = pack([sample], BatchConfig())
-    want = [[sum(q[3] >= 0 and q[4] == a for q in level) for a in (True, False)] for level in naive_levels(sample, 3)]
+    want = [
+        [sum(q[3] >= 0 and q[4] == a for q in level) for a in (True, False)]
+        for level in naive_levels(sample, 3)
+    ]
     assert batch.counts().tolist() == want
 
 
@@ -177,14 +198,21 @@ def test_roots_are_the_slots_that_trees_hang_from():
 def test_to_moves_every_tensor():
     packed = pack([random_sample(0)], BatchConfig())
     batch = packed.to("meta")
-    assert batch.features.is_meta and all(level.reach.is_meta and level.tokens.is_meta for level in batch.levels)
-    assert batch.on_cpu is packed and torch.equal(batch.counts(), packed.counts()) and batch.to("cpu") is packed
+    assert batch.features.is_meta and all(
+        level.reach.is_meta and level.tokens.is_meta for level in batch.levels
+    )
+    assert (
+        batch.on_cpu is packed
+        and torch.equal(batch.counts(), packed.counts())
+        and batch.to("cpu") is packed
+    )
     assert CONFIG.feature_size == batch.features.shape[1]
 
 
 def test_what_is_uploaded_in_one_piece_arrives_as_it_was():
     tensors = [
-        torch.arange(5), torch.empty(0, 3, dtype=torch.int64), torch.rand(7, 3).bfloat16(), torch.rand(3) > 0.5,
+        torch.arange(5), torch.empty(0, 3, dtype=torch.int64), torch.rand(7, 3).bfloat16(),
+        torch.rand(3) > 0.5,
         torch.rand(2, 2), torch.arange(6).view(2, 3).T, torch.empty(4, 0),
     ]  # fmt: skip
     for tensor, copy in zip(tensors, _upload(tensors, "cpu"), strict=True):

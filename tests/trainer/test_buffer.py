@@ -13,11 +13,14 @@ from aurora_trainer.sample import Sample
 def sample(number, slots=10, time_s=None, domain="", epoch="e"):
     z = torch.zeros(0, dtype=torch.int64)
     return Sample(
-        request=str(number), epoch=epoch, domain=domain, attempt=0, start=0, prompt_len=1, reason="stop",
-        time_ns=int((number if time_s is None else time_s) * 1e9), tokens=torch.zeros(slots + 1, dtype=torch.int64),
+        request=str(number), epoch=epoch, domain=domain, attempt=0, start=0, prompt_len=1,
+        reason="stop",
+        time_ns=int((number if time_s is None else time_s) * 1e9),
+        tokens=torch.zeros(slots + 1, dtype=torch.int64),
         features=torch.zeros(slots, 4), slot_version=torch.zeros(slots, dtype=torch.int32),
         slot_node=torch.full((slots,), -1), node_token=z, node_parent=z, node_depth=z, node_slot=z,
-        node_accepted=z.bool(), node_altered=z.bool(), topk_ids=z.view(0, 2), topk_logits=torch.zeros(0, 2),
+        node_accepted=z.bool(), node_altered=z.bool(), topk_ids=z.view(0, 2),
+        topk_logits=torch.zeros(0, 2),
         logsumexp=torch.zeros(0), tree_first=z, tree_version=z.int(), num_steps=3, topk=1,
     )  # fmt: skip
 
@@ -59,7 +62,8 @@ def test_nothing_is_used_more_often_than_it_may_be_and_all_is_used(max_uses):
 def test_bounded_in_bytes_the_oldest_goes():
     size = sample(0).nbytes
     buffer = filled(3, max_bytes=5 * size)
-    buffer.take(10)  # uses number 2
+    # uses number 2
+    buffer.take(10)
     for number in range(3, 9):
         buffer.put(sample(number))
         assert buffer.nbytes <= 5 * size
@@ -119,7 +123,12 @@ def test_stats():
     buffer = filled(4)
     buffer.take(10)
     stats = buffer.stats()
-    assert (stats["samples"], stats["fresh_samples"], stats["fresh_slots"], stats["slots"]) == (4, 3, 30, 40)
+    assert (stats["samples"], stats["fresh_samples"], stats["fresh_slots"], stats["slots"]) == (
+        4,
+        3,
+        30,
+        40,
+    )
     assert (stats["age_mean_s"], stats["age_max_s"]) == (1.5, 3.0)
 
 
@@ -134,7 +143,8 @@ def test_a_wrong_clock_harms_no_other_server(ahead_s, share_by):
         buffer.put(sample(number, time_s=100_000 + number, epoch="right"))
         buffer.put(sample(100 + number, time_s=max(0, 100_000 + number + ahead_s), epoch="wrong"))
     assert len(buffer) == 20 and not buffer.dropped and buffer.stats()["age_max_s"] <= 10
-    buffer.put(sample(20, time_s=100_003 + HOUR_S + 0.5, epoch="right"))  # and its own age as ever
+    # and its own age as ever
+    buffer.put(sample(20, time_s=100_003 + HOUR_S + 0.5, epoch="right"))
     assert buffer.dropped == {"stale": 4}
 
 
@@ -157,8 +167,11 @@ def test_a_flood_takes_from_its_own_domain_only():
     for number in range(10, 300):
         buffer.put(sample(number, domain="flood"))
     assert held(buffer) == {"": 3, "code": 3, "flood": 14} and buffer.nbytes <= 20 * size
-    assert [n for n in sorted(names([e.sample for e in buffer._entries.values()])) if n > 9] == [*range(286, 300)]
-    batch = buffer.take(60)  # and the fresh part of a batch is shared as well
+    assert [n for n in sorted(names([e.sample for e in buffer._entries.values()])) if n > 9] == [
+        *range(286, 300)
+    ]
+    # and the fresh part of a batch is shared as well
+    batch = buffer.take(60)
     assert Counter(s.domain for s in batch) == {"": 2, "code": 2, "flood": 2}
 
 
@@ -194,11 +207,16 @@ def test_while_unseen_samples_are_lost_batches_hold_no_repeats():
     mixed = names(buffer.take(100))
     assert set(mixed) & set(range(30, 40)), "half of a batch is a repeat"
     for number in range(40, 60):
-        buffer.put(sample(number))  # as many unseen ones leave
+        # as many unseen ones leave
+        buffer.put(sample(number))
     assert buffer.dropped["evicted"] > 0
     assert names(buffer.take(100)) == [*range(59, 49, -1)]
-    again = names(buffer.take(100))  # nothing more was lost: as ever
-    assert again[:5] == [*range(49, 44, -1)] and len(set(again) & set(range(50, 60)) | set(again) & set(range(40))) == 5
+    # nothing more was lost: as ever
+    again = names(buffer.take(100))
+    assert (
+        again[:5] == [*range(49, 44, -1)]
+        and len(set(again) & set(range(50, 60)) | set(again) & set(range(40))) == 5
+    )
 
 
 def test_the_one_sample_at_fault_goes_and_all_others_are_trained_on():

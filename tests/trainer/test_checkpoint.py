@@ -18,7 +18,12 @@ def content(i: int):
         "rng/torch": generator.get_state(),
         "moment/empty": torch.zeros(0, 4),
     }
-    return tensors, {"step": i, "schedule": {"warmup": 0.1 * i}, "text": "é\u0000", "cursor": 2**60 + i}
+    return tensors, {
+        "step": i,
+        "schedule": {"warmup": 0.1 * i},
+        "text": "é\u0000",
+        "cursor": 2**60 + i,
+    }
 
 
 def assert_content(found, i):
@@ -66,7 +71,8 @@ def test_a_damaged_newest_falls_back(tmp_path, damage, caplog):
     found = load_newest(tmp_path)
     assert_content(found, 1)
     assert found.damaged == 1 and "damaged" in caplog.text
-    save_checkpoint(tmp_path, 2, *content(2), keep=3)  # training comes to that step again
+    # training comes to that step again
+    save_checkpoint(tmp_path, 2, *content(2), keep=3)
     assert_content(load_newest(tmp_path), 2)
 
 

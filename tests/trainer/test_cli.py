@@ -1,4 +1,6 @@
-"""The command line: instant help, clear errors, one file for both sides, and docs that list every setting."""
+"""The command line: instant help, clear errors, one file for both sides, and docs that list every
+setting.
+"""
 
 import json
 import re
@@ -54,13 +56,17 @@ COMMANDS = ("run", "record", "replay", "eval", "inspect", "check", "init-draft")
 
 @pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)])
 def test_help_is_instant(arguments):
-    """In processor time, which a busy machine does not stretch much; an import of torch alone takes over a second."""
+    """In processor time, which a busy machine does not stretch much; an import of torch alone takes
+    over a second.
+    """
     code = (
-        "import sys, time; from aurora_trainer.cli import app; "
-        f"app({arguments + ['--help']!r}, standalone_mode=False); "
-        "print(set(sys.modules) & {'torch', 'sglang', 'transformers', 'zmq', 'numpy'}, time.process_time())"
+        f"import sys, time; from aurora_trainer.cli import app; app({arguments + ['--help']!r},"
+        " standalone_mode=False); print(set(sys.modules) & {'torch', 'sglang', 'transformers',"
+        " 'zmq', 'numpy'}, time.process_time())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     *usage, last = result.stdout.rstrip().splitlines()
     heavy, seconds = last.split()
     assert heavy == "set()" and "Usage" in "".join(usage) and float(seconds) < 0.5
@@ -69,7 +75,15 @@ def test_help_is_instant(arguments):
 def test_check_passes_and_says_what_it_checked(models, tmp_path):
     result = run("check", "--config", str(write_config(tmp_path, models)))
     assert result.exit_code == 0, result.output
-    for what in ("configuration", "target", "draft", "endpoint", "weights directory", "sglang", "plugin"):
+    for what in (
+        "configuration",
+        "target",
+        "draft",
+        "endpoint",
+        "weights directory",
+        "sglang",
+        "plugin",
+    ):
         assert re.search(rf"^ok +{what}:", result.output, re.M), result.output
 
 
@@ -100,7 +114,11 @@ def test_check_finds_a_draft_of_the_wrong_shape(models, tmp_path):
     make_random_target(tmp_path / "wider", vocab=64, hidden=64)
     make_random_draft(tmp_path / "draft", tmp_path / "wider", aux_layer_ids=[0, 2, 4])
     result = run(
-        "check", "-c", str(write_config(tmp_path, models)), "--set", f"trainer.model.draft={tmp_path}/draft"
+        "check",
+        "-c",
+        str(write_config(tmp_path, models)),
+        "--set",
+        f"trainer.model.draft={tmp_path}/draft",
     )
     assert result.exit_code == 1 and "FAILED  draft" in result.output
 
@@ -110,7 +128,8 @@ def test_check_finds_a_draft_of_the_wrong_shape(models, tmp_path):
     [
         ("[trainer.gate]\nzz = 1", "trainer.gate.zz"),
         ("[trainer.gate]\nz = -1", "trainer.gate.z"),
-        ("[plugin.capture]\nsample_rate = 2", "aurora.toml"),  # a section twice
+        # a section twice
+        ("[plugin.capture]\nsample_rate = 2", "aurora.toml"),
         ("[oops]\n", "oops"),
         ("not toml", "aurora.toml"),
     ],
@@ -125,7 +144,8 @@ def test_overrides_win_and_are_checked(models, tmp_path):
     path = str(write_config(tmp_path, models))
     assert run("check", "-c", path, "--set", "plugin.capture.sample_rate=1.5").exit_code == 2
     assert run("check", "-c", path, "--set", "nonsense").exit_code == 2
-    assert run("check").exit_code == 2  # trainer.model.target has no default
+    # trainer.model.target has no default
+    assert run("check").exit_code == 2
 
 
 def test_the_server_reads_the_same_file(models, tmp_path):
@@ -134,7 +154,9 @@ def test_the_server_reads_the_same_file(models, tmp_path):
 
 
 def test_run_without_a_target_is_a_message(models, tmp_path):
-    result = run("run", "-c", str(write_config(tmp_path, models)), "--set", "trainer.model.target=/nowhere")
+    result = run(
+        "run", "-c", str(write_config(tmp_path, models)), "--set", "trainer.model.target=/nowhere"
+    )
     assert result.exit_code == 2 and "Traceback" not in result.output
 
 
@@ -150,13 +172,29 @@ def test_a_second_trainer_is_told_who_holds_the_directory(models, tmp_path):
 def test_init_draft(models, tmp_path):
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(torch.arange(64).tolist()))
-    arguments = ["--draft-vocab", "32", "--counts", str(counts), "--dtype", "bfloat16", "--aux-layers", "0,1,4"]
-    result = run("init-draft", str(models / "target"), str(tmp_path / "out"), "--kind", "random", *arguments)
+    arguments = [
+        "--draft-vocab",
+        "32",
+        "--counts",
+        str(counts),
+        "--dtype",
+        "bfloat16",
+        "--aux-layers",
+        "0,1,4",
+    ]
+    result = run(
+        "init-draft", str(models / "target"), str(tmp_path / "out"), "--kind", "random", *arguments
+    )
     assert result.exit_code == 0, result.output
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["draft_vocab_size"] == 32
     assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 4]
-    for bad in (["--dtype", "int8"], ["--draft-vocab", "32"], ["--aux-layers", "0,1,5"], ["--aux-layers", "x"]):
+    for bad in (
+        ["--dtype", "int8"],
+        ["--draft-vocab", "32"],
+        ["--aux-layers", "0,1,5"],
+        ["--aux-layers", "x"],
+    ):
         result = run("init-draft", str(models / "target"), str(tmp_path / "bad"), *bad)
         assert result.exit_code == 2 and "aurora-trainer:" in result.output
 

@@ -1,4 +1,6 @@
-"""The loop: it learns, survives kills to the bit on a trace, carries on live, and never falls over bad input."""
+"""The loop: it learns, survives kills to the bit on a trace, carries on live, and never falls over
+bad input.
+"""
 
 import contextlib
 import json
@@ -18,7 +20,12 @@ from safetensors.torch import load_file
 from serve import free_port
 from traffic import HIDDEN, VOCAB, messages, write_trace
 
-from aurora_sglang_plugin.manifest import current_version, read_manifest, target_fingerprint, version_name
+from aurora_sglang_plugin.manifest import (
+    current_version,
+    read_manifest,
+    target_fingerprint,
+    version_name,
+)
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Cadence, Daemon
@@ -28,7 +35,13 @@ from aurora_trainer.recording import read_messages
 @pytest.fixture(scope="module")
 def trace(models, tmp_path_factory):
     path = tmp_path_factory.mktemp("trace") / "trace"
-    write_trace(path, target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN, requests=40)
+    write_trace(
+        path,
+        target=target_fingerprint(models / "target"),
+        vocab=VOCAB,
+        features=3 * HIDDEN,
+        requests=40,
+    )
     return path
 
 
@@ -76,7 +89,17 @@ def assert_same_end(a: Path, b: Path):
     for name, t in tensors.items():
         assert torch.equal(t, others[name]), name
     # Everything but what was published and scored, which a kill may have happened once more to.
-    for name in ("steps", "cursor", "slots", "credit", "optimizer", "buffer", "samples", "traffic", "earlier_updates"):
+    for name in (
+        "steps",
+        "cursor",
+        "slots",
+        "credit",
+        "optimizer",
+        "buffer",
+        "samples",
+        "traffic",
+        "earlier_updates",
+    ):
         assert state[name] == other[name], name
 
 
@@ -84,11 +107,17 @@ def test_a_trace_is_learnt_and_published(models, trace, tmp_path):
     Daemon(config(models, tmp_path)).run_recording(trace)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["samples"] == {"assembled": 40} and status["skipped_updates"] == 0
-    assert status["steps"] > 40 and status["published"]["published"] == current_version(tmp_path / "weights") > 2
-    assert status["accept_length"] > 2.0  # of at most 3; untrained it is about 1.02
+    assert (
+        status["steps"] > 40
+        and status["published"]["published"] == current_version(tmp_path / "weights") > 2
+    )
+    # of at most 3; untrained it is about 1.02
+    assert status["accept_length"] > 2.0
     manifest = read_manifest(tmp_path / "weights" / version_name(status["draft_version"]))
     assert manifest.gate["reason"] == "better" and manifest.gate["candidate"] > 1.5
-    assert manifest.parent == manifest.version - 1 and not any("embed" in n for n in manifest.tensors)
+    assert manifest.parent == manifest.version - 1 and not any(
+        "embed" in n for n in manifest.tensors
+    )
 
 
 def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
@@ -97,8 +126,11 @@ def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
         site.mkdir()
     subprocess.run(command(models, whole, "replay", str(trace)), check=True, capture_output=True)
     kills = 0
-    for at in (7, 21):  # kill -9 some time after checkpoints of these steps, between and within steps
-        process = subprocess.Popen(command(models, killed, "replay", str(trace)), stderr=subprocess.DEVNULL)
+    # kill -9 some time after checkpoints of these steps, between and within steps
+    for at in (7, 21):
+        process = subprocess.Popen(
+            command(models, killed, "replay", str(trace)), stderr=subprocess.DEVNULL
+        )
         while process.poll() is None and (steps(killed / "checkpoints") or [0])[-1] < at:
             time.sleep(0.001)
         time.sleep(0.003)
@@ -107,7 +139,9 @@ def test_a_killed_run_resumes_to_the_same_bits(models, trace, tmp_path):
             kills += 1
         process.wait()
     assert kills == 2
-    run = subprocess.run(command(models, killed, "replay", str(trace)), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command(models, killed, "replay", str(trace)), capture_output=True, text=True, check=True
+    )
     assert "resumed step=" in run.stderr
     assert_same_end(whole, killed)
 
@@ -128,7 +162,13 @@ def test_another_trace_than_the_checkpoints_is_refused(models, trace, tmp_path):
     fingerprint = target_fingerprint(models / "target")
     for name, requests in (("other", 40), ("short", 3)):
         write_trace(
-            tmp_path / name, target=fingerprint, vocab=VOCAB, features=3 * HIDDEN, requests=requests, seed=5, outputs=31
+            tmp_path / name,
+            target=fingerprint,
+            vocab=VOCAB,
+            features=3 * HIDDEN,
+            requests=requests,
+            seed=5,
+            outputs=31,
         )
         daemon = Daemon(config(models, tmp_path))
         with pytest.raises(ValueError, match="expected the"):
@@ -155,7 +195,9 @@ class Server:
 
 @contextlib.contextmanager
 def live(models, site: Path, *arguments: str, **more):
-    process = subprocess.Popen(command(models, site, "run", *arguments, **more), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(models, site, "run", *arguments, **more), stderr=subprocess.PIPE, text=True
+    )
     server = Server(site)
     try:
         yield process, server
@@ -196,13 +238,18 @@ def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
     before = steps(tmp_path / "checkpoints")[-1]
     with live(models, tmp_path) as (process, server):
         server.send(traffic(models, 10, "third"))
-        status = status_when(tmp_path, lambda s: s["pid"] == process.pid and s["steps"] > before + 2)
+        status = status_when(
+            tmp_path, lambda s: s["pid"] == process.pid and s["steps"] > before + 2
+        )
         assert status["buffer_dropped"]["lost"] > 0
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=30)
         assert process.returncode == 0, log
         assert f"resumed step={before}" in log and "trainer ended" in log
-    assert steps(tmp_path / "checkpoints")[-1] == json.loads((tmp_path / "status.json").read_text())["steps"]
+    assert (
+        steps(tmp_path / "checkpoints")[-1]
+        == json.loads((tmp_path / "status.json").read_text())["steps"]
+    )
 
 
 def test_receiving_without_training(models, tmp_path):
@@ -211,16 +258,26 @@ def test_receiving_without_training(models, tmp_path):
     with live(models, tmp_path, *recorded, **settings) as (process, server):
         sent = server.send(traffic(models, 5, "e"))
         server.send([[b"garbage"], [b""]])
-        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent and sum(s["rejected"].values()) == 2)
+        status = status_when(
+            tmp_path, lambda s: s.get("received", 0) >= sent and sum(s["rejected"].values()) == 2
+        )
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
             found = values(response.read().decode())
-        assert found["aurora_trainer_received_messages_total"] == sent and found["aurora_trainer_servers"] == 1
+        assert (
+            found["aurora_trainer_received_messages_total"] == sent
+            and found["aurora_trainer_servers"] == 1
+        )
         assert found['aurora_trainer_rejected_messages_total{cause="header"}'] == 2
         recording = list(read_messages(tmp_path / "recording"))
         assert found["aurora_trainer_recorded_messages_total"] == sent == len(recording)
         assert found['aurora_trainer_unrecorded_messages_total{cause="disk"}'] == 0
-        assert found["aurora_trainer_recording_bytes"] > found["aurora_trainer_received_bytes_total"]
-        assert found["aurora_trainer_received_bytes_total"] > 1000 and found["aurora_trainer_message_age_seconds"] < 10
+        assert (
+            found["aurora_trainer_recording_bytes"] > found["aurora_trainer_received_bytes_total"]
+        )
+        assert (
+            found["aurora_trainer_received_bytes_total"] > 1000
+            and found["aurora_trainer_message_age_seconds"] < 10
+        )
         assert found['aurora_trainer_time_seconds_total{activity="wait"}'] > 0
         assert status["steps"] == 0 and status["buffer"]["samples"] + status["gate_held"] == 5
         process.send_signal(signal.SIGINT)
@@ -228,14 +285,18 @@ def test_receiving_without_training(models, tmp_path):
 
 
 def test_traffic_that_teaches_nothing_says_so_and_moves_nothing(models, tmp_path, caplog):
-    """Every row under a grammar: no step, no drift of momentum, and a counter, a cause and a line of log."""
+    """Every row under a grammar: no step, no drift of momentum, and a counter, a cause and a line
+    of log.
+    """
     about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
     write_trace(tmp_path / "altered", requests=10, flag=1, **about)
     daemon = Daemon(config(models, tmp_path))
     before = daemon.training.draft.checkpoint()
     daemon.run_recording(tmp_path / "altered")
     status = json.loads((tmp_path / "status.json").read_text())
-    assert status["steps"] == status["optimizer_step"] == 0 and status["unusable"] == {"altered": 10}
+    assert status["steps"] == status["optimizer_step"] == 0 and status["unusable"] == {
+        "altered": 10
+    }
     assert status["rows"]["with_target"] == 0 and status["rows"]["altered"] > 100
     after = daemon.training.draft.checkpoint()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -251,12 +312,17 @@ def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
     assert training.parent == newest >= 3
     (tmp_path / "weights" / "REJECTED").write_text(json.dumps({"version": newest}) + "\n")
     training.heed_rejections()
-    assert training.parent == training.served.version == newest - 1 and training.published["rolled_back"] == 1
+    assert (
+        training.parent == training.served.version == newest - 1
+        and training.published["rolled_back"] == 1
+    )
     parent = load_file(tmp_path / "weights" / version_name(newest - 1) / "model.safetensors")
     assert all(torch.equal(parent[n], p.detach()) for n, p in training.draft.named_parameters())
-    training.heed_rejections()  # once is enough
+    # once is enough
+    training.heed_rejections()
     assert training.published["rolled_back"] == 1
-    again = Daemon(config(models, tmp_path)).training  # a new trainer does not go back to it either
+    # a new trainer does not go back to it either
+    again = Daemon(config(models, tmp_path)).training
     assert again.served.version == newest - 1
 
 
@@ -266,8 +332,12 @@ def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_
     daemon = Daemon(config(models, tmp_path, trainer__checkpoint__directory=tmp_path / "new"))
     daemon.training.go_on_from_published()
     assert daemon.training.parent == first.training.served.version
-    served = load_file(tmp_path / "weights" / version_name(daemon.training.parent) / "model.safetensors")
-    assert all(torch.equal(served[n], p.detach()) for n, p in daemon.training.draft.named_parameters())
+    served = load_file(
+        tmp_path / "weights" / version_name(daemon.training.parent) / "model.safetensors"
+    )
+    assert all(
+        torch.equal(served[n], p.detach()) for n, p in daemon.training.draft.named_parameters()
+    )
 
 
 def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
@@ -279,14 +349,25 @@ def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
     for parts in messages(**about, vocab=3 * VOCAB, features=3 * HIDDEN, epoch="wide"):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
-    assert training.samples["wrong_feature_width"] == 3 and training.samples["token_out_of_vocabulary"] >= 2
-    assert len(training.buffer) == training.samples["assembled"] - 3 - training.samples["token_out_of_vocabulary"]
+    assert (
+        training.samples["wrong_feature_width"] == 3
+        and training.samples["token_out_of_vocabulary"] >= 2
+    )
+    assert (
+        len(training.buffer)
+        == training.samples["assembled"] - 3 - training.samples["token_out_of_vocabulary"]
+    )
 
 
 def test_cadence():
     by_both = Cadence(10.0, 5)
     by_both.restart(0.0, 0)
-    assert not by_both.due(9.0, 4) and by_both.due(9.0, 5) and not by_both.due(18.0, 9) and by_both.due(19.0, 9)
+    assert (
+        not by_both.due(9.0, 4)
+        and by_both.due(9.0, 5)
+        and not by_both.due(18.0, 9)
+        and by_both.due(19.0, 9)
+    )
     assert not Cadence(0, 0).due(1e9, 10**9)
 
 
@@ -299,5 +380,7 @@ def test_nice_is_set_once(models, tmp_path):
         "open_daemon(load_trainer_config(None, sys.argv[1:])); print(os.nice(0))"
     )
     arguments = overrides(models, tmp_path, trainer__pace__nice=13)
-    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "13"

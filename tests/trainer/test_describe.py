@@ -1,4 +1,6 @@
-"""`inspect`: what it says of each thing is what is there, damage is named, and nothing reaches a terminal unescaped."""
+"""`inspect`: what it says of each thing is what is there, damage is named, and nothing reaches a
+terminal unescaped.
+"""
 
 import json
 
@@ -23,7 +25,9 @@ EVIL = "\x1b[2Jname\u202e\n"
 def recording(tmp_path):
     writer = Recording(tmp_path / "r", RecordConfig(file_bytes=50_000, max_bytes=1 << 30))
     for epoch, domain in (("a", "code"), ("b", "")):
-        for parts in messages(target="t", vocab=64, features=96, requests=5, epoch=epoch, domain=domain):
+        for parts in messages(
+            target="t", vocab=64, features=96, requests=5, epoch=epoch, domain=domain
+        ):
             writer.write(parts)
     writer.close()
     return tmp_path / "r"
@@ -43,9 +47,16 @@ def run(*arguments):
 
 def test_a_recording_in_figures(recording):
     found, text = describe(recording)
-    sent = [wire.decode(p, max_bytes=1 << 30) for p in messages(target="t", vocab=64, features=96, requests=5)]
+    sent = [
+        wire.decode(p, max_bytes=1 << 30)
+        for p in messages(target="t", vocab=64, features=96, requests=5)
+    ]
     lengths = [int(m.arrays["feature_lens"][0]) for m in sent if m.header.kind == "verify"]
-    assert found["requests"] == 10 and found["domains"] == {"code": 5} and found["ends"] == {"length": 10}
+    assert (
+        found["requests"] == 10
+        and found["domains"] == {"code": 5}
+        and found["ends"] == {"length": 10}
+    )
     assert found["steps"] == 2 * len(lengths) and found["tokens"] == 2 * sum(lengths)
     assert found["accept_length"] == pytest.approx(sum(lengths) / len(lengths))
     for k, share in enumerate(found["accepted_at_least"]):
@@ -73,7 +84,15 @@ def test_gaps_and_damage_of_a_recording(recording):
 def test_a_message_with_its_trees(recording):
     result = run(recording, "--message", "1", "--top", "2")
     assert result.exit_code == 0, result.output
-    for word in ("verify message", "record 1 at byte", "a-0", "draft_tokens", "* ", "bonus", "target "):
+    for word in (
+        "verify message",
+        "record 1 at byte",
+        "a-0",
+        "draft_tokens",
+        "* ",
+        "bonus",
+        "target ",
+    ):
         assert word in result.output, word
     found = json.loads(run(recording, "--message", "1", "--json").stdout)
     assert found["header"]["sent_seq"] == 2 and len(found["trees"]) == 1
@@ -108,7 +127,14 @@ def test_a_weights_directory(models, tmp_path):
     config = json.loads((models / "draft" / "config.json").read_text())
     for n in range(3):
         gate = {"reason": "better", "candidate": 2.5}
-        writer.publish({"x": torch.full((n + 2, 3), 1.0)}, config, target="t", parent=n, optimizer_step=7, gate=gate)
+        writer.publish(
+            {"x": torch.full((n + 2, 3), 1.0)},
+            config,
+            target="t",
+            parent=n,
+            optimizer_step=7,
+            gate=gate,
+        )
     writer.close()
     (tmp_path / "w" / "REJECTED").write_text('{"version": 2}\n')
     found, text = describe(tmp_path / "w")
@@ -123,19 +149,33 @@ def test_a_weights_directory(models, tmp_path):
     data[-1] ^= 1
     weights.write_bytes(data)
     result = run(tmp_path / "w")
-    assert result.exit_code == 1 and "DAMAGED" in result.output and "sha256 differs" in result.output
+    assert (
+        result.exit_code == 1 and "DAMAGED" in result.output and "sha256 differs" in result.output
+    )
     (tmp_path / "w" / "CURRENT").write_text("v000009\n")
     assert "which is not there" in run(tmp_path / "w").output
 
 
 def test_checkpoints(tmp_path):
-    tensors = {"draft/a": torch.zeros(2, 3), "optimizer/m/a": torch.zeros(2, 3), "optimizer/m/b": torch.zeros(4)}
+    tensors = {
+        "draft/a": torch.zeros(2, 3),
+        "optimizer/m/a": torch.zeros(2, 3),
+        "optimizer/m/b": torch.zeros(4),
+    }
     for step in (3, 5):
-        save_checkpoint(tmp_path, step, tensors, {"steps": step, "optimizer": {"updates": step}, "long": []}, keep=3)
+        save_checkpoint(
+            tmp_path,
+            step,
+            tensors,
+            {"steps": step, "optimizer": {"updates": step}, "long": []},
+            keep=3,
+        )
     found, text = describe(tmp_path)
     first, last = found["checkpoints"]
     assert (first["step"], last["step"]) == (3, 5) and problems(found) == 0
-    assert last["tensors"]["optimizer/m"]["parameters"] == 10 and last["state"]["optimizer"] == {"updates": 5}
+    assert last["tensors"]["optimizer/m"]["parameters"] == 10 and last["state"]["optimizer"] == {
+        "updates": 5
+    }
     assert "updates=5" in text and "step 5" in text
     assert describe(tmp_path / "step-00000003")[0]["checkpoints"] == [first]
     (tmp_path / "step-00000005" / "state.json").write_text("{}")

@@ -11,11 +11,15 @@ from aurora_sglang_plugin.draft_config import DraftConfig
 from aurora_sglang_plugin.draft_files import canonical_name
 from aurora_trainer.draft import Draft
 
-NEAR = {"atol": 1e-5, "rtol": 1e-5}  # the rotary frequencies are float32, as SGLang's
+# the rotary frequencies are float32, as SGLang's
+NEAR = {"atol": 1e-5, "rtol": 1e-5}
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_slots_and_nodes_equal_one_token_at_a_time(name):
-    """Two packed sequences that start at different positions; from slot 3 of each a tree of two branches."""
+    """Two packed sequences that start at different positions; from slot 3 of each a tree of two
+    branches.
+    """
     draft = make(VARIANTS[name])
     naive, g = Naive(draft), torch.Generator().manual_seed(2)
     lengths, starts, hang = (5, 7), (0, 40), 3
@@ -34,19 +38,35 @@ def test_slots_and_nodes_equal_one_token_at_a_time(name):
     hangs = torch.tensor([3, 3, 8, 8])
     ancestors = torch.arange(4)[:, None]
     state_1, node_kv = draft.nodes(
-        level_1, all_states[hangs], positions[hangs] + 1, slot_kv, None, slot_start[hangs], hangs + 1, ancestors
+        level_1,
+        all_states[hangs],
+        positions[hangs] + 1,
+        slot_kv,
+        None,
+        slot_start[hangs],
+        hangs + 1,
+        ancestors,
     )
     ancestors = torch.tensor([[1, 4], [3, 5]])
     hangs = torch.tensor([3, 8])
     state_2, _ = draft.nodes(
-        level_2, state_1[[1, 3]], positions[hangs] + 2, slot_kv, node_kv, slot_start[hangs], hangs + 1, ancestors
+        level_2,
+        state_1[[1, 3]],
+        positions[hangs] + 2,
+        slot_kv,
+        node_kv,
+        slot_start[hangs],
+        hangs + 1,
+        ancestors,
     )
 
     for s in range(2):
         cache, caches = [[] for _ in range(draft.config.num_hidden_layers)], []
         for i in range(lengths[s]):
             t = first[s] + i
-            state, logits, cache = naive.step(tokens[t], naive.project(features[t]), starts[s] + i, cache)
+            state, logits, cache = naive.step(
+                tokens[t], naive.project(features[t]), starts[s] + i, cache
+            )
             caches.append((state, cache))
             torch.testing.assert_close(all_states[t], state, **NEAR)
             torch.testing.assert_close(draft.logits(all_states[t : t + 1])[0], logits, **NEAR)
@@ -77,7 +97,10 @@ def test_the_saved_config_means_the_same_to_transformers(tmp_path):
     config = replace(VARIANTS["llama3 rope"], rope_theta=5000.0)
     make(config, torch.float32).save(tmp_path)
     read = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert read.rope_parameters["rope_theta"] == 5000.0 and read.rope_parameters["rope_type"] == "llama3"
+    assert (
+        read.rope_parameters["rope_theta"] == 5000.0
+        and read.rope_parameters["rope_type"] == "llama3"
+    )
     assert (read.head_dim, read.tie_word_embeddings, read.draft_vocab_size) == (6, False, 50)
     assert DraftConfig.from_json(json.loads(read.to_json_string(use_diff=False))) == config
 
@@ -86,14 +109,20 @@ def test_names_of_other_trainers_load(tmp_path):
     draft = make(VARIANTS["fc_norm"], torch.float32)
     draft.save(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    low_mid_high = {"fc_norm.0": "aux_norm_low", "fc_norm.1": "aux_norm_mid", "fc_norm.2": "aux_norm_high"}
+    low_mid_high = {
+        "fc_norm.0": "aux_norm_low",
+        "fc_norm.1": "aux_norm_mid",
+        "fc_norm.2": "aux_norm_high",
+    }
     renamed = {}
     for name, tensor in tensors.items():
         for new, old in {"layers.0": "midlayer", **low_mid_high}.items():
             name = name.replace(new, old)
         renamed[name if name.startswith("lm_head") else "model." + name] = tensor
     assert {canonical_name(n) for n in renamed} == set(tensors)
-    save_file({**renamed, "embed_tokens.weight": torch.zeros(50, 16)}, tmp_path / "model.safetensors")
+    save_file(
+        {**renamed, "embed_tokens.weight": torch.zeros(50, 16)}, tmp_path / "model.safetensors"
+    )
     loaded = Draft.load(tmp_path, draft.embed).checkpoint()
     assert all(torch.equal(loaded[n], tensors[n]) for n in tensors)
 

@@ -12,18 +12,22 @@ from aurora_trainer.commands.draw_tree import draw_tree
 def test_a_tree_is_drawn_as_it_is_documented():
     words = ["return", "self", ")", ".", "name", "value", "x"]
     ids = np.array([[1, 6, 2], [3, 2, 6], [6, 3, 4], [4, 5, 6], [0, 1, 2]])
-    p = np.array([[0.71, 0.12, 0.05], [0.98, 0.01, 0.0], [0.4, 0.3, 0.2], [0.33, 0.21, 0.1], [0.5, 0.2, 0.1]])
+    p = np.array(
+        [[0.71, 0.12, 0.05], [0.98, 0.01, 0.0], [0.4, 0.3, 0.2], [0.33, 0.21, 0.1], [0.5, 0.2, 0.1]]
+    )
     lines = draw_tree(
-        np.array([0, 1, 2, 3, 5]), np.array([-1, 0, 1, 1, -2]), np.array([0, 1, 3]), 3, np.array([1, 3, 4]), ids, p,
+        np.array([0, 1, 2, 3, 5]), np.array([-1, 0, 1, 1, -2]), np.array([0, 1, 3]), 3,
+        np.array([1, 3, 4]), ids, p,
         lambda token: f'"{words[token]}"', top=2,
     )  # fmt: skip
+    # the unused node is not there
     assert lines == [
         '* "return"        target "self" 0.71, "x" 0.12',
         '└─ ✓ "self" 0.71  target "." 0.98, ")" 0.01',
         '   ├─ ✗ ")" 0.01  target "x" 0.40, "." 0.30',
         '   └─ ✓ "." 0.98  target "name" 0.33, "value" 0.21',
         '      └─ + "name" bonus',
-    ]  # the unused node is not there
+    ]
 
 
 @pytest.mark.parametrize("name", NAMED_TREES)
@@ -31,7 +35,9 @@ def test_every_node_stands_below_its_parent(name):
     parents = np.array(NAMED_TREES[name])
     nodes = len(parents)
     ids, p = np.full((nodes, 2), 999), np.full((nodes, 2), 0.25)
-    lines = draw_tree(np.arange(nodes), parents, np.array([0]), 1, np.array([500]), ids, p, str, top=0)
+    lines = draw_tree(
+        np.arange(nodes), parents, np.array([0]), 1, np.array([500]), ids, p, str, top=0
+    )
     below = {}
     stack = []
     for line in lines:

@@ -1,4 +1,6 @@
-"""Weights out: every kind of source, the same bits, whole or not at all; pruning takes rows and nothing else."""
+"""Weights out: every kind of source, the same bits, whole or not at all; pruning takes rows and
+nothing else.
+"""
 
 import json
 
@@ -33,21 +35,30 @@ def published(request, target, tmp_path):
     embed = open_target(target).embedding()
     writer = WeightsWriter(tmp_path / "weights")
     for seed in (1, 2):
-        folder = make_random_draft(tmp_path / f"d{seed}", target, draft_vocab=VD, aux_layer_ids=AUX, seed=seed)
+        folder = make_random_draft(
+            tmp_path / f"d{seed}", target, draft_vocab=VD, aux_layer_ids=AUX, seed=seed
+        )
         draft = Draft.load(folder, embed)
         tensors, name = draft.checkpoint(request.param), str(request.param).removeprefix("torch.")
         fingerprint = target_fingerprint(str(target))
-        writer.publish(tensors, draft.config.to_json(name), target=fingerprint, parent=0, optimizer_step=seed)
+        writer.publish(
+            tensors, draft.config.to_json(name), target=fingerprint, parent=0, optimizer_step=seed
+        )
     writer.close()
     return tmp_path / "weights", tensors
 
 
 def canonical(directory):
-    return {n.replace("midlayer.", "layers.0."): t for n, t in load_file(directory / "model.safetensors").items()}
+    return {
+        n.replace("midlayer.", "layers.0."): t
+        for n, t in load_file(directory / "model.safetensors").items()
+    }
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a
+    )
 
 
 def run(*arguments):
@@ -67,15 +78,21 @@ def test_published_exported_imported_and_loaded_it_has_the_same_bits(published, 
     draft = Draft.load(tmp_path / "back", open_target(target).embedding())
     assert same(draft.checkpoint(tensors["fc.weight"].dtype), tensors)
     again = export.read_weights(tmp_path / "back")
-    assert again.config == export.read_weights(weights).config and again.config.aux_layer_ids == tuple(AUX)
+    assert again.config == export.read_weights(
+        weights
+    ).config and again.config.aux_layer_ids == tuple(AUX)
 
 
 def test_the_config_is_for_every_reader(published, tmp_path):
     export.write_draft(export.read_weights(published[0]), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == VD
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == AUX  # SGLang: outputs
-    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5]  # vLLM: what enters
+    assert (
+        config["architectures"] == ["LlamaForCausalLMEagle3"] and config["draft_vocab_size"] == VD
+    )
+    # SGLang: outputs
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == AUX
+    # vLLM: what enters
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5]
     assert config["torch_dtype"] == config["dtype"] and config["norm_before_residual"] is False
     assert config["aurora"]["version"] == 2 and config["aurora"]["optimizer_step"] == 2
 
@@ -84,8 +101,12 @@ def test_an_older_version_a_versions_directory_and_a_draft_directory(published, 
     weights, tensors = published
     assert run("export", weights, tmp_path / "one", "--version", 1)[0] == 0
     assert not same(canonical(tmp_path / "one"), tensors)
-    assert run("export", weights / "v000002", tmp_path / "two")[0] == 0 and same(canonical(tmp_path / "two"), tensors)
-    assert run("export", tmp_path / "two", tmp_path / "three")[0] == 0 and same(canonical(tmp_path / "three"), tensors)
+    assert run("export", weights / "v000002", tmp_path / "two")[0] == 0 and same(
+        canonical(tmp_path / "two"), tensors
+    )
+    assert run("export", tmp_path / "two", tmp_path / "three")[0] == 0 and same(
+        canonical(tmp_path / "three"), tensors
+    )
     code, said = run("export", weights, tmp_path / "nine", "--version", 9)
     assert code == 2 and "no version 9; there are: 1, 2" in said
 
@@ -93,16 +114,26 @@ def test_an_older_version_a_versions_directory_and_a_draft_directory(published, 
 def test_a_checkpoint_has_what_would_have_been_published(target, tmp_path):
     """float32 masters of a bfloat16 draft: as its servers hold it, or as they are."""
     embed = open_target(target).embedding()
-    initial = Draft.load(make_random_draft(tmp_path / "d", target, draft_vocab=VD, aux_layer_ids=AUX), embed)
+    initial = Draft.load(
+        make_random_draft(tmp_path / "d", target, draft_vocab=VD, aux_layer_ids=AUX), embed
+    )
     initial.save(tmp_path / "initial", torch.bfloat16)
-    trained = Draft.load(make_random_draft(tmp_path / "e", target, draft_vocab=VD, aux_layer_ids=AUX), embed)
+    trained = Draft.load(
+        make_random_draft(tmp_path / "e", target, draft_vocab=VD, aux_layer_ids=AUX), embed
+    )
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter += 0.001
-    masters = {f"optimizer/master.{n}": p.detach() for n, p in trained.named_parameters() if p.requires_grad}
+    masters = {
+        f"optimizer/master.{n}": p.detach()
+        for n, p in trained.named_parameters()
+        if p.requires_grad
+    }
     computed = {f"draft/{n}": p.detach().bfloat16() for n, p in trained.named_parameters()}
     (tmp_path / "checkpoints").mkdir()
-    save_checkpoint(tmp_path / "checkpoints", 7, computed | masters, {"steps": 7, "target": "t"}, keep=2)
+    save_checkpoint(
+        tmp_path / "checkpoints", 7, computed | masters, {"steps": 7, "target": "t"}, keep=2
+    )
 
     arguments = ["--draft", tmp_path / "initial"]
     assert run("export", tmp_path / "checkpoints", tmp_path / "a", *arguments)[0] == 0
@@ -121,7 +152,8 @@ def test_a_checkpoint_has_what_would_have_been_published(target, tmp_path):
 def test_pruning_keeps_rows_and_their_tokens(published, tmp_path):
     weights, tensors = published
     own = vocab.target_ids(tensors["d2t"])
-    counts = torch.arange(V).tolist()  # the last ids are the most frequent
+    # the last ids are the most frequent
+    counts = torch.arange(V).tolist()
     (tmp_path / "counts.json").write_text(json.dumps(counts))
     keep = int(own[0])
     arguments = ["--draft-vocab", 10, "--counts", tmp_path / "counts.json", "--keep", keep]
@@ -156,14 +188,18 @@ def test_what_cannot_be_pruned(published, tmp_path):
     assert run("export", published[0], tmp_path / "out", "--draft-vocab", 10)[0] == 2
 
 
-def test_nothing_is_overwritten_unasked_and_a_failure_leaves_the_old(published, tmp_path, monkeypatch):
+def test_nothing_is_overwritten_unasked_and_a_failure_leaves_the_old(
+    published, tmp_path, monkeypatch
+):
     out, tensors = tmp_path / "out", published[1]
     (out / "empty").mkdir(parents=True)
     code, said = run("export", published[0], out)
     assert code == 2 and "--force" in said and [p.name for p in out.iterdir()] == ["empty"]
     assert run("export", published[0], out, "--force")[0] == 0
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    monkeypatch.setattr(export, "remove_directory", lambda path: (_ for _ in ()).throw(OSError("disk")))
+    monkeypatch.setattr(
+        export, "remove_directory", lambda path: (_ for _ in ()).throw(OSError("disk"))
+    )
     assert run("export", published[0], out, "--force", "--version", 1)[0] == 2
     assert same(canonical(out), tensors) and not list(tmp_path.glob("*.tmp-*"))
 
@@ -177,4 +213,8 @@ def test_damage_and_nonsense(published, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     code, said = run("export", published[0], tmp_path / "out")
-    assert code == 2 and "not the file that its manifest describes" in said and not (tmp_path / "out").exists()
+    assert (
+        code == 2
+        and "not the file that its manifest describes" in said
+        and not (tmp_path / "out").exists()
+    )

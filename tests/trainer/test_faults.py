@@ -1,4 +1,6 @@
-"""Faults of disk and device: they end nothing, are counted, leave nothing half-written, and what failed comes later."""
+"""Faults of disk and device: they end nothing, are counted, leave nothing half-written, and what
+failed comes later.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,17 @@ def test_a_version_that_fails_at_any_step_leaves_old_or_new(tmp_path, error):
             writer.publish(tensors(3), {}, **FIELDS)
         except OSError:
             failed = True
-        assert read_current(directory) in [(2, 2.0), (3, 3.0)] and not (failed and temporaries(directory))
+        assert read_current(directory) in [(2, 2.0), (3, 3.0)] and not (
+            failed and temporaries(directory)
+        )
         for version in versions(directory):
             read_manifest(directory / f"v{version:06d}")
-        assert versions(directory)[-1] == read_current(directory)[0], "a version that nobody was given"
+        assert versions(directory)[-1] == read_current(directory)[0], (
+            "a version that nobody was given"
+        )
         writer.step = lambda name: None
-        again = writer.publish(tensors(3), {}, **FIELDS)  # the same weights, where the first time failed
+        # the same weights, where the first time failed
+        again = writer.publish(tensors(3), {}, **FIELDS)
         assert (again is not None) == failed and read_current(directory)[1] == 3.0
         assert writer.publish(tensors(4), {}, **FIELDS) > 3
         assert len(versions(directory)) == 2 and not temporaries(directory)
@@ -74,7 +81,9 @@ def test_a_checkpoint_that_fails_at_any_step_leaves_the_one_before(tmp_path):
         for step in (1, 2):
             save_checkpoint(directory, step, *content(step), keep=2)
         with contextlib.suppress(OSError):
-            save_checkpoint(directory, 3, *content(3), keep=2, on_step=at_step(number, errno.ENOSPC))
+            save_checkpoint(
+                directory, 3, *content(3), keep=2, on_step=at_step(number, errno.ENOSPC)
+            )
         newest = load_newest(directory)
         assert_content(newest, newest.step)
         save_checkpoint(directory, 3, *content(3), keep=2)
@@ -86,7 +95,9 @@ def small_disk(tmp_path):
     """A file system of 1 MB that can be filled and made read-only."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("no right to mount a small disk here")
     yield disk
     subprocess.run(["umount", "-l", disk], check=True)
@@ -95,7 +106,9 @@ def small_disk(tmp_path):
 def test_a_full_and_a_read_only_disk(small_disk):
     writer = WeightsWriter(small_disk / "weights")
     writer.publish(tensors(1), {}, **FIELDS)
-    (small_disk / "rest").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
+    (small_disk / "rest").write_bytes(
+        bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize)
+    )
     with pytest.raises(OSError, match="No space left"):
         writer.publish(tensors(2), {}, **FIELDS)
     with pytest.raises(OSError, match="No space left"):
@@ -107,7 +120,9 @@ def test_a_full_and_a_read_only_disk(small_disk):
     with pytest.raises(OSError, match="Read-only"):
         writer.publish(tensors(2), {}, **FIELDS)
     subprocess.run(["umount", small_disk], check=True)
-    assert writer.publish(tensors(2), {}, **FIELDS) == 2 and read_current(small_disk / "weights") == (2, 2.0)
+    assert writer.publish(tensors(2), {}, **FIELDS) == 2 and read_current(
+        small_disk / "weights"
+    ) == (2, 2.0)
 
 
 def test_a_directory_that_came_back_as_another_writers_is_left_to_it(tmp_path):
@@ -120,7 +135,10 @@ def test_a_directory_that_came_back_as_another_writers_is_left_to_it(tmp_path):
     with pytest.raises(ValueError, match="written by another trainer"):
         writer.publish(tensors(2), {}, **FIELDS)
     other.close()
-    assert writer.publish(tensors(2), {}, **FIELDS) == 2 and read_current(tmp_path / "weights") == (2, 2.0)
+    assert writer.publish(tensors(2), {}, **FIELDS) == 2 and read_current(tmp_path / "weights") == (
+        2,
+        2.0,
+    )
 
 
 def limit(process: subprocess.Popen, nbytes: int) -> None:
@@ -129,9 +147,15 @@ def limit(process: subprocess.Popen, nbytes: int) -> None:
 
 
 def test_the_loop_survives_the_disk(models, tmp_path):
-    """A real trainer: its directories go away, come back, fill up; it goes on, and catches up each time."""
+    """A real trainer: its directories go away, come back, fill up; it goes on, and catches up each
+    time.
+    """
     weights, checkpoints = tmp_path / "weights", tmp_path / "checkpoints"
-    settings = dict(trainer__gate__enabled="false", trainer__publish__every_steps=3, trainer__metrics__every_s=0.1)
+    settings = dict(
+        trainer__gate__enabled="false",
+        trainer__publish__every_steps=3,
+        trainer__metrics__every_s=0.1,
+    )
     with live(models, tmp_path, **settings) as (process, server):
         epochs = iter(range(100))
 
@@ -157,27 +181,47 @@ def test_the_loop_survives_the_disk(models, tmp_path):
 
         before = when(lambda s: True)
         limit(process, 30_000)
-        when(lambda s: all(s["faults"][job] > before["faults"][job] for job in ("publish", "checkpoint")))
-        assert not temporaries(weights) and not [n for n in temporaries(checkpoints) if "books" not in n]
+        when(
+            lambda s: all(
+                s["faults"][job] > before["faults"][job] for job in ("publish", "checkpoint")
+            )
+        )
+        assert not temporaries(weights) and not [
+            n for n in temporaries(checkpoints) if "books" not in n
+        ]
         newest = steps(checkpoints)[-1]
         limit(process, resource.RLIM_INFINITY)
-        after = when(lambda s: s["draft_version"] > before["draft_version"] and steps(checkpoints)[-1] > newest)
+        after = when(
+            lambda s: (
+                s["draft_version"] > before["draft_version"] and steps(checkpoints)[-1] > newest
+            )
+        )
         assert after["published"]["failed"] >= 2 and after["steps"] > before["steps"]
 
         (weights / "REJECTED").mkdir()
         when(lambda s: s["faults"]["rejected"] >= 1)
         (weights / "REJECTED").rmdir()
         (weights / "REJECTED").write_text(json.dumps({"version": after["draft_version"]}) + "\n")
-        when(lambda s: s["published"].get("rolled_back") or s["draft_version"] > after["draft_version"])
+        when(
+            lambda s: (
+                s["published"].get("rolled_back") or s["draft_version"] > after["draft_version"]
+            )
+        )
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
         assert process.returncode == 0, log
-    assert 2 <= log.count("publish failed") <= 6 and "publish works again" in log and "Traceback" not in log
+    assert (
+        2 <= log.count("publish failed") <= 6
+        and "publish works again" in log
+        and "Traceback" not in log
+    )
 
 
 def test_one_sample_that_cannot_be_trained_on_costs_itself(models, tmp_path, caplog):
     """One makes every step raise that it is part of, another one's loss is not finite."""
-    daemon = Daemon(config(models, tmp_path, trainer__pace__new_slots_per_step=10, trainer__buffer__max_uses=3))
+    daemon = Daemon(
+        config(models, tmp_path, trainer__pace__new_slots_per_step=10, trainer__buffer__max_uses=3)
+    )
     training = daemon.training
     for parts in traffic(models, 24, "e"):
         training.feed(wire.decode(parts, max_bytes=1 << 20), 0.0)
@@ -189,9 +233,17 @@ def test_one_sample_that_cannot_be_trained_on_costs_itself(models, tmp_path, cap
         daemon._step(time.time(), replay=False)
     status = daemon.status(None)
     assert status["buffer_dropped"] == {"failed": 2, "used_up": status["buffer_dropped"]["used_up"]}
-    assert status["buffer_dropped"]["used_up"] >= 12 and status["faults"]["step"] >= 2 and training.updates > 10
+    assert (
+        status["buffer_dropped"]["used_up"] >= 12
+        and status["faults"]["step"] >= 2
+        and training.updates > 10
+    )
     assert all(bool(p.isfinite().all()) for p in training.draft.parameters())
-    assert 1 <= sum("step failed" in r.getMessage() for r in caplog.records) <= status["faults"]["step"]
+    assert (
+        1
+        <= sum("step failed" in r.getMessage() for r in caplog.records)
+        <= status["faults"]["step"]
+    )
 
 
 def test_retry_waits_longer_each_time_and_logs_an_episode_once(caplog):
@@ -203,7 +255,11 @@ def test_retry_waits_longer_each_time_and_logs_an_episode_once(caplog):
 
     tried = [now for now in range(300) if not job.waits(now) and not job.run(fails, now)]
     assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183, 243] and job.faults == 10
-    assert not job.run(lambda: done.append(1), 300) and job.due(303) and job.run(lambda: done.append(1), 303)
+    assert (
+        not job.run(lambda: done.append(1), 300)
+        and job.due(303)
+        and job.run(lambda: done.append(1), 303)
+    )
     assert not job.due(1e9) and done == [1]
     assert [r.getMessage().split(" error")[0] for r in caplog.records] == [
         "job failed, going on and trying again (counted, logged once)", "job works again faults=10",

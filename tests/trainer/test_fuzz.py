@@ -1,5 +1,6 @@
-"""Whatever decodes is assembled, packed and trained on: random mutations of valid messages either are refused by the
-contract, or go all the way to a finite loss. And the requests that were not mutated are whole."""
+"""Whatever decodes is assembled, packed and trained on: random mutations of valid messages either
+are refused by the contract, or go all the way to a finite loss. And the requests that were not
+mutated are whole."""
 
 from __future__ import annotations
 
@@ -44,14 +45,20 @@ def training(models, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stream(training):
-    """Parts of two requests, the second one's messages between the first one's; only the first is mutated."""
+    """Parts of two requests, the second one's messages between the first one's; only the first is
+    mutated.
+    """
     about = dict(target=training.target, vocab=VOCAB, features=3 * HIDDEN, requests=1, outputs=9)
-    first, second = (list(messages(epoch=name, seed=seed, **about)) for seed, name in enumerate("ef"))
+    first, second = (
+        list(messages(epoch=name, seed=seed, **about)) for seed, name in enumerate("ef")
+    )
     found = []
     for pair in zip(first, second):
         found += pair
     found += [*first[len(second) :], *second[len(first) :]]
-    return [(number, epoch(parts), renumbered(parts, number)) for number, parts in enumerate(found, 1)]
+    return [
+        (number, epoch(parts), renumbered(parts, number)) for number, parts in enumerate(found, 1)
+    ]
 
 
 def epoch(parts):
@@ -59,12 +66,18 @@ def epoch(parts):
 
 
 def renumbered(parts, number):
-    header = msgspec.msgpack.decode(parts[0]) | {"epoch": "e", "captured_seq": number, "sent_seq": number}
+    header = msgspec.msgpack.decode(parts[0]) | {
+        "epoch": "e",
+        "captured_seq": number,
+        "sent_seq": number,
+    }
     return [msgspec.msgpack.encode(header), *parts[1:]]
 
 
 def mutated(parts, draw):
-    """One change: a byte, a field of the header, values of a frame, or the size of a dimension in all frames."""
+    """One change: a byte, a field of the header, values of a frame, or the size of a dimension in
+    all frames.
+    """
     header, frames = msgspec.msgpack.decode(parts[0]), [bytearray(p) for p in parts[1:]]
     how = draw(st.sampled_from(["byte", "field", "values", "dimension"]))
     if how == "byte":
@@ -75,19 +88,27 @@ def mutated(parts, draw):
         return [*parts[:part], bytes(changed), *parts[part + 1 :]]
     if how == "field":
         name = draw(st.sampled_from(sorted(FIELDS)))
-        return [msgspec.msgpack.encode(header | {name: draw(st.sampled_from(FIELDS[name]))}), *parts[1:]]
+        return [
+            msgspec.msgpack.encode(header | {name: draw(st.sampled_from(FIELDS[name]))}),
+            *parts[1:],
+        ]
     at = draw(st.integers(0, len(frames) - 1))
     name, dtype, shape = header["frames"][at].values()
     array = np.frombuffer(parts[1 + at], wire.DTYPES[dtype]).reshape(shape).copy()
     if how == "values" and array.size:
         flat, values = array.reshape(-1), FLOATS if dtype == "float32" else HUGE
         for _ in range(draw(st.integers(1, 4))):
-            flat[draw(st.integers(0, flat.size - 1))] = np.array(draw(st.sampled_from(values))).astype(array.dtype)
+            flat[draw(st.integers(0, flat.size - 1))] = np.array(
+                draw(st.sampled_from(values))
+            ).astype(array.dtype)
         if draw(st.booleans()):
             flat[:] = np.array(draw(st.sampled_from(values))).astype(array.dtype)
         return [*parts[: 1 + at], array.tobytes(), *parts[2 + at :]]
     letters = wire.FRAMES[header["kind"]][name][1]
-    letter, size = draw(st.sampled_from(letters)), draw(st.sampled_from([0, 1, 2, 3, 5, 16, 64, 65, 130]))
+    letter, size = (
+        draw(st.sampled_from(letters)),
+        draw(st.sampled_from([0, 1, 2, 3, 5, 16, 64, 65, 130])),
+    )
     new = []
     for frame, part in zip(header["frames"], parts[1:]):
         letters = wire.FRAMES[header["kind"]][frame["name"]][1]
@@ -107,7 +128,10 @@ def mutated(parts, draw):
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(st.data())
 def test_what_decodes_trains(training, stream, data):
-    assembler, buffer = Assembler(AssembleConfig(part_slots=8, context_slots=3)), Buffer(BufferConfig())
+    assembler, buffer = (
+        Assembler(AssembleConfig(part_slots=8, context_slots=3)),
+        Buffer(BufferConfig()),
+    )
     own = st.sampled_from([number for number, epoch, _ in stream if epoch == "e"])
     wanted = data.draw(st.sets(own, min_size=1, max_size=2))
     samples = []
@@ -141,6 +165,8 @@ def test_what_decodes_trains(training, stream, data):
 
 def test_the_unmutated_stream_is_learnt(training, stream):
     assembler = Assembler(AssembleConfig(part_slots=8, context_slots=3))
-    samples = [s for _, _, parts in stream for s in assembler.add(wire.decode(parts, max_bytes=MAX))]
+    samples = [
+        s for _, _, parts in stream for s in assembler.add(wire.decode(parts, max_bytes=MAX))
+    ]
     assert {s.request for s in samples} == {"e-0", "f-0"} and not assembler.bad_rows
     assert all(training._unusable(s) is None for s in samples) and torch.is_grad_enabled()

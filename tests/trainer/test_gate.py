@@ -9,7 +9,8 @@ import pytest
 
 from aurora_trainer.gate import Gate, GateConfig, accept_length, difference
 
-STEPS = 30  # of a request's walk
+# of a request's walk
+STEPS = 30
 
 
 def sample(request: str, slots: int = 10, epoch: str = "e") -> SimpleNamespace:
@@ -22,7 +23,8 @@ class World:
 
     def __init__(self, seed: int, **gains: float):
         self.rng, self.gains, self.known = random.Random(seed), gains, {}
-        self.walked: list[tuple[str, str]] = []  # role, request
+        # role, request
+        self.walked: list[tuple[str, str]] = []
 
     def __call__(self, role: str, samples: list) -> np.ndarray:
         self.walked += [(role, s.request) for s in samples]
@@ -52,7 +54,9 @@ def pass_rate(gain: float, requests: int = 24, times: int = 400, **config) -> fl
 
 
 def test_error_rates_of_one_answer():
-    """As the module's docstring states them; the rate of a worse candidate is what promise 3 rests on."""
+    """As the module's docstring states them; the rate of a worse candidate is what promise 3 rests
+    on.
+    """
     assert pass_rate(-0.1) < 0.02
     assert 0.06 < pass_rate(0.0) < 0.15
     assert 0.40 < pass_rate(+0.1) < 0.57
@@ -62,7 +66,9 @@ def test_error_rates_of_one_answer():
 
 
 def test_asked_again_and_again_a_worse_candidate_hardly_passes():
-    """20 answers while the window moves by 2 requests between them: the same candidate, 0.1 worse."""
+    """20 answers while the window moves by 2 requests between them: the same candidate, 0.1
+    worse.
+    """
     ever = 0
     for seed in range(200):
         walk, gate = World(seed, candidate=-0.1, initial=-9.0), filled()
@@ -80,7 +86,9 @@ def test_pairing_takes_the_requests_difficulty_out_of_the_noise():
     served = np.stack([np.full(200, 30.0), 30 * rng.normal(2.5, 0.8, 200)], 1)
     candidate = served + np.stack([np.zeros(200), 30 * rng.normal(0.1, 0.2, 200)], 1)
     ahead, stderr = difference(candidate, served)
-    assert ahead == pytest.approx(0.1, abs=0.05) and stderr == pytest.approx(0.2 / 200**0.5, rel=0.2)
+    assert ahead == pytest.approx(0.1, abs=0.05) and stderr == pytest.approx(
+        0.2 / 200**0.5, rel=0.2
+    )
     assert difference(rng.permutation(candidate), served)[1] > 3 * stderr
 
 
@@ -112,7 +120,8 @@ def test_reasons_and_counts():
     assert gate.decide(False, walk).reason == "not_finite"
     walk.gains["candidate"] = 0.0
     walk.known = {k: 0.0 if isinstance(k, tuple) else v for k, v in walk.known.items()}
-    assert gate.decide(True, walk).reason == "not_better"  # equal: nothing is gained by a swap
+    # equal: nothing is gained by a swap
+    assert gate.decide(True, walk).reason == "not_better"
     walk.gains["candidate"] = -1.0
     assert gate.decide(True, walk).reason == "worse"
     assert gate.decisions == {
@@ -146,7 +155,8 @@ def test_the_initial_draft_comes_back_where_it_is_clearly_better():
     assert filled().decide(True, worse_than_initial).reason == "initial"
     assert filled().decide(True, World(0, candidate=0.9, initial=0.5)).reason == "better"
     within_noise = [
-        filled().decide(True, World(seed, candidate=-0.5, initial=0.0)).reason for seed in range(200)
+        filled().decide(True, World(seed, candidate=-0.5, initial=0.0)).reason
+        for seed in range(200)
     ]
     assert within_noise.count("initial") < 12
     served = World(0, candidate=0.9)
@@ -158,7 +168,8 @@ def test_a_draft_that_stays_worse_is_given_up():
     gate, walk = filled(give_up_after=3), World(0, candidate=-1.0, initial=-9.0)
     for answers in range(3):
         assert not gate.gives_up
-        gate.decide(answers != 1, walk)  # a draft that is not finite does not come back either
+        # a draft that is not finite does not come back either
+        gate.decide(answers != 1, walk)
     assert gate.gives_up
     gate.restart()
     assert not gate.gives_up
@@ -175,9 +186,12 @@ def test_what_is_held_back():
     assert given == [["1"], [], ["3"], [], ["5"], ["2"], ["7"], ["4"]]
     assert gate.held == 2
     gate.hold(sample("8", slots=20))
-    assert gate.held == 3  # another part of a request that is held
-    assert gate.hold(sample("8", slots=4000))  # but no request is held without bound
-    assert [s.request for s in gate.hold(sample("8", epoch="other"))] == ["8"]  # another server's
+    # another part of a request that is held
+    assert gate.held == 3
+    # but no request is held without bound
+    assert gate.hold(sample("8", slots=4000))
+    # another server's
+    assert [s.request for s in gate.hold(sample("8", epoch="other"))] == ["8"]
 
 
 def test_off_passes_everything_that_is_finite_and_holds_nothing():

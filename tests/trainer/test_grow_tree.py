@@ -1,4 +1,6 @@
-"""Trees grown for many slots at once are those that the loop's tests compare with SGLang's, one sample at a time."""
+"""Trees grown for many slots at once are those that the loop's tests compare with SGLang's, one
+sample at a time.
+"""
 
 import importlib.util
 import sys
@@ -19,8 +21,12 @@ S = 3
 
 @cache
 def reference():
-    """tests/loop/growth.py, which tests/loop/test_replay.py holds against what SGLang really drew."""
-    spec = importlib.util.spec_from_file_location("growth", Path(__file__).parents[1] / "loop" / "growth.py")
+    """tests/loop/growth.py, which tests/loop/test_replay.py holds against what SGLang really
+    drew.
+    """
+    spec = importlib.util.spec_from_file_location(
+        "growth", Path(__file__).parents[1] / "loop" / "growth.py"
+    )
     module = sys.modules["growth"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -38,7 +44,11 @@ def test_the_trees_are_the_references(name, width, nodes, chunk, monkeypatch):
     draft = make(VARIANTS[name], torch.float32)
     samples = [random_sample(seed, topk=width, num_steps=S, verifies=6) for seed in range(3)]
     batch, growth, grown = packed(samples), reference(), []
-    monkeypatch.setattr(grow_tree, "_accepted", lambda tokens, parents, *_: grown.append((tokens, parents)) or tokens)
+    monkeypatch.setattr(
+        grow_tree,
+        "_accepted",
+        lambda tokens, parents, *_: grown.append((tokens, parents)) or tokens,
+    )
     tree_runs(draft, batch, S, width, nodes)
     tokens, parents = (torch.cat(parts) for parts in zip(*grown))
     first = strayed = 0
@@ -49,22 +59,28 @@ def test_the_trees_are_the_references(name, width, nodes, chunk, monkeypatch):
         torch.testing.assert_close(tokens[rows], want.tokens)
         torch.testing.assert_close(parents[rows], want.parents)
         first, strayed = first + len(sample.features), strayed + want.strayed
-    assert width == 1 or strayed > 0  # growing along true ancestors would not have done
+    # growing along true ancestors would not have done
+    assert width == 1 or strayed > 0
 
 
 def test_a_chain_is_accepted_as_far_as_it_agrees():
     draft = make(VARIANTS["plain"], torch.float32)
     samples = [random_sample(seed, topk=1, num_steps=S, verifies=8) for seed in range(3)]
     trees = []
-    for sample in samples:  # committed as the draft drew it, up to a place that differs
+    # committed as the draft drew it, up to a place that differs
+    for sample in samples:
         growth = reference().grow({0: draft}, sample, S + 1, 0)
-        for n, (slot, drawn) in enumerate(zip(sample.node_slot[sample.tree_first].tolist(), growth.tokens.tolist())):
+        for n, (slot, drawn) in enumerate(
+            zip(sample.node_slot[sample.tree_first].tolist(), growth.tokens.tolist())
+        ):
             trees.append((sample, slot, drawn, n % (S + 1)))
     for sample, slot, drawn, agree in trees:
         if slot + 2 + S > len(sample.tokens):
             continue
         alone = random_sample(int(sample.request[1:]), topk=1, num_steps=S, verifies=8)
-        alone.tokens[slot + 2 : slot + 2 + agree] = torch.tensor(drawn[1 : 1 + agree], dtype=torch.int64)
+        alone.tokens[slot + 2 : slot + 2 + agree] = torch.tensor(
+            drawn[1 : 1 + agree], dtype=torch.int64
+        )
         if agree < S:
             alone.tokens[slot + 2 + agree] = (drawn[1 + agree] + 1) % 50
         batch = packed([alone])
@@ -78,6 +94,12 @@ def test_a_tree_accepts_along_any_branch():
     #     3 4   5
     parents = torch.tensor([[-1, 0, 0, 1, 1, 2]])
     tokens = torch.tensor([[10, 11, 12, 13, 14, 15]])
-    for behind, run in (([11, 14, 9], 3), ([12, 15, 9], 3), ([12, 13, 9], 2), ([11, 13, 15], 3), ([13, 11, 9], 1)):
+    for behind, run in (
+        ([11, 14, 9], 3),
+        ([12, 15, 9], 3),
+        ([12, 13, 9], 2),
+        ([11, 13, 15], 3),
+        ([13, 11, 9], 1),
+    ):
         committed = torch.tensor([10, *behind])
         assert int(grow_tree._accepted(tokens, parents, committed, torch.tensor([0]), 3)) == run

@@ -1,4 +1,6 @@
-"""Drafts made elsewhere: what is only naming is converted, what does not fit is explained, all of it at once."""
+"""Drafts made elsewhere: what is only naming is converted, what does not fit is explained, all of
+it at once.
+"""
 
 import json
 import shutil
@@ -29,7 +31,11 @@ def target(tmp_path_factory):
 def source(target, tmp_path):
     """A draft in SGLang's form, to rewrite: its directory, tensors and config."""
     directory = make_random_draft(tmp_path / "source", target, draft_vocab=40, aux_layer_ids=AUX)
-    return directory, load_file(directory / "model.safetensors"), json.loads((directory / "config.json").read_text())
+    return (
+        directory,
+        load_file(directory / "model.safetensors"),
+        json.loads((directory / "config.json").read_text()),
+    )
 
 
 def rewrite(directory, tensors, config):
@@ -42,9 +48,11 @@ def speculators(tensors, config):
     names = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
     outer = ("architectures", "draft_vocab_size", "eagle_config", "tie_word_embeddings")
     nested = {
-        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "speculators_version": "0.3.0",
+        "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3",
+        "speculators_version": "0.3.0",
         "draft_vocab_size": 40, "norm_before_residual": False, "target_hidden_size": None,
-        "eagle_aux_hidden_state_layer_ids": [1, 3, 5], "speculators_config": {"algorithm": "eagle3"},
+        "eagle_aux_hidden_state_layer_ids": [1, 3, 5],
+        "speculators_config": {"algorithm": "eagle3"},
         "transformer_layer_config": {k: v for k, v in config.items() if k not in outer},
     }  # fmt: skip
     return names, nested
@@ -53,7 +61,8 @@ def speculators(tensors, config):
 LAYOUTS = {
     "sglang": lambda t, c: (t, c),
     "layers.0 under model.": lambda t, c: (
-        {("model." if "head" not in n else "") + n.replace("midlayer", "layers.0"): x for n, x in t.items()}, c),
+        {("model." if "head" not in n else "") + n.replace("midlayer", "layers.0"): x for n,
+        x in t.items()}, c),
     "EAGLE's authors": lambda t, c: (t, {**c, "architectures": ["LlamaForCausalLM"]}),
     "speculators": speculators,
     "a wrapper's prefix, d2t in int32": lambda t, c: (
@@ -77,7 +86,9 @@ def test_common_layouts_come_in_with_their_bits(layout, source, target, tmp_path
 
 def test_later_layers_of_speculators_name_the_states_norm_otherwise(source, target, tmp_path):
     directory, tensors, config = source
-    second = {n.replace("midlayer", "layers.1"): t.clone() for n, t in tensors.items() if "midlayer" in n}
+    second = {
+        n.replace("midlayer", "layers.1"): t.clone() for n, t in tensors.items() if "midlayer" in n
+    }
     second = {n: t[:, :H] if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else t
               for n, t in second.items()}  # fmt: skip
     norm = torch.randn(H)
@@ -85,7 +96,9 @@ def test_later_layers_of_speculators_name_the_states_norm_otherwise(source, targ
     second["layers.1.input_layernorm.weight"] = norm
     rewrite(directory, *speculators({**tensors, **second}, {**config, "num_hidden_layers": 2}))
     import_draft(directory, tmp_path / "out", str(target))
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["layers.1.hidden_norm.weight"], norm)
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model.safetensors")["layers.1.hidden_norm.weight"], norm
+    )
 
 
 def test_every_problem_is_said_at_once(source, target):
@@ -97,7 +110,8 @@ def test_every_problem_is_said_at_once(source, target):
     tensors["t2d"] = ~tensors["t2d"]
     tensors["embed_tokens.weight"] = torch.randn(V, H)
     changes = {
-        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "norm_before_residual": True, "sliding_window": 128,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "norm_before_residual": True,
+        "sliding_window": 128,
         "rms_norm_eps": None, "num_aux_hidden_states": 4, "fc_norm": "yes",
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 5]},
     }  # fmt: skip
@@ -105,14 +119,16 @@ def test_every_problem_is_said_at_once(source, target):
     explained = explain(directory, open_target(target))
     problems = explained.problems
     expected = (
-        "extra.weight", "lacks layers.0.mlp.up_proj.weight", "fc.weight is [32, 32]", "norm.weight holds NaN",
+        "extra.weight", "lacks layers.0.mlp.up_proj.weight", "fc.weight is [32, 32]",
+        "norm.weight holds NaN",
         "'dynamic'", "norm_before_residual", "num_aux_hidden_states is 4", "fc_norm = 'yes'",
         "expected ids from 0 to 4",
     )  # fmt: skip
     for text in expected:
         assert sum(text in p for p in problems) == 1, (text, problems)
     assert len(problems) == len(expected), problems
-    for text in ("t2d and d2t disagree", "embedding differs"):  # SGLang reads neither
+    # SGLang reads neither
+    for text in ("t2d and d2t disagree", "embedding differs"):
         assert sum(text in note for note in explained.notes) == 1, (text, explained.notes)
 
     result = CliRunner().invoke(app, ["import", str(directory), "--target", str(target)])
@@ -123,7 +139,12 @@ def test_every_problem_is_said_at_once(source, target):
 def test_a_draft_of_another_target(source, tmp_path):
     other = make_random_target(tmp_path / "other", vocab=128, hidden=64, layers=4)
     problems = explain(source[0], open_target(other)).problems
-    said = ("vocab_size is 64, the target's is 128", "hidden_size is 32", "expected ids from 0 to 2", "fc.weight is")
+    said = (
+        "vocab_size is 64, the target's is 128",
+        "hidden_size is 32",
+        "expected ids from 0 to 2",
+        "fc.weight is",
+    )
     for text in said:
         assert any(text in p for p in problems), (text, problems)
 
@@ -133,13 +154,22 @@ def test_a_draft_of_another_target(source, tmp_path):
     [
         (lambda t, c: ({"x.kv_a_proj.weight": torch.ones(2), **t}, c), "latent (MLA"),
         (lambda t, c: ({"fc.weight": torch.ones(H, 2 * H)}, c), "EAGLE or EAGLE-2"),
-        (lambda t, c: (t, {**speculators(t, c)[1], "speculators_model_type": "eagle"}), "expected eagle3"),
+        (
+            lambda t, c: (t, {**speculators(t, c)[1], "speculators_model_type": "eagle"}),
+            "expected eagle3",
+        ),
         (lambda t, c: (t, {"transformer_layer_config": [1]}), "transformer_layer_config = [1]"),
-        (lambda t, c: (t, {**c, "architectures": ["Eagle3DeepseekV2ForCausalLM"]}), "not an EAGLE3 draft"),
+        (
+            lambda t, c: (t, {**c, "architectures": ["Eagle3DeepseekV2ForCausalLM"]}),
+            "not an EAGLE3 draft",
+        ),
         (lambda t, c: (t, {**c, "draft_vocab_size": None}), "has no draft_vocab_size"),
         (lambda t, c: (t, {**c, "tie_word_embeddings": True}), "tie_word_embeddings"),
         (lambda t, c: ({**t, "d2t": t["d2t"] + torch.arange(40)}, c), "target ids themselves"),
-        (lambda t, c: ({**t, "norm.weight": t["norm.weight"].to(torch.int8)}, c), "norm.weight is I8"),
+        (
+            lambda t, c: ({**t, "norm.weight": t["norm.weight"].to(torch.int8)}, c),
+            "norm.weight is I8",
+        ),
         (lambda t, c: (t, {**c, "head_dim": 16}), "self_attn.q_proj.weight is"),
     ],
 )
@@ -159,22 +189,35 @@ def test_a_file_that_can_run_code_is_not_read(source, target):
 def test_an_embedding_is_left_out_and_said(source, target, tmp_path):
     directory, tensors, config = source
     embed = open_target(target).embedding()
-    owns = {"is the target's:": embed, "but for rounding": embed.bfloat16(), "differs": torch.randn(V, H)}
+    owns = {
+        "is the target's:": embed,
+        "but for rounding": embed.bfloat16(),
+        "differs": torch.randn(V, H),
+    }
     for said, own in owns.items():
         rewrite(directory, {**tensors, "embed_tokens.weight": own}, config)
-        assert any(said in note for note in import_draft(directory, tmp_path / "out", str(target), force=True).notes)
+        assert any(
+            said in note
+            for note in import_draft(directory, tmp_path / "out", str(target), force=True).notes
+        )
         assert "embed_tokens.weight" not in load_file(tmp_path / "out" / "model.safetensors")
 
 
 def test_another_dtype_and_defaults_said_aloud(tmp_path):
     target = make_random_target(tmp_path / "deep", vocab=V, hidden=H, layers=12)
-    directory = make_random_draft(tmp_path / "source", target)  # names no layers
+    # names no layers
+    directory = make_random_draft(tmp_path / "source", target)
     explained = import_draft(directory, tmp_path / "out", str(target), dtype="bfloat16")
     assert not explained.conversions
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 5, 8] and config["dtype"] == "bfloat16"
+    assert (
+        config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [1, 5, 8]
+        and config["dtype"] == "bfloat16"
+    )
     assert load_file(tmp_path / "out" / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
-    assert any("--dtype float32" in note for note in explain(tmp_path / "out", open_target(target)).notes)
+    assert any(
+        "--dtype float32" in note for note in explain(tmp_path / "out", open_target(target)).notes
+    )
 
 
 def changed_target(target, directory, **config):
@@ -187,18 +230,28 @@ def changed_target(target, directory, **config):
 @pytest.mark.parametrize(
     ("model", "ids", "outputs"),
     [
-        ("DeepseekV3ForCausalLM", [2, 3, 5], [1, 2, 4]),  # as they are, where the first is not 1
+        # as they are, where the first is not 1
+        ("DeepseekV3ForCausalLM", [2, 3, 5], [1, 2, 4]),
         ("DeepseekV3ForCausalLM", [1, 3, 4], [1, 3, 4]),
-        ("GptOssForCausalLM", [2, 4, 6], [1, 3, 5]),  # as they are, where the last is the number of layers
+        # as they are, where the last is the number of layers
+        ("GptOssForCausalLM", [2, 4, 6], [1, 3, 5]),
         ("GptOssForCausalLM", [0, 2, 4], [0, 2, 4]),
     ],
 )
 def test_models_with_their_own_way_of_naming_layers(model, ids, outputs, source, target, tmp_path):
-    """What eagle_config names is kept as SGLang reads it; for others the import says what the features enter."""
+    """What eagle_config names is kept as SGLang reads it; for others the import says what the
+    features enter.
+    """
     opened = open_target(changed_target(target, tmp_path / "own", architectures=[model]))
-    rewrite(source[0], source[1], source[2] | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}})
+    rewrite(
+        source[0],
+        source[1],
+        source[2] | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": ids}},
+    )
     explained = import_draft(source[0], tmp_path / "out", str(opened.directory))
-    assert any("ENTERS" in note and str(outputs) in note for note in explained.notes) == (ids != outputs)
+    assert any("ENTERS" in note and str(outputs) in note for note in explained.notes) == (
+        ids != outputs
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == ids
     assert config["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in outputs]
@@ -216,7 +269,11 @@ def test_models_with_their_own_way_of_naming_layers(model, ids, outputs, source,
 def eagle31(tensors, config):
     """The switches of EAGLE 3.1 at the top of speculators' nested config."""
     names, nested = speculators(tensors, config)
-    return {**names, "input_norm.weight": torch.rand(3 * H)}, {**nested, "norm_output": True, "norm_before_fc": True}
+    return {**names, "input_norm.weight": torch.rand(3 * H)}, {
+        **nested,
+        "norm_output": True,
+        "norm_before_fc": True,
+    }
 
 
 def lifted(tensors, config):
@@ -229,7 +286,10 @@ def inside(tensors, config):
     """... and in the layer's own config."""
     names, nested = eagle31(tensors, config)
     switches = {k: nested.pop(k) for k in ("norm_output", "norm_before_fc")}
-    return names, {**nested, "transformer_layer_config": nested["transformer_layer_config"] | switches}
+    return names, {
+        **nested,
+        "transformer_layer_config": nested["transformer_layer_config"] | switches,
+    }
 
 
 @pytest.mark.parametrize("where", [eagle31, lifted, inside])
@@ -249,24 +309,30 @@ def test_eagle_3_1_is_not_lost(where, source, target, tmp_path):
 
 CONVERTED = {
     "nested rope": (
-        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "rope_scaling": None, "rope_theta": None},
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}}, "rope_scaling": None,
+        "rope_theta": None},
         lambda c: c.rope_theta == 5e5),
     "nested rope of two layer types, one of them used": (
-        {"rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1.5}},
+        {"rope_parameters": {"full_attention": {"rope_theta": 5e5},
+        "sliding_attention": {"rope_theta": 1.5}},
          "layer_types": ["full_attention"], "rope_scaling": None},
         lambda c: c.rope_theta == 5e5),
     "nested yarn": (
-        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 9e4}}},
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0,
+        "rope_theta": 9e4}}},
         lambda c: c.rope_scaling["rope_type"] == "yarn" and c.rope_theta == 9e4),
     "layer types of the target": ({"layer_types": ["full_attention"] * 6}, lambda c: True),
-    "a null where SGLang computes": ({"target_hidden_size": None, "partial_rotary_factor": None}, lambda c: True),
+    "a null where SGLang computes": ({"target_hidden_size": None, "partial_rotary_factor": None},
+    lambda c: True),
     "no family": ({"model_type": None}, lambda c: True),
-    "defaults left out": ({"rms_norm_eps": None, "hidden_act": None}, lambda c: c.rms_norm_eps == 1e-6),
+    "defaults left out": ({"rms_norm_eps": None, "hidden_act": None},
+    lambda c: c.rms_norm_eps == 1e-6),
     "the target's family": ({"model_type": "qwen2", "sliding_window": 64}, lambda c: True),
     "fewer positions than the target": (
         {"max_position_embeddings": 128}, lambda c: c.max_position_embeddings == 4096),
     "layers at the top": (
-        {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": [2, 3, 5]}, lambda c: c.aux_layer_ids == (1, 2, 4)),
+        {"eagle_config": None, "eagle_aux_hidden_state_layer_ids": [2, 3, 5]},
+        lambda c: c.aux_layer_ids == (1, 2, 4)),
 }  # fmt: skip
 
 
@@ -291,10 +357,18 @@ def test_nested_rope_that_differs_by_layer_is_refused(source, target):
 def test_fused_tensors_are_taken_apart(source, target, tmp_path):
     directory, tensors, config = source
     reference = Draft.load(directory, open_target(target).embedding()).checkpoint()
-    fused = {n: t for n, t in tensors.items() if not any(f".{p}_proj" in n for p in "q k v gate up".split())}
+    fused = {
+        n: t
+        for n, t in tensors.items()
+        if not any(f".{p}_proj" in n for p in "q k v gate up".split())
+    }
     attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
-    fused[attention + "qkv_proj.weight"] = torch.cat([tensors[f"{attention}{p}_proj.weight"] for p in "qkv"])
-    fused[mlp + "gate_up_proj.weight"] = torch.cat([tensors[f"{mlp}{p}_proj.weight"] for p in ("gate", "up")])
+    fused[attention + "qkv_proj.weight"] = torch.cat(
+        [tensors[f"{attention}{p}_proj.weight"] for p in "qkv"]
+    )
+    fused[mlp + "gate_up_proj.weight"] = torch.cat(
+        [tensors[f"{mlp}{p}_proj.weight"] for p in ("gate", "up")]
+    )
     rewrite(directory, fused, config)
     with pytest.raises(ValueError, match="aurora-trainer import"):
         check_draft(directory, open_target(target).config)
@@ -312,8 +386,10 @@ def test_a_narrower_draft_is_refused_in_one_sentence(source, target, tmp_path):
         "fc": (h, 3 * H), "norm": (h,), "lm_head": (V, h), "embed_tokens": (V, h),
         "midlayer.self_attn.q_proj": (h, 2 * h),
         "midlayer.self_attn.k_proj": (h // 2, 2 * h), "midlayer.self_attn.v_proj": (h // 2, 2 * h),
-        "midlayer.self_attn.o_proj": (h, h), "midlayer.mlp.gate_proj": (2 * h, h), "midlayer.mlp.up_proj": (2 * h, h),
-        "midlayer.mlp.down_proj": (h, 2 * h), "midlayer.hidden_norm": (h,), "midlayer.input_layernorm": (h,),
+        "midlayer.self_attn.o_proj": (h, h), "midlayer.mlp.gate_proj": (2 * h, h),
+        "midlayer.mlp.up_proj": (2 * h, h),
+        "midlayer.mlp.down_proj": (h, 2 * h), "midlayer.hidden_norm": (h,),
+        "midlayer.input_layernorm": (h,),
         "midlayer.post_attention_layernorm": (h,),
     }  # fmt: skip
     rewrite(directory, {f"{n}.weight": torch.ones(s) for n, s in shapes.items()}, config | narrow)
@@ -326,12 +402,27 @@ def test_a_narrower_draft_is_refused_in_one_sentence(source, target, tmp_path):
 
 
 KEYS = (
-    "architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim hidden_act rms_norm_eps "
-    "rope_theta rope_scaling rope_parameters max_position_embeddings vocab_size draft_vocab_size target_hidden_size "
-    "num_aux_hidden_states eagle_config eagle_aux_hidden_state_layer_ids fc_norm norm_output layer_types "
-    "transformer_layer_config speculators_model_type partial_rotary_factor dtype norm_before_residual text_config"
+    "architectures model_type hidden_size num_attention_heads num_key_value_heads head_dim"
+    " hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters max_position_embeddings"
+    " vocab_size draft_vocab_size target_hidden_size num_aux_hidden_states eagle_config"
+    " eagle_aux_hidden_state_layer_ids fc_norm norm_output layer_types transformer_layer_config"
+    " speculators_model_type partial_rotary_factor dtype norm_before_residual text_config"
 ).split()
-VALUES = [None, "x", [1], ["x"], {}, {"full_attention": 1}, {"rope_type": "yarn"}, -1, 0, 1, 1.5, True, False]
+VALUES = [
+    None,
+    "x",
+    [1],
+    ["x"],
+    {},
+    {"full_attention": 1},
+    {"rope_type": "yarn"},
+    -1,
+    0,
+    1,
+    1.5,
+    True,
+    False,
+]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -351,7 +442,17 @@ def test_any_value_of_a_key_is_converted_or_explained(key, source, target, tmp_p
 
 
 TRUNCATED = json.dumps({"architectures": ["LlamaForCausalLMEagle3"]})[:-5]
-BAD_CONFIGS = ["", "[]", "null", "3", TRUNCATED, "[" * 100_000, '{"architectures": NaN}', '"text"', "\ufeff{}"]
+BAD_CONFIGS = [
+    "",
+    "[]",
+    "null",
+    "3",
+    TRUNCATED,
+    "[" * 100_000,
+    '{"architectures": NaN}',
+    '"text"',
+    "\ufeff{}",
+]
 
 
 @pytest.mark.parametrize("text", BAD_CONFIGS)
@@ -414,7 +515,10 @@ def assert_refused_everywhere(directory, target, said="."):
     """import, check, server start and trainer, without a traceback."""
     opened = open_target(target)
     assert any(said in p for p in explain(directory, opened).problems)
-    for refuse in (lambda: check_draft(directory, opened.config), lambda: Draft.load(directory, opened.embedding())):
+    for refuse in (
+        lambda: check_draft(directory, opened.config),
+        lambda: Draft.load(directory, opened.embedding()),
+    ):
         with pytest.raises(ValueError, match=said):
             refuse()
     result = CliRunner().invoke(app, ["import", str(directory), "--target", str(target)])
@@ -422,14 +526,29 @@ def assert_refused_everywhere(directory, target, said="."):
 
 
 def test_check_gives_the_same_explanation(source, target, tmp_path):
-    config = f'[weights]\ndirectory = "{tmp_path}/w"\n[trainer.model]\ntarget = "{target}"\ndraft = "{source[0]}"\n'
-    (tmp_path / "aurora.toml").write_text(config + f'[trainer.checkpoint]\ndirectory = "{tmp_path}/c"\n')
-    check = ["check", "--config", str(tmp_path / "aurora.toml"), "--set", f"link.endpoint=ipc://{tmp_path}/l"]
+    config = (
+        f'[weights]\ndirectory = "{tmp_path}/w"\n[trainer.model]\ntarget = "{target}"\ndraft ='
+        f' "{source[0]}"\n'
+    )
+    (tmp_path / "aurora.toml").write_text(
+        config + f'[trainer.checkpoint]\ndirectory = "{tmp_path}/c"\n'
+    )
+    check = [
+        "check",
+        "--config",
+        str(tmp_path / "aurora.toml"),
+        "--set",
+        f"link.endpoint=ipc://{tmp_path}/l",
+    ]
     assert "FAILED  draft" not in CliRunner().invoke(app, check).output
     rewrite(source[0], *speculators(source[1], source[2]))
     said = CliRunner().invoke(app, check).output
     assert "FAILED  draft" in said and "aurora-trainer import" in said
-    rewrite(source[0], {n: t for n, t in source[1].items() if n != "norm.weight"}, source[2] | {"hidden_act": "gelu"})
+    rewrite(
+        source[0],
+        {n: t for n, t in source[1].items() if n != "norm.weight"},
+        source[2] | {"hidden_act": "gelu"},
+    )
     said = CliRunner().invoke(app, check).output
     assert "2 problems" in said and "lacks norm.weight" in said and "hidden_act" in said
     rewrite(source[0], source[1], source[2] | {"max_position_embeddings": 64, "sliding_window": 4})

@@ -1,4 +1,6 @@
-"""keygen writes what its words say: its output, put into a file, is a link that works between two addresses."""
+"""keygen writes what its words say: its output, put into a file, is a link that works between two
+addresses.
+"""
 
 import re
 import socket
@@ -53,14 +55,21 @@ def test_what_it_prints_is_a_link_that_works(tmp_path):
         probe.bind(("", 0))
         port = probe.getsockname()[1]
     address = own_address() or "127.0.0.1"
-    text = toml_of(result.output).replace("TRAINER:5590", f"{address}:{port}").replace("# bind", "bind")
+    text = (
+        toml_of(result.output)
+        .replace("TRAINER:5590", f"{address}:{port}")
+        .replace("# bind", "bind")
+    )
     path = tmp_path / "aurora.toml"
     path.write_text(text.replace("0.0.0.0:5590", f"0.0.0.0:{port}"))
     link = load(ServerConfig, path).link
     assert link.bound == f"tcp://0.0.0.0:{port}" and link.endpoint == f"tcp://{address}:{port}"
     assert "the trainer lets in server" in _keys(link) and "they fit" in _keys(link)
     assert _endpoint(link) == f"tcp://0.0.0.0:{port} can be bound"
-    receiver, publisher = Receiver(link, ReceiveConfig(), None), Publisher(link, PublishConfig(), "target")
+    receiver, publisher = (
+        Receiver(link, ReceiveConfig(), None),
+        Publisher(link, PublishConfig(), "target"),
+    )
     publisher.offer("end", End(), requests=["r"], reasons=["stop"])
     assert receiver.get(10.0).arrays["committed_lens"][0] == 7
     publisher.close()
@@ -76,12 +85,22 @@ def test_no_secret_is_printed(tmp_path):
 
 def test_further_servers_and_a_second_run(tmp_path):
     first = run(tmp_path / "keys", "--server", "a", "--server", "b")
-    assert first.exit_code == 0 and tomllib.loads(toml_of(first.output))["link"]["server_keys"].endswith("/keys/a")
+    assert first.exit_code == 0 and tomllib.loads(toml_of(first.output))["link"][
+        "server_keys"
+    ].endswith("/keys/a")
     assert re.search(r'# server_keys = ".*/keys/b"   # instead, for b', first.output)
     again = run(tmp_path / "keys", "--server", "a")
-    assert again.exit_code == 2 and "never overwritten" in again.output and "Traceback" not in again.output
+    assert (
+        again.exit_code == 2
+        and "never overwritten" in again.output
+        and "Traceback" not in again.output
+    )
     further = run(tmp_path / "keys", "--server", "c")
-    assert further.exit_code == 0 and "trainer=kept" in further.output and "Restart the trainer" in further.output
+    assert (
+        further.exit_code == 0
+        and "trainer=kept" in further.output
+        and "Restart the trainer" in further.output
+    )
     assert {p.name for p in (tmp_path / "keys").iterdir()} == {"trainer", "a", "b", "c"}
     assert stat.S_IMODE((tmp_path / "keys").stat().st_mode) == 0o700
 
@@ -90,7 +109,11 @@ def test_a_directory_that_others_can_write(tmp_path):
     (tmp_path / "keys").mkdir()
     (tmp_path / "keys").chmod(0o777)
     result = run(tmp_path / "keys")
-    assert result.exit_code == 2 and "chmod 700" in result.output and not list((tmp_path / "keys").iterdir())
+    assert (
+        result.exit_code == 2
+        and "chmod 700" in result.output
+        and not list((tmp_path / "keys").iterdir())
+    )
 
 
 def test_check_says_what_is_wrong_with_keys(tmp_path):
@@ -98,10 +121,12 @@ def test_check_says_what_is_wrong_with_keys(tmp_path):
     keys = {"trainer_keys": tmp_path / "keys/trainer", "server_keys": tmp_path / "keys/server"}
     link = load(ServerConfig, None, [f'link.{name}="{path}"' for name, path in keys.items()]).link
     assert "they fit" in _keys(link)
-    (tmp_path / "keys/server").rename(tmp_path / "moved")  # as on the trainer's machine
+    # as on the trainer's machine
+    (tmp_path / "keys/server").rename(tmp_path / "moved")
     assert "lets in server" in _keys(link) and "fit" not in _keys(link)
     (tmp_path / "moved").rename(tmp_path / "keys/server")
-    (tmp_path / "keys/trainer").rename(tmp_path / "moved")  # as on the server's machine
+    # as on the server's machine
+    (tmp_path / "keys/trainer").rename(tmp_path / "moved")
     assert "public key" in _keys(link) and "another machine" in _endpoint(link)
     (tmp_path / "keys/server/server.secret").chmod(0o644)
     with pytest.raises(ValueError, match="chmod 600"):

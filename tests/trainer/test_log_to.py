@@ -8,7 +8,8 @@ from aurora_trainer.log_to import TensorBoard, scalars
 from aurora_trainer.metrics import Metrics, MetricsConfig
 
 STATUS = {
-    "time_unix_s": 1.0, "pid": 2, "steps": 7, "loss": 0.5, "accept_length_served": None, "published": {"published": 3},
+    "time_unix_s": 1.0, "pid": 2, "steps": 7, "loss": 0.5, "accept_length_served": None,
+    "published": {"published": 3},
     "buffer": {"bytes": 10, "deeper": {"x": 1}}, "books": {"epoch": {"sent": 1}}, "name": "text",
 }  # fmt: skip
 INSTALLED = importlib.util.find_spec("tensorboard") is not None
@@ -47,6 +48,8 @@ def test_events_are_read_back(tmp_path):
 def test_a_full_disk_does_not_end_training(monkeypatch, caplog):
     board = object.__new__(TensorBoard)
     board._writer = None
-    monkeypatch.setattr("aurora_trainer.log_to.scalars", lambda status: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "aurora_trainer.log_to.scalars", lambda status: (_ for _ in ()).throw(OSError("full"))
+    )
     board.write({"steps": 1})
     assert "tensorboard not written" in caplog.text

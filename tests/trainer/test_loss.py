@@ -33,7 +33,9 @@ def naive_loss(draft, batch, config):
             w = level.reach[q] if config.rejected_by == "reach" and not level.accepted[q] else 1.0
             terms[bool(level.accepted[q])].append(w * (p * (p.log() - log_q)).sum())
         total = total + config.gamma**d * sum(terms[True]) / max(len(terms[True]), 1)
-        total = total + config.gamma**d * config.rejected * sum(terms[False]) / max(len(terms[False]), 1)
+        total = total + config.gamma**d * config.rejected * sum(terms[False]) / max(
+            len(terms[False]), 1
+        )
     return total
 
 
@@ -47,7 +49,9 @@ def test_the_objective_is_its_formula(name, by):
     want = naive_loss(draft, batch, config)
     torch.testing.assert_close(loss, want, atol=1e-6, rtol=1e-6)
     parameters = list(draft.parameters())
-    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 

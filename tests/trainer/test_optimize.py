@@ -35,8 +35,12 @@ def test_training_lowers_the_loss(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_exact(kind, dtype):
-    """Through bytes: 4 updates, save, load into a fresh draft and optimizer, 4 more, against 8 in one run."""
-    config = OptimizerConfig(kind=kind, warmup_updates=6, schedule="cosine", cosine_updates=9, weight_decay=0.1)
+    """Through bytes: 4 updates, save, load into a fresh draft and optimizer, 4 more, against 8 in
+    one run.
+    """
+    config = OptimizerConfig(
+        kind=kind, warmup_updates=6, schedule="cosine", cosine_updates=9, weight_decay=0.1
+    )
     whole = make(VARIANTS["plain"], dtype)
     train(whole, optimizer := Optimizer(whole, config), range(4))
     tensors, rest = optimizer.state_dict()
@@ -73,7 +77,9 @@ def test_adamw_is_torchs():
         reference.step()
         reference.zero_grad()
     for (name, a), b in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        torch.testing.assert_close(a, b[1], atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a, b[1], atol=2e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_a_norm_in_bfloat16_moves_through_its_master():
@@ -110,7 +116,9 @@ def test_the_gradient_is_clipped_as_a_whole():
 
 
 def test_schedule():
-    config = OptimizerConfig(lr=1.0, warmup_updates=3, schedule="cosine", cosine_updates=100, final_lr=0.1)
+    config = OptimizerConfig(
+        lr=1.0, warmup_updates=3, schedule="cosine", cosine_updates=100, final_lr=0.1
+    )
     assert learning_rate(config, 0) == pytest.approx(0.25)
     assert learning_rate(config, 50) == pytest.approx(0.55)
     assert learning_rate(config, 100) == learning_rate(config, 500) == pytest.approx(0.1)
@@ -137,18 +145,27 @@ def test_the_state_of_another_run_is_refused():
 
 
 def test_steps_too_small_for_bfloat16_add_up():
-    """Beside 1.0 bfloat16 knows 0.996: a norm's weight that steps by 1e-3 would never leave 1.0 without its master."""
+    """Beside 1.0 bfloat16 knows 0.996: a norm's weight that steps by 1e-3 would never leave 1.0
+    without its master.
+    """
     norm = torch.nn.Module()
     norm.weight = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = Optimizer(norm, OptimizerConfig(lr=1e-3, warmup_updates=0))
     for _ in range(10):
         norm.weight.grad = torch.ones_like(norm.weight)
         optimizer.step(0.0)
-    torch.testing.assert_close(optimizer.masters["weight"], torch.full((4,), 0.99), atol=1e-5, rtol=0)
-    assert torch.equal(norm.weight, optimizer.masters["weight"].bfloat16()) and (norm.weight < 1).all()
+    torch.testing.assert_close(
+        optimizer.masters["weight"], torch.full((4,), 0.99), atol=1e-5, rtol=0
+    )
+    assert (
+        torch.equal(norm.weight, optimizer.masters["weight"].bfloat16()) and (norm.weight < 1).all()
+    )
 
 
 def test_given_masters_are_taken_unrounded():
     norm = torch.nn.Module()
     norm.weight = torch.nn.Parameter(torch.full((4,), 1.001).bfloat16())
-    assert (Optimizer(norm, OptimizerConfig(), {"weight": torch.full((4,), 1.001)}).masters["weight"] == 1.001).all()
+    assert (
+        Optimizer(norm, OptimizerConfig(), {"weight": torch.full((4,), 1.001)}).masters["weight"]
+        == 1.001
+    ).all()

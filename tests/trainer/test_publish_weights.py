@@ -1,4 +1,6 @@
-"""Publishing: a reader finds the old version or the new one, complete, wherever the writer is killed."""
+"""Publishing: a reader finds the old version or the new one, complete, wherever the writer is
+killed.
+"""
 
 import json
 import os
@@ -49,7 +51,10 @@ def test_versions_count_on_and_old_ones_go(tmp_path):
     assert versions(tmp_path) == [3, 4, 5]
     assert read_current(tmp_path) == (5, 5.0)
     manifest = read_manifest(tmp_path / "v000005")
-    assert manifest.gate == {"reason": "first"} and manifest.d2t_sha256 == manifest.tensors["d2t"].sha256
+    assert (
+        manifest.gate == {"reason": "first"}
+        and manifest.d2t_sha256 == manifest.tensors["d2t"].sha256
+    )
     assert manifest.tensors["norm.weight"].dtype == "BF16"
     writer.close()
     assert WeightsWriter(tmp_path).publish(tensors(9), {}, **FIELDS) == 6
@@ -58,7 +63,8 @@ def test_versions_count_on_and_old_ones_go(tmp_path):
 def test_current_is_never_removed(tmp_path):
     writer = WeightsWriter(tmp_path, keep=2)
     writer.publish(tensors(1), {}, **FIELDS)
-    for stray in (7, 8, 9):  # versions that nobody made current
+    # versions that nobody made current
+    for stray in (7, 8, 9):
         (tmp_path / version_name(stray)).mkdir()
     writer.publish(tensors(2), {}, **FIELDS)
     assert read_current(tmp_path) == (2, 2.0)
@@ -77,7 +83,8 @@ def test_a_version_that_was_never_current_may_come_again(tmp_path):
     writer = WeightsWriter(tmp_path)
     for fill in (1, 2):
         writer.publish(tensors(fill), {}, **FIELDS)
-    (tmp_path / "CURRENT").write_text("v000001\n")  # as if killed before CURRENT was replaced
+    # as if killed before CURRENT was replaced
+    (tmp_path / "CURRENT").write_text("v000001\n")
     writer.close()
     assert WeightsWriter(tmp_path).publish(tensors(2), {}, **FIELDS) == 3
 
@@ -92,7 +99,9 @@ def test_a_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
 
 def test_rejected_lists_versions_and_skips_half_lines(tmp_path):
     assert rejected_versions(tmp_path) == set()
-    (tmp_path / "REJECTED").write_text(json.dumps({"version": 3, "reason": "canary"}) + '\n{"version": 4}\n{"vers')
+    (tmp_path / "REJECTED").write_text(
+        json.dumps({"version": 3, "reason": "canary"}) + '\n{"version": 4}\n{"vers'
+    )
     assert rejected_versions(tmp_path) == {3, 4}
 
 
@@ -128,14 +137,17 @@ def test_a_writer_killed_at_any_step_leaves_old_or_new(tmp_path):
     code = KILLED_WRITER.format(path=[str(Path(__file__).parent)], directory=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     steps = int(run.stdout)
-    assert steps > 15  # mkdir, 3 files x 3, syncs, renames, CURRENT, clean-up
+    # mkdir, 3 files x 3, syncs, renames, CURRENT, clean-up
+    assert steps > 15
     found = []
     for i in range(steps):
         directory = tmp_path / str(i)
         found.append(read_current(directory))
-        for version in versions(directory):  # whatever has a version's name is whole
+        # whatever has a version's name is whole
+        for version in versions(directory):
             read_manifest(directory / version_name(version))
-        writer = WeightsWriter(directory, keep=2)  # the next writer cleans up and goes on
+        # the next writer cleans up and goes on
+        writer = WeightsWriter(directory, keep=2)
         assert not list(directory.glob("*.tmp-*"))
         assert writer.publish(tensors(4), {}, **FIELDS) > found[-1][0]
         assert read_current(directory)[1] == 4.0

@@ -1,4 +1,6 @@
-"""Publisher and receiver on one real link: the books of both sides agree, whatever happens to either."""
+"""Publisher and receiver on one real link: the books of both sides agree, whatever happens to
+either.
+"""
 
 import multiprocessing
 import os
@@ -93,7 +95,10 @@ def both_sides(publisher, receiver):
     theirs, ours = publisher.counters(), receiver.books()["epochs"][publisher.epoch]
     if theirs["queued"] or theirs["captured"] != ours["captured"]:
         return f"not quiet: {theirs} {ours}"
-    return theirs["dropped"] == ours["dropped"] and theirs["sent"] == ours["sent_seq"] - ours["heartbeats"]
+    return (
+        theirs["dropped"] == ours["dropped"]
+        and theirs["sent"] == ours["sent_seq"] - ours["heartbeats"]
+    )
 
 
 def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, tmp_path):
@@ -116,12 +121,17 @@ def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, 
 def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, receive):
     receiver, publisher = receive(ReceiveConfig(queue_bytes=1 << 20)), publish(queue_messages=4)
     for value in range(400):
-        offer(publisher, value, 20_000)  # 150 kB with its header
+        # 150 kB with its header
+        offer(publisher, value, 20_000)
         time.sleep(0.001)
     assert receiver.books()["queued_bytes"] < 2 << 20
     dropped = publisher.counters()["dropped"]["queue_full"]
     got = []
-    until(lambda: got.extend(iter(lambda: receiver.get(0.05), None)) or both_sides(publisher, receiver))
+    until(
+        lambda: (
+            got.extend(iter(lambda: receiver.get(0.05), None)) or both_sides(publisher, receiver)
+        )
+    )
     assert len(got) == 400 - dropped and dropped > 0
     assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
 
@@ -140,9 +150,11 @@ def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
     until(lambda: both_sides(publisher, second))
     epoch = second.books()["epochs"][publisher.epoch]
     assert epoch["captured"] == 100 and epoch["sent_seq"] - epoch["heartbeats"] == 100
-    assert epoch["received"] >= 50  # what the first one had is still in the books
+    # what the first one had is still in the books
+    assert epoch["received"] >= 50
     rest = len(list(iter(lambda: second.get(0.0), None)))
-    assert rest <= 50 and 50 - rest <= epoch["lost"]  # what the link held when the first one closed is counted lost
+    # what the link held when the first one closed is counted lost
+    assert rest <= 50 and 50 - rest <= epoch["lost"]
 
 
 def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive):
@@ -156,7 +168,8 @@ def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive
     assert values(receiver, 1) == [2]
     until(lambda: both_sides(two, receiver))
     assert one.epoch != two.epoch
-    assert receiver.balanced(one.epoch) is True  # close() sent its last books
+    # close() sent its last books
+    assert receiver.balanced(one.epoch) is True
     assert receiver.balanced("never seen") == "unknown epoch"
 
 
@@ -167,9 +180,13 @@ def run_trainer(link, books_path):
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
-def test_books_balance_after_the_trainer_was_killed_or_stopped(link, publish, receive, tmp_path, harm):
+def test_books_balance_after_the_trainer_was_killed_or_stopped(
+    link, publish, receive, tmp_path, harm
+):
     books_path = tmp_path / "books.json"
-    process = multiprocessing.get_context("spawn").Process(target=run_trainer, args=(link, books_path), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_trainer, args=(link, books_path), daemon=True
+    )
     process.start()
     publisher = publish(queue_messages=8)
     offer(publisher, 0)
@@ -190,8 +207,10 @@ def test_books_balance_after_the_trainer_was_killed_or_stopped(link, publish, re
 
 def fields_of(number):
     return dict(
-        schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number, heartbeats=0,
-        dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1, requests=["r"],
+        schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number,
+        heartbeats=0,
+        dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1,
+        requests=["r"],
         reasons=["stop"],
     )  # fmt: skip
 
@@ -219,25 +238,34 @@ def test_bad_input_is_refused_and_counted_and_receiving_goes_on(receive, push):
     push.send_multipart([b"", b"", b""])
     push.send_multipart([garbage.bytes(500)])
     push.send_multipart([good[0][:20], good[1]])
-    push.send_multipart([b"x"] * 5000)  # far more parts than a message may have
-    push.send_multipart([b"y" * (1 << 19)] * 5)  # each part is allowed, all of them are not
+    # far more parts than a message may have
+    push.send_multipart([b"x"] * 5000)
+    # each part is allowed, all of them are not
+    push.send_multipart([b"y" * (1 << 19)] * 5)
     push.send_multipart(parts_of(2, schema=99))
     push.send_multipart([parts_of(3)[0], good[1][:2]])
     push.send_multipart(parts_of(4, target="another"))
     push.send_multipart(parts_of(5, dropped={f"cause{i}": 1 for i in range(1000)}))
     push.send_multipart(parts_of(5, epoch="x" * 65))
     push.send_multipart(parts_of(5, sent_seq=1 << 60))
-    push.send_multipart(parts_of(1))  # again
+    # again
+    push.send_multipart(parts_of(1))
     push.send_multipart(parts_of(6))
     assert values(receiver, 1) == [1]
-    stand_in = receiver.get(10.0)  # of number 3: its request's sample ends there, and no hole ends all others'
-    assert (stand_in.header.captured_seq, stand_in.header.requests, stand_in.bad) == (3, ["r"], {0: "length"})
+    # of number 3: its request's sample ends there, and no hole ends all others'
+    stand_in = receiver.get(10.0)
+    assert (stand_in.header.captured_seq, stand_in.header.requests, stand_in.bad) == (
+        3,
+        ["r"],
+        {0: "length"},
+    )
     assert values(receiver, 1) == [6]
     books = receiver.books()
     assert books["rejected"] == {
         "header": 5, "frames": 1, "size": 2, "schema": 1, "target": 1, "values": 1, "order": 1,
     }  # fmt: skip
-    epoch = books["epochs"]["fuzz"]  # 3 and 4 could be told to be its; 2 and 5 could not
+    # 3 and 4 could be told to be its; 2 and 5 could not
+    epoch = books["epochs"]["fuzz"]
     assert (epoch["received"], epoch["rejected"], epoch["lost"], epoch["sent_seq"]) == (2, 2, 2, 6)
     assert list(books["epochs"]) == ["fuzz"]
 
@@ -267,7 +295,10 @@ def test_random_mutations_never_stop_the_receiver(receive, push):
     push.send_multipart(parts_of(1, epoch="last"))
     while receiver.get(10.0).header.epoch != "last":
         pass
-    assert "failed" not in receiver.books()["rejected"] and sum(receiver.books()["rejected"].values()) > 100
+    assert (
+        "failed" not in receiver.books()["rejected"]
+        and sum(receiver.books()["rejected"].values()) > 100
+    )
 
 
 def test_an_endpoint_in_use_is_a_clear_error_and_stays_with_its_owner(link, receive, push):
@@ -306,12 +337,16 @@ def header_of(epoch, sent_seq, **changes):
 
 @pytest.mark.parametrize("bound", [8192, 16])
 def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
-    """80 in turns. Where more speak than are remembered, none is charged what was there before it was forgotten."""
+    """80 in turns.
+
+    Where more speak than are remembered, none is charged what was there before it was forgotten.
+    """
     monkeypatch.setattr("aurora_trainer.books.MAX_EPOCHS", bound)
     books = Books(tmp_path / "books.json")
     for sent_seq in range(1, 31):
         for server in range(80):
-            if (sent_seq + server) % 10:  # one in ten is lost
+            # one in ten is lost
+            if (sent_seq + server) % 10:
                 assert books.accept(header_of(f"e{server}", sent_seq, captured_seq=sent_seq))
         if sent_seq == 15:
             books.write()
@@ -320,7 +355,9 @@ def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
     for name, epoch in books.epochs.items():
         assert epoch.sent_seq - epoch.before == epoch.received + epoch.lost, name
     if bound > 80:
-        lost = sum(not (sent_seq + server) % 10 for server in range(80) for sent_seq in range(1, 30))
+        lost = sum(
+            not (sent_seq + server) % 10 for server in range(80) for sent_seq in range(1, 30)
+        )
         assert lost - 80 <= sum(e.lost for e in books.epochs.values()) <= lost
     else:
         assert books.forgotten_epochs > 0 and sum(e.lost for e in books.epochs.values()) <= 16
@@ -330,19 +367,25 @@ def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
 def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, push):
     receiver, now_ns = receive(target="target"), time.time_ns()
     there_ns = now_ns + int(ahead_s * 1e9)
-    beat = dict(kind="heartbeat", heartbeats=1, requests=[], reasons=[], captured_seq=0, time_ns=there_ns)
+    beat = dict(
+        kind="heartbeat", heartbeats=1, requests=[], reasons=[], captured_seq=0, time_ns=there_ns
+    )
     push.send_multipart([bytes(p) for p in wire.encode(wire.Header(**fields_of(1) | beat), {})])
     push.send_multipart(parts_of(2, captured_seq=1, time_ns=there_ns))
     push.send_multipart(parts_of(1, epoch="another", time_ns=now_ns))
-    found = {m.header.epoch: m.header.time_ns - now_ns for m in (receiver.get(10.0), receiver.get(10.0))}
+    found = {
+        m.header.epoch: m.header.time_ns - now_ns for m in (receiver.get(10.0), receiver.get(10.0))
+    }
     assert found["another"] == 0 and abs(found["fuzz"]) < 20e9
     if abs(ahead_s) < 5:
-        assert found["fuzz"] == int(ahead_s * 1e9)  # as it came: it may have waited on the way
+        # as it came: it may have waited on the way
+        assert found["fuzz"] == int(ahead_s * 1e9)
 
 
 def test_a_disk_that_takes_no_books_is_counted_and_they_come_later(link, receive, push, tmp_path):
     receiver = receive()
-    (tmp_path / "books.json.tmp").mkdir()  # nothing can be written there
+    # nothing can be written there
+    (tmp_path / "books.json.tmp").mkdir()
     push.send_multipart(parts_of(1))
     assert values(receiver, 1) == [1]
     until(lambda: receiver.books()["write_faults"])

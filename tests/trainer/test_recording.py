@@ -1,4 +1,6 @@
-"""A recording: bounded, private, whole after a kill, and readable around any damage, which is reported where it is."""
+"""A recording: bounded, private, whole after a kill, and readable around any damage, which is
+reported where it is.
+"""
 
 import os
 import signal
@@ -9,11 +11,19 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from aurora_trainer.recording import RETRY_S, RecordConfig, Recording, read_messages, read_recording, recording_files
+from aurora_trainer.recording import (
+    RETRY_S,
+    RecordConfig,
+    Recording,
+    read_messages,
+    read_recording,
+    recording_files,
+)
 from aurora_trainer.trace import HEAD, MAGIC, TraceError
 
 MESSAGES = [[f"header {n}".encode(), bytes([n]) * 300] for n in range(20)]
-PER_FILE = 4  # so that 20 messages are 5 files
+# so that 20 messages are 5 files
+PER_FILE = 4
 CONFIG = RecordConfig(file_bytes=1600, max_bytes=1 << 20)
 
 
@@ -33,12 +43,16 @@ def test_files_rotate_are_private_and_read_in_order(tmp_path):
     directory = tmp_path / "deep" / "recording"
     recording = write(directory, MESSAGES[:11])
     assert recording.files == 3 and recording.counters["messages"] == 11
-    recording = write(directory, MESSAGES[11:])  # goes on in the last file
+    # goes on in the last file
+    recording = write(directory, MESSAGES[11:])
     files = recording_files(directory)
     assert [f.name for f in files] == [f"{n:06d}.trace" for n in range(5)] and recording.files == 5
     assert read(directory) == MESSAGES
-    assert read(files[1]) == MESSAGES[PER_FILE : 2 * PER_FILE]  # a single file is a recording as well
-    assert all(f.stat().st_size <= CONFIG.file_bytes and f.stat().st_mode & 0o777 == 0o600 for f in files)
+    # a single file is a recording as well
+    assert read(files[1]) == MESSAGES[PER_FILE : 2 * PER_FILE]
+    assert all(
+        f.stat().st_size <= CONFIG.file_bytes and f.stat().st_mode & 0o777 == 0o600 for f in files
+    )
     assert directory.stat().st_mode & 0o777 == 0o700
     assert recording.nbytes == sum(f.stat().st_size for f in files)
 
@@ -46,11 +60,17 @@ def test_files_rotate_are_private_and_read_in_order(tmp_path):
 def test_the_oldest_files_go_and_are_counted(tmp_path):
     recording = write(tmp_path / "r", config=RecordConfig(file_bytes=1600, max_bytes=4000))
     assert recording.counters["removed_files"] == 3 and recording.counters["messages"] == 20
-    assert read(tmp_path / "r") == MESSAGES[3 * PER_FILE :]  # no complaint: its own bound removed them
+    # no complaint: its own bound removed them
+    assert read(tmp_path / "r") == MESSAGES[3 * PER_FILE :]
     assert sum(f.stat().st_size for f in recording_files(tmp_path / "r")) <= 4000
-    large = write(tmp_path / "r", [[b"x" * 5000], [b"y" * 3000]], RecordConfig(file_bytes=1600, max_bytes=4000))
+    large = write(
+        tmp_path / "r",
+        [[b"x" * 5000], [b"y" * 3000]],
+        RecordConfig(file_bytes=1600, max_bytes=4000),
+    )
     assert large.counters["full"] == 1 and read(tmp_path / "r")[-1] == [b"y" * 3000]
-    assert recording_files(tmp_path / "r")[0].name == "000005.trace"  # numbers are never used again
+    # numbers are never used again
+    assert recording_files(tmp_path / "r")[0].name == "000005.trace"
 
 
 def test_or_it_stops_when_full(tmp_path):
@@ -82,7 +102,10 @@ for n in range(10**9):
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r")])
         deadline = time.monotonic() + 20
-        while time.monotonic() < deadline and len(list((tmp_path / "r").glob("*.trace"))) < written + 3:
+        while (
+            time.monotonic() < deadline
+            and len(list((tmp_path / "r").glob("*.trace"))) < written + 3
+        ):
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -124,7 +147,9 @@ def damaged(directory, damage):
 
 def offset(index: int) -> int:
     """Of a record in its file."""
-    return len(MAGIC) + sum(HEAD.size + 8 * 2 + sum(map(len, m)) + 4 for m in MESSAGES[PER_FILE : PER_FILE + index])
+    return len(MAGIC) + sum(
+        HEAD.size + 8 * 2 + sum(map(len, m)) + 4 for m in MESSAGES[PER_FILE : PER_FILE + index]
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +163,9 @@ def offset(index: int) -> int:
         ("garbage", {4, 5, 6, 7}, (0, 0)),
     ],
 )
-def test_damage_is_reported_by_file_and_position_and_the_rest_is_read(tmp_path, damage, lost, where):
+def test_damage_is_reported_by_file_and_position_and_the_rest_is_read(
+    tmp_path, damage, lost, where
+):
     write(tmp_path / "r")
     path = recording_files(tmp_path / "r")[1]
     data = bytearray(path.read_bytes())

@@ -1,4 +1,6 @@
-"""Replay: the same weights to the bit, around damage, and into a live trainer; record writes what can be replayed."""
+"""Replay: the same weights to the bit, around damage, and into a live trainer; record writes what
+can be replayed.
+"""
 
 import re
 import resource
@@ -66,15 +68,20 @@ def test_two_replays_publish_the_same_bits(models, recording, tmp_path):
     train(models, tmp_path / "a", recording)
     time.sleep(0.1)
     train(models, tmp_path / "b", recording, trainer__metrics__every_s=0.01)
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b") and current_version(tmp_path / "a" / "weights") >= 3
-    train(models, tmp_path / "c", recording, trainer__pace__seed=1)
-    assert hashes(tmp_path / "a").keys() == hashes(tmp_path / "c").keys() and hashes(tmp_path / "a") != hashes(
-        tmp_path / "c"
+    assert (
+        hashes(tmp_path / "a") == hashes(tmp_path / "b")
+        and current_version(tmp_path / "a" / "weights") >= 3
     )
+    train(models, tmp_path / "c", recording, trainer__pace__seed=1)
+    assert hashes(tmp_path / "a").keys() == hashes(tmp_path / "c").keys() and hashes(
+        tmp_path / "a"
+    ) != hashes(tmp_path / "c")
 
 
 @pytest.mark.parametrize("damage", ["flip", "zero", "truncate", "missing"])
-def test_what_is_damaged_is_passed_over_and_the_rest_is_trained_on(models, tmp_path, caplog, damage):
+def test_what_is_damaged_is_passed_over_and_the_rest_is_trained_on(
+    models, tmp_path, caplog, damage
+):
     recording = record(tmp_path / "r", models)
     whole = len(list(read_messages(recording)))
     path = recording_files(recording)[1]
@@ -91,7 +98,10 @@ def test_what_is_damaged_is_passed_over_and_the_rest_is_trained_on(models, tmp_p
     assert daemon.damage.count == 1 and str(path) in daemon.damage.texts[0]
     assert "at byte" in caplog.text and daemon.status(None)["damaged_records"] == 1
     counters = daemon.training.assembler.counters
-    assert whole - 100 < counters["messages"] < whole and daemon.training.samples["assembled"] >= REQUESTS - 8
+    assert (
+        whole - 100 < counters["messages"] < whole
+        and daemon.training.samples["assembled"] >= REQUESTS - 8
+    )
     assert daemon.training.steps > 10 and current_version(tmp_path / "weights")
 
 
@@ -106,14 +116,20 @@ def test_a_recording_keeps_its_own_pace():
         times.append((record, time.monotonic() - began))
     assert [n for n, _ in times] == [5, 6, 8]
     assert [t for _, t in times] == pytest.approx([0, 0.1, 0.3], abs=0.08)
-    assert len(list(paced(iter([(0, At(0)), (1, At(10**15))]), lambda: True))) == 2  # stopping does not wait
+    # stopping does not wait
+    assert len(list(paced(iter([(0, At(0)), (1, At(10**15))]), lambda: True))) == 2
 
 
 def told(*times_s):
     """(epoch, seconds) as messages; a heartbeat where the epoch's name is in capitals."""
     for epoch, time_s in times_s:
         kind = "heartbeat" if epoch.isupper() else "verify"
-        yield 0, SimpleNamespace(header=SimpleNamespace(epoch=epoch.lower(), time_ns=int(time_s * 1e9), kind=kind))
+        yield (
+            0,
+            SimpleNamespace(
+                header=SimpleNamespace(epoch=epoch.lower(), time_ns=int(time_s * 1e9), kind=kind)
+            ),
+        )
 
 
 def on_clock(*times_s):
@@ -125,17 +141,21 @@ def test_a_recordings_clock_is_nobodys_wrong_one():
     assert on_clock(*right) == [t for _, t in right]
     ahead = [("a", 100), ("b", 3701), ("a", 102), ("b", 3703), ("a", 104)]
     assert on_clock(*ahead) == [100, 100, 102, 102, 104]
-    assert on_clock(("a", 100), ("b", -3499 + 3600), ("a", 102), ("a", 2**63 / 1e9), ("b", 103)) == [
+    assert on_clock(("a", 100), ("b", -3499 + 3600), ("a", 102), ("a", 2**63 / 1e9),
+    ("b", 103)) == [
         100, 101, 102, 102, 103
     ]  # fmt: skip
     behind = [("a", 5000), ("B", 1400), ("a", 5001), ("b", 1401), ("B", 1402)]
     assert on_clock(*behind) == [5000, 5000, 5001, 5001, 5002]
-    set_back = [("a", 5000), ("a", 1400), ("A", 1401), ("a", 1403)]  # only a heartbeat did not wait on the way
+    # only a heartbeat did not wait on the way
+    set_back = [("a", 5000), ("a", 1400), ("A", 1401), ("a", 1403)]
     assert on_clock(*set_back) == [5000, 1400, 5000, 5002]
 
 
 def test_a_wrong_clock_in_a_recording_changes_nobody_elses_training(models, recording, tmp_path):
-    """A second server whose clock is an hour ahead: the first one's open requests are not taken for idle."""
+    """A second server whose clock is an hour ahead: the first one's open requests are not taken for
+    idle.
+    """
     mixed, parts = tmp_path / "mixed", [r.parts for r, _ in read_messages(recording)]
     about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
     other = list(messages(**about, requests=2, epoch="z"))
@@ -148,14 +168,19 @@ def test_a_wrong_clock_in_a_recording_changes_nobody_elses_training(models, reco
             writer.write([msgspec.msgpack.encode(header), *other[number][1:]])
     writer.close()
     daemon = train(models, tmp_path, mixed)
-    assert daemon.training.assembler.counters["samples_idle"] == 0 and not daemon.training.buffer.dropped["stale"]
+    assert (
+        daemon.training.assembler.counters["samples_idle"] == 0
+        and not daemon.training.buffer.dropped["stale"]
+    )
     assert daemon.training.samples["assembled"] == REQUESTS + 2
 
 
 def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_path):
     make_keys(tmp_path / "keys", ["server"])
     link = LinkConfig(
-        endpoint=f"ipc://{tmp_path}/link", trainer_keys=tmp_path / "keys/trainer", server_keys=tmp_path / "keys/server"
+        endpoint=f"ipc://{tmp_path}/link",
+        trainer_keys=tmp_path / "keys/trainer",
+        server_keys=tmp_path / "keys/server",
     )
     receiver = Receiver(link, ReceiveConfig(), None)
     sent = [m for _, m in read_messages(recording)]
@@ -167,7 +192,9 @@ def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_pat
                 got.append(message)
             assert counts["messages"] == len(sent) == len(got)
             assert [m.header.requests for m in got] == [m.header.requests for m in sent]
-            assert all((a.arrays[n] == b.arrays[n]).all() for a, b in zip(got, sent) for n in b.arrays)
+            assert all(
+                (a.arrays[n] == b.arrays[n]).all() for a, b in zip(got, sent) for n in b.arrays
+            )
             assert abs(got[-1].header.time_ns / 1e9 - time.time()) < 60
         books = receiver.books()
         assert len(books["epochs"]) == 2 and not books["rejected"]
@@ -177,7 +204,11 @@ def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_pat
 
 
 def recorder(models, out: Path, link: LinkConfig, **how) -> subprocess.Popen:
-    sets = [f"link.endpoint={link.endpoint}", f"trainer.model.target={models}/target", "trainer.model.draft=unused"]
+    sets = [
+        f"link.endpoint={link.endpoint}",
+        f"trainer.model.target={models}/target",
+        "trainer.model.draft=unused",
+    ]
     sets += ["trainer.record.file_bytes=100000", "trainer.metrics.every_s=0.05"]
     command = [sys.executable, "-m", "aurora_trainer.cli", "record", "--out", str(out)]
     command += [a for s in sets for a in ("--set", s)]
@@ -191,8 +222,14 @@ def test_record_writes_what_comes_and_goes_on_after_a_kill(models, recording, tm
     for number in (signal.SIGKILL, signal.SIGTERM):
         process = recorder(models, tmp_path / "out", link)
         total = push(recording, link)["messages"]
-        last = next(line for line in iter(process.stderr.readline, "") if f"recording messages={total} " in line)
-        assert "lost=0 dropped_by_servers=0 rejected=0 not_recorded_full=0 not_recorded_disk=0" in last
+        last = next(
+            line
+            for line in iter(process.stderr.readline, "")
+            if f"recording messages={total} " in line
+        )
+        assert (
+            "lost=0 dropped_by_servers=0 rejected=0 not_recorded_full=0 not_recorded_disk=0" in last
+        )
         process.send_signal(number)
         process.communicate(timeout=20)
         assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 0)
@@ -212,8 +249,10 @@ def test_a_full_disk_stops_nothing_but_the_recording(models, recording, tmp_path
         counts = dict(re.findall(r"(\w+)=(\d+)", line)) if " recording messages=" in line else {}
         if int(counts.get("messages", 0)) + int(counts.get("not_recorded_disk", 0)) == total:
             break
-    assert int(counts["not_recorded_disk"]) > 0 and counts["lost"] == "0" == counts["rejected"]  # all were received
+    # all were received
+    assert int(counts["not_recorded_disk"]) > 0 and counts["lost"] == "0" == counts["rejected"]
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 0
-    assert len(list(read_messages(tmp_path / "out"))) == int(counts["messages"]) > 10  # nothing is damaged
+    # nothing is damaged
+    assert len(list(read_messages(tmp_path / "out"))) == int(counts["messages"]) > 10

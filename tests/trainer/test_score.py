@@ -1,4 +1,6 @@
-"""The one accept length: what the gate, the status and `eval` measure is what a server would show."""
+"""The one accept length: what the gate, the status and `eval` measure is what a server would
+show.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from aurora_trainer.score import chains, expected_walk, walk, walked
 
 
 def agreeing(draft, sample, share=3):
-    """Commit what the draft would draw for two of `share` positions, so that runs of every length occur."""
+    """Commit what the draft would draw for two of `share` positions, so that runs of every length
+    occur.
+    """
     batch = pack([sample], BatchConfig(rejected=False))
     state, _ = draft.slots(batch.tokens, batch.features, batch.positions, batch.slot_start)
     choice = draft.logits(state).argmax(-1)
@@ -30,12 +34,15 @@ def measure(draft, samples, **packing):
 
 
 def test_agreement_is_with_the_committed_token_not_with_the_targets_choice():
-    """A server that samples commits what the target would not choose; the draft that foretells it is accepted."""
+    """A server that samples commits what the target would not choose; the draft that foretells it
+    is accepted.
+    """
     draft = make(VARIANTS["plain"], torch.float32)
     sample = agreeing(draft, random_sample(4, prompt_len=3, verifies=30, topk=1))
     _, chain, scores = measure(draft, [sample])
     assert chain.match.any()
-    other = sample.topk_ids.roll(1, 1)  # the target prefers something else everywhere
+    # the target prefers something else everywhere
+    other = sample.topk_ids.roll(1, 1)
     sample.topk_ids = other
     _, again, others = measure(draft, [sample])
     assert torch.equal(chain.match, again.match) and (scores == others).all()
@@ -45,10 +52,20 @@ def test_agreement_is_with_the_committed_token_not_with_the_targets_choice():
 
 @pytest.mark.parametrize("name", ["plain", "reduced vocabulary"])
 def test_each_sample_is_walked_as_its_own_server_draws(name):
-    """Chains of two lengths, trees of two shapes and a rejection sampler in one batch, each as if it were alone."""
+    """Chains of two lengths, trees of two shapes and a rejection sampler in one batch, each as if
+    it were alone.
+    """
     draft = make(VARIANTS[name], torch.float32)
-    shapes = [dict(topk=1), dict(topk=1, num_steps=2), dict(topk=2, width=2), dict(topk=2, width=3), dict(topk=1)]
-    samples = [agreeing(draft, random_sample(n, verifies=12, **shape)) for n, shape in enumerate(shapes)]
+    shapes = [
+        dict(topk=1),
+        dict(topk=1, num_steps=2),
+        dict(topk=2, width=2),
+        dict(topk=2, width=3),
+        dict(topk=1),
+    ]
+    samples = [
+        agreeing(draft, random_sample(n, verifies=12, **shape)) for n, shape in enumerate(shapes)
+    ]
     samples[4].rejection = True
     _, _, together = measure(draft, samples)
     for sample, scores in zip(samples, together):
@@ -84,7 +101,9 @@ def test_an_expected_walk_with_certainties_is_the_walk():
         known[-depth:] = False
         roots = torch.rand(size, generator=generator) < 0.4
         visited = walk(1 + match.long().cumprod(1).sum(1), known, roots)
-        assert expected_walk(match.float(), known, roots) == pytest.approx((len(visited), sum(visited)))
+        assert expected_walk(match.float(), known, roots) == pytest.approx(
+            (len(visited), sum(visited))
+        )
 
 
 def test_an_expected_walk_is_the_mean_of_walks():

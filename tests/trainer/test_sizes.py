@@ -1,4 +1,6 @@
-"""Every formula against the thing itself: encoded messages, files, samples, and a real training step."""
+"""Every formula against the thing itself: encoded messages, files, samples, and a real training
+step.
+"""
 
 import subprocess
 import sys
@@ -37,7 +39,9 @@ def draft_of(target, draft_vocab=None):
     return draft_config(open_target(target), draft_vocab or V, kind="random")
 
 
-@pytest.mark.parametrize("load", [sizes.Load(running=5, num_steps=4), sizes.Load(running=3, topk=2, draft_tokens=9)])
+@pytest.mark.parametrize(
+    "load", [sizes.Load(running=5, num_steps=4), sizes.Load(running=3, topk=2, draft_tokens=9)]
+)
 def test_bytes_of_a_verify_message(load, target):
     """Frames to the byte; the header but for how large its counters are."""
     draft, b, n, p, k = draft_of(target), load.running, load.nodes, load.num_steps + 1, 6
@@ -46,12 +50,20 @@ def test_bytes_of_a_verify_message(load, target):
     letters = {"B": b, "N": n, "P": p, "K": k, "T": int(lens.sum()), "F": draft.feature_size}
     arrays = {}
     for name, (dtypes, shape) in wire.FRAMES["verify"].items():
-        dtype = "bfloat16" if name == "aux_hidden_states" else "float32" if "float32" in dtypes else "int32"
+        dtype = (
+            "bfloat16"
+            if name == "aux_hidden_states"
+            else "float32"
+            if "float32" in dtypes
+            else "int32"
+        )
         arrays[name] = (dtype, np.zeros([letters[letter] for letter in shape], wire.DTYPES[dtype]))
     header = wire.Header(
-        schema=1, kind="verify", epoch="0" * 32, captured_seq=70000, sent_seq=70000, heartbeats=3, dropped={}, queued=0,
+        schema=1, kind="verify", epoch="0" * 32, captured_seq=70000, sent_seq=70000, heartbeats=3,
+        dropped={}, queued=0,
         target="0" * 32, draft_version=3, extend_version=3, time_ns=1_700_000_000_000_000_000,
-        requests=[f"{i:032d}" for i in range(b)], flags=[0] * b, num_steps=load.num_steps, topk=load.topk,
+        requests=[f"{i:032d}" for i in range(b)], flags=[0] * b, num_steps=load.num_steps,
+        topk=load.topk,
     )  # fmt: skip
     parts = wire.encode(header, arrays)
     frames = sum(map(len, parts[1:]))
@@ -68,8 +80,10 @@ def test_bytes_that_wait_in_the_queue(target):
     nodes, path = torch.zeros(b, n, dtype=torch.int64), torch.zeros(b, p, dtype=torch.int32)
     staged = HostTensors().stage({
         "topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp,
-        "hidden": torch.zeros(b, p, draft.feature_size, dtype=torch.bfloat16), "draft_tokens": nodes,
-        "next_token": nodes.clone(), "next_sibling": nodes.clone(), "positions": nodes[:, 0].clone(),
+        "hidden": torch.zeros(b, p, draft.feature_size, dtype=torch.bfloat16),
+        "draft_tokens": nodes,
+        "next_token": nodes.clone(), "next_sibling": nodes.clone(),
+        "positions": nodes[:, 0].clone(),
         "accept_index": path, "accept_lens": nodes[:, 1].clone(), "next_tokens": path.clone(),
     })  # fmt: skip
     assert staged.nbytes == b * sizes.queued_row_bytes(draft, load, 2, k)
@@ -79,13 +93,17 @@ def test_bytes_that_wait_in_the_queue(target):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parameters_a_version_and_a_checkpoint(draft_vocab, dtype, target, tmp_path):
     counts = torch.arange(V)
-    draft = init_draft(target, tmp_path / "d", "random", draft_vocab=draft_vocab, token_counts=counts)
+    draft = init_draft(
+        target, tmp_path / "d", "random", draft_vocab=draft_vocab, token_counts=counts
+    )
     opened = open_target(target)
     config = draft_of(target, draft_vocab)
     assert config == draft.config
     assert sizes.parameter_count(config, opened) == sum(p.numel() for p in draft.parameters())
     writer = WeightsWriter(tmp_path / "w")
-    writer.publish(draft.checkpoint(dtype), draft.config.to_json(), target="t", parent=0, optimizer_step=0)
+    writer.publish(
+        draft.checkpoint(dtype), draft.config.to_json(), target="t", parent=0, optimizer_step=0
+    )
     writer.close()
     file = tmp_path / "w" / "v000001" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
@@ -93,7 +111,9 @@ def test_parameters_a_version_and_a_checkpoint(draft_vocab, dtype, target, tmp_p
 
     draft.compute_in("cpu", dtype)
     tensors = {f"draft/{n}": p for n, p in draft.named_parameters()}
-    tensors |= {f"optimizer/{n}": t for n, t in Optimizer(draft, OptimizerConfig()).state_dict()[0].items()}
+    tensors |= {
+        f"optimizer/{n}": t for n, t in Optimizer(draft, OptimizerConfig()).state_dict()[0].items()
+    }
     (tmp_path / "c").mkdir()
     path = save_checkpoint(tmp_path / "c", 1, tensors, {}, keep=2) / "state.safetensors"
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
@@ -103,17 +123,30 @@ def test_parameters_a_version_and_a_checkpoint(draft_vocab, dtype, target, tmp_p
 def test_bytes_of_a_sample(target):
     draft, prompt, kept = draft_of(target), 30, 6
     sample = random_sample(
-        1, prompt_len=prompt, verifies=40, num_steps=3, topk=1, features=draft.feature_size, kept=kept
+        1,
+        prompt_len=prompt,
+        verifies=40,
+        num_steps=3,
+        topk=1,
+        features=draft.feature_size,
+        kept=kept,
     )
     generated, trees = len(sample.features) - prompt, len(sample.tree_first)
     load = sizes.Load(num_steps=3, accept_length=generated / trees)
-    planned = sizes.sample_bytes(draft, load, 4, kept) * generated + prompt * (draft.feature_size * 4 + 20)
-    assert sample.nbytes - planned == pytest.approx(8)  # tokens are one more than slots
+    planned = sizes.sample_bytes(draft, load, 4, kept) * generated + prompt * (
+        draft.feature_size * 4 + 20
+    )
+    # tokens are one more than slots
+    assert sample.nbytes - planned == pytest.approx(8)
 
 
 def kept_bytes(draft, batch):
-    """What autograd holds between forward and backward, each storage once, parameters and inputs apart."""
-    own = {p.untyped_storage().data_ptr() for p in [*draft.parameters(), draft.embed, draft.inv_freq]}
+    """What autograd holds between forward and backward, each storage once, parameters and inputs
+    apart.
+    """
+    own = {
+        p.untyped_storage().data_ptr() for p in [*draft.parameters(), draft.embed, draft.inv_freq]
+    }
     held = {}
 
     def pack_hook(tensor):
@@ -133,10 +166,14 @@ def test_what_a_step_keeps(shape, dtype, tmp_path):
     target = make_random_target(tmp_path / "t", vocab=200, **shape)
     draft = init_draft(target, tmp_path / "d", "random").compute_in("cpu", dtype)
     width = draft.config.feature_size
-    samples = [random_sample(i, prompt_len=2, verifies=60, num_steps=4, topk=1, features=width) for i in range(4)]
+    samples = [
+        random_sample(i, prompt_len=2, verifies=60, num_steps=4, topk=1, features=width)
+        for i in range(4)
+    ]
     batch = pack(samples, BatchConfig(rejected=False))
     slots, rows = len(batch.tokens), len(batch.levels[0])
-    head = 4 * 200 * shape["hidden"]  # tree_loss' own, planned apart
+    # tree_loss' own, planned apart
+    head = 4 * 200 * shape["hidden"]
     planned = sizes.activation_bytes(draft.config, slots, rows, 4, dtype.itemsize)
     assert kept_bytes(draft, batch) - head == pytest.approx(planned, rel=0.2)
 
@@ -177,16 +214,29 @@ print(status("VmHWM:") - before, len(batch.tokens))
 
 
 def test_memory_of_a_real_trainers_step(tmp_path):
-    """The process' peak over what the libraries take: a draft of 6M parameters in float32, two steps on the CPU."""
-    target = make_random_target(tmp_path / "t", vocab=4096, hidden=512, layers=5, heads=8, kv_heads=4)
+    """The process' peak over what the libraries take: a draft of 6M parameters in float32, two
+    steps on the CPU.
+    """
+    target = make_random_target(
+        tmp_path / "t", vocab=4096, hidden=512, layers=5, heads=8, kv_heads=4
+    )
     draft = init_draft(target, tmp_path / "d", "random")
-    command = [sys.executable, "-c", PEAK, str(target), str(tmp_path / "d"), str(Path(__file__).parent)]
+    command = [
+        sys.executable,
+        "-c",
+        PEAK,
+        str(target),
+        str(tmp_path / "d"),
+        str(Path(__file__).parent),
+    ]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     measured, slots = map(int, output.split())
     settings = TrainerFile.model_validate(
         {"trainer": {"model": {"target": "t", "draft": "d"}, "batch": {"max_slots": slots}}}
     )
-    device = sizes.trainer_device_bytes(draft.config, open_target(target), settings.trainer, 4, sizes.Load(num_steps=3))
+    device = sizes.trainer_device_bytes(
+        draft.config, open_target(target), settings.trainer, 4, sizes.Load(num_steps=3)
+    )
     planned = sum(device.values())
     print(f"planned {planned / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB: {device}")
     assert measured == pytest.approx(planned, rel=0.15)

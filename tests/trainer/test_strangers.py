@@ -1,6 +1,8 @@
-"""Strangers on the trainer's port, on real sockets: they get nothing, disturb nothing, are counted, and are gone soon.
+"""Strangers on the trainer's port, on real sockets: they get nothing, disturb nothing, are counted,
+and are gone soon.
 
-Every test runs beside a legitimate server whose messages must all arrive, in order and without delay.
+Every test runs beside a legitimate server whose messages must all arrive, in order and without
+delay.
 """
 
 import contextlib
@@ -23,7 +25,8 @@ from aurora_sglang_plugin.publish import Publisher
 from aurora_trainer import guard
 from aurora_trainer.receive import ReceiveConfig, Receiver
 
-SLOWEST_S = 1.0  # of a legitimate message: strangers cost processor time on a machine of two cores, never a wait
+# of a legitimate message: strangers cost processor time on a machine of two cores, never a wait
+SLOWEST_S = 1.0
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 CURVE_GREETING = SIGNATURE + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
 NULL_GREETING = SIGNATURE + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -43,7 +46,9 @@ def link(tmp_path):
         probe.bind(("127.0.0.1", 0))
         endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     return LinkConfig(
-        endpoint=endpoint, trainer_keys=tmp_path / "keys/trainer", server_keys=tmp_path / "keys/server"
+        endpoint=endpoint,
+        trainer_keys=tmp_path / "keys/trainer",
+        server_keys=tmp_path / "keys/server",
     )
 
 
@@ -106,7 +111,10 @@ class Traffic:
         until(lambda: self.receiver.balanced(self.publisher.epoch))
         books = self.receiver.books()
         assert list(books["epochs"]) == [self.publisher.epoch] and books["rejected"] == {}
-        assert books["epochs"][self.publisher.epoch]["lost"] == 0 and not self.publisher.counters()["dropped"]
+        assert (
+            books["epochs"][self.publisher.epoch]["lost"] == 0
+            and not self.publisher.counters()["dropped"]
+        )
         slowest = max(at - self.offered[value] for value, at in self.got)
         assert slowest < SLOWEST_S
         return slowest
@@ -150,10 +158,18 @@ RAW = {
     "signature": (SIGNATURE, 0.0, "unfinished"),
     "greeting": (CURVE_GREETING, 0.0, "unfinished"),
     "half a hello": (CURVE_GREETING + b"\x04\xc8\x05HELLO\x01\x00" + bytes(50), 0.0, "unfinished"),
-    "a command of 60 MB": (CURVE_GREETING + b"\x06" + struct.pack(">Q", 60 << 20) + bytes(1 << 20), 0.0, "unfinished"),
+    "a command of 60 MB": (
+        CURVE_GREETING + b"\x06" + struct.pack(">Q", 60 << 20) + bytes(1 << 20),
+        0.0,
+        "unfinished",
+    ),
     "drip": (CURVE_GREETING, 0.05, "unfinished"),
     "plaintext": (NULL_GREETING + NULL_READY + b"\x00\x05hello", 0.0, "protocol"),
-    "a hello of zeros": (CURVE_GREETING + b"\x04\xc8\x05HELLO\x01\x00" + bytes(192), 0.0, "protocol"),
+    "a hello of zeros": (
+        CURVE_GREETING + b"\x04\xc8\x05HELLO\x01\x00" + bytes(192),
+        0.0,
+        "protocol",
+    ),
     "http": (b"GET / HTTP/1.1\r\n\r\n", 0.0, "garbage"),
     "noise": (np.random.default_rng(0).bytes(1000), 0.0, "garbage"),
 }
@@ -169,13 +185,16 @@ def test_raw_strangers_are_cut_off_and_counted(link, traffic):
 
     told: list[bytes] = []
     started = time.monotonic()
-    strangers = [threading.Thread(target=be, args=(data, pause_s)) for data, pause_s, _ in RAW.values()]
+    strangers = [
+        threading.Thread(target=be, args=(data, pause_s)) for data, pause_s, _ in RAW.values()
+    ]
     for stranger in strangers:
         stranger.start()
     for stranger in strangers:
         stranger.join()
     assert time.monotonic() - started < 3.0
-    assert all(len(text) <= 64 for text in told)  # the trainer's greeting at most
+    # the trainer's greeting at most
+    assert all(len(text) <= 64 for text in told)
     expected = {cause: sum(c == cause for _, _, c in RAW.values()) for _, _, cause in RAW.values()}
     until(lambda: traffic.refused() == expected or str(traffic.refused()))
     traffic.check()
@@ -195,15 +214,19 @@ def client(link, keys=None, *, trainer=None, kind=zmq.PUSH):
 
 @pytest.mark.parametrize("who", ["plaintext", "unlisted key", "another trainer's key"])
 def test_zeromq_strangers_never_get_a_message_in(link, traffic, tmp_path, who):
-    listed, unlisted = (load_server_keys(tmp_path / "keys" / name) for name in ("server", "unlisted"))
+    listed, unlisted = (
+        load_server_keys(tmp_path / "keys" / name) for name in ("server", "unlisted")
+    )
     keys = {"plaintext": None, "unlisted key": unlisted, "another trainer's key": listed}[who]
     trainer = unlisted.public if who == "another trainer's key" else None
     context, push = client(link, keys, trainer=trainer)
-    assert not push.poll(700, zmq.POLLOUT)  # no connection that a message could go to
+    # no connection that a message could go to
+    assert not push.poll(700, zmq.POLLOUT)
     context.destroy(linger=0)
     cause = "key" if who == "unlisted key" else "protocol"
     until(lambda: traffic.refused())
-    # Unfinished: the plaintext client saw the trainer's greeting first and left, or the last attempt was broken off.
+    # Unfinished: the plaintext client saw the trainer's greeting first and left, or the last
+    # attempt was broken off.
     assert set(traffic.refused()) <= {cause, "unfinished"}
     assert who == "plaintext" or traffic.refused()[cause] >= 1
     traffic.check()
@@ -240,10 +263,19 @@ print(connections, sent)
 def test_a_flood_of_plaintext_messages(link, traffic):
     data = NULL_GREETING + NULL_READY + b"\x00\xf0" + bytes(240) + (b"\x00\xf0" + bytes(240)) * 200
     port = link.endpoint.rpartition(":")[2]
-    flood = [subprocess.Popen([sys.executable, "-c", FLOOD, port, "2", data.hex()], stdout=subprocess.PIPE)]
+    flood = [
+        subprocess.Popen(
+            [sys.executable, "-c", FLOOD, port, "2", data.hex()], stdout=subprocess.PIPE
+        )
+    ]
     connections, sent = map(int, flood[0].communicate(timeout=20)[0].split())
     assert connections > 100 and sent > 1 << 20
-    until(lambda: sum(traffic.refused().values()) >= 0.9 * connections or str((connections, traffic.refused())))
+    until(
+        lambda: (
+            sum(traffic.refused().values()) >= 0.9 * connections
+            or str((connections, traffic.refused()))
+        )
+    )
     assert traffic.publisher.counters()["refused"] == {}
     traffic.check()
 
@@ -286,7 +318,8 @@ def test_ten_thousand_connections(link, traffic):
         most = max(most, open_files())
         time.sleep(0.01)
     assert waves.communicate()[0] == b"done\n" and waves.returncode == 0
-    assert most > files + 100  # they were really there
+    # they were really there
+    assert most > files + 100
     until(lambda: open_files() <= files + 2 or f"{open_files()} files, {files} before")
     until(lambda: sum(traffic.refused().values()) == 10_000 or str(traffic.refused()))
     assert resident_bytes() - resident < 100 << 20
@@ -310,10 +343,13 @@ def test_too_many_to_count_are_not_counted_and_nothing_stalls(link, monkeypatch)
 
 
 def test_half_open_connections_do_not_use_up_the_files(link, traffic):
-    """Cut off after the handshake's time, also where they stay: what a stranger holds is bounded by its rate."""
+    """Cut off after the handshake's time, also where they stay: what a stranger holds is bounded by
+    its rate.
+    """
     files = open_files()
     strangers = [connect(link) for _ in range(200)]
-    until(lambda: open_files() >= files + 400)  # both ends are in this process
+    # both ends are in this process
+    until(lambda: open_files() >= files + 400)
     until(lambda: open_files() <= files + 202, 3.0)
     for stranger in strangers:
         stranger.close()
@@ -361,6 +397,7 @@ def test_a_key_that_is_removed_is_refused_after_the_trainers_next_start(link, tm
         name.with_suffix(".removed").rename(name)
         traffic.receiver.close()
         traffic.receiver = Receiver(link, ReceiveConfig(), None)
-        assert traffic.receiver.get(10.0).arrays["committed_lens"][0] == 0  # the server tries again by itself
+        # the server tries again by itself
+        assert traffic.receiver.get(10.0).arrays["committed_lens"][0] == 0
     finally:
         traffic.close()

@@ -42,12 +42,15 @@ def trainer(tmp_path_factory):
     about = dict(target=target_fingerprint(target), vocab=VOCAB, features=3 * HIDDEN, requests=12)
     write_trace(site / "trace", **about)
     settings = {
-        "weights.directory": site / "weights", "trainer.model.target": target, "trainer.model.draft": site / "draft",
+        "weights.directory": site / "weights", "trainer.model.target": target,
+        "trainer.model.draft": site / "draft",
         "trainer.checkpoint.directory": site / "checkpoints", "trainer.metrics.port": port,
         "trainer.metrics.status_file": site / "status.json", "trainer.pace.new_slots_per_step": 20,
         "trainer.pace.nice": 0, "trainer.batch.max_slots": 256,
     }  # fmt: skip
-    Daemon(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()])).run_recording(site / "trace")
+    Daemon(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()])).run_recording(
+        site / "trace"
+    )
     return SimpleNamespace(port=port, status=site / "status.json")
 
 
@@ -72,39 +75,65 @@ def test_both_sides(trainer):
     port = server()
     frame = top("--server", f"http://127.0.0.1:{port}", "--trainer", f"127.0.0.1:{trainer.port}")
     assert frame.returncode == 0, frame.stderr
-    assert "1 attached, live   draft v7, 75 s old" in frame.stdout and "accept length    3.00" in frame.stdout
+    assert (
+        "1 attached, live   draft v7, 75 s old" in frame.stdout
+        and "accept length    3.00" in frame.stdout
+    )
     assert "queue_full 12   no trainer takes anything for 8.33 min" in frame.stdout
-    assert "optimizer step" in frame.stdout and "before" in frame.stdout and "loss by depth    1: " in frame.stdout
-    assert "\x1b" not in frame.stdout  # a pipe is not a terminal
+    assert (
+        "optimizer step" in frame.stdout
+        and "before" in frame.stdout
+        and "loss by depth    1: " in frame.stdout
+    )
+    # a pipe is not a terminal
+    assert "\x1b" not in frame.stdout
     assert max(map(len, frame.stdout.splitlines())) < 140 and len(frame.stdout.splitlines()) < 24
 
 
 def test_either_side_may_be_absent(trainer):
     frame = top("--server", "127.0.0.1:1", "--status", str(trainer.status))
     assert frame.returncode == 1
-    assert "SERVER  absent: http://127.0.0.1:1/metrics: " in frame.stdout and "Connection refused" in frame.stdout
+    assert (
+        "SERVER  absent: http://127.0.0.1:1/metrics: " in frame.stdout
+        and "Connection refused" in frame.stdout
+    )
     assert f"TRAINER  from {trainer.status}, written" in frame.stdout
     frame = top("--server", f"127.0.0.1:{server()}", "--trainer", "127.0.0.1:1")
-    assert frame.returncode == 1 and "TRAINER  absent" in frame.stdout and "draft v7" in frame.stdout
-    other = top("--server", f"127.0.0.1:{trainer.port}", "--status", str(trainer.status.with_name("none.json")))
+    assert (
+        frame.returncode == 1 and "TRAINER  absent" in frame.stdout and "draft v7" in frame.stdout
+    )
+    other = top(
+        "--server",
+        f"127.0.0.1:{trainer.port}",
+        "--status",
+        str(trainer.status.with_name("none.json")),
+    )
     assert other.returncode == 1 and "TRAINER  absent: status file" in other.stdout
 
 
 def test_rates_are_between_two_pages(trainer):
     page = fetch([f"127.0.0.1:{trainer.port}"])
-    before = Page(page.at_s - 10, {n: [(ls, v / 2) for ls, v in series] for n, series in page.samples.items()})
+    before = Page(
+        page.at_s - 10, {n: [(ls, v / 2) for ls, v in series] for n, series in page.samples.items()}
+    )
     figures = Figures(before, page)
     tokens = page.total("aurora_trainer_trained_tokens_total")
-    assert figures.rate("aurora_trainer_trained_tokens_total") == pytest.approx(tokens / 20) and tokens > 0
+    assert (
+        figures.rate("aurora_trainer_trained_tokens_total") == pytest.approx(tokens / 20)
+        and tokens > 0
+    )
     assert figures.mean("aurora_trainer_step_seconds") > 0
     assert 0.001 < figures.quantile(0.5, "aurora_trainer_step_seconds") <= 30
-    anew = Page(page.at_s + 10, before.samples)  # the process began again: not a negative rate
+    # the process began again: not a negative rate
+    anew = Page(page.at_s + 10, before.samples)
     assert Figures(page, anew).rate("aurora_trainer_trained_tokens_total") == 0
     assert any(f"{tokens / 20:,.0f} tokens/s" in line for line in trainer_lines(figures))
 
 
 def test_a_server_that_captures_nothing():
-    page = Page(0.0, {"aurora_attached": [({}, 1.0)], "aurora_draft_version": [({}, 3.0), ({}, 4.0)]})
+    page = Page(
+        0.0, {"aurora_attached": [({}, 1.0)], "aurora_draft_version": [({}, 3.0), ({}, 4.0)]}
+    )
     lines = server_lines(Figures(page, page))
     assert "v3 and v4" in lines[0] and "capture is off" in lines[1]
 
@@ -118,13 +147,29 @@ def test_a_page_without_aurora_is_refused():
 
 def test_live_in_a_terminal_until_ctrl_c(trainer):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "aurora_trainer.cli", "top", "--every", "0.1", "--server", "127.0.0.1:1"]
-    process = subprocess.Popen([*command, "--trainer", f"127.0.0.1:{trainer.port}"], stdout=theirs, stderr=theirs)
+    command = [
+        sys.executable,
+        "-m",
+        "aurora_trainer.cli",
+        "top",
+        "--every",
+        "0.1",
+        "--server",
+        "127.0.0.1:1",
+    ]
+    process = subprocess.Popen(
+        [*command, "--trainer", f"127.0.0.1:{trainer.port}"], stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     shown = b""
-    while shown.count(b"\x1b[H") < 3:  # frames, each over the one before
+    # frames, each over the one before
+    while shown.count(b"\x1b[H") < 3:
         shown += os.read(ours, 1 << 16)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
     os.close(ours)
-    assert b"\x1b[31mabsent\x1b[0m" in shown and b"optimizer step" in shown and b"Traceback" not in shown
+    assert (
+        b"\x1b[31mabsent\x1b[0m" in shown
+        and b"optimizer step" in shown
+        and b"Traceback" not in shown
+    )

@@ -4,7 +4,12 @@ import pytest
 
 from aurora_trainer.trace import MAGIC, TraceError, TraceWriter, read_trace
 
-MESSAGES = [[b"header", b"", b"x" * 1000], [b"only"], [b"a", b"\xa5\x5aMSG\xa5\x5a\n" * 3], [b"last", b"part"]]
+MESSAGES = [
+    [b"header", b"", b"x" * 1000],
+    [b"only"],
+    [b"a", b"\xa5\x5aMSG\xa5\x5a\n" * 3],
+    [b"last", b"part"],
+]
 
 
 def write(path, messages):

@@ -1,4 +1,6 @@
-"""What the draft computes in: bfloat16 learns as float32 does, over float32 masters that nothing rounds."""
+"""What the draft computes in: bfloat16 learns as float32 does, over float32 masters that nothing
+rounds.
+"""
 
 import pytest
 import torch
@@ -56,7 +58,8 @@ def test_bfloat16_learns_as_float32_does(models, stream, tmp_path):
     exact, rounded = losses["float32"], losses["bfloat16"]
     assert exact[-10:].mean() < 0.3 * exact[:5].mean()
     assert not torch.equal(exact, rounded)
-    torch.testing.assert_close(rounded[:5], exact[:5], rtol=0.01, atol=0)  # the same batches in the same order
+    # the same batches in the same order
+    torch.testing.assert_close(rounded[:5], exact[:5], rtol=0.01, atol=0)
     torch.testing.assert_close(rounded[-10:].mean(), exact[-10:].mean(), rtol=0.05, atol=0)
 
 
@@ -66,7 +69,8 @@ def test_what_is_in_which_dtype(models, stream, tmp_path):
     for draft in (training.draft, training.served.draft):
         assert {p.dtype for p in draft.parameters()} == {draft.embed.dtype} == {torch.bfloat16}
         assert draft.inv_freq.dtype == torch.float32
-    assert training.draft.embed.data_ptr() == training.served.draft.embed.data_ptr()  # one copy of the largest matrix
+    # one copy of the largest matrix
+    assert training.draft.embed.data_ptr() == training.served.draft.embed.data_ptr()
     assert {t.dtype for t in training.optimizer.state_dict()[0].values()} == {torch.float32}
 
     version = training.publish()
@@ -75,17 +79,24 @@ def test_what_is_in_which_dtype(models, stream, tmp_path):
         assert draft.embed.data_ptr() == training.draft.embed.data_ptr()
     published = load_file(tmp_path / "weights" / version_name(version) / "model.safetensors")
     for name, master in training.optimizer.masters.items():
-        assert torch.equal(published[name], master), name  # float32, as the initial draft is
+        # float32, as the initial draft is
+        assert torch.equal(published[name], master), name
         assert torch.equal(dict(training.draft.named_parameters())[name], master.bfloat16()), name
     assert not torch.equal(published["fc.weight"], published["fc.weight"].bfloat16().float())
 
     training.go_on_from_published()
-    assert all(torch.equal(published[name], master) for name, master in training.optimizer.masters.items())
+    assert all(
+        torch.equal(published[name], master) for name, master in training.optimizer.masters.items()
+    )
 
 
 def test_bfloat16_resumes_to_the_same_bits(models, stream, tmp_path):
-    """Through a checkpoint on disk: 17 steps, then 13 more in another trainer, against 30 in one."""
-    whole, first, second = (open_training(models, tmp_path / name, "bfloat16") for name in ("a", "b", "c"))
+    """Through a checkpoint on disk: 17 steps, then 13 more in another trainer, against 30 in
+    one.
+    """
+    whole, first, second = (
+        open_training(models, tmp_path / name, "bfloat16") for name in ("a", "b", "c")
+    )
     losses = train(whole, stream, 30)
     train(first, stream, 17)
     (tmp_path / "checkpoints").mkdir()

@@ -1,4 +1,6 @@
-"""The trainer's /metrics, of a real daemon that trains over a recording: complete, documented, and right."""
+"""The trainer's /metrics, of a real daemon that trains over a recording: complete, documented, and
+right.
+"""
 
 import json
 import math
@@ -42,9 +44,12 @@ def run(site, steps=None):
         "trainer.model.target": site / "target", "trainer.model.draft": site / "draft",
         "trainer.checkpoint.directory": site / "checkpoints", "trainer.checkpoint.every_steps": 10,
         "trainer.metrics.status_file": site / "status.json", "trainer.metrics.port": port,
-        "trainer.metrics.rescore_every_steps": 3, "trainer.publish.every_s": 0, "trainer.publish.every_steps": 10,
-        "trainer.pace.new_slots_per_step": 20, "trainer.pace.nice": 0, "trainer.batch.max_slots": 256,
-        "trainer.optimizer.lr": 4e-3, "trainer.assemble.eos_token_ids": [VOCAB - 1], "trainer.loss.rejected": 0.5,
+        "trainer.metrics.rescore_every_steps": 3, "trainer.publish.every_s": 0,
+        "trainer.publish.every_steps": 10,
+        "trainer.pace.new_slots_per_step": 20, "trainer.pace.nice": 0,
+        "trainer.batch.max_slots": 256,
+        "trainer.optimizer.lr": 4e-3, "trainer.assemble.eos_token_ids": [VOCAB - 1],
+        "trainer.loss.rejected": 0.5,
         "trainer.gate.requests": 4, "trainer.gate.min_requests": 2, "trainer.gate.z": 0,
     }  # fmt: skip
     daemon = Daemon(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()]))
@@ -66,9 +71,18 @@ def test_documentation_is_what_is_exported(first):
 def test_every_family_is_filled_from_somewhere(first):
     observed = set(FAMILIES) - set(COUNTED) - set(SHOWN)
     found = values(first[2])
-    live = ("received", "lost", "rejected", "reported", "receive_queue", "servers", "message_age")  # test_daemon.py
-    live += ("refused_peers", "recorded", "unrecorded", "recording")  # the same
-    faults = ("skipped_steps", "checkpoint_errors", "unusable_samples", "assembly_events", "bad_rows", "faults")
+    # test_daemon.py
+    live = ("received", "lost", "rejected", "reported", "receive_queue", "servers", "message_age")
+    # the same
+    live += ("refused_peers", "recorded", "unrecorded", "recording")
+    faults = (
+        "skipped_steps",
+        "checkpoint_errors",
+        "unusable_samples",
+        "assembly_events",
+        "bad_rows",
+        "faults",
+    )
     untouched = {f"aurora_trainer_{name}" for name in faults}
     for name in observed | set(COUNTED) | set(SHOWN):
         if name not in untouched and not name.removeprefix("aurora_trainer_").startswith(live):
@@ -84,9 +98,14 @@ def test_figures_agree_with_the_status(first):
     assert found["aurora_trainer_trained_tokens_total"] == status["tokens"]
     assert found["aurora_trainer_draft_version"] == status["draft_version"] == 3
     assert found['aurora_trainer_publications_total{outcome="published"}'] == 3
-    assert found["aurora_trainer_publish_seconds_count"] == 3 and found["aurora_trainer_checkpoint_seconds_count"] >= 3
+    assert (
+        found["aurora_trainer_publish_seconds_count"] == 3
+        and found["aurora_trainer_checkpoint_seconds_count"] >= 3
+    )
     assert found["aurora_trainer_step_seconds_count"] == 30
-    assert found["aurora_trainer_gradient_norm"] > 0 and found["aurora_trainer_learning_rate"] == 4e-3
+    assert (
+        found["aurora_trainer_gradient_norm"] > 0 and found["aurora_trainer_learning_rate"] == 4e-3
+    )
     before, after = (
         found[f'aurora_trainer_batch_accept_length_tokens_sum{{when="{w}"}}']
         / found[f'aurora_trainer_batch_accept_length_tokens_count{{when="{w}"}}']
@@ -94,8 +113,10 @@ def test_figures_agree_with_the_status(first):
     )
     assert 1 <= before < after <= 3
     rescored = found['aurora_trainer_batch_accept_length_tokens_count{when="after"}']
-    assert 5 <= rescored <= 10  # of 10 batches, those with an unseen sample
-    for depth in "12":  # two levels, the second also of rejected nodes
+    # of 10 batches, those with an unseen sample
+    assert 5 <= rescored <= 10
+    # two levels, the second also of rejected nodes
+    for depth in "12":
         nodes = found[f'aurora_trainer_scored_nodes_total{{depth="{depth}",nodes="accepted"}}']
         loss = found[f'aurora_trainer_node_loss_total{{depth="{depth}",nodes="accepted"}}']
         matches = found[f'aurora_trainer_greedy_matches_total{{depth="{depth}",nodes="accepted"}}']
@@ -109,14 +130,18 @@ def test_a_resumed_trainer_counts_from_its_own_start(site, first):
     daemon, status, page = run(site)
     found = values(page)
     assert daemon.resumed.step == 30 and status["steps"] > 40
-    assert found["aurora_trainer_publications_total" + '{outcome="published"}'] == status["published"]["published"] - 3
+    assert (
+        found["aurora_trainer_publications_total" + '{outcome="published"}']
+        == status["published"]["published"] - 3
+    )
     assert found["aurora_trainer_trained_tokens_total"] == status["tokens"] - first[1]["tokens"]
     assert found["aurora_trainer_step_seconds_count"] == status["steps"] - 30
 
 
 def test_a_step_that_was_skipped_is_counted_by_what_was_not_finite(first):
     metrics = Metrics(MetricsConfig())
-    score = first[0].training.step  # any: a skipped step's score is not looked at
+    # any: a skipped step's score is not looked at
+    score = first[0].training.step
     for loss, norm in ((math.nan, math.nan), (1.0, math.inf), (2.0, math.nan)):
         update = Update(applied=False, grad_norm=norm, lr=0.1, loss=loss)
         step = Step(update, score, slots=1, before=None, after=None, time_ns=[0], staleness=[])

@@ -14,7 +14,9 @@ def test_offsets_ids_and_mask_say_the_same():
 
 
 def test_kept_tokens_displace_frequent_ones_and_ties_go_to_lower_ids():
-    assert vocab.target_ids(vocab.most_frequent(torch.tensor([5, 0, 9, 9, 1, 0]), 2, keep=(5,))).tolist() == [2, 5]
+    assert vocab.target_ids(
+        vocab.most_frequent(torch.tensor([5, 0, 9, 9, 1, 0]), 2, keep=(5,))
+    ).tolist() == [2, 5]
     assert vocab.target_ids(vocab.most_frequent(torch.zeros(6), 3)).tolist() == [0, 1, 2]
 
 
