@@ -37,7 +37,7 @@ class LinkConfig(Section):
     endpoint: str = "tcp://127.0.0.1:5590"
     # where the trainer binds, e.g. tcp://0.0.0.0:5590
     bind: str | None = None
-    # read by the trainer (keys.py); both or neither
+    # read by the trainer (curve.py); both or neither
     trainer_keys: Path | None = None
     # read by servers
     server_keys: Path | None = None

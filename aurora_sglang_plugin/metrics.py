@@ -2,7 +2,7 @@
 thread of its own.
 
 SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory,
-which it names in the environment before it starts them: hence the late import in families.py, and
+which it names in the environment before it starts them: hence the late import in metric_families.py, and
 nothing else to set up here. Scheduler and publisher only count in plain attributes, as they do
 without metrics.
 
@@ -19,17 +19,17 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from aurora_sglang_plugin.acceptance import ROLES, accepted, mean_length
-from aurora_sglang_plugin.capture import KINDS, SECONDS
-from aurora_sglang_plugin.families import Exported, Family, counter, gauge, histogram
-from aurora_sglang_plugin.left_out import CAUSES
-from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
-from aurora_sglang_plugin.rows import CAUSES as ROW_CAUSES
+from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
+from aurora_sglang_plugin.metric_families import Exported, Family, counter, gauge, histogram
+from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
+from aurora_sglang_plugin.serve.capture import KINDS, SECONDS
+from aurora_sglang_plugin.serve.left_out import CAUSES
+from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
-    from aurora_sglang_plugin.capture import Capture
-    from aurora_sglang_plugin.left_out import CAUSES
-from aurora_sglang_plugin.reload import Reloader
+    from aurora_sglang_plugin.serve.capture import Capture
+    from aurora_sglang_plugin.serve.left_out import CAUSES
+from aurora_sglang_plugin.serve.swap import Reloader
 
 log = logging.getLogger(__name__)
 

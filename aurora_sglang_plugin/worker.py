@@ -24,14 +24,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
-from aurora_sglang_plugin.capture import Capture
 from aurora_sglang_plugin.config import load_server_config
-from aurora_sglang_plugin.manifest import target_fingerprint
+from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics import ServerMetrics
-from aurora_sglang_plugin.publish import Publisher
-from aurora_sglang_plugin.reload import Reloader
-from aurora_sglang_plugin.twin import hold_room
-from aurora_sglang_plugin.weight_updates import DraftUpdater, TargetUpdater
+from aurora_sglang_plugin.serve.capture import Capture
+from aurora_sglang_plugin.serve.staging import hold_room
+from aurora_sglang_plugin.serve.swap import Reloader
+from aurora_sglang_plugin.serve.target_updates import DraftUpdater, TargetUpdater
+from aurora_sglang_plugin.weights.manifest import target_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
-from aurora_trainer.durable import (
+from aurora_sglang_plugin.weights.atomic_files import (
     Step,
     no_step,
     remove_directory,

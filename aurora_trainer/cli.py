@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from aurora_trainer.commands.clear_errors import clear_errors as _clear_errors
-from aurora_trainer.commands.options import ConfigPath, Overrides, log_to_stderr
-from aurora_trainer.commands.recordings import app as recording_commands
-from aurora_trainer.commands.weights import app as weights_commands
+from aurora_trainer.tools.options import ConfigPath, Overrides, log_to_stderr
+from aurora_trainer.tools.recordings import app as recording_commands
+from aurora_trainer.tools.report_user_errors import clear_errors as _clear_errors
+from aurora_trainer.tools.weights import app as weights_commands
 
 app = typer.Typer(
     help="Train a server's speculative draft from what it verifies, and send it back.",
@@ -53,8 +53,8 @@ def run(
 def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check the configuration of both sides, and what it names, without starting anything."""
     with _clear_errors():
-        from aurora_trainer.commands.check import check_all
         from aurora_trainer.config import load_trainer_config
+        from aurora_trainer.tools.check import check_all
 
         if not check_all(load_trainer_config(config, overrides or ())):
             raise typer.Exit(1)
@@ -75,7 +75,7 @@ def keygen(
     Overwrites nothing.
     """
     with _clear_errors():
-        from aurora_trainer.commands.keygen import keygen
+        from aurora_trainer.tools.keygen import keygen
 
         typer.echo(keygen(directory, server or ["server"]))
 
@@ -102,7 +102,7 @@ def top(
     --config says.
     """
     with _clear_errors():
-        from aurora_trainer.commands.top import show
+        from aurora_trainer.tools.top import show
 
         if config is not None and trainer is None and status is None:
             from aurora_trainer.config import load_trainer_config
@@ -162,8 +162,8 @@ def init_draft(
 
         import torch
 
-        from aurora_trainer.commands import init_draft as init
-        from aurora_trainer.target import open_target
+        from aurora_trainer.drafts import eagle3_init as init
+        from aurora_trainer.drafts.target import open_target
 
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype == "same":

@@ -11,17 +11,17 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from aurora_sglang_plugin.config import LinkConfig, PluginConfig, Section, WeightsConfig, load
-from aurora_trainer.assemble import AssembleConfig
-from aurora_trainer.batch import BatchConfig
-from aurora_trainer.buffer import BufferConfig
+from aurora_sglang_plugin.link.receiver import ReceiveConfig
+from aurora_sglang_plugin.weights.writer import PublishConfig
 from aurora_trainer.checkpoint import CheckpointConfig
-from aurora_trainer.gate import GateConfig
-from aurora_trainer.loss import LossConfig
+from aurora_trainer.drafts.eagle3_batch import BatchConfig
+from aurora_trainer.intake.assemble import AssembleConfig
+from aurora_trainer.intake.buffer import BufferConfig
+from aurora_trainer.learn.gate import GateConfig
+from aurora_trainer.learn.objective import LossConfig
+from aurora_trainer.learn.optimizer import OptimizerConfig
 from aurora_trainer.metrics import MetricsConfig
-from aurora_trainer.optimize import OptimizerConfig
-from aurora_trainer.publish_weights import PublishConfig
-from aurora_trainer.receive import ReceiveConfig
-from aurora_trainer.recording import RecordConfig
+from aurora_trainer.recordings.recording import RecordConfig
 
 
 class ModelConfig(Section):

@@ -1,6 +1,6 @@
 """The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
-No fault of disk or device ends it (schedule.py): what failed is tried again, while all else goes
+No fault of disk or device ends it (retry.py): what failed is tried again, while all else goes
 on. A batch that cannot be trained on is tried again in parts, so that it costs the one sample that
 is at fault.
 
@@ -22,17 +22,18 @@ from typing import Any
 
 import torch
 
-from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link.receiver import Receiver
+from aurora_sglang_plugin.retry import Retry
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.families import UNRECORDED
+from aurora_trainer.learn.trainer import Training
+from aurora_trainer.metric_families import UNRECORDED
 from aurora_trainer.metrics import Metrics
-from aurora_trainer.receive import Receiver
-from aurora_trainer.recording import Damage, Recording, read_messages
-from aurora_trainer.replay import on_one_clock, paced
-from aurora_trainer.schedule import Cadence, Retry
+from aurora_trainer.recordings.recording import Damage, Recording, read_messages
+from aurora_trainer.recordings.replay import on_one_clock, paced
+from aurora_trainer.schedule import Schedule
 from aurora_trainer.status import status_of
-from aurora_trainer.train import Training
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +79,13 @@ class Daemon:
         self.damage = Damage()
         self._recording: Recording | None = None
         publish, checkpoint = config.trainer.publish, config.trainer.checkpoint
-        self._publish = Cadence(publish.every_s, publish.every_steps)
-        self._checkpoint = Cadence(checkpoint.every_s, checkpoint.every_steps)
-        self._status = Cadence(config.trainer.metrics.every_s, 0)
-        self._rejected = Cadence(REJECTED_EVERY_S, 0)
+        self._publish = Schedule(publish.every_s, publish.every_steps)
+        self._checkpoint = Schedule(checkpoint.every_s, checkpoint.every_steps)
+        self._status = Schedule(config.trainer.metrics.every_s, 0)
+        self._rejected = Schedule(REJECTED_EVERY_S, 0)
         # when, slots trained by then
         self._rate = (time.monotonic(), 0)
-        self._taught = Cadence(QUIET_S, 0)
+        self._taught = Schedule(QUIET_S, 0)
         # samples, rows with a target by then
         self._taught_at = (0, 0)
         self._saved_step = self.resumed.step if self.resumed else None
@@ -104,7 +105,11 @@ class Daemon:
         recording = self._recording = Recording(record, trainer.record) if record else None
         books = self.checkpoints / BOOKS
         receiver = Receiver(
-            self.config.link, trainer.receive, books, target=training.target, recording=recording
+            self.config.link,
+            trainer.receive,
+            books,
+            target=training.target,
+            record=recording and recording.write,
         )
         self.metrics.begin(self.status(receiver))
         last = None if max_steps is None else training.steps + max_steps

@@ -28,14 +28,14 @@ from prometheus_client import (
 from pydantic import Field
 
 from aurora_sglang_plugin.config import Section
-from aurora_sglang_plugin.families import Exported
-from aurora_trainer.durable import replace_file
-from aurora_trainer.families import ACTIVITIES, COUNTED, FAMILIES, NODES, SHOWN, WHEN
-from aurora_trainer.log_to import TensorBoard
-from aurora_trainer.schedule import Retry
+from aurora_sglang_plugin.metric_families import Exported
+from aurora_sglang_plugin.retry import Retry
+from aurora_sglang_plugin.weights.atomic_files import replace_file
+from aurora_trainer.metric_families import ACTIVITIES, COUNTED, FAMILIES, NODES, SHOWN, WHEN
+from aurora_trainer.tensorboard import TensorBoard
 
 if TYPE_CHECKING:
-    from aurora_trainer.step import Step
+    from aurora_trainer.learn.step_record import Step
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from aurora_trainer.families import EVENTS
-from aurora_trainer.train import Training
+from aurora_trainer.learn.trainer import Training
+from aurora_trainer.metric_families import EVENTS
 
 
 def status_of(training: Training) -> dict[str, Any]:

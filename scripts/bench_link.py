@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
-from aurora_sglang_plugin.keys import make_keys
-from aurora_sglang_plugin.publish import Publisher
-from aurora_trainer.receive import ReceiveConfig, Receiver
+from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.publisher import Publisher
+from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 
 # of float32: 1 MiB
 TOKENS, FEATURES = 64, 4096

@@ -30,13 +30,13 @@ from dense_objective import DenseDraft, dense_loss
 from safetensors.torch import load_file, save_file
 from synthetic_samples import ragged, sample
 
-from aurora_sglang_plugin.draft_config import DraftConfig
-from aurora_trainer.batch import BatchConfig, pack
-from aurora_trainer.commands.init_draft import randomise
-from aurora_trainer.draft import Draft
-from aurora_trainer.loss import LossConfig, losses
-from aurora_trainer.optimize import Optimizer, OptimizerConfig
-from aurora_trainer.sample import Sample
+from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.eagle3_init import randomise
+from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.objective import LossConfig, losses
+from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
 
 # what the samples are, and the weight of their rejected nodes
 KINDS = {

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aurora_trainer.batch import Batch
-from aurora_trainer.draft import Draft
-from aurora_trainer.loss import LossConfig, states
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_batch import Batch
+from aurora_trainer.learn.objective import LossConfig, states
 
 
 class DenseDraft(Draft):
@@ -47,7 +47,7 @@ class DenseDraft(Draft):
 
 
 def dense_loss(draft: DenseDraft, batch: Batch, config: LossConfig, counts: Tensor) -> Tensor:
-    """L's share of `batch`, with `counts` as aurora_trainer.loss.losses takes them."""
+    """L's share of `batch`, with `counts` as aurora_trainer.learn.objective.losses takes them."""
     assert set(config.distance) <= {"forward_kl", "greedy"} and config.rejected_by == "uniform"
     total = torch.zeros(())
     for depth, (state, level) in enumerate(zip(states(draft, batch), batch.levels, strict=True)):

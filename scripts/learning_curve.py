@@ -24,12 +24,12 @@ from pathlib import Path
 
 import torch
 
-from aurora_trainer.assemble import Assembler
 from aurora_trainer.config import TrainerFile, load_trainer_config
-from aurora_trainer.recording import Damage, read_messages
-from aurora_trainer.sample import Sample
-from aurora_trainer.score import measure
-from aurora_trainer.train import Training
+from aurora_trainer.intake.assemble import Assembler
+from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.score import measure
+from aurora_trainer.learn.trainer import Training
+from aurora_trainer.recordings.recording import Damage, read_messages
 
 
 def replay(

@@ -2,7 +2,7 @@
 
     python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60]
 
-Two kinds of loss, in accept length (aurora_trainer/score.py), on requests that were not trained on:
+Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not trained on:
 
     context     a prefix-cache hit begins a sample without its prompt, a long output is cut into
                 parts with `trainer.assemble.context_slots` of context. Two drafts are trained on
@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aurora_trainer.assemble import Assembler
-from aurora_trainer.batch import pack
 from aurora_trainer.config import TrainerFile, load_trainer_config
-from aurora_trainer.draft import Draft
-from aurora_trainer.gate import accept_length, difference
-from aurora_trainer.loss import losses
-from aurora_trainer.recording import Damage, read_messages
-from aurora_trainer.sample import Sample
-from aurora_trainer.score import chains, measure
-from aurora_trainer.train import Training
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_batch import pack
+from aurora_trainer.intake.assemble import Assembler
+from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.gate import accept_length, difference
+from aurora_trainer.learn.objective import losses
+from aurora_trainer.learn.score import chains, measure
+from aurora_trainer.learn.trainer import Training
+from aurora_trainer.recordings.recording import Damage, read_messages
 
 # of generated tokens
 POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)

@@ -43,8 +43,8 @@ from aurora_kernels.tree_loss_ref import (
 from measure_target import greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aurora_trainer.draft import Draft
-from aurora_trainer.vocab import target_ids
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.vocab import target_ids
 
 KEPT = (1, 2, 4, 8, 16, 32, 64, 128)
 TAILS = (0, 0.01, 0.03, 0.1, 0.3, 1)

@@ -23,13 +23,13 @@ import torch
 from synthetic_samples import ragged
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from aurora_sglang_plugin.draft_config import DraftConfig
-from aurora_trainer.batch import BatchConfig, pack
-from aurora_trainer.commands.init_draft import randomise
-from aurora_trainer.draft import Draft
-from aurora_trainer.loss import LossConfig, losses, score
-from aurora_trainer.optimize import Optimizer, OptimizerConfig
-from aurora_trainer.score import chains, walked
+from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.eagle3_init import randomise
+from aurora_trainer.learn.objective import LossConfig, losses, score
+from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
+from aurora_trainer.learn.score import chains, walked
 
 DEMO = DraftConfig(
     hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1,
@@ -68,7 +68,7 @@ INSIDE = {
 
 
 def step(draft: Draft, optimizer: Optimizer, samples: list, device: str, rejected: float) -> float:
-    """As aurora_trainer.train.Training.step, with named ranges."""
+    """As aurora_trainer.learn.trainer.Training.step, with named ranges."""
     loss = LossConfig(rejected=rejected)
     with record_function("packing"):
         packed = pack(samples, BatchConfig(rejected=rejected > 0))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from aurora_trainer.sample import Sample
+from aurora_trainer.intake.sample import Sample
 
 
 def sample(

@@ -25,10 +25,10 @@ from typer.testing import CliRunner
 
 from aurora_sglang_plugin import metrics as server_metrics
 from aurora_sglang_plugin.config import ServerConfig
-from aurora_sglang_plugin.manifest import target_fingerprint
-from aurora_trainer import families
+from aurora_sglang_plugin.weights.manifest import target_fingerprint
+from aurora_trainer import metric_families as families
 from aurora_trainer.cli import app
-from aurora_trainer.recording import RecordConfig, Recording
+from aurora_trainer.recordings.recording import RecordConfig, Recording
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -98,7 +98,7 @@ FOUND = [
 
 
 def trainers_traffic():
-    """tests/trainer/traffic.py, by its path: it belongs to the tests of another folder."""
+    """tests/support/traffic.py, by its path: it belongs to the tests of another folder."""
     spec = importlib.util.spec_from_file_location(
         "trainers_traffic", ROOT / "tests" / "trainer" / "traffic.py"
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from aurora_sglang_plugin.config import ServerConfig, load
-from aurora_trainer.commands import plan, sizes
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.target import read_config
+from aurora_trainer.drafts.target import read_config
+from aurora_trainer.tools import plan, sizes
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 FILES = sorted(EXAMPLES.glob("*.toml"))

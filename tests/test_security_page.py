@@ -5,9 +5,10 @@ link.
 import re
 from pathlib import Path
 
-from aurora_sglang_plugin import handshakes, publish, wire
 from aurora_sglang_plugin.config import LinkConfig
-from aurora_sglang_plugin.keys import make_keys
+from aurora_sglang_plugin.link import handshakes, wire
+from aurora_sglang_plugin.link import publisher as publish
+from aurora_sglang_plugin.link.curve import make_keys
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
 

@@ -19,7 +19,7 @@ from aurora_kernels.topk_logprobs import topk
 from torch import Tensor
 from torch.nn.functional import threshold_
 
-from aurora_sglang_plugin.snapshot import parents
+from aurora_sglang_plugin.serve.snapshot import parents
 
 logger = logging.getLogger(__name__)
 

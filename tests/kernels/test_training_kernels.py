@@ -7,20 +7,18 @@ element: AdamW turns the sign of a gradient near zero into a whole step. In the 
 cases run, on a few slots a step; on a GPU all, on more slots.
 """
 
-import importlib.util
-from pathlib import Path
-
 import aurora_kernels.tree_attention
 import aurora_kernels.tree_loss
 import pytest
 import torch
 from models import make_random_target
+from traffic import write_trace
 
-from aurora_sglang_plugin.manifest import target_fingerprint
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.config import load_trainer_config
-from aurora_trainer.recording import read_messages
-from aurora_trainer.train import Training
+from aurora_trainer.drafts.eagle3_init import init_draft
+from aurora_trainer.learn.trainer import Training
+from aurora_trainer.recordings.recording import read_messages
 
 STEPS, VOCAB, HIDDEN = 20, 100, 128
 # (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2; a guess on a GPU
@@ -30,13 +28,6 @@ TOLERANCE = {
     ("cuda", "float32"): (1e-4, 1e-2),
     ("cuda", "bfloat16"): (2e-2, 0.3),
 }
-
-# tests/trainer/traffic.py, by its place: it belongs to the tests of another folder
-_spec = importlib.util.spec_from_file_location(
-    "trainer_traffic", Path(__file__).parents[1] / "trainer" / "traffic.py"
-)
-_traffic = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_traffic)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +39,8 @@ def site(tmp_path_factory):
     init_draft(target, site / "whole", "random")
     init_draft(target, site / "reduced", "random", draft_vocab=VOCAB // 2, token_counts=counts)
     about = {"target": target_fingerprint(target), "vocab": VOCAB, "features": 3 * HIDDEN}
-    _traffic.write_trace(site / "recording", requests=2 * STEPS, outputs=24, **about)
-    _traffic.write_trace(site / "small", requests=STEPS + 2, outputs=4, **about)
+    write_trace(site / "recording", requests=2 * STEPS, outputs=24, **about)
+    write_trace(site / "small", requests=STEPS + 2, outputs=4, **about)
     return site
 
 

@@ -28,9 +28,9 @@ from rig import START_S, Loop
 from serve import Server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from aurora_sglang_plugin.draft_config import DraftConfig
-from aurora_trainer.commands.init_draft import init_draft
-from aurora_trainer.draft import Draft
+from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 
 ROOT = Path(__file__).parents[2]
 SERVERS = ("plain", "chain", "tree", "mixed", "modern")

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from aurora_trainer.commands.init_draft import init_draft, randomise
-from aurora_trainer.draft import Draft
-from aurora_trainer.target import open_target
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_init import init_draft, randomise
+from aurora_trainer.drafts.target import open_target
 
 WINDOW, WINDOWS, STEPS = 64, 6, 80
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from growth import grow
 
-from aurora_trainer.draft import Draft
-from aurora_trainer.sample import Sample
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.intake.sample import Sample
 
 # relative gap of probabilities below which float32 may decide either way
 TIE = 1e-4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from aurora_sglang_plugin import wire
-from aurora_trainer.sample import Sample
+from aurora_sglang_plugin.link import wire
+from aurora_trainer.intake.sample import Sample
 
 # float32 in another order; features are of size 1 to 10
 FEATURE_ATOL = 2e-4

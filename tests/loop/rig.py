@@ -21,22 +21,22 @@ from typing import Any
 
 from serve import Server, free_port
 
-from aurora_sglang_plugin import wire
 from aurora_sglang_plugin.config import LinkConfig
-from aurora_sglang_plugin.keys import make_keys
-from aurora_sglang_plugin.manifest import target_fingerprint, version_name
-from aurora_trainer.assemble import AssembleConfig, Assembler
-from aurora_trainer.draft import Draft
-from aurora_trainer.publish_weights import WeightsWriter
-from aurora_trainer.receive import ReceiveConfig, Receiver
-from aurora_trainer.sample import Sample
-from aurora_trainer.target import open_target
+from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
+from aurora_sglang_plugin.weights.manifest import target_fingerprint, version_name
+from aurora_sglang_plugin.weights.writer import WeightsWriter
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.target import open_target
+from aurora_trainer.intake.assemble import AssembleConfig, Assembler
+from aurora_trainer.intake.sample import Sample
 
 RECEIVE = """
 import sys, time
 from pathlib import Path
 from aurora_sglang_plugin.config import LinkConfig
-from aurora_trainer.receive import ReceiveConfig, Receiver
+from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 receiver = Receiver(LinkConfig.model_validate_json(sys.argv[1]), ReceiveConfig(), Path(sys.argv[2]))
 print("ready", flush=True)
 while True:

@@ -8,7 +8,7 @@ import msgspec
 import zmq
 from rig import wait_until
 
-from aurora_sglang_plugin import wire
+from aurora_sglang_plugin.link import wire
 
 
 def garbage(real: wire.Header) -> list[list[bytes]]:

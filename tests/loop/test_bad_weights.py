@@ -16,8 +16,8 @@ from drafts import disturb
 from rig import wait_until
 from safetensors.torch import load_file, save_file
 
-from aurora_sglang_plugin.manifest import CURRENT, version_name
-from aurora_trainer.publish_weights import WeightsWriter
+from aurora_sglang_plugin.weights.manifest import CURRENT, version_name
+from aurora_sglang_plugin.weights.writer import WeightsWriter
 
 PARAMS = {"max_new_tokens": 32}
 

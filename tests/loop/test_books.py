@@ -17,8 +17,8 @@ from drafts import disturb
 from parity import compare, eligible
 from rig import Loop, generate, receiver_process, wait_until
 
-from aurora_trainer.draft import Draft
-from aurora_trainer.target import open_target
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.target import open_target
 
 QUEUE_MESSAGES, QUEUE_BYTES = 60, 4 << 20
 PARAMS = {"max_new_tokens": 32}

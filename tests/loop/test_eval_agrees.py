@@ -13,8 +13,8 @@ import pytest
 from rig import wait_until
 from test_replay import cut
 
-from aurora_sglang_plugin.manifest import version_name
-from aurora_trainer.recording import read_messages
+from aurora_sglang_plugin.weights.manifest import version_name
+from aurora_trainer.recordings.recording import read_messages
 
 TRAINER = Path(sys.executable).with_name("aurora-trainer")
 REQUESTS, TOKENS = 12, 96

@@ -15,10 +15,10 @@ from rig import START_S, generate, wait_until
 from serve import Server
 from typer.testing import CliRunner
 
+from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.cli import app
-from aurora_trainer.commands import sizes
-from aurora_trainer.draft import Draft
-from aurora_trainer.publish_weights import WeightsWriter
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.tools import sizes
 
 # as chain has them
 ARGS = ["--chunked-prefill-size", "64"]

@@ -25,8 +25,13 @@ from rig import checksums, generate, metrics, wait_until
 from safetensors.torch import load_file
 from serve import Server, free_port
 
-from aurora_sglang_plugin.manifest import current_version, read_manifest, sha256_file, version_name
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_sglang_plugin.weights.manifest import (
+    current_version,
+    read_manifest,
+    sha256_file,
+    version_name,
+)
+from aurora_trainer.drafts.eagle3_init import init_draft
 
 TRAINER = Path(sys.executable).with_name("aurora-trainer")
 TOKENS = 48

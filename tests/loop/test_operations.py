@@ -3,7 +3,7 @@ version, a changed target says so and only its own versions are loaded, and the 
 
 One server with trees of one draft step and pages of 16 tokens, in the order of this file. What
 needs CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
-tests/plugin/test_weight_updates.py and test_reload.py.
+tests/plugin/serve/test_target_updates.py and test_swap.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from serve import free_port
 from torch.distributed import distributed_c10d as c10d
 from transformers import AutoModelForCausalLM
 
-from aurora_sglang_plugin.manifest import target_fingerprint
+from aurora_sglang_plugin.weights.manifest import target_fingerprint
 
 PARAMS = {"max_new_tokens": 24}
 PROMPTS = [[(7 * i + 3 * k) % 500 for i in range(5 + 11 * k)] for k in range(4)]

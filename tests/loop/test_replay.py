@@ -14,8 +14,8 @@ from conftest import DRAFT_VOCAB
 from drafts import disturb, make_draft
 from parity import compare, compare_across, eligible
 
-from aurora_trainer.draft import Draft
-from aurora_trainer.rotary import inverse_frequencies
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies
 
 PARITY = 0.999
 

@@ -12,7 +12,7 @@ from models import make_random_target
 from rig import START_S
 from serve import Server
 
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 
 
 @pytest.fixture(scope="module")

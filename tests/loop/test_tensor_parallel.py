@@ -15,7 +15,7 @@ from models import make_random_target
 from rig import Loop, wait_until
 from transformers import AutoModelForCausalLM
 
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("AURORA_TENSOR_PARALLEL") != "1", reason="a longer test: make test-ranks"

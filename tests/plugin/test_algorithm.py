@@ -5,15 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from models import make_random_draft, make_random_target
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import make_random_draft, make_random_target  # noqa: E402
-
-from aurora_sglang_plugin.draft_check import aux_layer_ids, check_draft  # noqa: E402
+from aurora_sglang_plugin.drafts.eagle3_check import aux_layer_ids, check_draft
 
 TARGET = {"hidden_size": 64, "vocab_size": 512, "num_hidden_layers": 6}
 AUX = [0, 2, 4]
@@ -352,7 +349,7 @@ def test_refuses_tensors_that_would_be_skipped_and_damaged_files(draft):
 
 def test_draft_check_imports_neither_torch_nor_sglang():
     code = (
-        "import sys, aurora_sglang_plugin.draft_check; assert not {'torch', 'sglang'} &"
+        "import sys, aurora_sglang_plugin.drafts.eagle3_check; assert not {'torch', 'sglang'} &"
         " {*sys.modules}"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,8 +11,8 @@ from metric_pages import documented, exported, values
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from aurora_sglang_plugin.acceptance import Acceptance, accepted, mean_length
-from aurora_sglang_plugin.families import Exported, Tally, counter, gauge, histogram
+from aurora_sglang_plugin.metric_families import Exported, Tally, counter, gauge, histogram
+from aurora_sglang_plugin.serve.acceptance import Acceptance, accepted, mean_length
 
 # One rank's process: swaps on both, capture on rank 0 alone, as worker.py has it.
 RANK = """
@@ -20,13 +20,13 @@ import sys
 from types import SimpleNamespace
 import numpy as np
 import torch
-from aurora_sglang_plugin.capture import Capture
+from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.config import CaptureConfig, PublishConfig
-from aurora_sglang_plugin.families import Tally
+from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.metrics import ServerMetrics
-from aurora_sglang_plugin.outbox import Outbox
-from aurora_sglang_plugin.reload import FRESHNESS_S, STALL_S, SWAP_S
-from aurora_sglang_plugin.snapshot import End
+from aurora_sglang_plugin.link.send_queue import Outbox
+from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
+from aurora_sglang_plugin.serve.snapshot import End
 
 rank = int(sys.argv[1])
 counts = {"draft_version": 3, "swaps": 2 + rank, "target_changes": 1}

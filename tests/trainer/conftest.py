@@ -6,7 +6,7 @@ import pytest
 from models import make_random_target
 from traffic import HIDDEN, VOCAB
 
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 
 
 @pytest.fixture(scope="module")

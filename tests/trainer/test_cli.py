@@ -161,7 +161,7 @@ def test_run_without_a_target_is_a_message(models, tmp_path):
 
 
 def test_a_second_trainer_is_told_who_holds_the_directory(models, tmp_path):
-    from aurora_trainer.publish_weights import WeightsWriter
+    from aurora_sglang_plugin.weights.writer import WeightsWriter
 
     writer = WeightsWriter(tmp_path / "weights")
     result = run("run", "-c", str(write_config(tmp_path, models)))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from serve import free_port
 from traffic import HIDDEN, VOCAB, messages, write_trace
 
-from aurora_sglang_plugin.manifest import (
+from aurora_sglang_plugin.weights.manifest import (
     current_version,
     read_manifest,
     target_fingerprint,
@@ -28,8 +28,8 @@ from aurora_sglang_plugin.manifest import (
 )
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import load_trainer_config
-from aurora_trainer.daemon import Cadence, Daemon
-from aurora_trainer.recording import read_messages
+from aurora_trainer.daemon import Daemon, Schedule
+from aurora_trainer.recordings.recording import read_messages
 
 
 @pytest.fixture(scope="module")
@@ -343,7 +343,7 @@ def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_
 def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
     training = Daemon(config(models, tmp_path)).training
     about = {"target": training.target, "requests": 3}
-    from aurora_sglang_plugin.wire import decode
+    from aurora_sglang_plugin.link.wire import decode
 
     for parts in messages(**about, vocab=VOCAB, features=2 * HIDDEN, epoch="narrow"):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
@@ -360,7 +360,7 @@ def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
 
 
 def test_cadence():
-    by_both = Cadence(10.0, 5)
+    by_both = Schedule(10.0, 5)
     by_both.restart(0.0, 0)
     assert (
         not by_both.due(9.0, 4)
@@ -368,7 +368,7 @@ def test_cadence():
         and not by_both.due(18.0, 9)
         and by_both.due(19.0, 9)
     )
-    assert not Cadence(0, 0).due(1e9, 10**9)
+    assert not Schedule(0, 0).due(1e9, 10**9)
 
 
 def test_nice_is_set_once(models, tmp_path):

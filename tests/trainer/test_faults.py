@@ -16,16 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from published import FIELDS, read_current, tensors
 from test_checkpoint import assert_content, content
 from test_daemon import config, live, status_when, traffic
-from test_publish_weights import FIELDS, read_current, tensors
 
-from aurora_sglang_plugin import wire
-from aurora_sglang_plugin.manifest import read_manifest
+from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.retry import Retry
+from aurora_sglang_plugin.weights.manifest import read_manifest
+from aurora_sglang_plugin.weights.writer import WeightsWriter, versions
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
 from aurora_trainer.daemon import Daemon
-from aurora_trainer.publish_weights import WeightsWriter, versions
-from aurora_trainer.schedule import Retry
 
 
 def temporaries(directory: Path) -> list[str]:

@@ -13,14 +13,14 @@ from models import make_random_target
 from serve import free_port
 from traffic import write_trace
 
-from aurora_sglang_plugin.manifest import read_manifest, target_fingerprint, version_name
-from aurora_trainer.commands.init_draft import init_draft
+from aurora_sglang_plugin.weights.manifest import read_manifest, target_fingerprint, version_name
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon
-from aurora_trainer.families import COUNTED, FAMILIES, SHOWN
+from aurora_trainer.drafts.eagle3_init import init_draft
+from aurora_trainer.learn.optimizer import Update
+from aurora_trainer.learn.step_record import Step
+from aurora_trainer.metric_families import COUNTED, FAMILIES, SHOWN
 from aurora_trainer.metrics import Clock, Metrics, MetricsConfig
-from aurora_trainer.optimize import Update
-from aurora_trainer.step import Step
 
 VOCAB, HIDDEN = 64, 32
 

@@ -1,0 +1,194 @@
+"""The trainer's side of the link's books, one page per publisher's life (epoch), kept over a
+restart of the trainer.
+
+    sent_seq = received + lost + rejected          lost: gaps in sent_seq, from an epoch's very
+                                                   first message on
+    captured = (sent_seq - heartbeats) + sum(dropped) + queued        as the publisher says in a
+                                                                      heartbeat
+
+They are written at most once a second: what a killed trainer had received since then counts as
+lost, as it is.
+
+There are pages for many more epochs than servers can be at work at once, those of ended ones
+included: the page that is forgotten, at the bound, is of the epoch that was silent for longest.
+Should it speak again, what it had sent before is not counted as lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections import OrderedDict
+from pathlib import Path
+
+import msgspec
+
+from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.retry import Retry
+
+log = logging.getLogger(__name__)
+
+WRITE_EVERY_S = 1.0
+MAX_EPOCHS = 8192
+# A server's clock counts as this one's within so much: what is older than that waited on the way,
+# perhaps.
+CLOCK_S = 5.0
+
+
+class Epoch(msgspec.Struct):
+    """In messages. What the publisher says is as of its last message."""
+
+    target: str = ""
+    received: int = 0
+    rejected: int = 0
+    lost: int = 0
+    sent_seq: int = 0
+    captured: int = 0
+    heartbeats: int = 0
+    dropped: dict[str, int] = {}
+    queued: int = 0
+    draft_version: int = 0
+    # the last message was a heartbeat: the publisher's books are complete
+    quiet: bool = False
+    last_unix_s: float = 0.0
+    # Of sent_seq: what an epoch had sent that may have been here before, and whose counts are
+    # forgotten.
+    before: int = 0
+    # How far the server's clock is ahead of this machine's, 0 within CLOCK_S.
+    ahead_s: float = 0.0
+
+
+class _File(msgspec.Struct):
+    # least recently heard first
+    epochs: dict[str, Epoch] = {}
+    # by cause, all epochs and unknown ones
+    rejected: dict[str, int] = {}
+    forgotten_epochs: int = 0
+
+
+class Books:
+    """Not thread-safe: its owner locks. `path` None: not kept."""
+
+    def __init__(self, path: Path | None):
+        self._path = Path(path) if path else None
+        file = _load(self._path)
+        self.epochs: OrderedDict[str, Epoch] = OrderedDict(file.epochs)
+        self.rejected = file.rejected
+        self.forgotten_epochs = file.forgotten_epochs
+        self._unwritten, self._written_at = False, 0.0
+        self._retry = Retry("books")
+
+    def accept(self, header: wire.Header) -> bool:
+        """Count a message as received.
+
+        False (and rejected, cause `order`) where it repeats or precedes one.
+        """
+        if not self._enter(header):
+            self.reject("order", None)
+            return False
+        self.epochs[header.epoch].received += 1
+        return True
+
+    def reject(self, cause: str, header: wire.Header | None) -> bool:
+        """Count a message that cannot be used, for its epoch as well where its header can be
+        believed (not None).
+
+        True where it is the next one of its epoch.
+        """
+        self.rejected[cause] = self.rejected.get(cause, 0) + 1
+        self._unwritten = True
+        if header is None or not self._enter(header):
+            return False
+        self.epochs[header.epoch].rejected += 1
+        return True
+
+    def _enter(self, header: wire.Header) -> bool:
+        epoch = self.epochs.get(header.epoch)
+        if epoch is None:
+            before = header.sent_seq - 1 if self.forgotten_epochs else 0
+            epoch = Epoch(header.target, sent_seq=before, before=before)
+        if header.sent_seq <= epoch.sent_seq:
+            return False
+        self.epochs[header.epoch] = epoch
+        self.epochs.move_to_end(header.epoch)
+        if len(self.epochs) > MAX_EPOCHS:
+            self.epochs.popitem(last=False)
+            self.forgotten_epochs += 1
+        epoch.lost += header.sent_seq - epoch.sent_seq - 1
+        epoch.sent_seq, epoch.captured, epoch.heartbeats = (
+            header.sent_seq,
+            header.captured_seq,
+            header.heartbeats,
+        )
+        epoch.dropped, epoch.queued = header.dropped, header.queued
+        # an `end` does not say
+        epoch.draft_version = header.draft_version or epoch.draft_version
+        epoch.quiet, epoch.last_unix_s = header.kind == "heartbeat", time.time()
+        ahead_s = header.time_ns / 1e9 - epoch.last_unix_s
+        # only a heartbeat is sent as soon as it is made
+        if epoch.quiet or ahead_s > CLOCK_S:
+            epoch.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
+        self._unwritten = True
+        return True
+
+    def balanced(self, name: str) -> bool | str:
+        """True where both equations hold after a heartbeat, else what is not equal."""
+        epoch = self.epochs.get(name)
+        if epoch is None:
+            return "unknown epoch"
+        if not epoch.quiet:
+            return "no heartbeat since the last message"
+        sent, dropped = epoch.sent_seq - epoch.heartbeats, sum(epoch.dropped.values())
+        if epoch.captured != sent + dropped + epoch.queued:
+            return (
+                f"captured {epoch.captured} is not sent {sent} + dropped {dropped} + queued"
+                f" {epoch.queued}"
+            )
+        received, lost, rejected = epoch.received, epoch.lost, epoch.rejected
+        if epoch.sent_seq - epoch.before != received + lost + rejected:
+            return (
+                f"sent {epoch.sent_seq} is not received {received} + lost {lost} + rejected"
+                f" {rejected}"
+            )
+        return True
+
+    def as_dict(self) -> dict:
+        """JSON-able: {epochs: {epoch: {...}}, rejected: {cause: n}, forgotten_epochs: n}."""
+        return msgspec.to_builtins(_File(dict(self.epochs), self.rejected, self.forgotten_epochs))
+
+    @property
+    def write_faults(self) -> int:
+        return self._retry.faults
+
+    def due(self) -> bool:
+        return self._unwritten and time.monotonic() - self._written_at >= WRITE_EVERY_S
+
+    def write(self, at_once: bool = False) -> None:
+        """Atomic against a kill, not against a power failure: damaged books are replaced by new
+        ones.
+        """
+        self._written_at, self._unwritten = time.monotonic(), False
+        if self._path is not None and not self._retry.run(self._write, time.monotonic(), at_once):
+            self._unwritten = True
+
+    def _write(self) -> None:
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        try:
+            temporary.write_bytes(msgspec.json.encode(self.as_dict()))
+            os.replace(temporary, self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def _load(path: Path | None) -> _File:
+    if path is None or not path.exists():
+        return _File()
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_File)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        log.warning("books are damaged, starting new ones path=%s error=%s", path, error)
+        return _File()

@@ -1,0 +1,305 @@
+"""Publish captured messages to the trainer: the left end of the wire. Serving never waits for it.
+
+    scheduler's thread   offer() -> outbox (bounded; the OLDEST message is dropped and counted by
+                         cause)
+    publisher's thread   outbox -> build() -> wire.encode -> PUSH socket, only while the trainer
+                         takes messages
+
+Delivery is at most once. ZeroMQ's own queue would keep the oldest messages, count them in messages
+and fill while nobody is connected; it is kept at SEND_QUEUE_MESSAGES and unused while unconnected.
+A message that ZeroMQ took and the trainer never got is `sent` here and `lost` in the trainer's
+books. With link.server_keys nothing is sent to a peer that does not have the trainer's secret key.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import zmq
+
+from aurora_sglang_plugin.config import LinkConfig, PublishConfig
+from aurora_sglang_plugin.endpoint import EXPECTED, check_ipc_directory
+from aurora_sglang_plugin.link import handshakes, wire
+from aurora_sglang_plugin.link.curve import load_server_keys
+from aurora_sglang_plugin.link.send_queue import Arrays, Item, Outbox, Snapshot
+
+log = logging.getLogger(__name__)
+
+SEND_QUEUE_MESSAGES = 4
+# while nobody takes messages: how soon a new one is unloaded, or closing is noticed
+WRITABLE_POLL_MS = 10
+REOPEN_S = 1.0
+REMEDIES = {
+    "key": (
+        "the trainer does not list this server's key; add it to servers/ in link.trainer_keys,"
+        " restart the trainer"
+    ),
+    "protocol": (
+        "who listens there does not encrypt as this side does; expected a trainer with the same"
+        " [link]"
+    ),
+    "unfinished": (
+        "who listens there is stopped, or is not the trainer whose key link.server_keys holds"
+    ),
+    "garbage": "who listens there is no trainer; expected one, or another link.endpoint",
+}
+
+
+class Publisher:
+    """One server's end of the link.
+
+    Create it once per process; `offer` and `drop` are for one thread.
+
+    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used
+    (an absent trainer is not an error).
+    """
+
+    def __init__(self, link: LinkConfig, config: PublishConfig, target: str):
+        self.epoch = secrets.token_hex(8)
+        self._link, self._heartbeat_s, self._target = link, config.heartbeat_s, target
+        self._outbox = Outbox(config)
+        self._logged: set[str] = set()
+        self._wake = threading.Event()
+        # monotonic; set once by close()
+        self._close_at: float | None = None
+        self._keys = load_server_keys(link.server_keys) if link.server_keys else None
+        check_ipc_directory(link.endpoint, keys=self._keys is not None)
+        self._refused: Counter[str] = Counter()
+        self._context = zmq.Context()
+        self._connect()
+        self._thread = threading.Thread(target=self._run, name="aurora-publish", daemon=True)
+        self._thread.start()
+
+    def offer(
+        self,
+        kind: wire.Kind,
+        snapshot: Snapshot,
+        *,
+        requests: Sequence[str],
+        flags: Sequence[int] = (),
+        reasons: Sequence[wire.EndReason] = (),
+        domains: Sequence[str] = (),
+        draft_version: int = 0,
+        extend_version: int = 0,
+        num_steps: int = 0,
+        topk: int = 0,
+        rejection: bool = False,
+    ) -> None:
+        """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
+
+        A dropped message's snapshot is released without `build`; the arrays that `build` returned
+        are sent without a copy and released when ZeroMQ is done with them.
+        """
+        fields = {
+            "target": self._target,
+            "requests": list(requests),
+            "flags": list(flags),
+            "reasons": list(reasons),
+            "domains": list(domains),
+            "draft_version": draft_version,
+            "extend_version": extend_version,
+            "num_steps": num_steps,
+            "topk": topk,
+            "rejection": rejection,
+        }
+        if self._outbox.put(kind, snapshot, fields):
+            self._wake.set()
+
+    def retarget(self, target: str) -> None:
+        """The server has another target: what is captured from here on says so."""
+        self._target = target
+
+    def drop(self, cause: str) -> None:
+        """Count a message that was due and could not even be offered, e.g. drop("no_slot")."""
+        self._outbox.drop(cause)
+
+    def counters(self) -> dict:
+        """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes,
+        bytes_sent; heartbeats.
+
+        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `left_out`
+            {cause: n} counts rows of
+        requests that were left out of messages, by the causes of rows.py; `refused` {cause: n}
+        attempts to connect that failed at the handshake, by the causes of handshakes.py.
+        """
+        return self._outbox.counters() | {"refused": dict(self._refused)}
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Send what the trainer takes within `timeout_s`, count the rest as dropped by cause
+        `closed`. Idempotent.
+        """
+        self._outbox.seal()
+        if self._close_at is None:
+            self._close_at = time.monotonic() + timeout_s
+        self._wake.set()
+        self._thread.join(timeout_s + 5)
+
+    # ---- the publisher's thread
+
+    def _connect(self) -> None:
+        self._socket = socket = self._context.socket(zmq.PUSH)
+        socket.sndhwm = SEND_QUEUE_MESSAGES
+        socket.linger = 0
+        # nothing is queued for a peer that is not there
+        socket.immediate = 1
+        # ms
+        socket.reconnect_ivl, socket.reconnect_ivl_max = 100, 2000
+        socket.handshake_ivl = int(handshakes.HANDSHAKE_S * 1000)
+        socket.ipv6 = self._link.endpoint.startswith("tcp://[")
+        # s
+        socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20
+        if self._keys is not None:
+            self._keys.encrypt(socket)
+        self._connected = handshakes.Connected(socket, self._refused)
+        try:
+            socket.connect(self._link.endpoint)
+        except zmq.ZMQError as error:
+            self._disconnect()
+            raise ValueError(
+                f"link.endpoint {self._link.endpoint!r}: {error}; {EXPECTED}"
+            ) from None
+
+    def _disconnect(self, linger_ms: int = 0) -> None:
+        self._connected.monitor.close()
+        self._socket.close(linger=linger_ms)
+
+    def _mind(self) -> None:
+        """Nobody takes messages: try again where libzmq would not, and say why, once for each
+        cause.
+        """
+        self._connected.turn()
+        for cause in self._refused.keys() - self._logged:
+            self._logged.add(cause)
+            key = f" public_key={self._keys.public.decode()}" if self._keys else ""
+            log.warning(
+                "aurora link refused cause=%s endpoint=%s%s (counted, logged once): %s",
+                cause, self._link.endpoint, key, REMEDIES[cause],
+            )  # fmt: skip
+        if (
+            self._connected.stuck is not None
+            and time.monotonic() > self._connected.stuck + REOPEN_S
+        ):
+            self._disconnect()
+            self._connect()
+
+    def _run(self) -> None:
+        # the first one tells the trainer that this epoch began
+        heartbeat_at = time.monotonic()
+        while self._close_at is None or (self._outbox and time.monotonic() < self._close_at):
+            self._wake.clear()
+            try:
+                if self._socket.closed:
+                    self._connect()
+                if self._outbox:
+                    if self._send_next():
+                        heartbeat_at = time.monotonic() + self._heartbeat_s
+                    continue
+                if time.monotonic() >= heartbeat_at:
+                    if not self._send_heartbeat():
+                        self._mind()
+                    heartbeat_at = time.monotonic() + self._heartbeat_s
+            except Exception as error:
+                # serving goes on without publishing until the socket works again
+                self._log_once("publish", error)
+                self._disconnect()
+                heartbeat_at = time.monotonic() + REOPEN_S
+            self._wake.wait(max(0.0, heartbeat_at - time.monotonic()))
+        self._finish()
+
+    def _finish(self) -> None:
+        assert self._close_at is not None
+        self._outbox.discard()
+        # the last books
+        try:
+            while not self._send_heartbeat() and (left_s := self._close_at - time.monotonic()) > 0:
+                self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
+        except Exception as error:
+            self._log_once("publish", error)
+        self._disconnect(max(0, int((self._close_at - time.monotonic()) * 1000)))
+        self._context.term()
+
+    def _send_next(self) -> bool:
+        """Send the oldest message if the trainer takes one.
+
+        The queue goes on dropping its oldest meanwhile.
+        """
+        if not self._writable() or (item := self._outbox.take()) is None:
+            return False
+        cause = "closed"
+        try:
+            arrays = self._outbox.leave_out_bad_rows(item, item.snapshot.build())
+            # only the arrays are needed from here on
+            item.snapshot = None
+            while not (nbytes := self._send(item, arrays)):
+                if self._close_at is not None and time.monotonic() >= self._close_at:
+                    break
+                self._writable()
+            if nbytes < 0:
+                cause = "too_large"
+        except zmq.ZMQError:
+            self._outbox.settle("publish")
+            raise
+        except Exception as error:
+            # a fault of capture's conversions must not end publishing
+            self._log_once("build", error)
+            nbytes, cause = 0, "build"
+        self._outbox.settle(cause, nbytes)
+        return nbytes > 0
+
+    def _writable(self) -> bool:
+        """Whether the trainer takes a message.
+
+        Where it does not at once, what is queued gives back its pinned slots:
+        else the few slots would hold the oldest messages, and the newest would be the ones that are
+        dropped."""
+        if self._socket.poll(0, zmq.POLLOUT):
+            return True
+        try:
+            self._outbox.unload()
+        except Exception as error:
+            # that message fails to build as well, and is counted there
+            self._log_once("unload", error)
+        self._mind()
+        return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
+
+    def _send(self, item: Item | None, arrays: Arrays) -> int:
+        """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
+        bound.
+
+        `item` None is a heartbeat. The header is made anew for each attempt, so that its books are
+        those of sending.
+        """
+        parts = wire.encode(self._outbox.header(item, self.epoch, self._target), arrays)
+        nbytes = sum(map(len, parts))
+        if nbytes > self._link.max_message_bytes or len(parts[0]) > wire.MAX_HEADER_BYTES:
+            return -1
+        for i, part in enumerate(parts):
+            more = zmq.SNDMORE if i + 1 < len(parts) else 0
+            try:
+                self._socket.send(part, zmq.DONTWAIT | more, copy=False)
+            except zmq.Again:
+                # the peer went away within a message: a fresh socket is the way to be rid of the
+                # rest
+                if i:
+                    self._disconnect()
+                    self._connect()
+                return 0
+        return nbytes
+
+    def _send_heartbeat(self) -> bool:
+        nbytes = self._send(None, {})
+        if nbytes > 0:
+            self._outbox.beat(nbytes)
+        return nbytes > 0
+
+    def _log_once(self, cause: str, error: Exception) -> None:
+        if cause not in self._logged:
+            self._logged.add(cause)
+            log.error(
+                "aurora publisher failed cause=%s (counted, logged once)", cause, exc_info=error
+            )

@@ -1,0 +1,323 @@
+"""What a step teaches, taken on the scheduler's thread: decide which requests are sampled, copy the
+step's tensors, queue a snapshot. Everything else (top-K on the CPU, parents, packing) happens on
+the publisher's thread, in snapshot.py. No state per request.
+
+Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from aurora_kernels.topk_logprobs import topk_logprobs
+
+from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
+from aurora_sglang_plugin.metric_families import Tally
+from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.left_out import why_left_out
+from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
+from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedSlots
+
+if TYPE_CHECKING:
+    from aurora_sglang_plugin.link.publisher import Publisher
+
+logger = logging.getLogger(__name__)
+
+# A key of sampling_params.custom_params: a label of wire.DOMAIN's form, that travels along.
+DOMAIN_LABEL = "aurora_domain"
+
+KINDS = ("prefill", "verify", "end")
+# buckets
+SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+class Capture:
+    """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the
+    publisher.
+
+    Methods never raise into serving: this is one of the two serving boundaries (style rule 10).
+    """
+
+    def __init__(
+        self,
+        config: CaptureConfig,
+        publisher: Publisher,
+        device: torch.device,
+        num_steps: int,
+        topk: int,
+        rejection: bool = False,
+    ):
+        self.config = config
+        self.publisher = publisher
+        self.num_steps = num_steps
+        self.topk = topk
+        # --speculative-use-rejection-sampling
+        self.rejection = rejection
+        if device.type == "cuda":
+            self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
+        else:
+            self.transfer = HostTensors()
+        # of the scheduler's thread, for each message
+        self.seconds = {kind: Tally(SECONDS) for kind in KINDS}
+        self.acceptance = Acceptance(num_steps)
+        self.errors = 0
+        # beyond max_prompt_features
+        self.prompt_tokens_skipped = 0
+        # requests by cause (left_out.py)
+        self.left_out: Counter[str] = Counter()
+        # for the message that is being made
+        self._seconds = 0.0
+        # B of the verify step that is running
+        self._size = 0
+        # of the verify step that is running: which of its requests are sampled
+        self._rows: list[int] = []
+        # the same on the device
+        self._index: torch.Tensor | None = None
+
+    def sampled(self, req: Any) -> bool:
+        """Whether this request is captured. Decided and counted once: all of its steps, or none."""
+        if not hasattr(req, "aurora_left_out"):
+            req.aurora_left_out = cause = why_left_out(req, self.config.sample_rate)
+            if cause is not None:
+                self.left_out[cause] += 1
+        return req.aurora_left_out is None
+
+    def prefill(self, batch: Any, input_ids: torch.Tensor, result: Any, version: int) -> None:
+        """After the draft's extend, which leaves the ids rotated left by one in batch.input_ids."""
+        with self._boundary("prefill"):
+            chunks = self._chunks(batch)
+            if not chunks:
+                return
+            hidden = result.logits_output.hidden_states
+            # ids, and the padding of a slot
+            row_bytes = hidden.shape[1] * hidden.element_size() + 64
+            for group in _fitting(chunks, self.config.pinned_slot_bytes // row_bytes):
+                if not self.transfer.has_room():
+                    self.publisher.drop("no_slot")
+                    continue
+                take = partial(_take, spans=[(end - n, end) for _, _, n, end in group])
+                tensors = {
+                    "hidden": take(hidden),
+                    "input_ids": take(input_ids),
+                    # the last one of a chunk is the token after it
+                    "rotated_ids": take(batch.input_ids),
+                    "seq_lens": _copy(batch.seq_lens),
+                }
+                host = dict(
+                    rows=[row for row, *_ in group],
+                    lens=[n for _, _, n, _ in group],
+                    prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in group],
+                )
+                reqs = [req for _, req, _, _ in group]
+                about = dict(domains=_domains(reqs), draft_version=version, extend_version=version)
+                self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
+
+    def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
+        """(row, request, features to take, end of its rows in the batch) of every chunk that is
+        taken.
+        """
+        chunks, end = [], 0
+        for row, (req, prefix, extend) in enumerate(
+            zip(batch.reqs, batch.prefix_lens, batch.extend_lens)
+        ):
+            end += extend
+            if self.sampled(req):
+                first = max(prefix, len(req.origin_input_ids) - self.config.max_prompt_features)
+                taken = max(0, min(extend, prefix + extend - first))
+                self.prompt_tokens_skipped += extend - taken
+                if taken:
+                    chunks.append((row, req, taken, end))
+        return chunks
+
+    def before_verify(self, batch: Any) -> None:
+        self._rows = []
+        with self._boundary("rows"):
+            self._seconds, self._size = 0.0, len(batch.seq_lens)
+            rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
+            # known before anything is computed or copied for nothing
+            if rows and not self.transfer.has_room():
+                self.publisher.drop("no_slot")
+                return
+            cuda = batch.seq_lens.is_cuda
+            self._index = torch.tensor(rows, pin_memory=cuda).to(
+                batch.seq_lens.device, non_blocking=True
+            )
+            self._rows = rows
+
+    def verify(
+        self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int
+    ) -> None:
+        """After verify: `tree` is the EagleVerifyInput, `result` has the accepted path compacted to
+        the front and the logits as they judged: sampling edits them in place (penalties, bias), and
+        leaves temperature and truncation to a copy."""
+        if not self._rows:
+            return
+        with self._boundary("verify"):
+            size, nodes = tree.retrieve_next_token.shape
+            path = result.accept_index.shape[1]
+            select = self._select
+            tensors = {
+                **self._judged(result.logits_output.next_token_logits),
+                "hidden": select(
+                    result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]
+                ),
+                "draft_tokens": select(tree.draft_token.view(size, nodes)),
+                "next_token": select(tree.retrieve_next_token),
+                "next_sibling": select(tree.retrieve_next_sibling),
+                "positions": select(tree.positions.view(size, nodes)[:, 0]),
+                "accept_index": select(result.accept_index),
+                "accept_lens": select(result.accept_lens),
+                "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
+            }
+            reqs = [batch.reqs[row] for row in self._rows]
+            self._offer(
+                "verify",
+                Verify,
+                tensors,
+                dict(k=self.config.topk_logits, version=draft_version, acceptance=self.acceptance),
+                [req.rid for req in reqs],
+                flags=_flags(batch, self._rows),
+                draft_version=draft_version,
+                extend_version=extend_version,
+                num_steps=self.num_steps,
+                topk=self.topk,
+                rejection=self.rejection,
+            )
+
+    def ended(self, req: Any) -> None:
+        """A request gives back its KV rows: it finished, was aborted or was retracted."""
+        with self._boundary("end"):
+            if not self.sampled(req):
+                return
+            length = len(req.output_ids) if req.finished_len is None else req.finished_len
+            end = End(len(req.origin_input_ids) + length)
+            self.publisher.offer(
+                "end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req])
+            )
+
+    def _judged(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of the logits [B * N, V], of the sampled rows."""
+        if logits.is_cuda:
+            ids, kept, logsumexp = topk_logprobs(
+                logits, self.config.topk_logits, self._node_rows(len(logits))
+            )
+            return {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
+        # A copy is cheaper here than top-K, which the publisher's thread can do as well.
+        rows = logits.view(self._size, -1, logits.shape[-1])
+        return {"logits": self._select(rows).flatten(0, 1)}
+
+    def _select(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A private copy of the sampled rows of [B, ...]."""
+        return (
+            _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
+        )
+
+    def _node_rows(self, rows: int) -> torch.Tensor | None:
+        """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are.
+
+        Read where they lie:
+        a copy of the logits would cost as much as the top-K."""
+        if len(self._rows) == self._size:
+            return None
+        nodes = rows // self._size
+        return (
+            self._index[:, None] * nodes + torch.arange(nodes, device=self._index.device)
+        ).flatten()
+
+    def _offer(
+        self,
+        kind: str,
+        snapshot_type: type,
+        tensors: dict,
+        host: dict,
+        requests: list,
+        **header: Any,
+    ) -> None:
+        staged = self.transfer.stage(tensors)
+        if staged is None:
+            self.publisher.drop("too_large" if self.transfer.has_room() else "no_slot")
+        else:
+            self.publisher.offer(kind, snapshot_type(staged, **host), requests=requests, **header)
+
+    @contextmanager
+    def _boundary(self, what: str) -> Iterator[None]:
+        """Time what runs on the scheduler's thread; count its failures, log the first, let serving
+        go on.
+        """
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self.errors += 1
+            if self.errors == 1:
+                logger.exception(
+                    "aurora capture failed what=%s: serving goes on, further failures are counted",
+                    what,
+                )
+        self._seconds += time.perf_counter() - start
+        if what in KINDS:
+            self.seconds[what].observe(self._seconds)
+            self._seconds = 0.0
+
+
+def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
+    """The chunks in order, as many at a time as have `max_rows` features together: what fits a slot
+    and a message.
+    """
+    group, rows = [], 0
+    for chunk in chunks:
+        if group and rows + chunk[2] > max_rows:
+            yield group
+            group, rows = [], 0
+        group.append(chunk)
+        rows += chunk[2]
+    yield group
+
+
+def _take(tensor: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+    """A private copy of some spans of rows."""
+    return torch.cat([tensor[start:end] for start, end in spans])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _flags(batch: Any, rows: list[int]) -> list[int]:
+    """Per captured row: FLAG_ALTERED_DISTRIBUTION under a grammar's mask or a watermark.
+
+    Both differ from node to node and force tokens that the target would not choose. Penalties and
+    bias are part of the judging logits, and flag nothing.
+    """
+    watermarked = getattr(batch.sampling_info, "watermark_candidates_host", None)
+    altered = [
+        batch.reqs[row].grammar is not None or bool(watermarked and watermarked[row])
+        for row in rows
+    ]
+    return [FLAG_ALTERED_DISTRIBUTION if flag else 0 for flag in altered]
+
+
+def _domains(reqs: list[Any]) -> list[str]:
+    """Their labels, "" where there is none that is fit to travel; nothing where no request has
+    one.
+    """
+    labels = [(req.sampling_params.custom_params or {}).get(DOMAIN_LABEL) for req in reqs]
+    labels = [
+        label if isinstance(label, str) and DOMAIN.fullmatch(label) else "" for label in labels
+    ]
+    return labels if any(labels) else []
+
+
+def _reason(req: Any) -> str:
+    if not req.finished():
+        return "retract"
+    kind = req.finished_reason.to_json()["type"]
+    return kind if kind in ("stop", "length") else "abort"

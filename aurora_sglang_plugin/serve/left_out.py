@@ -1,0 +1,66 @@
+"""Which requests stay out of capture, and why: one function, asked once for each request.
+
+`Capture.sampled` asks at a request's first step and keeps the answer: taken whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from aurora_sglang_plugin.link.rows import request_id_fits
+
+# A key of sampling_params.custom_params. Anything but true keeps the request out: a privacy switch
+# fails closed.
+OPT_OUT = "aurora_capture"
+
+# SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX).
+HEALTH_CHECK = "HEALTH_CHECK"
+
+CAUSES = (
+    "opt_out",
+    "health_check",
+    "request_id",
+    "multimodal",
+    "embeddings",
+    "scoring",
+    "lora",
+    "sample_rate",
+)
+
+
+def why_left_out(req: Any, sample_rate: float) -> str | None:
+    """Why SGLang's request `req` is not captured, one of CAUSES; None if it is. Never raises.
+
+    `sample_rate` is a share of the requests, by a hash of their ids.
+    """
+    custom = req.sampling_params.custom_params
+    if custom is not None and (
+        not isinstance(custom, dict) or custom.get(OPT_OUT, True) is not True
+    ):
+        return "opt_out"
+    # What a trainer would refuse with the whole message that carries it.
+    if not request_id_fits(req.rid):
+        return "request_id"
+    if req.rid.startswith(HEALTH_CHECK):
+        return "health_check"
+    # No token id names these embeddings: a trainer would take their placeholders for text.
+    if getattr(req, "multimodal_inputs", None) is not None:
+        return "multimodal"
+    if any(
+        getattr(req, name, None) is not None
+        for name in ("input_embeds", "positional_embed_overrides")
+    ):
+        return "embeddings"
+    # Several items behind one query: positions and attention are not those of a text.
+    if any(
+        getattr(req, name, None) is not None
+        for name in ("multi_item_delimiter_indices", "decision_layout")
+    ):
+        return "scoring"
+    # An adapter is another target.
+    if getattr(req, "lora_id", None) is not None:
+        return "lora"
+    if sample_rate < 1.0 and zlib.crc32(req.rid.encode()) >= sample_rate * 2**32:
+        return "sample_rate"
+    return None

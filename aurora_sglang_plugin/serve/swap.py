@@ -1,0 +1,361 @@
+"""Load new weights into a running draft: staged beside it by the watcher, swapped in by the
+scheduler thread.
+
+    watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own
+                       load_weights
+    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin,
+                               hot_token_id
+                   READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a
+                                                              step
+
+The twin is the draft module once more, with parameters of its own in the very layout of the live
+ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same addresses,
+CUDA graphs stay valid. A READY twin that nobody took yet is taken back when a newer version comes,
+so that the newest wins. The target's embedding, which the draft holds by reference, is shared with
+the twin and never written. This module imports no sglang.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+
+from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
+from aurora_sglang_plugin.metric_families import Tally
+from aurora_sglang_plugin.serve.rank_agreement import Agreement
+from aurora_sglang_plugin.serve.staging import expected_weights, make_twin, trainable
+from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
+from aurora_sglang_plugin.weights.reader import Watcher, Weights
+
+log = logging.getLogger(__name__)
+
+FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
+START_TRIES = 5
+
+# buckets, in seconds
+STALL_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
+SWAP_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+class Reloader:
+    """Owns the twin, the previous version's copy, and which version is live.
+
+    `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a
+    reduced vocabulary, `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU
+    group where there is more than one. Raises ValueError for a draft whose weights cannot be
+    swapped.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hot_token_id: torch.Tensor | None,
+        weights: WeightsConfig,
+        swap: SwapConfig,
+        target: str,
+        group: ProcessGroup | None = None,
+    ):
+        # 0: the draft that the server was started with
+        self.version = 0
+        self.previous_version: int | None = None
+        self.swaps = 0
+        self.swap_seconds_sum = 0.0
+        self.swap_seconds_max = 0.0
+        # of the scheduler's thread
+        self.stalls = Tally(STALL_S)
+        # from noticing a version to drafting with it
+        self.durations = Tally(SWAP_S)
+        # from the capture of the newest step that it was trained on
+        self.freshness = Tally(FRESHNESS_S)
+        # when what drafts was published
+        self.created_unix_s = self._previous_created = time.time()
+        self._model = model
+        self._hot = hot_token_id
+        # the watcher's thread must be able to write to what is made here
+        with torch.inference_mode(False):
+            self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
+            self._twin = make_twin(model)
+        twin_parameters = dict(trainable(self._twin))
+        self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
+        # Made now, not at the first swap: memory that is missing must be missed before anything is
+        # served.
+        with torch.inference_mode(False):
+            self._previous = [live.data.clone() for live, _ in self._pairs]
+            self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
+        # Which versions the two copies hold whole, for `restore`; None while the twin is filled.
+        self._in_previous, self._in_twin = 0, None
+        # swaps that raised
+        self._failed = 0
+        self._target = target
+        self.target_changes = 0
+        self._state = FREE
+        # held for a comparison and an assignment, never for a copy
+        self._handoff = threading.Lock()
+        self._staged_version = 0
+        # and when it was noticed
+        self._staged: tuple[Manifest, float] | None = None
+        device = self._pairs[0][0].device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._staged_event = torch.cuda.Event() if self._stream else None
+        self._applied_event = torch.cuda.Event() if self._stream else None
+        expected = expected_weights(model, hot_token_id, target)
+        self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
+        # disabled: as if it had been started, and never ready
+        self._watching = not swap.enabled
+        self._agreement = Agreement(group) if group is not None else None
+
+    def step(self) -> int | None:
+        """Once per verify step of every rank, before draft-extend: swap if a version is ready.
+
+        Returns it, or None.
+
+        Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs
+        forbids. With several tensor-parallel ranks the swap happens at the same step on all of them
+        (`rank_agreement.py`).
+        """
+        try:
+            return self._step()
+        except Exception:
+            # a serving boundary: what is loaded goes on drafting, and no later version is tried
+            self._failed += 1
+            log.exception(
+                "draft swap failed: serving goes on with version=%d, no further swaps", self.version
+            )
+            return None
+
+    def _step(self) -> int | None:
+        if not self._watching:
+            self._watching = True
+            self._watcher.start()
+        if self._agreement is None:
+            return None if self._failed else self.apply_pending()
+        if self._agreement.due():
+            if not self._failed:
+                # what is offered stays staged until the ranks have answered
+                self._hand_over(READY, OFFERED)
+            self._agreement.offer(
+                self._staged_version if self._state == OFFERED and not self._failed else 0
+            )
+        agreed = self._agreement.answer()
+        if self._state != OFFERED or agreed is None:
+            return None
+        # not by way of READY, from where this rank's watcher could take it back after all had
+        # agreed
+        if agreed:
+            return self._apply(OFFERED)
+        self._hand_over(OFFERED, READY)
+        return None
+
+    def apply_at_start(self) -> int | None:
+        """Load the newest published version on this thread, before anything is served.
+
+        Returns it, or None.
+        """
+        if self._watching:
+            return None
+        for _ in range(START_TRIES):
+            self._watcher.poll()
+            ready = self._staged_version if self._state == READY else 0
+            if self._agreement is None or self._agreement.ask(ready):
+                return self.apply_pending()
+        # the ranks saw different versions: they will agree while they serve
+        return None
+
+    def close(self) -> None:
+        self._watcher.close()
+
+    def apply_pending(self) -> int | None:
+        """On the scheduler thread, between verify and draft-extend: swap in what is staged.
+
+        Returns the new version.
+
+        Never waits: where nothing is staged it costs one comparison. On CUDA the copies are queued
+        on the current stream, after the staging stream's.
+        """
+        return self._apply(READY) if self._state == READY else None
+
+    def _apply(self, state: str) -> int | None:
+        if not self._hand_over(state, APPLYING):
+            return None
+        started = time.perf_counter()
+        manifest, noticed_at = self._staged
+        # it was staged for the target before this one
+        if manifest.target != self._target:
+            self._hand_over(APPLYING, FREE)
+            return None
+        if self._stream:
+            torch.cuda.current_stream().wait_event(self._staged_event)
+        live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
+        torch._foreach_copy_(self._previous, live)
+        torch._foreach_copy_(live, staged)
+        self._count_write()
+        if self._hot is not None:
+            self._previous_hot.copy_(self._hot)
+            self._hot.copy_(self._staged_hot)
+        if self._stream:
+            self._applied_event.record()
+        self.previous_version, self.version = self.version, self._staged_version
+        self._in_previous = self.previous_version
+        self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
+        self._hand_over(APPLYING, FREE)
+        self._measure(started)
+        # a version that lay there when the server started says nothing about either
+        if self._watching:
+            took_s = time.monotonic() - noticed_at
+            self.durations.observe(took_s)
+            # by the trainer's clock, and this one's only for what took place here
+            if manifest.trained_until_ns:
+                trained_s = manifest.created_unix_s - manifest.trained_until_ns / 1e9
+                self.freshness.observe(max(0.0, trained_s + took_s))
+        return self.version
+
+    def rollback(self) -> int | None:
+        """On the scheduler thread: put the previous version back.
+
+        Returns it, or None where there is none.
+        """
+        if self.previous_version is None:
+            return None
+        started = time.perf_counter()
+        self._put_back(self._previous, self._previous_hot)
+        self.version, self.previous_version = self.previous_version, None
+        self.created_unix_s = self._previous_created
+        self._measure(started)
+        return self.version
+
+    def _count_write(self) -> None:
+        """Writes through .data do not count a parameter's version up, by which copies of it are
+        known to be old.
+        """
+        torch.autograd.graph.increment_version([live for live, _ in self._pairs])
+
+    def retarget(self, target: str) -> None:
+        """On the scheduler thread: the server has another target.
+
+        What drafts stays; what is staged for
+        another target is not swapped in, and what was refused is looked at again."""
+        self._target = target
+        self.target_changes += 1
+        self._watcher.look_again(self.version, target)
+
+    def restore(self) -> None:
+        """On the scheduler thread, after something else may have written the draft: put back what
+        drafts.
+
+        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read
+        again.
+        """
+        if self._in_previous == self.version:
+            return self._put_back(self._previous, self._previous_hot)
+        if self._hand_over(FREE, APPLYING):
+            whole = self._in_twin == self.version
+            if whole:
+                self._put_back([t.data for _, t in self._pairs], self._staged_hot)
+            if self._stream:
+                self._applied_event.record()
+            self._hand_over(APPLYING, FREE)
+            if whole:
+                return
+        log.warning("draft may not be version=%d until the next swap", self.version)
+        self._watcher.look_again(0)
+
+    def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:
+        torch._foreach_copy_([live.data for live, _ in self._pairs], copies)
+        self._count_write()
+        if self._hot is not None:
+            self._hot.copy_(hot)
+
+    def stage(self, weights: Weights) -> bool:
+        """On the watcher thread: fill the twin. Returns False while a swap still reads it.
+
+        Raises ManifestError.
+        """
+        if not (self._hand_over(FREE, STAGING) or self._hand_over(READY, STAGING)):
+            return False
+        self._in_twin = None
+        try:
+            with torch.no_grad(), torch.cuda.stream(self._stream):
+                self._fill(weights)
+        except Exception:
+            self._state = FREE
+            raise
+        self._staged_version, self._staged = (
+            weights.manifest.version,
+            (weights.manifest, weights.noticed_at),
+        )
+        self._in_twin = self._staged_version
+        self._state = READY
+        return True
+
+    def counters(self) -> dict[str, float]:
+        """For metrics: current version, swaps, their time on the scheduler thread, refusals by
+        cause.
+        """
+        return {
+            "draft_version": self.version,
+            "swaps": self.swaps,
+            "swap_seconds_sum": self.swap_seconds_sum,
+            "swap_seconds_max": self.swap_seconds_max,
+            "target_changes": self.target_changes,
+            **{
+                f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())
+            },
+            **({"refused_swap": self._failed} if self._failed else {}),
+        }
+
+    def _fill(self, weights: Weights) -> None:
+        if self._stream:
+            # the last swap's copies may still read the twin
+            self._stream.wait_event(self._applied_event)
+        for _, staged in self._pairs:
+            # what the loader leaves out is found below
+            staged.data.fill_(float("nan"))
+        tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
+        self._twin.load_weights([(n, t) for n, t in tensors.items() if n not in ("d2t", "t2d")])
+        for name, staged in trainable(self._twin):
+            if not bool(torch.isfinite(staged.data).all()):
+                raise ManifestError(
+                    "values", f"{name} is not whole and finite in {staged.dtype} after loading"
+                )
+        if self._staged_hot is not None:
+            ids = torch.arange(len(self._staged_hot))
+            self._staged_hot.copy_(
+                ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids
+            )
+        if self._stream:
+            self._staged_event.record(self._stream)
+            # this thread may wait; host tensors must outlive their copies
+            self._staged_event.synchronize()
+
+    def _hand_over(self, old: str, new: str) -> bool:
+        with self._handoff:
+            if self._state != old:
+                return False
+            self._state = new
+            return True
+
+    def _measure(self, started: float) -> None:
+        seconds = time.perf_counter() - started
+        self.swaps += 1
+        self.swap_seconds_sum += seconds
+        self.swap_seconds_max = max(self.swap_seconds_max, seconds)
+        self.stalls.observe(seconds)
+        log.info(
+            "draft swapped version=%d previous=%s seconds=%.4f",
+            self.version,
+            self.previous_version,
+            seconds,
+        )
+
+
+def _as_torch(dtype: str, array) -> torch.Tensor:
+    if dtype == "BF16":
+        return torch.from_numpy(array.copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())

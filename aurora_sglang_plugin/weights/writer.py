@@ -1,0 +1,218 @@
+"""Publish the draft's weights to servers: the writing side of CONTRACT 2
+(`aurora_sglang_plugin/weights/manifest.py`).
+
+A version is written whole and only then named by CURRENT, so that a kill at any instant leaves
+servers the old version or the new one. One writer at a time, by a lock on the directory's LOCK
+file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Literal, TextIO
+
+import msgspec
+import torch
+from pydantic import Field
+from safetensors.torch import save
+
+from aurora_sglang_plugin.config import Section
+from aurora_sglang_plugin.weights import manifest as contract
+from aurora_sglang_plugin.weights.atomic_files import (
+    Step,
+    no_step,
+    remove_directory,
+    remove_temporaries,
+    replace_file,
+    write_directory,
+)
+
+log = logging.getLogger(__name__)
+
+LOCK = "LOCK"
+DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
+Dtype = Literal["same", "float32", "bfloat16", "float16"]
+
+
+class PublishConfig(Section):
+    """When weights go to servers, and in which form."""
+
+    # 0: not by time
+    every_s: Annotated[float, Field(ge=0)] = 10.0
+    # optimizer steps; 0: not by steps
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    # versions that stay on disk
+    keep: Annotated[int, Field(ge=2)] = 4
+    # of floating tensors; "same" as the initial draft's
+    dtype: Dtype = "same"
+
+
+class WeightsWriter:
+    """The one writer of a weights directory. Raises ValueError where another process holds it."""
+
+    def __init__(self, directory: Path, keep: int = 4, step: Step = no_step):
+        self.directory = Path(directory)
+        self.keep = keep
+        self.step = step
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.directory)
+        for name in remove_temporaries(self.directory):
+            log.warning("stale temporary removed name=%s", name)
+        current = contract.current_version(self.directory) or 0
+        self.newest = max([current, *versions(self.directory)])
+        # A version that a killed writer never named by CURRENT was never served: its weights may
+        # come again.
+        self._digests = {
+            m.files["model.safetensors"].sha256
+            for m in manifests(self.directory)
+            if m.version <= current
+        }
+
+    def publish(
+        self,
+        tensors: dict[str, torch.Tensor],
+        config: dict,
+        *,
+        target: str,
+        parent: int,
+        optimizer_step: int,
+        trained_until_ns: int = 0,
+        gate: dict[str, float | str] | None = None,
+    ) -> int | None:
+        """Write the next version and make it CURRENT. Returns its number.
+
+        `tensors` are as they are to be served; the target's embedding is left out. Returns None,
+        and writes nothing, where a version with exactly these weights was published before. Raises
+        OSError where the disk refuses, ValueError where the directory came back as another
+        writer's: then servers have what they had, and the same weights may be published again.
+        """
+        tensors = {
+            n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
+        }
+        weights = save(tensors)
+        digest = hashlib.sha256(weights).hexdigest()
+        if digest in self._digests:
+            return None
+        config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
+        self._hold_the_lock()
+        version = self.newest + 1
+        # written once, and never made CURRENT
+        while (self.directory / contract.version_name(version)).exists():
+            version += 1
+        data = {"config.json": config_bytes, "model.safetensors": weights}
+        record = contract.Manifest(
+            format=contract.FORMAT,
+            version=version,
+            parent=parent,
+            target=target,
+            d2t_sha256=_sha256(tensors["d2t"]) if "d2t" in tensors else "",
+            optimizer_step=optimizer_step,
+            created_unix_s=time.time(),
+            trained_until_ns=trained_until_ns,
+            files={
+                n: contract.File(len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()
+            },
+            tensors={
+                n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), _sha256(t))
+                for n, t in tensors.items()
+            },
+            gate=gate or {},
+        )
+        data["manifest.json"] = msgspec.json.format(msgspec.json.encode(record))
+        name = contract.version_name(version)
+        try:
+            write_directory(self.directory, name, data, self.step)
+            replace_file(self.directory / contract.CURRENT, f"{name}\n".encode(), self.step)
+        except OSError:
+            self._take_back(version)
+            raise
+        self.newest = version
+        self._digests.add(digest)
+        self._remove_old(version)
+        return version
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _take_back(self, version: int) -> None:
+        """Remove a version that could not be published, unless servers may see it already."""
+        try:
+            served = contract.current_version(self.directory) == version
+        except (OSError, contract.ManifestError):
+            served = True
+        if not served:
+            with contextlib.suppress(OSError):
+                remove_directory(self.directory / contract.version_name(version))
+
+    def _hold_the_lock(self) -> None:
+        """A directory that went away and came back may be another one, with a writer of its own."""
+        try:
+            held = os.path.samestat(os.stat(self.directory / LOCK), os.fstat(self._lock.fileno()))
+        except FileNotFoundError:
+            held = False
+        if not held:
+            lost, self._lock = self._lock, _lock(self.directory)
+            lost.close()
+
+    def _remove_old(self, current: int) -> None:
+        kept = [v for v in versions(self.directory) if v != current]
+        try:
+            # what could not be removed before
+            remove_temporaries(self.directory)
+            for version in kept[: max(0, len(kept) + 1 - self.keep)]:
+                remove_directory(self.directory / contract.version_name(version), self.step)
+        except OSError as error:
+            # the next publication tries again
+            log.warning("old versions not removed error=%s", error)
+
+
+def _lock(directory: Path) -> TextIO:
+    """The directory's LOCK, held. Raises ValueError where another process holds it."""
+    lock = open(directory / LOCK, "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read(32).strip()
+        lock.close()
+        raise ValueError(
+            f"weights directory {directory} is written by another trainer, process {holder};"
+            " expected one writer: end that process or choose another weights.directory"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def versions(directory: Path) -> list[int]:
+    """Versions on disk, oldest first."""
+    return sorted(int(p.name[1:]) for p in Path(directory).glob("v*") if p.name[1:].isdigit())
+
+
+def manifests(directory: Path) -> list[contract.Manifest]:
+    """Manifests of the versions on disk, oldest first; unreadable ones are left out."""
+    found = []
+    for version in versions(directory):
+        try:
+            found.append(contract.read_manifest(Path(directory) / contract.version_name(version)))
+        except contract.ManifestError as error:
+            log.warning("version unreadable version=%d error=%s", version, error)
+    return found
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()

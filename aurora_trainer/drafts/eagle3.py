@@ -1,0 +1,338 @@
+"""The EAGLE3 draft in PyTorch: the computation that SGLang serves, arranged for training.
+
+Dimensions: T slots (packed sequences), R computed slots, Q node queries of one level, M nodes of
+    all levels so far,
+H hidden, F feature width, V target vocabulary, VD draft vocabulary, D head.
+
+`slots` is level 0 (the draft-extend of the server: token and target feature of every committed
+position), `nodes` is one deeper level (the server's draft steps: token and the parent's state).
+States are PRE-norm; `logits` applies the final norm. Each layer's keys and values come back to be
+passed to the next level.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from aurora_kernels.tree_attention import tree_attention
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from aurora_sglang_plugin.drafts.eagle3_check import harmless
+from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_sglang_plugin.drafts.tensor_files import Entry, read_entries
+from aurora_trainer.drafts import vocab
+from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies, magnitude, rotate
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# for each layer (k, v), both [rows, Hkv, D]
+KV = list[tuple[Tensor, Tensor]]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Projections only: what attends to what is the caller's."""
+
+    def __init__(self, config: DraftConfig, size: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
+        bias = config.bias or config.attention_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+
+    def query(self, x: Tensor, rope: Tensor) -> Tensor:
+        return rotate(self.q_proj(x).unflatten(-1, (self.heads, -1)), rope)
+
+    def key_value(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = (p(x).unflatten(-1, (self.kv_heads, -1)) for p in (self.k_proj, self.v_proj))
+        return rotate(k, rope), v
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DraftConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    """Layer 0 reads cat([embedding, state]); later layers read the state alone."""
+
+    def __init__(self, config: DraftConfig, index: int):
+        super().__init__()
+        self.is_input_layer = index == 0
+        self.self_attn = Attention(config, config.hidden_size * (2 if self.is_input_layer else 1))
+        self.mlp = MLP(config)
+        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # the server's later layers hold this one and never read it
+        self.input_layernorm.weight.requires_grad_(self.is_input_layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def attention_input(self, embeds: Tensor, state: Tensor) -> Tensor:
+        if self.is_input_layer:
+            return torch.cat([self.input_layernorm(embeds), self.hidden_norm(state)], -1)
+        return self.hidden_norm(state)
+
+    def finish(self, state: Tensor, o: Tensor) -> Tensor:
+        """The layer's output (residual included) from its raw input and its attention [.., Hq,
+        D].
+        """
+        state = state + self.self_attn.o_proj(o.flatten(-2))
+        return state + self.mlp(self.post_attention_layernorm(state))
+
+
+class Draft(nn.Module):
+    """Parameters carry their checkpoint names.
+
+    `embed` is the target's [V, H]: read, never trained, never saved.
+    """
+
+    def __init__(self, config: DraftConfig, embed: Tensor, d2t: Tensor | None = None):
+        super().__init__()
+        if embed.shape != (config.vocab_size, config.hidden_size):
+            raise ValueError(
+                f"the target's embedding is {tuple(embed.shape)}, the draft's config expects"
+                f" ({config.vocab_size}, {config.hidden_size}); give the draft the target it was"
+                " made for"
+            )
+        self.config = config
+        if d2t is None:
+            if config.draft_vocab_size != config.vocab_size:
+                raise ValueError(
+                    f"a draft vocabulary of {config.draft_vocab_size} of {config.vocab_size}"
+                    " needs d2t"
+                )
+            d2t = torch.zeros(config.vocab_size, dtype=torch.int64)
+        vocab.check(d2t, config.draft_vocab_size, config.vocab_size)
+        self.register_buffer("embed", embed.detach(), persistent=False)
+        self.register_buffer("d2t", d2t, persistent=False)
+        self.register_buffer("draft_ids", vocab.draft_ids(d2t, config.vocab_size), persistent=False)
+        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        self.rope_magnitude = magnitude(config)
+        width = config.target_hidden_size or config.hidden_size
+        if config.norm_before_fc:
+            self.input_norm = RMSNorm(config.feature_size, config.rms_norm_eps)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(
+                RMSNorm(width, config.rms_norm_eps) for _ in range(config.num_aux)
+            )
+        self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.bias)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+
+    def compute_in(self, device: torch.device | str, dtype: torch.dtype) -> Draft:
+        """Itself, moved to `device` with weights and embedding in `dtype`; the rotary frequencies
+        stay float32.
+        """
+        inv_freq = self.inv_freq
+        self.to(device, dtype)
+        self.inv_freq = inv_freq.to(device)
+        return self
+
+    def slots(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        slot_start: Tensor,
+        rows: Tensor | None = None,
+    ) -> tuple[Tensor, KV]:
+        """Level 0.
+
+        Slot t holds tokens[t] [T], features[t] [T, F] and attends to slots slot_start[t] .. t.
+
+        Returns the states [R, H] of the slots `rows` [R] (None: all) and each layer's keys and
+        values of all slots. Slots that are context only need no state, hence `rows`.
+        """
+        embeds, rope = self._embeds(tokens), self._rope(positions)
+        state, kv = self._project(features.to(self.fc.weight.dtype)), []
+        index = torch.arange(len(tokens), device=tokens.device)
+        for n, layer in enumerate(self.layers):
+            x = layer.attention_input(embeds, state)
+            kv.append(layer.self_attn.key_value(x, rope))
+            if n == len(self.layers) - 1 and rows is not None:
+                index, x, state, rope = rows, x[rows], state[rows], rope[rows]
+            o = self._attend(layer, x, rope, kv[-1], None, slot_start[index], index + 1, None)
+            state = layer.finish(state, o)
+        return state, kv
+
+    def nodes(
+        self,
+        tokens: Tensor,
+        parent_state: Tensor,
+        positions: Tensor,
+        slot_kv: KV,
+        node_kv: KV | None,
+        slot_start: Tensor,
+        slot_end: Tensor,
+        ancestors: Tensor,
+    ) -> tuple[Tensor, KV]:
+        """One deeper level of Q queries: tokens [Q] with their parents' states [Q, H].
+
+        node_kv holds the nodes of all earlier levels (None at level 1); this level's follow them in
+        order, and `ancestors` int64 [Q, A] (-1: none; each query's own node included) indexes the
+        result. Returns the states [Q, H] and the extended node_kv.
+        """
+        embeds, rope = self._embeds(tokens), self._rope(positions)
+        state = self.norm(parent_state) if self.config.norm_output else parent_state
+        extended = []
+        for n, layer in enumerate(self.layers):
+            x = layer.attention_input(embeds, state)
+            kv = layer.self_attn.key_value(x, rope)
+            if node_kv is not None:
+                kv = tuple(torch.cat([old, new]) for old, new in zip(node_kv[n], kv, strict=True))
+            extended.append(kv)
+            o = self._attend(layer, x, rope, slot_kv[n], kv, slot_start, slot_end, ancestors)
+            state = layer.finish(state, o)
+        return state, extended
+
+    def logits(self, state: Tensor) -> Tensor:
+        """[.., VD], over draft ids."""
+        return self.lm_head(self.norm(state))
+
+    def _attend(self, layer, x, rope, slot_kv, node_kv, slot_start, slot_end, ancestors) -> Tensor:
+        q = layer.self_attn.query(x, rope)
+        scale = self.config.head_dim**-0.5
+        return tree_attention(
+            q, *slot_kv, *(node_kv or (None, None)), slot_start, slot_end, ancestors, scale
+        )
+
+    def _embeds(self, tokens: Tensor) -> Tensor:
+        return F.embedding(tokens, self.embed).to(self.fc.weight.dtype)
+
+    def _rope(self, positions: Tensor) -> Tensor:
+        angles = positions.to(self.inv_freq.dtype)[:, None] * self.inv_freq
+        return torch.cat([angles.cos(), angles.sin()], -1) * self.rope_magnitude
+
+    def _project(self, features: Tensor) -> Tensor:
+        if self.config.norm_before_fc:
+            features = self.input_norm(features)
+        if self.config.fc_norm:
+            chunks = features.chunk(self.config.num_aux, -1)
+            features = torch.cat(
+                [norm(c) for norm, c in zip(self.fc_norm, chunks, strict=True)], -1
+            )
+        return self.fc(features)
+
+    @classmethod
+    def load(cls, directory: Path, embed: Tensor) -> Draft:
+        """A draft in float32 from config.json and its safetensors.
+
+        Raises ValueError for anything unexpected.
+        """
+        config, tensors = DraftConfig.read(directory), read_tensors(directory)
+        draft = cls(config, embed, tensors.pop("d2t", None))
+        draft.load_checkpoint(tensors, str(directory))
+        return draft
+
+    @torch.no_grad()
+    def load_checkpoint(self, tensors: dict[str, Tensor], whose: str = "checkpoint") -> None:
+        """Copy weights in place.
+
+        Raises ValueError for missing, unknown, misshapen or non-finite tensors.
+        """
+        own = dict(self.named_parameters())
+        unread = {n for n, p in own.items() if not p.requires_grad}
+        missing, unknown = (
+            sorted(own.keys() - unread - tensors.keys()),
+            sorted(tensors.keys() - own.keys()),
+        )
+        if missing or unknown:
+            raise ValueError(f"{whose}: tensors missing {missing}, not known {unknown}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"{whose}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise ValueError(f"{whose}: {name} is {tensor.dtype} or not finite")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+    def checkpoint(
+        self, dtype: torch.dtype = torch.float32, masters: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Copies of what model.safetensors holds, on the CPU; with d2t and t2d where the vocabulary
+        is reduced.
+
+        masters: by name, what parameters are the rounding of and what is copied in their stead.
+        """
+        weights = {n: p.detach() for n, p in self.named_parameters()} | dict(masters or {})
+        tensors = {n: w.to("cpu", dtype, copy=True).contiguous() for n, w in weights.items()}
+        if self.d2t.any() or len(self.d2t) < self.config.vocab_size:
+            tensors["d2t"] = self.d2t.cpu().clone()
+            tensors["t2d"] = vocab.mask(self.d2t, self.config.vocab_size).cpu()
+        return tensors
+
+    def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and model.safetensors, not atomically (publishing is somebody
+        else's).
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.config.to_json(str(dtype).removeprefix("torch."))
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(
+            self.checkpoint(dtype), directory / "model.safetensors", metadata={"format": "pt"}
+        )
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """A draft's tensors by canonical name, d2t in int64, without the embedding and what no draft
+    computes with.
+
+    Raises ValueError where SGLang could not load the files either.
+    """
+    try:
+        entries = read_entries(Path(directory))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    tensors = {
+        name: tensor_of(entry)
+        for name, entry in entries.items()
+        if name != "embed_tokens.weight" and not harmless(name, entry)
+    }
+    if "d2t" in tensors and not tensors["d2t"].is_floating_point():
+        tensors["d2t"] = tensors["d2t"].long()
+    return tensors
+
+
+def tensor_of(entry: Entry) -> Tensor:
+    """A tensor of its own from its place in a file."""
+    data = bytearray(entry.read())
+    return (
+        torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
+        if data
+        else torch.empty(entry.shape)
+    )

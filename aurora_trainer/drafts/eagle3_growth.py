@@ -1,0 +1,139 @@
+"""Grow the trees that SGLang would draw with a draft, from the slots of a batch, and see what would
+be accepted.
+
+With topk > 1 SGLang re-selects the beams at each step by cumulative probability and permutes their
+states, but not their KV lanes: lane t always reads what lane t wrote, which may belong to an uncle.
+The final tree is the best N - 1 candidates of all steps. Training uses true ancestors; what a
+server would accept follows the lanes, as it does.
+
+Dimensions: G trees, W = topk beams, S draft steps, N tree nodes, T slots, H hidden, VD draft
+    vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aurora_trainer.drafts.eagle3 import KV, Draft
+from aurora_trainer.drafts.eagle3_batch import Batch
+
+# logits alive at a time
+CHUNK_LOGITS = 1 << 25
+
+
+@torch.no_grad()
+def tree_runs(draft: Draft, batch: Batch, steps: int, width: int, nodes: int) -> Tensor:
+    """int64 [R] on the CPU: accept length, bonus included, of the tree that hangs from each level-0
+    slot.
+
+    `batch` is on the draft's device. The path is compared with the tokens that follow the slot in
+    the batch; a slot with fewer than `steps` of them in its own sequence gives a number without
+    meaning.
+    """
+    slots = batch.levels[0].parent
+    state, slot_kv = draft.slots(
+        batch.tokens, batch.features, batch.positions, batch.slot_start, slots
+    )
+    size = max(1, CHUNK_LOGITS // (width * len(draft.d2t)))
+    runs = []
+    for at in range(0, len(slots), size):
+        part = slice(at, at + size)
+        tokens, parents = _grow(
+            draft, batch, slots[part], state[part], slot_kv, steps, width, nodes
+        )
+        runs.append(_accepted(tokens, parents, batch.tokens, slots[part], steps))
+    return torch.cat(runs).cpu() if runs else torch.zeros(0, dtype=torch.int64)
+
+
+def _grow(
+    draft: Draft,
+    batch: Batch,
+    slots: Tensor,
+    state: Tensor,
+    slot_kv: KV,
+    steps: int,
+    width: int,
+    nodes: int,
+) -> tuple[Tensor, Tensor]:
+    """(tokens, parents) int64 [G, N] of the trees of `slots` [G], whose states [G, H] are given; -1
+    is a root.
+    """
+    trees, device = len(slots), slots.device
+    ids = draft.d2t + torch.arange(len(draft.d2t), device=device)
+    of_beam = slots.repeat_interleave(width)
+    slot_start, slot_end, position = (
+        batch.slot_start[of_beam],
+        of_beam + 1,
+        batch.positions[of_beam],
+    )
+    tree = torch.arange(trees, device=device)[:, None]
+    lane = torch.arange(trees * width, device=device)
+
+    best = _probabilities(draft, state).topk(width, -1)
+    scores, tokens = best.values, ids[best.indices]  # [G, W]
+    all_scores, all_tokens = [scores], [tokens]
+    # The candidate that each group of W candidates hangs from, -1 the root.
+    above = [
+        torch.full((trees, 1), -1, device=device),
+        torch.arange(width, device=device).expand(trees, -1),
+    ]
+    tokens, state, node_kv, lanes = tokens.flatten(), state.repeat_interleave(width, 0), None, []
+    for step in range(1, steps):
+        lanes.append(lane[:, None] + (step - 1) * trees * width)
+        state, node_kv = draft.nodes(
+            tokens,
+            state,
+            position + step,
+            slot_kv,
+            node_kv,
+            slot_start,
+            slot_end,
+            torch.cat(lanes, 1),
+        )
+        best = _probabilities(draft, state).topk(width, -1)
+        # [G, W * W]
+        expanded = (scores[:, :, None] * best.values.view(trees, width, width)).flatten(1)
+        children = ids[best.indices].view(trees, width * width)
+        kept = expanded.topk(width, -1)
+        all_scores.append(expanded)
+        all_tokens.append(children)
+        above.append(kept.indices + width + width * width * (step - 1))
+        scores, tokens = kept.values, children.gather(1, kept.indices).flatten()
+        # of the beam that each one left
+        state = state[(kept.indices // width + tree * width).flatten()]
+
+    # [G, N - 1] of all candidates
+    chosen = torch.cat(all_scores, 1).topk(nodes - 1, -1).indices.sort(1).values
+    parent = torch.cat(above, 1).gather(1, chosen // width)
+    parent = torch.where(
+        parent < 0, 0, 1 + (chosen[:, None, :] == parent[:, :, None]).int().argmax(2)
+    )
+    root = torch.full((trees, 1), -1, device=device)
+    # the slot holds it
+    root_token = batch.tokens[slots][:, None]
+    return torch.cat([root_token, torch.cat(all_tokens, 1).gather(1, chosen)], 1), torch.cat(
+        [root, parent], 1
+    )
+
+
+def _accepted(
+    tokens: Tensor, parents: Tensor, committed: Tensor, slots: Tensor, steps: int
+) -> Tensor:
+    """int64 [G]: 1 + the nodes on the path that agrees with the tokens `committed` [T] behind each
+    slot.
+    """
+    at = torch.zeros_like(slots)
+    run, going = torch.ones_like(slots), torch.ones_like(slots, dtype=torch.bool)
+    for d in range(steps):
+        follows = committed[(slots + 1 + d).clamp_max(len(committed) - 1)]
+        child = (parents == at[:, None]) & (tokens == follows[:, None])
+        going = going & child.any(1)
+        run += going
+        at = torch.where(going, child.int().argmax(1), at)
+    return run
+
+
+def _probabilities(draft: Draft, state: Tensor) -> Tensor:
+    """float32 [.., VD]"""
+    return draft.logits(state).float().softmax(-1)

@@ -1,0 +1,232 @@
+"""The frozen target's files: its config and single tensors, read from safetensors without loading
+the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from aurora_sglang_plugin.drafts.tensor_files import INDEX, read_header, read_json, weight_map
+from aurora_sglang_plugin.weights.manifest import EMBEDDING, spellings
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+OF_THE_WHOLE = (
+    "eos_token_id",
+    "dtype",
+    "torch_dtype",
+    "tie_word_embeddings",
+    "quantization_config",
+)
+# what stands in the place of `weight`: GPTQ and AWQ, compressed-tensors
+PACKED = ("qweight", "weight_packed")
+
+
+@dataclass(frozen=True)
+class Target:
+    """config.json of a Llama-like target (of its language model, where it has others) and where its
+    tensors lie.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    # tensor name -> file name
+    files: dict[str, str]
+
+    @property
+    def head_dim(self) -> int:
+        """Of a draft's attention; a latent (MLA) target has one for its values only."""
+        own = (
+            self.config.get("v_head_dim")
+            if "kv_lora_rank" in self.config
+            else self.config.get("head_dim")
+        )
+        return own or self.config["hidden_size"] // self.config["num_attention_heads"]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Of experts: its layers have no dense MLP, and its intermediate_size may be an
+        expert's.
+        """
+        return any(
+            self.config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")
+        )
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Those of config.json and of generation_config.json, where there is one."""
+        path = self.directory / "generation_config.json"
+        try:
+            generation = read_json(path) if path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{self.directory}: {error}") from None
+        named = (config.get("eos_token_id") for config in (self.config, generation))
+        ids = {i for e in named for i in (e if isinstance(e, list) else [e])}
+        return tuple(sorted(i for i in ids if type(i) is int))
+
+    def tensor(self, name: str) -> Tensor:
+        """In the checkpoint's dtype; float32 where it is stored as codes with scales.
+
+        Raises ValueError where the target has no such tensor here, or none that can be read without
+        its quantization.
+        """
+        stored = self.stored(name)
+        if stored is None:
+            packed = self.packed(name)
+            if packed:
+                raise ValueError(
+                    f"{self.directory} holds {name} packed, as {packed}: a quantized target."
+                    " Expected its float weights: give the unquantized model, or for init-draft"
+                    " --kind random"
+                )
+            raise ValueError(
+                f"{self.directory} has no tensor {name}; expected a Llama-like model in safetensors"
+            )
+        found = self._read(stored)
+        return found if found.dtype in FLOATS else self._dequantized(stored, found)
+
+    def stored(self, name: str) -> str | None:
+        """What a language model's tensor is called in the files, e.g.
+        language_model.model.norm.weight, or None.
+        """
+        return next((n for n in spellings(name) if n in self.files), None)
+
+    def embedding(self) -> Tensor:
+        """[V, H], in the checkpoint's dtype."""
+        return self.tensor(EMBEDDING)
+
+    def head(self) -> Tensor:
+        """[V, H]; the embedding where the two are tied.
+
+        Raises ValueError where there is no head that can be read, and the config does not say that
+        they are tied.
+        """
+        tied = self.config.get("tie_word_embeddings")
+        # left to the model's default: a checkpoint without a head is one of a tied model
+        if tied is None:
+            tied = self.stored("lm_head.weight") is None and self.packed("lm_head.weight") is None
+        return self.embedding() if tied else self.tensor("lm_head.weight")
+
+    def _read(self, stored: str) -> Tensor:
+        path = self.directory / self.files[stored]
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_tensor(stored)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{path} is not here; expected the file of the target that holds {stored} (the"
+                " trainer needs those of its embedding and head, init-draft also that of the last"
+                " layer)"
+            ) from None
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; expected a whole safetensors file"
+            ) from None
+
+    def packed(self, name: str) -> str | None:
+        """Under which name a quantized tensor is stored in its stead, e.g. lm_head.qweight."""
+        names = (s.replace(".weight", f".{part}") for s in spellings(name) for part in PACKED)
+        return next((n for n in names if n in self.files), None)
+
+    def _dequantized(self, stored: str, codes: Tensor) -> Tensor:
+        """float32 from codes and the scales beside them: one, one for each row, or one for each
+        block.
+
+        A scale multiplies, under either name.
+        """
+        names = [
+            f"{stored}_{end}" for end in ("scale", "scale_inv") if f"{stored}_{end}" in self.files
+        ]
+        if codes.dtype not in CODES or not names:
+            raise ValueError(
+                f"{self.directory}: {stored} is {codes.dtype} without scales that are understood;"
+                " expected float weights: give the unquantized model, or for init-draft --kind"
+                " random"
+            )
+        scale, size = self._read(names[0]).float(), codes.shape
+        if scale.dim() == 1 and scale.numel() == size[0] > 1:
+            scale = scale[:, None]
+        if scale.numel() > 1:
+            block = (self.config.get("quantization_config") or {}).get("weight_block_size")
+            block = block or [-(-s // n) for s, n in zip(size, scale.shape)]
+            if [-(-s // b) for s, b in zip(size, block)] != list(scale.shape) or len(size) != 2:
+                raise ValueError(
+                    f"{self.directory}: {names[0]} is {list(scale.shape)}, expected one scale for"
+                    f" each block of {block} of {list(size)}; give the unquantized model"
+                )
+            scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[
+                : size[0], : size[1]
+            ]
+        return codes.float() * scale
+
+
+def read_config(model: str | Path) -> Target:
+    """The target without its tensors: a directory, a config.json, or the name of a model in the
+    local HF cache.
+
+    Raises ValueError.
+    """
+    path = Path(model)
+    if path.is_file():
+        path = path.parent if path.name == "config.json" else path
+    elif not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(str(model), local_files_only=True))
+        except Exception as error:
+            raise ValueError(
+                f"target {model}: neither a directory nor a model in the local Hugging Face cache"
+                f" ({type(error).__name__}); expected one of them: give a directory, or `hf"
+                f" download {model}`"
+            ) from None
+    file = path if path.is_file() else path / "config.json"
+    if not file.exists():
+        raise ValueError(f"{path} has no config.json; expected a Hugging Face model directory")
+    try:
+        raw = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    config = raw.get("text_config", raw) if "hidden_size" not in raw else raw
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{file} has a text_config that is no object; expected the config of a language model"
+        )
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [k for k in needed if type(config.get(k)) is not int]
+    if missing and config:
+        raise ValueError(
+            f"{file} lacks {', '.join(missing)}; expected the config of a language model"
+        )
+    # what the whole says of the language model
+    if config is not raw:
+        config = {k: raw[k] for k in OF_THE_WHOLE if raw.get(k) is not None} | config
+        # by which SGLang chooses the model
+        config["architectures"] = raw.get("architectures")
+    return Target(path if path.is_dir() else path.parent, config, {})
+
+
+def open_target(model: str | Path) -> Target:
+    """`model` is a directory or the name of a Hugging Face model in the local cache.
+
+    Raises ValueError.
+    """
+    target = read_config(model)
+    directory, config = target.directory, target.config
+    try:
+        if (directory / INDEX).exists():
+            files = weight_map(directory)
+        else:
+            paths = sorted(directory.glob("*.safetensors"))
+            files = {name: path.name for path in paths for name, _ in read_header(path)}
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if not files:
+        raise ValueError(f"{directory} has no *.safetensors; other weight formats are not read")
+    return Target(directory, config, files)

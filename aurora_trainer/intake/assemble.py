@@ -1,0 +1,360 @@
+"""Assemble messages into samples: stitch each request's steps by absolute position, cut where it
+ended.
+
+The server keeps no state per request, so this does: (epoch, request id) -> the open Segment. Rules,
+in order:
+
+    a message of the epoch is missing     every open segment of that epoch ends before its next step
+                                          (`gap`): the missing one may have ended the request and
+                                          begun another with the same id
+    a row that cannot be used             the segment of that request ends (`gap`), counted by
+                                          cause, and no other
+    a step goes on at segment.next        it extends the segment: chunks, verify steps, plain tokens
+                                          of mixed chunks
+    a verify step's root lies before it   fewer tokens were committed than accepted: cut back to the
+                                          root, go on there
+    any other position                    the segment ends (`gap`), a new attempt starts at the
+                                          step's first feature
+    end                                   cut at the committed length (accepted paths run past EOS,
+                                          stop, max_tokens)
+    a verify step after `end`             ignored: an overlapped server verifies a finished request
+                                          once more
+
+A segment that begins at a verify's root loses that one tree, which has no slot to hang from.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from aurora_sglang_plugin.config import Section
+from aurora_sglang_plugin.link import wire
+from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
+from aurora_trainer.intake.sample import Sample
+
+MAX_EPOCHS = 1 << 14
+# request ids that are remembered after they ended
+MAX_PAST = 1 << 16
+
+# epoch, request id
+Key = tuple[str, str]
+
+
+class AssembleConfig(Section):
+    """The bounds of what is open, and when a long request's sample is taken."""
+
+    # of all open segments; the least recently extended one is taken early
+    max_bytes: PositiveInt = 1 << 30
+    # segments
+    max_open: PositiveInt = 4096
+    # prompt features kept of one segment, the last ones
+    max_slots: PositiveInt = 8192
+    # generated slots after which a part of a long request is taken
+    part_slots: Annotated[int, Field(ge=2)] = 512
+    # slots of the last part that the next one repeats, as context only
+    context_slots: NonNegativeInt = 128
+    # after which a request whose `end` was lost is taken
+    idle_s: Annotated[float, Field(gt=0)] = 60.0
+    # where to cut when `end` was lost
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class _Past:
+    attempts: int = 0
+    prompt_len: int = 0
+    # the epoch's losses when it ended, -1 while it is open
+    ended_at: int = -1
+    domain: str = ""
+
+
+class Assembler:
+    """Messages in, samples out. Deterministic: time passes only through idle()."""
+
+    def __init__(self, config: AssembleConfig):
+        self.config = config
+        self.counters: Counter[str] = Counter()
+        # by the causes of rows.py
+        self.bad_rows: Counter[str] = Counter()
+        # least recently extended first
+        self._open: OrderedDict[Key, Segment] = OrderedDict()
+        self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self._epochs: OrderedDict[str, list[int]] = OrderedDict()  # [last captured_seq, losses]
+        # Losses of an epoch begin here: above all that one had that was forgotten, so that nothing
+        # is stitched to it.
+        self._first_losses = 0
+        # of each epoch with open segments: [segments, bytes]
+        self._held: dict[str, list[int]] = {}
+        self._nbytes = 0
+        self._now_s: float | None = None
+        self._done: list[Sample] = []
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    def add(self, message: wire.Message) -> list[Sample]:
+        """Take one message of wire.decode; returns the samples that it completes."""
+        header = message.header
+        if header.kind == "heartbeat":
+            return []
+        losses = self._enter(header)
+        if losses is None:
+            self.counters["duplicate"] += 1
+            return []
+        {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](
+            message, losses
+        )
+        while self._open and (
+            len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes
+        ):
+            self.counters["evicted"] += 1
+            self._close(self._to_evict(by=int(len(self._open) <= self.config.max_open)), "gap")
+        return self._take()
+
+    def idle(self, now_s: float) -> list[Sample]:
+        """Tell the time (any clock); returns the samples of requests that were silent for
+        `idle_s`.
+        """
+        # what came before the first call was silent since then at most
+        if self._now_s is None:
+            for segment in self._open.values():
+                segment.touched_s = now_s
+        self._now_s = now_s
+        for key, segment in list(self._open.items()):
+            if now_s - segment.touched_s < self.config.idle_s:
+                break
+            self._close(key, "idle")
+        return self._take()
+
+    # ---- one method per kind
+
+    def _prefill(self, message: wire.Message, losses: int) -> None:
+        header, a = message.header, message.arrays
+        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        token = feature = 0
+        for row, request in enumerate(header.requests):
+            length, count = int(a["extend_lens"][row]), int(a["feature_lens"][row])
+            token, feature = token + length, feature + count
+            key, prompt_len = (header.epoch, request), int(a["prompt_lens"][row])
+            if self._is_bad(message, row, key):
+                continue
+            known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[
+                length - count :
+            ]
+            features = hidden[feature - count : feature].copy()
+            # of the chunk's features
+            first = int(a["positions"][row]) + length - count
+            segment = self._following(key, first, int(known[0]), losses, dtype, hidden.shape[1])
+            if segment is None or segment.prompt_len != prompt_len or not count:
+                self._close(key, "gap")
+                self._remember(key).domain = header.domains[row] if header.domains else ""
+                segment = self._begin(key, first, int(known[0]), losses, dtype, prompt_len)
+            if count:
+                versions = np.full(count, header.extend_version, np.int32)
+                self._extend(key, segment, Step(first, known[1:], features, versions), header)
+
+    def _verify(self, message: wire.Message, losses: int) -> None:
+        header, a = message.header, message.arrays
+        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        shape = (
+            header.num_steps,
+            header.topk,
+            message.dtype("topk_logits"),
+            *a["accept_path"].shape[1:],
+        )
+        shape += (*a["topk_ids"].shape[1:], header.rejection)
+        lens, path = a["feature_lens"], a["accept_path"]
+        on_path = np.arange(path.shape[1]) < lens[:, None]
+        ends = lens.cumsum(dtype=np.int64)
+        for row, request in enumerate(header.requests):
+            key, root, count, end = (
+                (header.epoch, request),
+                int(a["positions"][row]),
+                int(lens[row]),
+                int(ends[row]),
+            )
+            if self._is_bad(message, row, key):
+                continue
+            past = self._past.get(key)
+            if past is not None and past.ended_at == losses and key not in self._open:
+                self.counters["after_end"] += 1
+                continue
+            segment = self._following(
+                key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1]
+            )
+            if segment is None or segment.shape not in (None, shape):
+                self._close(key, "gap")
+                prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
+                segment = self._begin(
+                    key, root, int(a["draft_tokens"][row, 0]), losses, dtype, prompt_len
+                )
+            if segment.start == root:
+                self.counters["rootless_trees"] += 1
+            segment.shape = shape
+            tree = Tree(
+                tokens=a["draft_tokens"][row].copy(),
+                parents=a["parents"][row].copy(),
+                path=np.where(on_path[row], path[row], -1),
+                topk_ids=a["topk_ids"][row].copy(),
+                topk_logits=a["topk_logits"][row].copy(),
+                logsumexp=a["logsumexp"][row].copy(),
+                version=header.draft_version,
+                altered=bool(header.flags[row] & wire.FLAG_ALTERED_DISTRIBUTION),
+            )
+            versions = np.full(count, header.extend_version, np.int32)
+            step = Step(
+                root,
+                a["next_tokens"][row, :count].copy(),
+                hidden[end - count : end].copy(),
+                versions,
+                tree,
+            )
+            self._extend(key, segment, step, header)
+
+    def _end(self, message: wire.Message, losses: int) -> None:
+        header = message.header
+        for row, request in enumerate(header.requests):
+            key = (header.epoch, request)
+            if self._is_bad(message, row, key):
+                continue
+            segment = self._open.get(key)
+            if segment is not None:
+                segment.time_ns = header.time_ns
+                segment.domain = header.domains[row] if header.domains else segment.domain
+                certain = segment.losses == losses
+                last = int(message.arrays["committed_lens"][row]) - 1
+                self._close(key, header.reasons[row] if certain else "gap", last)
+            self._remember(key).ended_at = losses
+
+    # ---- segments
+
+    def _enter(self, header: wire.Header) -> int | None:
+        """How many holes captured_seq has had in this epoch; None for a message that repeats or
+        precedes one.
+        """
+        state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, self._first_losses])
+        self._epochs.move_to_end(header.epoch)
+        if len(self._epochs) > MAX_EPOCHS:
+            _, (_, losses) = self._epochs.popitem(last=False)
+            self._first_losses = max(self._first_losses, losses + 1)
+        if header.captured_seq <= state[0]:
+            return None
+        if header.captured_seq != state[0] + 1:
+            state[1] += 1
+            self.counters["holes"] += 1
+        state[0] = header.captured_seq
+        self.counters["messages"] += 1
+        return state[1]
+
+    def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
+        """Whether the row must not be used; then its request's segment ends here."""
+        cause = message.bad.get(row)
+        if cause is None:
+            return False
+        self.bad_rows[cause] += 1
+        self._close(key, "gap")
+        return True
+
+    def _to_evict(self, by: int) -> Key:
+        """The least recently extended segment of the epoch that has most: a flood takes from nobody
+        else.
+
+        by: 0, most segments; 1, most bytes.
+        """
+        largest = max(self._held, key=lambda epoch: self._held[epoch][by])
+        return next(key for key in self._open if key[0] == largest)
+
+    def _hold(self, key: Key, segments: int, nbytes: int) -> None:
+        """So many more are open, or fewer."""
+        held = self._held.setdefault(key[0], [0, 0])
+        held[0] += segments
+        held[1] += nbytes
+        self._nbytes += nbytes
+        if not held[0]:
+            del self._held[key[0]]
+
+    def _following(
+        self, key: Key, position: int, token: int, losses: int, dtype: str, width: int
+    ) -> Segment | None:
+        """The open segment that goes on with `token` at `position`, cut back to there if need
+        be.
+        """
+        segment = self._open.get(key)
+        if segment is None or segment.losses != losses or segment.dtype != dtype:
+            return None
+        if segment.steps and segment.steps[0].features.shape[1] != width:
+            return None
+        if segment.start < position < segment.next and position >= segment.prompt_len:
+            before = segment.nbytes
+            segment.cut(position)
+            self._hold(key, 0, segment.nbytes - before)
+            self.counters["cut_back"] += 1
+        return segment if (segment.next, segment.last_token) == (position, token) else None
+
+    def _begin(
+        self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int
+    ) -> Segment:
+        past = self._remember(key)
+        past.prompt_len, past.ended_at = prompt_len, -1
+        about = {"dtype": dtype, "domain": past.domain}
+        segment = Segment(key[1], key[0], past.attempts, start, prompt_len, token, losses, **about)
+        self._open[key] = segment
+        self._hold(key, 1, 0)
+        return segment
+
+    def _extend(self, key: Key, segment: Segment, step: Step, header: wire.Header) -> None:
+        before = segment.nbytes
+        segment.extend(step)
+        segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
+        if step.tree is None:
+            segment.trim(self.config.max_slots)
+        self._hold(key, 0, segment.nbytes - before)
+        self._open.move_to_end(key)
+        if (
+            segment.next - max(segment.start + segment.carried, segment.prompt_len)
+            >= self.config.part_slots
+        ):
+            after = segment.tail(self.config.context_slots)
+            # the last slot has no target yet and goes on
+            self._close(key, "part", segment.next - 1)
+            self._open[key] = after
+            self._hold(key, 1, after.nbytes)
+
+    def _close(self, key: Key, reason: str, end: int | None = None) -> None:
+        segment = self._open.pop(key, None)
+        if segment is None:
+            return
+        self._hold(key, -1, -segment.nbytes)
+        self._remember(key).attempts = segment.attempt + 1
+        eos = self.config.eos_token_ids if reason in ("gap", "idle") else ()
+        try:
+            sample = to_sample(segment, segment.next if end is None else end, reason, eos)
+        except Quarantine as error:
+            self.counters[f"dropped_{error.cause}"] += 1
+            return
+        self.counters[f"samples_{reason}"] += 1
+        self.counters["slots"] += len(sample.features)
+        self.counters["trees"] += len(sample.tree_first)
+        self.counters["nodes"] += len(sample.node_token)
+        self._done.append(sample)
+
+    def _remember(self, key: Key) -> _Past:
+        past = self._past.setdefault(key, _Past())
+        self._past.move_to_end(key)
+        if len(self._past) > MAX_PAST:
+            self._past.popitem(last=False)
+        return past
+
+    def _take(self) -> list[Sample]:
+        done, self._done = self._done, []
+        return done

@@ -1,0 +1,253 @@
+"""The gate: is the candidate ahead of the weights being served, on requests that it never saw?
+
+Every other request is held back from training until `requests` newer ones were held. At each
+decision the candidate itself, the served weights and the initial draft are walked along the held
+requests (score.py), so that a score is never that of an earlier candidate. With A the accept length
+of all n held requests together (tokens over steps), and s the standard error of a difference
+between two drafts, paired by request,
+
+    passes   where   A(candidate) - A(served) > z s                      `better`
+    refused  where   A(candidate) - A(served) < -WORSE s                 `worse`
+    refused  else                                                        `not_better`
+
+and where A(initial) - A(served) > ANCHOR s, and the candidate is not ahead of the initial draft,
+the initial one is published in its place. After `give_up_after` answers of `worse` in a row
+training goes back to the served weights: a diverged draft does not come back by itself.
+
+Error rates of one answer at z = 1.28, for differences of a request with a standard deviation of 0.4
+and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 150, an equal
+one 1 in 10, one that is better by 0.1 every second time and by 0.2 7 times in 8; what was refused
+is not lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1
+passes 1 time in 30. tests/trainer/learn/test_gate.py computes these rates, and those of many answers on a
+window that moves.
+
+Dimensions: n held requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from aurora_sglang_plugin.config import Section
+from aurora_trainer.intake.sample import Sample
+
+log = logging.getLogger(__name__)
+
+# standard errors by which the initial draft is clearly better
+ANCHOR = 1.96
+WORSE = 1.64
+# of one request: the parts of a longer one go to training at once
+HELD_SLOTS = 2048
+
+# epoch, request id
+Key = tuple[str, str]
+# Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
+Walk = Callable[[str, list[Sample]], np.ndarray]
+
+
+class GateConfig(Section):
+    """When a candidate may be published."""
+
+    # false: every finite candidate passes, and no request is held back
+    enabled: bool = True
+    # held back from training, those that a decision rests on
+    requests: PositiveInt = 24
+    # before the first decision
+    min_requests: PositiveInt = 8
+    # 1 request in so many is held back
+    hold_every: PositiveInt = 2
+    # standard errors that a candidate must be ahead
+    z: Annotated[float, Field(ge=0)] = 1.28
+    # answers of `worse` in a row
+    give_up_after: PositiveInt = 8
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`reason` is one of families.DECISIONS; accept lengths are nan where nothing was scored."""
+
+    passed: bool
+    reason: str
+    requests: int
+    served: float
+    candidate: float
+    initial: float
+    # of candidate - served
+    stderr: float
+
+    def fields(self) -> dict[str, float | str]:
+        """For the manifest and the log."""
+        names = ("requests", "served", "candidate", "initial", "stderr")
+        values = {name: getattr(self, name) for name in names}
+        finite = {k: round(v, 4) for k, v in values.items() if math.isfinite(v)}
+        return {"reason": self.reason} | finite
+
+
+@dataclass
+class _Held:
+    samples: list[Sample] = field(default_factory=list)
+    # Steps and tokens by role, of as many of the samples as there were.
+    scores: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> int:
+        return sum(len(s.features) for s in self.samples)
+
+
+class Gate:
+    """Owns the requests that are held back, their scores, and the counts of decisions."""
+
+    def __init__(self, config: GateConfig):
+        self.config = config
+        # by reason
+        self.decisions: Counter[str] = Counter()
+        self.newest: Decision | None = None
+        self.worse_in_a_row = 0
+        # oldest first
+        self._held: OrderedDict[Key, _Held] = OrderedDict()
+        # requests, held or not
+        self._seen = 0
+
+    @property
+    def held(self) -> int:
+        """Samples that are held back."""
+        return sum(len(h.samples) for h in self._held.values())
+
+    def hold(self, sample: Sample) -> list[Sample]:
+        """Take a new sample; returns what training may have now: the sample, or what it pushes
+        out.
+        """
+        if not self.config.enabled:
+            return [sample]
+        key = (sample.epoch, sample.request)
+        if key in self._held:
+            if self._held[key].slots + len(sample.features) > HELD_SLOTS:
+                return [sample]
+            self._held[key].samples.append(sample)
+            return []
+        self._seen += 1
+        if self._seen % self.config.hold_every:
+            return [sample]
+        self._held[key] = _Held([sample])
+        if len(self._held) > self.config.requests:
+            return self._held.popitem(last=False)[1].samples
+        return []
+
+    def decide(self, finite: bool, walk: Walk, initial_served: bool = False) -> Decision:
+        """May the candidate be published? `finite`: all its weights are.
+
+        `walk` scores samples with the
+        role `candidate`, `served` or, unless that is what is served, `initial`. Counts and logs the
+        answer."""
+        decision = self.newest = self._judge(finite, walk, initial_served)
+        self.decisions[decision.reason] += 1
+        worse = decision.reason in ("worse", "not_finite")
+        self.worse_in_a_row = self.worse_in_a_row + 1 if worse else 0
+        said = {"passed": decision.passed} | decision.fields()
+        log.info("gate %s", " ".join(f"{k}={v}" for k, v in said.items()))
+        return decision
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether training should go back to the served weights."""
+        return self.worse_in_a_row >= self.config.give_up_after
+
+    def serve(self, role: str) -> None:
+        """The draft of `role` is served from now on, and its scores with it."""
+        self.worse_in_a_row = 0
+        for held in self._held.values():
+            held.scores.pop("served", None)
+            if role in held.scores:
+                held.scores["served"] = held.scores[role]
+
+    def restart(self) -> None:
+        """Other weights are served than were scored."""
+        self.serve("none")
+
+    def state(self) -> dict[str, Any]:
+        """JSON, for a resume checkpoint; held samples are not in it."""
+        return {
+            "decisions": dict(self.decisions),
+            "worse_in_a_row": self.worse_in_a_row,
+            "seen": self._seen,
+            "held": self.held,
+        }
+
+    def restore(self, state: dict[str, Any], live: bool) -> None:
+        """`live`: go on with no request held; over a recording those come again."""
+        self.decisions = Counter(state["decisions"])
+        self.worse_in_a_row = state["worse_in_a_row"]
+        if live:
+            self._seen = state["seen"]
+
+    def _judge(self, finite: bool, walk: Walk, initial_served: bool) -> Decision:
+        def decision(passed: bool, reason: str, *lengths: float) -> Decision:
+            return Decision(passed, reason, len(self._held), *(lengths or (math.nan,) * 4))
+
+        if not finite:
+            return decision(False, "not_finite")
+        if not self.config.enabled:
+            return decision(True, "off")
+        if len(self._held) < max(2, self.config.min_requests):
+            return decision(False, "few_requests")
+        served, candidate = (self._scores(role, walk) for role in ("served", "candidate"))
+        initial = served if initial_served else self._scores("initial", walk)
+        ahead, stderr = difference(candidate, served)
+        lengths = (*map(accept_length, (served, candidate, initial)), stderr)
+        # no request has a chain that is known to its end
+        if not math.isfinite(ahead):
+            return decision(False, "few_requests", *lengths)
+        anchor, anchor_stderr = difference(initial, served)
+        behind_initial = difference(candidate, initial)[0] <= 0
+        if anchor > ANCHOR * anchor_stderr and behind_initial:
+            return decision(False, "initial", *lengths)
+        if ahead > self.config.z * stderr:
+            return decision(True, "better", *lengths)
+        if ahead < -WORSE * stderr:
+            return decision(False, "worse", *lengths)
+        return decision(False, "not_better", *lengths)
+
+    def _scores(self, role: str, walk: Walk) -> np.ndarray:
+        """float64 [n, 2]: steps and tokens of each held request; those known from before are
+        kept.
+        """
+        if role == "candidate":
+            for held in self._held.values():
+                held.scores.pop(role, None)
+        missing = [h for h in self._held.values() if h.scores.get(role, (0,))[0] < len(h.samples)]
+        if missing:
+            found = walk(role, [sample for held in missing for sample in held.samples])
+            at = 0
+            for held in missing:
+                end = at + len(held.samples)
+                held.scores[role] = (len(held.samples), found[at:end].sum(0))
+                at = end
+        return np.stack([held.scores[role][1] for held in self._held.values()])
+
+
+def accept_length(scores: np.ndarray) -> float:
+    """Tokens over steps of scores [n, 2]; nan without a step."""
+    steps, tokens = scores.sum(0)
+    return float(tokens / steps) if steps else math.nan
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """(accept length of a - that of b, its standard error), scores [n, 2] of the same n requests.
+
+    Ratios of sums, the error by linearisation: request i contributes
+    (tokens - A steps) / mean steps, for a minus for b. nan where a draft has no step.
+    """
+    lengths = accept_length(a), accept_length(b)
+    if not all(map(math.isfinite, lengths)):
+        return math.nan, math.nan
+    parts = [(s[:, 1] - length * s[:, 0]) / s[:, 0].mean() for s, length in zip((a, b), lengths)]
+    stderr = float(np.std(parts[0] - parts[1], ddof=1)) / math.sqrt(len(a))
+    return lengths[0] - lengths[1], stderr

@@ -1,0 +1,149 @@
+"""The objective: what a batch's levels cost, and how well they would have drafted.
+
+    L = sum_d gamma^d ( E_accepted[D(p, q)] + lambda * E_rejected[w * D(p, q)] )
+
+E are means over ALL micro-batches and ranks of an update: sums divided by the counts that the
+caller adds up (`Batch.counts`), never a mean of means. The level d of a query is its depth; `D` is
+one of the distances of aurora_kernels.tree_loss, `w` is 1 or the probability that verification
+reaches the node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from aurora_kernels.tree_loss import DISTANCES, TreeLoss, tree_loss
+from pydantic import AfterValidator, Field
+from torch import Tensor
+
+from aurora_sglang_plugin.config import Section
+from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_batch import Batch, Level
+
+
+def _mixture(distance: dict[str, float]) -> dict[str, float]:
+    if not distance or not set(distance) <= set(DISTANCES) or min(distance.values()) < 0:
+        raise ValueError(f"expected non-negative weights of some of {', '.join(DISTANCES)}")
+    return distance
+
+
+class LossConfig(Section):
+    """The objective's terms.
+
+    The default distance suits SGLang's default verification, which accepts a drafted token with the
+    probability that the target gives it, greedy or sampled (docs/learning.md). With
+    `--speculative-use-rejection-sampling` the chance is sum min(p, q): tv is its distance.
+    """
+
+    distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {
+        "forward_kl": 0.5,
+        "greedy": 0.5,
+    }
+    # weight of each deeper level relative to the one above
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
+    # lambda
+    rejected: Annotated[float, Field(ge=0)] = 0.0
+    # w
+    rejected_by: Literal["uniform", "reach"] = "uniform"
+
+
+@dataclass
+class Score:
+    """Sums over queries with a loss, float64 [depth, 2] (accepted, rejected)."""
+
+    count: Tensor
+    # of D, unweighted
+    loss: Tensor
+    # of the draft's first choice being that of the target
+    greedy_match: Tensor
+    # of sum min(p, q)
+    overlap: Tensor
+
+    def mean(self, name: str) -> Tensor:
+        """[depth, 2], NaN where there were no queries."""
+        return getattr(self, name) / self.count
+
+
+def states(draft: Draft, batch: Batch) -> list[Tensor]:
+    """The draft's state [Q, H] of every query, level by level."""
+    first = batch.levels[0]
+    state, slot_kv = draft.slots(
+        batch.tokens, batch.features, batch.positions, batch.slot_start, first.parent
+    )
+    out, node_kv = [state], None
+    for level in batch.levels[1:]:
+        state, node_kv = draft.nodes(
+            level.tokens, out[-1][level.parent], level.positions, slot_kv, node_kv,
+            level.slot_start, level.slot_end, level.ancestors,
+        )  # fmt: skip
+        out.append(state)
+    return out
+
+
+def objective(
+    draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None
+) -> tuple[Tensor, Score]:
+    """(L's share of this batch, differentiable, and its Score), with `counts` as `losses` takes
+    them.
+    """
+    result = losses(draft, batch, config, counts)
+    return result.loss_sum, score(batch, result)
+
+
+def losses(
+    draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None
+) -> TreeLoss:
+    """The queries with a loss, level by level; `loss_sum` is L's share of this batch.
+
+    Waits for no device.
+
+    counts: float64 [depth, 2], those of the whole update (None: this batch is all of it). Shares of
+        micro-batches add
+    up to L, and so do their gradients.
+    """
+    counts = batch.counts() if counts is None else counts
+    state = states(draft, batch)
+    target = torch.cat([level.target[level.rows] for level in batch.levels])
+    return tree_loss(
+        torch.cat([s[level.rows] for s, level in zip(state, batch.levels, strict=True)]),
+        draft.norm.weight,
+        draft.lm_head.weight,
+        to_draft_ids(draft, batch.topk_ids)[target],
+        batch.topk_logits[target],
+        batch.logsumexp[target],
+        torch.cat([_weight(level, d, config, counts) for d, level in enumerate(batch.levels)]),
+        config.distance,
+        draft.config.rms_norm_eps,
+    )
+
+
+def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
+    """Draft ids of target ids; -1 stays, and stands where the draft has no such token."""
+    return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
+
+
+def _weight(level: Level, depth: int, config: LossConfig, counts: Tensor) -> Tensor:
+    accepted, rejected = counts[depth].clamp_min(1).tolist()
+    w = level.reach[level.rows] if config.rejected_by == "reach" else 1.0
+    weight = torch.where(level.accepted[level.rows], 1.0 / accepted, config.rejected / rejected * w)
+    return weight * config.gamma**depth
+
+
+def score(batch: Batch, result: TreeLoss) -> Score:
+    """What the metrics show of the batch's `losses`. One transfer, which waits for the device."""
+    loss = result.loss
+    columns = torch.stack(
+        [torch.ones_like(loss), loss, result.greedy_match.to(loss.dtype), result.acceptance]
+    )
+    columns = columns.cpu().double()
+    batch = batch.on_cpu
+    sums = torch.zeros(4, batch.depth, 2, dtype=torch.float64)
+    at = 0
+    for d, level in enumerate(batch.levels):
+        part = columns[:, at : at + len(level.rows)]
+        at += len(level.rows)
+        accepted = level.accepted[level.rows]
+        sums[:, d, 0], sums[:, d, 1] = part[:, accepted].sum(-1), part[:, ~accepted].sum(-1)
+    return Score(*sums)

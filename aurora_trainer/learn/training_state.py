@@ -1,0 +1,85 @@
+"""What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters.
+
+Samples
+are not in it: over a recording they come again, live they are lost and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from aurora_trainer.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from aurora_trainer.learn.trainer import Training
+
+
+def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `restore` goes on from: tensors, and JSON."""
+    tensors = {f"draft/{n}": p.detach() for n, p in training.draft.named_parameters()}
+    optimizer_tensors, optimizer_state = training.optimizer.state_dict()
+    tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
+    tensors["random/torch"] = torch.get_rng_state()
+    state = {
+        "target": training.target,
+        "parent": training.parent,
+        "served": training.served.version,
+        "rolled_back": sorted(training.served.rolled_back),
+        "steps": training.steps,
+        "slots": training.slots,
+        "credit": training._credit,
+        "samples": dict(training.samples),
+        "published": dict(training.published),
+        "traffic": training.traffic,
+        "rows": dict(training.rows),
+        "earlier_updates": training.earlier_updates,
+        "trained_until_ns": training.trained_until_ns,
+        "optimizer": optimizer_state,
+        "gate": training.gate.state(),
+        "buffer": training.buffer.state(),
+        "failed_steps": list(training._failed_steps),
+        "open_requests": training.assembler.open_requests,
+    }
+    return tensors, state
+
+
+def restore(training: Training, found: Checkpoint, live: bool) -> None:
+    """Go on from a checkpoint. `live`: buffered samples and open requests are lost, and counted.
+
+    Otherwise they come from replaying the trace, with all that counts them. Raises ValueError for
+    another target.
+    """
+    tensors, state = found.tensors, found.state
+    if state["target"] != training.target:
+        raise ValueError(
+            f"checkpoint of step {found.step} is for target {state['target']}, this one is"
+            f" {training.target}; expected the same target: set trainer.checkpoint.directory to a"
+            " new directory for a new target"
+        )
+    own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
+    training.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
+    training.optimizer.load_state_dict(
+        {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
+        state["optimizer"],
+    )
+    torch.set_rng_state(tensors["random/torch"])
+    training.parent, training.slots = state["parent"], state["slots"]
+    training.earlier_updates = state["earlier_updates"]
+    training.trained_until_ns = state.get("trained_until_ns", 0)
+    training._failed_steps.extend(() if live else state.get("failed_steps", ()))
+    training.published = Counter(state["published"])
+    training.served.rolled_back = set(state["rolled_back"])
+    training.gate.restore(state["gate"], live)
+    if state["served"] != training.served.version:
+        training.gate.restart()
+    if live:
+        training.steps = state["steps"]
+        training.samples = Counter(state["samples"])
+        training.samples["lost_open"] += state["open_requests"]
+        training.samples["lost_held"] += state["gate"]["held"]
+        training.traffic = dict(state["traffic"])
+        training.rows = Counter(state["rows"])
+        training.buffer.restore(state["buffer"])

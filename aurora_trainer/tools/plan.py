@@ -1,0 +1,151 @@
+"""`aurora-trainer plan`: what a target needs, from its config.json alone: bytes on the link, memory
+of the server and the trainer, size of a version, optimizer steps. No weights, no network. The
+formulas are in `sizes.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from aurora_trainer.config import TrainerFile
+from aurora_trainer.drafts.eagle3_init import draft_config
+from aurora_trainer.drafts.target import Target
+from aurora_trainer.tools.sizes import (
+    Load,
+    checkpoint_bytes,
+    parameter_count,
+    prefill_bytes,
+    queued_row_bytes,
+    rank_bytes,
+    sample_bytes,
+    step_flops,
+    trainer_device_bytes,
+    verify_bytes,
+    version_bytes,
+)
+
+SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def plan(
+    target: Target, config: TrainerFile, load: Load, draft_vocab: int | None = None, dtype: str = ""
+) -> dict:
+    """Everything, by section, in bytes and per second; rates are of all servers together.
+
+    dtype: of the server and of published weights; "" for the target's own. Raises ValueError for a
+        target that a draft
+    cannot be made for.
+    """
+    dtype = dtype or target_dtype(target)
+    if dtype not in SIZES:
+        raise ValueError(f"dtype {dtype}: expected one of {', '.join(SIZES)}")
+    size, trainer, capture = SIZES[dtype], config.trainer, config.plugin.capture
+    draft = draft_config(target, draft_vocab or target.config["vocab_size"])
+    rate = capture.sample_rate * load.servers
+    per_step = verify_bytes(draft, load, size, capture.topk_logits)
+    per_token = per_step / (load.running * load.accept_length)
+    prompt = min(load.prompt_tokens, capture.max_prompt_features)
+    per_prompt = prefill_bytes(draft, prompt, size)
+    link = rate * (load.tokens_per_s * per_token + load.requests_per_s * per_prompt)
+    row = queued_row_bytes(draft, load, size, capture.topk_logits)
+    # of one server, a second
+    queued = capture.sample_rate * (
+        load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
+    )
+    slots = rate * load.tokens_per_s
+    version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)
+    every_s = trainer.publish.every_s
+    compute = SIZES[trainer.model.compute_dtype]
+    device = trainer_device_bytes(draft, target, trainer, compute, load)
+    slot = sample_bytes(draft, load, size, capture.topk_logits)
+    return {
+        "draft": {
+            "parameters": parameters,
+            "hidden_size": draft.hidden_size,
+            "intermediate_size": draft.intermediate_size,
+            "heads": [draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim],
+            "vocabulary": draft.draft_vocab_size,
+            "aux_layers": list(draft.aux_layer_ids or ()),
+            "dtype": dtype,
+        },
+        "link": {
+            "bytes_per_generated_token": per_token,
+            "bytes_per_prompt_token": per_prompt / max(1, prompt),
+            "bytes_per_s": link,
+            "seconds_of_traffic_in_the_publishers_queue": (
+                config.plugin.publish.queue_bytes / queued if queued else math.inf
+            ),
+            "recording_bytes_per_hour": 3600 * link,
+        },
+        "server": {
+            "extra_device_bytes_per_rank": 2 * rank_bytes(draft, target, load.tp, size),
+            "publisher_queue_bytes": config.plugin.publish.queue_bytes,
+            "pinned_bytes": capture.pinned_slots * capture.pinned_slot_bytes,
+            "verify_message_bytes": per_step,
+        },
+        "trainer_host": {
+            "receive_queue_bytes": trainer.receive.queue_bytes,
+            "assemble_bytes": trainer.assemble.max_bytes,
+            "buffer_bytes": trainer.buffer.max_bytes,
+            "bytes_per_buffered_token": slot,
+            "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (slot * slots)
+            if slots
+            else math.inf,
+        },
+        "trainer_device": device | {"total_bytes": sum(device.values())},
+        "training": {
+            "optimizer_steps_per_s": slots / trainer.pace.new_slots_per_step,
+            "seconds_per_step_at_most": trainer.pace.new_slots_per_step / slots
+            if slots
+            else math.inf,
+            "flops_per_step": step_flops(draft, trainer, load),
+            "flops_per_s": step_flops(draft, trainer, load)
+            * slots
+            / trainer.pace.new_slots_per_step,
+        },
+        "weights": {
+            "version_bytes": version,
+            "write_bytes_per_s": version / every_s if every_s else 0.0,
+            "read_bytes_per_s": load.servers * version / every_s if every_s else 0.0,
+            "disk_bytes": version * trainer.publish.keep,
+            "checkpoint_bytes": checkpoint_bytes(draft, target, compute),
+            "checkpoints_disk_bytes": trainer.checkpoint.keep
+            * checkpoint_bytes(draft, target, compute),
+        },
+    }
+
+
+def target_dtype(target: Target) -> str:
+    """The target's own, as its config names it; bfloat16 where it does not."""
+    found = target.config.get("dtype") or target.config.get("torch_dtype") or "bfloat16"
+    return str(found).removeprefix("torch.")
+
+
+def lines(name: str, result: dict[str, dict[str, Any]]) -> list[str]:
+    """The plan for a terminal."""
+    out = [f"{name}, by arithmetic from its config.json; nothing of it was measured on a GPU"]
+    for section, values in result.items():
+        out.append(section.replace("_", " "))
+        out += [
+            f"  {key.replace('_', ' '):<46} {_shown(key, value)}" for key, value in values.items()
+        ]
+    return out
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, list | str):
+        return str(value)
+    if "bytes" in key:
+        return f"{_scaled(float(value))}B{'/s' if key.endswith('_per_s') else ''}"
+    if "flops" in key:
+        return f"{_scaled(float(value))}FLOP{'/s' if key.endswith('_per_s') else ''}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3g}"
+
+
+def _scaled(value: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000 or unit == "T":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    raise AssertionError

@@ -1,0 +1,394 @@
+"""Publisher and receiver on one real link: the books of both sides agree, whatever happens to
+either.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import zmq
+
+from aurora_sglang_plugin.config import LinkConfig, PublishConfig
+from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link.ledger import Books
+from aurora_sglang_plugin.link.publisher import Publisher
+from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
+from aurora_trainer.recordings.recording import RecordConfig, Recording, read_messages
+
+HOUR_S = 3600.0
+
+
+class End:
+    nbytes = 64
+
+    def __init__(self, value, count=1):
+        self.value, self.count = value, count
+
+    def unload(self):
+        pass
+
+    def build(self):
+        return {"committed_lens": ("int32", np.full(self.count, self.value, np.int32))}
+
+
+def offer(publisher, value, count=1):
+    publisher.offer("end", End(value, count), requests=["r"] * count, reasons=["stop"] * count)
+
+
+def until(condition, timeout_s=15.0):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()) or isinstance(value, str):
+        assert time.monotonic() < end, value
+        time.sleep(0.01)
+
+
+@pytest.fixture(params=["tcp", "ipc"])
+def link(request, tmp_path):
+    if request.param == "ipc":
+        return LinkConfig(endpoint=f"ipc://{tmp_path}/link", max_message_bytes=1 << 20)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return LinkConfig(endpoint=endpoint, max_message_bytes=1 << 20)
+
+
+@pytest.fixture
+def started():
+    """Everything in it is closed after the test."""
+    started = []
+    yield started
+    for one in started:
+        one.close()
+
+
+@pytest.fixture
+def publish(link, started):
+    def start(**config):
+        started.append(Publisher(link, PublishConfig(**{"heartbeat_s": 0.05} | config), "target"))
+        return started[-1]
+
+    return start
+
+
+@pytest.fixture
+def receive(link, started, tmp_path):
+    def start(config=None, **more):
+        started.append(Receiver(link, config or ReceiveConfig(), tmp_path / "books.json", **more))
+        return started[-1]
+
+    return start
+
+
+def values(receiver, count, timeout_s=10.0):
+    return [int(receiver.get(timeout_s).arrays["committed_lens"][0]) for _ in range(count)]
+
+
+def both_sides(publisher, receiver):
+    """True when the receiver's books balance and say what the publisher's counters say."""
+    balanced = receiver.balanced(publisher.epoch)
+    if balanced is not True:
+        return balanced
+    theirs, ours = publisher.counters(), receiver.books()["epochs"][publisher.epoch]
+    if theirs["queued"] or theirs["captured"] != ours["captured"]:
+        return f"not quiet: {theirs} {ours}"
+    return (
+        theirs["dropped"] == ours["dropped"]
+        and theirs["sent"] == ours["sent_seq"] - ours["heartbeats"]
+    )
+
+
+def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, tmp_path):
+    recording = Recording(tmp_path / "recording", RecordConfig())
+    receiver, publisher = receive(target="target", record=recording.write), publish()
+    for value in range(200):
+        offer(publisher, value)
+    assert values(receiver, 200) == list(range(200))
+    assert receiver.get(0.0) is None
+    until(lambda: both_sides(publisher, receiver))
+    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+    publisher.close()
+    receiver.close()
+    recording.close()
+    recorded = [message for _, message in read_messages(tmp_path / "recording")]
+    kept = [int(m.arrays["committed_lens"][0]) for m in recorded if m.header.kind == "end"]
+    assert kept == list(range(200))
+
+
+def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, receive):
+    receiver, publisher = receive(ReceiveConfig(queue_bytes=1 << 20)), publish(queue_messages=4)
+    for value in range(400):
+        # 150 kB with its header
+        offer(publisher, value, 20_000)
+        time.sleep(0.001)
+    assert receiver.books()["queued_bytes"] < 2 << 20
+    dropped = publisher.counters()["dropped"]["queue_full"]
+    got = []
+    until(
+        lambda: (
+            got.extend(iter(lambda: receiver.get(0.05), None)) or both_sides(publisher, receiver)
+        )
+    )
+    assert len(got) == 400 - dropped and dropped > 0
+    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+
+
+def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
+    publisher = publish()
+    first = receive()
+    for value in range(50):
+        offer(publisher, value)
+    assert values(first, 50) == list(range(50))
+    first.close()
+    for value in range(50, 100):
+        offer(publisher, value)
+    time.sleep(0.1)
+    second = receive()
+    until(lambda: both_sides(publisher, second))
+    epoch = second.books()["epochs"][publisher.epoch]
+    assert epoch["captured"] == 100 and epoch["sent_seq"] - epoch["heartbeats"] == 100
+    # what the first one had is still in the books
+    assert epoch["received"] >= 50
+    rest = len(list(iter(lambda: second.get(0.0), None)))
+    # what the link held when the first one closed is counted lost
+    assert rest <= 50 and 50 - rest <= epoch["lost"]
+
+
+def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive):
+    receiver = receive()
+    one = publish()
+    offer(one, 1)
+    assert values(receiver, 1) == [1]
+    one.close()
+    two = publish()
+    offer(two, 2)
+    assert values(receiver, 1) == [2]
+    until(lambda: both_sides(two, receiver))
+    assert one.epoch != two.epoch
+    # close() sent its last books
+    assert receiver.balanced(one.epoch) is True
+    assert receiver.balanced("never seen") == "unknown epoch"
+
+
+def run_trainer(link, books_path):
+    receiver = Receiver(link, ReceiveConfig(), books_path)
+    while True:
+        receiver.get(1.0)
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_books_balance_after_the_trainer_was_killed_or_stopped(
+    link, publish, receive, tmp_path, harm
+):
+    books_path = tmp_path / "books.json"
+    process = multiprocessing.get_context("spawn").Process(
+        target=run_trainer, args=(link, books_path), daemon=True
+    )
+    process.start()
+    publisher = publish(queue_messages=8)
+    offer(publisher, 0)
+    until(lambda: books_path.exists() and publisher.counters()["sent"])
+    os.kill(process.pid, harm)
+    for value in range(100):
+        offer(publisher, value, 20_000)
+    time.sleep(0.2)
+    process.kill()
+    process.join()
+    receiver = receive()
+    for value in range(5):
+        offer(publisher, value)
+    until(lambda: both_sides(publisher, receiver))
+    epoch = receiver.books()["epochs"][publisher.epoch]
+    assert epoch["captured"] == 106 and epoch["dropped"]["queue_full"] > 0
+
+
+def fields_of(number):
+    return dict(
+        schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number,
+        heartbeats=0,
+        dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1,
+        requests=["r"],
+        reasons=["stop"],
+    )  # fmt: skip
+
+
+def parts_of(number, **changes):
+    fields = fields_of(number)
+    arrays = {"committed_lens": ("int32", np.array([number], np.int32))}
+    return [bytes(part) for part in wire.encode(wire.Header(**fields | changes), arrays)]
+
+
+@pytest.fixture
+def push(link):
+    context = zmq.Context()
+    push = context.socket(zmq.PUSH)
+    push.connect(link.endpoint)
+    yield push
+    context.destroy(linger=0)
+
+
+def test_bad_input_is_refused_and_counted_and_receiving_goes_on(receive, push):
+    receiver = receive(target="target")
+    garbage = np.random.default_rng(0)
+    good = parts_of(1)
+    push.send_multipart(good)
+    push.send_multipart([b"", b"", b""])
+    push.send_multipart([garbage.bytes(500)])
+    push.send_multipart([good[0][:20], good[1]])
+    # far more parts than a message may have
+    push.send_multipart([b"x"] * 5000)
+    # each part is allowed, all of them are not
+    push.send_multipart([b"y" * (1 << 19)] * 5)
+    push.send_multipart(parts_of(2, schema=99))
+    push.send_multipart([parts_of(3)[0], good[1][:2]])
+    push.send_multipart(parts_of(4, target="another"))
+    push.send_multipart(parts_of(5, dropped={f"cause{i}": 1 for i in range(1000)}))
+    push.send_multipart(parts_of(5, epoch="x" * 65))
+    push.send_multipart(parts_of(5, sent_seq=1 << 60))
+    # again
+    push.send_multipart(parts_of(1))
+    push.send_multipart(parts_of(6))
+    assert values(receiver, 1) == [1]
+    # of number 3: its request's sample ends there, and no hole ends all others'
+    stand_in = receiver.get(10.0)
+    assert (stand_in.header.captured_seq, stand_in.header.requests, stand_in.bad) == (
+        3,
+        ["r"],
+        {0: "length"},
+    )
+    assert values(receiver, 1) == [6]
+    books = receiver.books()
+    assert books["rejected"] == {
+        "header": 5, "frames": 1, "size": 2, "schema": 1, "target": 1, "values": 1, "order": 1,
+    }  # fmt: skip
+    # 3 and 4 could be told to be its; 2 and 5 could not
+    epoch = books["epochs"]["fuzz"]
+    assert (epoch["received"], epoch["rejected"], epoch["lost"], epoch["sent_seq"]) == (2, 2, 2, 6)
+    assert list(books["epochs"]) == ["fuzz"]
+
+
+def test_an_oversized_part_costs_the_peer_its_connection_and_others_nothing(link, receive, push):
+    receiver = receive()
+    push.send(b"x" * (link.max_message_bytes + 1))
+    push.send_multipart(parts_of(1))
+    context = zmq.Context()
+    other = context.socket(zmq.PUSH)
+    other.connect(link.endpoint)
+    other.send_multipart(parts_of(1, epoch="other"))
+    got = receiver.get(10.0)
+    assert got is not None and got.header.epoch in ("other", "fuzz")
+    context.destroy(linger=0)
+
+
+def test_random_mutations_never_stop_the_receiver(receive, push):
+    receiver = receive()
+    draw = np.random.default_rng(1)
+    for sent_seq in range(1, 400):
+        parts = [bytearray(part) for part in parts_of(sent_seq)]
+        for _ in range(draw.integers(1, 4)):
+            part = parts[draw.integers(len(parts))]
+            part[draw.integers(len(part))] = draw.integers(256)
+        push.send_multipart(parts)
+    push.send_multipart(parts_of(1, epoch="last"))
+    while receiver.get(10.0).header.epoch != "last":
+        pass
+    assert (
+        "failed" not in receiver.books()["rejected"]
+        and sum(receiver.books()["rejected"].values()) > 100
+    )
+
+
+def test_an_endpoint_in_use_is_a_clear_error_and_stays_with_its_owner(link, receive, push):
+    receiver = receive()
+    with pytest.raises(ValueError, match="another trainer runs there"):
+        Receiver(link, ReceiveConfig(), None)
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+
+
+def test_a_stale_ipc_path_of_a_killed_trainer_is_taken_over(tmp_path):
+    link = LinkConfig(endpoint=f"ipc://{tmp_path}/stale")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(tmp_path / "stale"))
+    Receiver(link, ReceiveConfig(), None).close()
+
+
+def test_an_ipc_directory_that_is_not_there_is_a_clear_error(tmp_path):
+    with pytest.raises(ValueError, match="EXISTING/DIRECTORY"):
+        Receiver(LinkConfig(endpoint=f"ipc://{tmp_path}/missing/link"), ReceiveConfig(), None)
+
+
+def test_damaged_books_are_replaced(link, receive, push, tmp_path):
+    (tmp_path / "books.json").write_bytes(b'{"epochs": {"fuzz": {"rec\xff')
+    receiver = receive()
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+    receiver.close()
+    assert Receiver(link, ReceiveConfig(), tmp_path / "books.json").close() is None
+    assert b'"received":1' in (tmp_path / "books.json").read_bytes()
+
+
+def header_of(epoch, sent_seq, **changes):
+    return wire.decode(parts_of(sent_seq, epoch=epoch, **changes), max_bytes=1 << 20).header
+
+
+@pytest.mark.parametrize("bound", [8192, 16])
+def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
+    """80 in turns.
+
+    Where more speak than are remembered, none is charged what was there before it was forgotten.
+    """
+    monkeypatch.setattr("aurora_sglang_plugin.link.ledger.MAX_EPOCHS", bound)
+    books = Books(tmp_path / "books.json")
+    for sent_seq in range(1, 31):
+        for server in range(80):
+            # one in ten is lost
+            if (sent_seq + server) % 10:
+                assert books.accept(header_of(f"e{server}", sent_seq, captured_seq=sent_seq))
+        if sent_seq == 15:
+            books.write()
+            books = Books(tmp_path / "books.json")
+    assert len(books.epochs) == min(80, bound) and (books.forgotten_epochs == 0) == (bound > 80)
+    for name, epoch in books.epochs.items():
+        assert epoch.sent_seq - epoch.before == epoch.received + epoch.lost, name
+    if bound > 80:
+        lost = sum(
+            not (sent_seq + server) % 10 for server in range(80) for sent_seq in range(1, 30)
+        )
+        assert lost - 80 <= sum(e.lost for e in books.epochs.values()) <= lost
+    else:
+        assert books.forgotten_epochs > 0 and sum(e.lost for e in books.epochs.values()) <= 16
+
+
+@pytest.mark.parametrize("ahead_s", [HOUR_S, -HOUR_S, 1.0])
+def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, push):
+    receiver, now_ns = receive(target="target"), time.time_ns()
+    there_ns = now_ns + int(ahead_s * 1e9)
+    beat = dict(
+        kind="heartbeat", heartbeats=1, requests=[], reasons=[], captured_seq=0, time_ns=there_ns
+    )
+    push.send_multipart([bytes(p) for p in wire.encode(wire.Header(**fields_of(1) | beat), {})])
+    push.send_multipart(parts_of(2, captured_seq=1, time_ns=there_ns))
+    push.send_multipart(parts_of(1, epoch="another", time_ns=now_ns))
+    found = {
+        m.header.epoch: m.header.time_ns - now_ns for m in (receiver.get(10.0), receiver.get(10.0))
+    }
+    assert found["another"] == 0 and abs(found["fuzz"]) < 20e9
+    if abs(ahead_s) < 5:
+        # as it came: it may have waited on the way
+        assert found["fuzz"] == int(ahead_s * 1e9)
+
+
+def test_a_disk_that_takes_no_books_is_counted_and_they_come_later(link, receive, push, tmp_path):
+    receiver = receive()
+    # nothing can be written there
+    (tmp_path / "books.json.tmp").mkdir()
+    push.send_multipart(parts_of(1))
+    assert values(receiver, 1) == [1]
+    until(lambda: receiver.books()["write_faults"])
+    (tmp_path / "books.json.tmp").rmdir()
+    push.send_multipart(parts_of(2))
+    until(lambda: (tmp_path / "books.json").exists())

@@ -1,0 +1,304 @@
+"""What is taken of a step, on stand-ins for SGLang's batches; tests/loop/test_capture_reference.py
+has real ones.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
+from aurora_sglang_plugin.serve.capture import Capture
+
+V, F, N, P = 50, 6, 4, 3
+CPU = torch.device("cpu")
+
+
+class Offered:
+    """Stands where the publisher does, and keeps what it is offered."""
+
+    def __init__(self):
+        self.items, self.drops = [], []
+
+    def offer(self, kind, snapshot, **fields):
+        self.items.append((kind, snapshot, fields))
+
+    def drop(self, cause):
+        self.drops.append(cause)
+
+
+def make_capture(**config):
+    return Capture(CaptureConfig(**config), Offered(), CPU, num_steps=2, topk=2)
+
+
+def sampling_params(**changes):
+    usual = dict(
+        custom_params=None, logit_bias=None, frequency_penalty=0.0, presence_penalty=0.0,
+        repetition_penalty=1.0,
+        min_new_tokens=0,
+    )  # fmt: skip
+    return SimpleNamespace(**{**usual, **changes})
+
+
+def request(rid="r", prompt=range(5), output=(), finished=None, grammar=None, **params):
+    return SimpleNamespace(
+        rid=rid, origin_input_ids=list(prompt), output_ids=list(output), finished_len=None,
+        grammar=grammar,
+        sampling_params=sampling_params(**params), finished=lambda: finished is not None,
+        finished_reason=None if finished is None else SimpleNamespace(to_json=lambda: {"type": finished}),
+    )  # fmt: skip
+
+
+def test_sampling_is_by_request_id():
+    ids = [f"request-{i}" for i in range(2000)]
+    some = {rid for rid in ids if make_capture(sample_rate=0.3).sampled(request(rid))}
+    assert some == {rid for rid in ids if make_capture(sample_rate=0.3).sampled(request(rid))}
+    assert 0.25 < len(some) / len(ids) < 0.35
+    assert some < {rid for rid in ids if make_capture(sample_rate=0.6).sampled(request(rid))}
+    assert all(make_capture(sample_rate=1.0).sampled(request(rid)) for rid in ids)
+    assert not any(make_capture(sample_rate=0.0).sampled(request(rid)) for rid in ids)
+
+
+def test_opting_out():
+    capture = make_capture()
+    assert not capture.sampled(request(custom_params={"aurora_capture": False}))
+    for custom in ({"aurora_capture": True}, {"something": "else"}, {}):
+        assert capture.sampled(request(custom_params=custom))
+
+
+def test_health_checks_are_not_taken():
+    assert not make_capture().sampled(request("HEALTH_CHECK_1234"))
+
+
+def verify_step(capture, reqs):
+    size = len(reqs)
+    logits = torch.randn(size * N, V)
+    tree = SimpleNamespace(
+        draft_token=torch.arange(size * N),
+        positions=torch.arange(size).repeat_interleave(N) + 10,
+        retrieve_next_token=torch.tensor([[1, 2, 3, -1]]).repeat(size, 1),
+        retrieve_next_sibling=torch.full((size, N), -1),
+    )
+    result = SimpleNamespace(
+        logits_output=SimpleNamespace(
+            hidden_states=torch.randn(size * N, F), next_token_logits=logits
+        ),
+        accept_index=torch.arange(size)[:, None] * N + torch.arange(P),
+        accept_lens=torch.full((size,), P),
+        next_token_ids=torch.arange(size * N) + 1,
+    )
+    info = SimpleNamespace(watermark_candidates_host=[req.rid == "watermarked" for req in reqs])
+    batch = SimpleNamespace(reqs=reqs, seq_lens=torch.full((size,), 10), sampling_info=info)
+    capture.before_verify(batch)
+    # as sampling may edit them in place
+    judged = logits.mul_(0.5).clone()
+    capture.verify(batch, tree, result, 3, 4)
+    for tensor in (
+        logits,
+        tree.draft_token,
+        tree.positions,
+        result.logits_output.hidden_states,
+        result.next_token_ids,
+    ):
+        # as the next replay of a CUDA graph does
+        tensor.zero_()
+    return judged
+
+
+def test_verify_takes_the_sampled_rows():
+    out = {"aurora_capture": False}
+    reqs = [request("a"), request("b", custom_params=out), request("c", grammar=object())]
+    capture = make_capture(topk_logits=5)
+    judged = verify_step(capture, reqs)
+    ((kind, snapshot, fields),) = capture.publisher.items
+    assert (kind, fields["requests"]) == ("verify", ["a", "c"])
+    assert fields["flags"] == [0, FLAG_ALTERED_DISTRIBUTION]
+    assert (fields["draft_version"], fields["extend_version"]) == (3, 4)
+    arrays = {name: array for name, (_, array) in snapshot.build().items()}
+    assert arrays["positions"].tolist() == [10, 12]
+    assert arrays["draft_tokens"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert arrays["next_tokens"].tolist() == [[1, 2, 3], [9, 10, 11]]
+    # of the logits as sampling left them
+    expected = judged.view(3, N, V)[[0, 2]].topk(5)
+    assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
+    assert abs(arrays["aux_hidden_states"]).min() > 0
+    assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
+
+
+def test_on_a_gpu_the_logits_of_sampled_rows_are_read_where_they_lie():
+    out, capture = {"aurora_capture": False}, make_capture()
+    reqs = [request("a"), request("b", custom_params=out), request("c")]
+    capture.before_verify(SimpleNamespace(reqs=reqs, seq_lens=torch.zeros(3)))
+    assert capture._node_rows(3 * N).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    capture.before_verify(SimpleNamespace(reqs=reqs[:1], seq_lens=torch.zeros(1)))
+    assert capture._node_rows(N) is None
+
+
+def test_nothing_is_offered_where_nobody_is_sampled():
+    capture = make_capture(sample_rate=0.0)
+    verify_step(capture, [request("a"), request("b")])
+    assert capture.publisher.items == [] and capture.errors == 0
+
+
+def prefill_step(capture, reqs, prefixes, extends, version=2):
+    total = sum(extends)
+    batch = SimpleNamespace(
+        reqs=reqs, prefix_lens=prefixes, extend_lens=extends, input_ids=torch.arange(total) + 101,
+        seq_lens=torch.tensor([p + e for p, e in zip(prefixes, extends)]),
+    )  # fmt: skip
+    hidden = torch.arange(total * F).view(total, F).float()
+    result = SimpleNamespace(logits_output=SimpleNamespace(hidden_states=hidden))
+    capture.prefill(batch, torch.arange(total) + 100, result, version)
+
+
+def test_a_prefill_that_fits_no_slot_is_sent_in_several_messages():
+    capture = make_capture(pinned_slot_bytes=6 * (F * 4 + 64))
+    reqs = [request(str(i), prompt=range(4)) for i in range(3)] + [request("long", prompt=range(9))]
+    prefill_step(capture, reqs, [0] * 4, [4, 2, 3, 9])
+    assert [fields["requests"] for _, _, fields in capture.publisher.items] == [
+        ["0", "1"],
+        ["2"],
+        ["long"],
+    ]
+    positions = [s.build()["positions"][1].tolist() for _, s, _ in capture.publisher.items]
+    assert positions == [[0, 0], [0], [0]] and not capture.errors
+
+
+def test_without_a_slot_nothing_is_computed():
+    capture = make_capture()
+    capture.transfer.has_room = lambda: False
+    verify_step(capture, [request("a"), request("b")])
+    prefill_step(capture, [request("a")], [0], [5])
+    assert (
+        capture.publisher.drops == ["no_slot", "no_slot"]
+        and not capture.publisher.items
+        and not capture.errors
+    )
+
+
+def test_prefill_of_a_batch():
+    out = {"aurora_capture": False}
+    reqs = [
+        request("a", range(4)),
+        request("b", range(9), custom_params=out),
+        request("c", range(30)),
+    ]
+    capture = make_capture()
+    prefill_step(capture, reqs, [0, 2, 10], [4, 3, 5])
+    ((kind, snapshot, fields),) = capture.publisher.items
+    assert (kind, fields["requests"], fields["extend_version"]) == ("prefill", ["a", "c"], 2)
+    arrays = {name: array.tolist() for name, (_, array) in snapshot.build().items()}
+    assert (
+        arrays["positions"] == [0, 10]
+        and arrays["extend_lens"] == [4, 5]
+        and arrays["prompt_lens"] == [4, 30]
+    )
+    assert arrays["input_ids"] == [100, 101, 102, 103, 107, 108, 109, 110, 111]
+    assert arrays["next_tokens"] == [104, 112]
+    assert [row[0] // F for row in arrays["aux_hidden_states"]] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "extend", "taken"),
+    [(0, 20, 0), (20, 20, 8), (40, 20, 20), (0, 60, 28), (32, 1, 1), (31, 1, 0), (60, 3, 3)],
+)
+def test_max_prompt_features(prefix, extend, taken):
+    """Of a prompt of 60 tokens the last 28; what was generated is always taken."""
+    capture = make_capture(max_prompt_features=28)
+    prefill_step(capture, [request("a", range(60))], [prefix], [extend])
+    assert capture.prompt_tokens_skipped == extend - taken
+    if not taken:
+        assert capture.publisher.items == []
+        return
+    arrays = {
+        name: array.tolist() for name, (_, array) in capture.publisher.items[0][1].build().items()
+    }
+    assert arrays["positions"] == [prefix + extend - taken] and arrays["feature_lens"] == [taken]
+    assert arrays["input_ids"] == list(range(100 + extend - taken, 100 + extend))
+
+
+@pytest.mark.parametrize(
+    ("change", "altered"),
+    [
+        ({}, False),
+        ({"logit_bias": {"3": 1.0}}, False),
+        ({"logit_bias": {}}, False),
+        ({"frequency_penalty": 0.1}, False),
+        ({"presence_penalty": -0.1}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"min_new_tokens": 2}, False),
+        ({"rid": "watermarked"}, True),
+        ({"grammar": object()}, True),
+    ],
+)
+def test_flags(change, altered):
+    """A mask or a watermark, of this row only: other rows of the batch are as they were."""
+    capture = make_capture()
+    verify_step(capture, [request("free"), request(**{"rid": "a", **change})])
+    flag = FLAG_ALTERED_DISTRIBUTION if altered else 0
+    assert capture.publisher.items[0][2]["flags"] == [0, flag]
+
+
+@pytest.mark.parametrize(
+    ("finished", "reason"),
+    [
+        ("stop", "stop"),
+        ("length", "length"),
+        ("abort", "abort"),
+        (None, "retract"),
+        ("something new", "abort"),
+    ],
+)
+def test_end(finished, reason):
+    capture = make_capture()
+    capture.ended(request("a", range(5), output=range(7), finished=finished))
+    ((kind, snapshot, fields),) = capture.publisher.items
+    assert (kind, fields["requests"], fields["reasons"]) == ("end", ["a"], [reason])
+    assert snapshot.build()["committed_lens"][1].tolist() == [12]
+
+
+@pytest.mark.parametrize(
+    ("label", "travels"),
+    [
+        ("code", True),
+        ("a-b_C.9", True),
+        ("x" * 33, False),
+        ("a b", False),
+        ("a\n", False),
+        ("é", False),
+        (7, False),
+    ],
+)
+def test_a_requests_label_travels_where_it_is_short_and_harmless(label, travels):
+    reqs = [request("a"), request("b", custom_params={"aurora_domain": label}, finished="stop")]
+    capture = make_capture()
+    prefill_step(capture, reqs, [0, 0], [5, 5])
+    capture.ended(reqs[1])
+    capture.ended(reqs[0])
+    domains = [fields["domains"] for _, _, fields in capture.publisher.items]
+    assert (
+        domains == ([["", label], [label], []] if travels else [[], [], []]) and not capture.errors
+    )
+
+
+def test_end_within_an_accepted_path():
+    """output_ids may hold more than the client gets; finished_len is what it gets."""
+    req = request("a", range(5), output=range(7), finished="stop")
+    req.finished_len = 3
+    capture = make_capture()
+    capture.ended(req)
+    assert capture.publisher.items[0][1].committed_len == 8
+
+
+def test_failures_are_counted_and_never_raised(caplog):
+    capture = make_capture()
+    for _ in range(3):
+        capture.before_verify(SimpleNamespace(reqs=None, seq_lens=None))
+        capture.verify(None, None, None, 0, 0)
+        capture.prefill(None, None, None, 0)
+        capture.ended(None)
+    assert capture.errors == 9 and capture.publisher.items == []
+    assert sum("capture failed" in record.message for record in caplog.records) == 1
+    verify_step(capture, [request("a")])
+    assert len(capture.publisher.items) == 1

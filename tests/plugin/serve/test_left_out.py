@@ -1,0 +1,95 @@
+"""Which requests stay out of capture: once for each, by cause, whatever the client wrote."""
+
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from test_capture import make_capture, prefill_step, request, verify_step
+
+from aurora_sglang_plugin.link.rows import MAX_REQUEST_ID_CHARS, request_id_fits
+from aurora_sglang_plugin.serve.left_out import CAUSES, why_left_out
+
+
+def cause(rid="r", **fields):
+    req = request(rid, **fields.pop("params", {}))
+    vars(req).update(fields)
+    return why_left_out(req, fields.get("rate", 1.0))
+
+
+@pytest.mark.parametrize(
+    "value", [False, "false", "False", "no", "true", 0, 1, 0.0, None, "", [], {}]
+)
+def test_an_opt_out_fails_closed(value):
+    """Written in whatever way: only a literal true says that the request may be taken."""
+    assert cause(params={"custom_params": {"aurora_capture": value}}) == "opt_out"
+
+
+def test_what_says_nothing_of_capture_is_taken():
+    for custom in (None, {}, {"something": "else"}, {"aurora_capture": True}):
+        assert cause(params={"custom_params": custom}) is None
+    # nobody can tell what was meant
+    assert cause(params={"custom_params": "aurora_capture=false"}) == "opt_out"
+
+
+@pytest.mark.parametrize(
+    "rid", ["", "x" * (MAX_REQUEST_ID_CHARS + 1), 7, None, ["a"], "\ud800", "a\udfffb"]
+)
+def test_ids_that_no_message_may_carry(rid):
+    assert not request_id_fits(rid) and cause(rid) == "request_id"
+
+
+def test_ids_that_a_message_may_carry():
+    for rid in ("x" * MAX_REQUEST_ID_CHARS, "трасса-1", "😀", "HEALTH"):
+        assert request_id_fits(rid) and cause(rid) is None
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(rid)) == rid
+
+
+def test_what_no_token_id_says():
+    assert cause(multimodal_inputs=SimpleNamespace(mm_items=[])) == "multimodal"
+    assert cause(input_embeds=[[0.0]]) == "embeddings"
+    assert cause(positional_embed_overrides=SimpleNamespace()) == "embeddings"
+    assert (
+        cause(multi_item_delimiter_indices=[3]) == "scoring"
+        and cause(decision_layout=[1]) == "scoring"
+    )
+    assert cause(lora_id="adapter") == "lora"
+    assert cause("HEALTH_CHECK_1234") == "health_check"
+    assert cause(multimodal_inputs=None, input_embeds=None, lora_id=None) is None
+
+
+def test_every_request_is_counted_once_whatever_happens_to_it():
+    capture = make_capture()
+    image = request("image")
+    image.multimodal_inputs = SimpleNamespace()
+    out, taken = request("out", custom_params={"aurora_capture": "false"}), request("taken")
+    for _ in range(3):
+        prefill_step(capture, [image, out, taken], [0, 0, 0], [2, 2, 2])
+        verify_step(capture, [image, out, taken])
+        # SGLang releases it at an abort, before the request ends
+        image.multimodal_inputs = None
+    for req in (image, out, taken):
+        capture.ended(req)
+    assert capture.left_out == {"multimodal": 1, "opt_out": 1} and capture.left_out.keys() <= {
+        *CAUSES
+    }
+    assert {rid for _, _, fields in capture.publisher.items for rid in fields["requests"]} == {
+        "taken"
+    }
+    assert capture.errors == 0
+
+
+def test_a_bad_id_costs_its_own_request_only():
+    capture = make_capture()
+    verify_step(capture, [request("x" * 2000), request("good"), request(5)])
+    ((_, _, fields),) = capture.publisher.items
+    assert (
+        fields["requests"] == ["good"]
+        and capture.left_out == {"request_id": 2}
+        and capture.errors == 0
+    )
+
+
+def test_a_share_of_the_requests_is_counted_too():
+    capture = make_capture(sample_rate=0.25)
+    taken = sum(capture.sampled(request(str(n))) for n in range(400))
+    assert 60 < taken < 140 and capture.left_out == {"sample_rate": 400 - taken}
