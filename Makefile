@@ -45,8 +45,8 @@ demo: setup ## serve, train and swap for real, with live progress and a picture 
 demo-real: setup ## the same on a real model and real chat: ARGS="--model DIRECTORY_OR_HUB_NAME --prompts FILE"
 	HF_HUB_OFFLINE=0 $(BIN)/python scripts/demo_real.py $(ARGS)
 
-test: setup ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests, in two processes side by side
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 dashboards: ## say how to load the dashboard and the rules into Grafana and Prometheus
 	@cat docs/dashboards/README.md

@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from aurora_sglang_plugin.endpoint import check_endpoint, stays_here
+from aurora_sglang_plugin.endpoint import check_endpoint, is_local
 
 ENV_CONFIG = "AURORA_CONFIG"
 ENV_SET = "AURORA_SET"
@@ -59,7 +59,7 @@ class LinkConfig(Section):
                 " of both sides (each side reads its own directory only)"
             )
         for name, endpoint in (("endpoint", self.endpoint), ("bind", self.bound)):
-            if self.trainer_keys or self.insecure_plaintext_beyond_loopback or stays_here(endpoint):
+            if self.trainer_keys or self.insecure_plaintext_beyond_loopback or is_local(endpoint):
                 continue
             raise ValueError(
                 f"link.{name} {endpoint!r} leaves this machine and nothing would be encrypted;"
@@ -87,8 +87,8 @@ class CaptureConfig(Section):
     # of a prompt's last tokens; the rest is counted
     max_prompt_features: Annotated[int, Field(ge=0)] = 1024
     # CUDA: steps on their way to the host; none free is a counted drop
-    pinned_slots: PositiveInt = 4
-    pinned_slot_bytes: PositiveInt = 64 << 20
+    pinned_buffers: PositiveInt = 4
+    pinned_buffer_bytes: PositiveInt = 64 << 20
 
 
 class PublishConfig(Section):

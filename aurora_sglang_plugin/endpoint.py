@@ -41,7 +41,7 @@ def check_endpoint(setting: str, endpoint: str, *, wildcard: bool) -> str:
     return endpoint
 
 
-def stays_here(endpoint: str) -> bool:
+def is_local(endpoint: str) -> bool:
     """Whether nothing that is sent to a checked endpoint leaves this machine."""
     match = _TCP.fullmatch(endpoint)
     if match is None:

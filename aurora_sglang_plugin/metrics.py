@@ -1,10 +1,10 @@
-"""The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the books by a
-thread of its own.
+"""The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the ledger by
+a thread of its own.
 
 SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory,
-which it names in the environment before it starts them: hence the late import in metric_families.py, and
-nothing else to set up here. Scheduler and publisher only count in plain attributes, as they do
-without metrics.
+which it names in the environment before it starts them: hence the late import in
+metric_families.py, and nothing else to set up here. Scheduler and publisher only count in plain
+attributes, as they do without metrics.
 
 Every series has the labels tp_rank and dp_rank of its scheduler. Each tensor-parallel rank exports
 what each rank does (attached, version, swaps); capture is rank 0's alone, so its sums count nothing
@@ -19,31 +19,23 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from aurora_sglang_plugin.link.reasons import DROPS, REFUSED_BY_TRAINER, REFUSED_WEIGHTS
 from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
 from aurora_sglang_plugin.metric_families import Exported, Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
 from aurora_sglang_plugin.serve.capture import KINDS, SECONDS
-from aurora_sglang_plugin.serve.left_out import CAUSES
+from aurora_sglang_plugin.serve.excluded import CAUSES
 from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.capture import Capture
-    from aurora_sglang_plugin.serve.left_out import CAUSES
+    from aurora_sglang_plugin.serve.excluded import CAUSES
 from aurora_sglang_plugin.serve.swap import Reloader
 
 log = logging.getLogger(__name__)
 
 REFRESH_S = 1.0
 MODES = ("live", "shadow")
-DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
-# causes of handshakes.py
-HANDSHAKES = ("key", "protocol", "unfinished")
-REFUSALS = (
-    "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name",
-    "names", "rejected",
-    "shape", "size", "stage", "swap", "target", "values",
-)  # fmt: skip
-
 # Of every tensor-parallel rank.
 OF_RANK: dict[str, Family] = {
     "aurora_attached": gauge("1 where AURORA runs in this scheduler process"),
@@ -69,7 +61,7 @@ OF_RANK: dict[str, Family] = {
     ),
     "aurora_target_changes": counter("Operator's calls that gave the server another target"),
     "aurora_weights_refused": counter(
-        "Published versions that were not loaded, or not swapped in", cause=REFUSALS
+        "Published versions that were not loaded, or not swapped in", cause=REFUSED_WEIGHTS
     ),
 }
 
@@ -82,7 +74,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_sent_messages": counter("Captured messages sent to the trainer"),
         "aurora_sent_bytes": counter("Bytes sent to the trainer, heartbeats included"),
         "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
-        "aurora_left_out_rows": counter(
+        "aurora_excluded_rows": counter(
             "Requests left out of a captured message: unfit to be used", cause=ROW_CAUSES
         ),
         "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
@@ -91,13 +83,13 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             "Time since the link to the trainer took a message or a heartbeat"
         ),
         "aurora_link_refused": counter(
-            "Attempts to connect that failed at the trainer's handshake", cause=HANDSHAKES
+            "Attempts to connect that failed at the trainer's handshake", cause=REFUSED_BY_TRAINER
         ),
         "aurora_capture_seconds": histogram(
             "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
         ),
         "aurora_capture_errors": counter("Steps whose capture failed; they were served as usual"),
-        "aurora_left_out_requests": counter("Requests that are not captured, by why", cause=CAUSES),
+        "aurora_excluded_requests": counter("Requests that are not captured, by why", cause=CAUSES),
         "aurora_skipped_prompt_tokens": counter(
             "Prompt tokens left out by plugin.capture.max_prompt_features"
         ),
@@ -185,20 +177,20 @@ class ServerMetrics:
 
     def _refresh_link(self) -> None:
         exported, capture = self._exported, self._capture
-        books = capture.publisher.counters()
-        exported.count_to("aurora_captured_messages", books["captured"])
-        exported.count_to("aurora_sent_messages", books["sent"])
-        exported.count_to("aurora_sent_bytes", books["bytes_sent"])
-        exported.count_to("aurora_dropped_messages", books["dropped"])
-        exported.count_to("aurora_left_out_rows", books["left_out"])
-        exported.set("aurora_queued_messages", books["queued"])
-        exported.set("aurora_queued_bytes", books["queued_bytes"])
-        exported.set("aurora_link_blocked_seconds", books["blocked_s"])
-        exported.count_to("aurora_link_refused", books["refused"])
+        ledger = capture.publisher.counters()
+        exported.count_to("aurora_captured_messages", ledger["captured"])
+        exported.count_to("aurora_sent_messages", ledger["sent"])
+        exported.count_to("aurora_sent_bytes", ledger["bytes_sent"])
+        exported.count_to("aurora_dropped_messages", ledger["dropped"])
+        exported.count_to("aurora_excluded_rows", ledger["excluded"])
+        exported.set("aurora_queued_messages", ledger["queued"])
+        exported.set("aurora_queued_bytes", ledger["queued_bytes"])
+        exported.set("aurora_link_blocked_seconds", ledger["blocked_s"])
+        exported.count_to("aurora_link_refused", ledger["refused"])
         for kind, tally in capture.seconds.items():
             exported.load("aurora_capture_seconds", tally, kind)
         exported.count_to("aurora_capture_errors", capture.errors)
-        exported.count_to("aurora_left_out_requests", dict(capture.left_out))
+        exported.count_to("aurora_excluded_requests", dict(capture.excluded))
         exported.count_to("aurora_skipped_prompt_tokens", capture.prompt_tokens_skipped)
 
     def _refresh_acceptance(self) -> None:

@@ -28,7 +28,7 @@ from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics import ServerMetrics
 from aurora_sglang_plugin.serve.capture import Capture
-from aurora_sglang_plugin.serve.staging import hold_room
+from aurora_sglang_plugin.serve.staging import reserve_staging_memory
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.serve.target_updates import DraftUpdater, TargetUpdater
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
@@ -65,7 +65,7 @@ class AuroraWorker(EAGLEWorkerV2):
         # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of
         # what is made there.
         self._room = (
-            hold_room(self._draft_worker.draft_runner.model)
+            reserve_staging_memory(self._draft_worker.draft_runner.model)
             if self._draft_worker is not None
             else None
         )

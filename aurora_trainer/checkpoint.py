@@ -25,7 +25,7 @@ from torch import Tensor
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.weights.atomic_files import (
     Step,
-    no_step,
+    no_fault,
     remove_directory,
     remove_temporaries,
     write_directory,
@@ -33,7 +33,7 @@ from aurora_sglang_plugin.weights.atomic_files import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointConfig(Section):
@@ -62,7 +62,7 @@ def save_checkpoint(
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     keep: int,
-    on_step: Step = no_step,
+    on_step: Step = no_fault,
 ) -> Path:
     """Write step-N and remove the oldest beyond `keep`. One of the same step is replaced.
 
@@ -139,7 +139,8 @@ def _read(path: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["format"] != FORMAT or manifest["step"] != step:
         raise ValueError(
-            f"format {manifest['format']}, step {manifest['step']}; expected {FORMAT}, {step}"
+            f"format {manifest['format']}, step {manifest['step']}; expected {FORMAT}, {step}:"
+            " another version of Aurora wrote it"
         )
     data = {}
     for name, file in manifest["files"].items():

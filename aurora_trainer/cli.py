@@ -13,7 +13,7 @@ import typer
 
 from aurora_trainer.tools.options import ConfigPath, Overrides, log_to_stderr
 from aurora_trainer.tools.recordings import app as recording_commands
-from aurora_trainer.tools.report_user_errors import clear_errors as _clear_errors
+from aurora_trainer.tools.report_user_errors import report_user_errors as _report_user_errors
 from aurora_trainer.tools.weights import app as weights_commands
 
 app = typer.Typer(
@@ -41,7 +41,7 @@ def run(
     ] = None,
 ) -> None:
     """Receive, train and publish until stopped (SIGTERM, Ctrl-C)."""
-    with _clear_errors():
+    with _report_user_errors():
         log_to_stderr()
         from aurora_trainer.config import load_trainer_config
         from aurora_trainer.daemon import open_daemon
@@ -52,7 +52,7 @@ def run(
 @app.command()
 def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
     """Check the configuration of both sides, and what it names, without starting anything."""
-    with _clear_errors():
+    with _report_user_errors():
         from aurora_trainer.config import load_trainer_config
         from aurora_trainer.tools.check import check_all
 
@@ -74,7 +74,7 @@ def keygen(
 
     Overwrites nothing.
     """
-    with _clear_errors():
+    with _report_user_errors():
         from aurora_trainer.tools.keygen import keygen
 
         typer.echo(keygen(directory, server or ["server"]))
@@ -101,7 +101,7 @@ def top(
     """Show what server and trainer do, live, on one screen. --trainer or --status default to what
     --config says.
     """
-    with _clear_errors():
+    with _report_user_errors():
         from aurora_trainer.tools.top import show
 
         if config is not None and trainer is None and status is None:
@@ -157,7 +157,7 @@ def init_draft(
     """Write an untrained draft for a target: config.json and model.safetensors that SGLang
     loads.
     """
-    with _clear_errors():
+    with _report_user_errors():
         import json
 
         import torch

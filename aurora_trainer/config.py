@@ -50,8 +50,8 @@ class PaceConfig(Section):
 
     # false: receive and count only
     enabled: bool = True
-    # slots with a target that must come in for each optimizer step
-    new_slots_per_step: PositiveInt = 512
+    # positions with a target that must come in for each optimizer step
+    new_positions_per_step: PositiveInt = 512
     # of torch on the CPU
     threads: PositiveInt = 1
     # of this process, so that serving goes first

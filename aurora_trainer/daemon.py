@@ -4,10 +4,10 @@ No fault of disk or device ends it (retry.py): what failed is tried again, while
 on. A batch that cannot be trained on is tried again in parts, so that it costs the one sample that
 is at fault.
 
-Live, a step follows when enough new slots came in, versions and checkpoints by time or by steps;
-SIGTERM or SIGINT ends it after the running step, with a checkpoint. Over a recording, everything
-that changes the weights depends on the position in the recording alone, so that a killed run,
-resumed from its last checkpoint, ends with the same bits.
+Live, a step follows when enough new positions came in, versions and checkpoints by time or by
+steps; SIGTERM or SIGINT ends it after the running step, with a checkpoint. Over a recording,
+everything that changes the weights depends on the position in the recording alone, so that a killed
+run, resumed from its last checkpoint, ends with the same bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from aurora_trainer.config import TrainerFile
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.metric_families import UNRECORDED
 from aurora_trainer.metrics import Metrics
-from aurora_trainer.recordings.recording import Damage, Recording, read_messages
+from aurora_trainer.recordings.recording import CorruptionLog, Recording, read_messages
 from aurora_trainer.recordings.replay import on_one_clock, paced
 from aurora_trainer.schedule import Schedule
 from aurora_trainer.status import status_of
@@ -44,7 +44,7 @@ MESSAGES_PER_TURN = 256
 REJECTED_EVERY_S = 1.0
 # after one that raised: memory of the device may come back
 STEP_WAITS_S = (0.1, 10.0)
-BOOKS = "books.json"
+LEDGER = "ledger.json"
 # between two looks at whether traffic teaches anything
 QUIET_S = 60.0
 LINE = (
@@ -76,14 +76,14 @@ class Daemon:
         self.resumed = load_newest(self.checkpoints)
         self.metrics = Metrics(config.trainer.metrics)
         # of a recording
-        self.damage = Damage()
+        self.damage = CorruptionLog()
         self._recording: Recording | None = None
         publish, checkpoint = config.trainer.publish, config.trainer.checkpoint
         self._publish = Schedule(publish.every_s, publish.every_steps)
         self._checkpoint = Schedule(checkpoint.every_s, checkpoint.every_steps)
         self._status = Schedule(config.trainer.metrics.every_s, 0)
         self._rejected = Schedule(REJECTED_EVERY_S, 0)
-        # when, slots trained by then
+        # when, positions trained by then
         self._rate = (time.monotonic(), 0)
         self._taught = Schedule(QUIET_S, 0)
         # samples, rows with a target by then
@@ -101,13 +101,13 @@ class Daemon:
             training.restore(self.resumed, live=True)
             log.info("resumed step=%d damaged=%d", self.resumed.step, self.resumed.damaged)
         else:
-            training.go_on_from_published()
+            training.resume_from_published()
         recording = self._recording = Recording(record, trainer.record) if record else None
-        books = self.checkpoints / BOOKS
+        ledger = self.checkpoints / LEDGER
         receiver = Receiver(
             self.config.link,
             trainer.receive,
-            books,
+            ledger,
             target=training.target,
             record=recording and recording.write,
         )
@@ -127,7 +127,7 @@ class Daemon:
             receiver.close()
             if recording is not None:
                 recording.close()
-        # received and in the books: let it count as assembled too
+        # received and in the ledger: let it count as assembled too
         while (message := receiver.get()) is not None:
             self._feed(message, time.monotonic())
         self._end(receiver)
@@ -186,12 +186,12 @@ class Daemon:
 
     def status(self, receiver: Receiver | None) -> dict[str, Any]:
         """One record of figures: numbers, and numbers by cause."""
-        training, now, (then, slots) = self.training, time.monotonic(), self._rate
-        self._rate = (now, training.slots)
+        training, now, (then, positions) = self.training, time.monotonic(), self._rate
+        self._rate = (now, training.positions)
         status = {
             "time_unix_s": time.time(),
             "pid": os.getpid(),
-            "tokens_per_s": (training.slots - slots) / max(now - then, 1e-9),
+            "tokens_per_s": (training.positions - positions) / max(now - then, 1e-9),
             **status_of(training),
         }
         status["faults"] = {
@@ -205,7 +205,7 @@ class Daemon:
             status["unrecorded"] = {cause: counters[cause] for cause in UNRECORDED}
         if receiver is not None:
             status |= receiver.status()
-            status["faults"]["books"] = receiver.books()["write_faults"]
+            status["faults"]["ledger"] = receiver.ledger()["write_faults"]
         return status
 
     def _take_in(self, receiver: Receiver, timeout_s: float) -> None:
@@ -265,7 +265,7 @@ class Daemon:
         """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
         training, jobs = self.training, self._jobs
         if cursor is None and self._rejected.due(now, 0):
-            jobs["rejected"].run(training.heed_rejections, now)
+            jobs["rejected"].run(training.apply_rollbacks, now)
         if self._publish.due(now, training.steps) or jobs["publish"].due(now):
             self._offer(now)
         if self._checkpoint.due(now, training.steps) or jobs["checkpoint"].due(now):

@@ -4,6 +4,7 @@ explains them.
 
 from __future__ import annotations
 
+from aurora_sglang_plugin.link.reasons import DROPS, REFUSED_PEERS, REJECTED
 from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 
@@ -12,31 +13,23 @@ WHEN = ("before", "after")
 NODES = ("accepted", "rejected")
 # trainer.batch.depth is at most 16
 DEPTHS = tuple(str(d) for d in range(1, 17))
-REJECTIONS = (
-    "header", "schema", "frames", "dtype", "shape", "size", "values", "target", "order", "failed",
-)  # fmt: skip
-# causes of handshakes.py and peer_limits.py
-HANDSHAKES = ("key", "protocol", "unfinished", "garbage", "unwatched")
-DROPS = ("queue_full", "no_slot", "too_large", "build", "publish", "closed")
 EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes",
     "rootless_trees",
 )  # fmt: skip
 UNUSABLE = (
     "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered",
-    "wrong_target_messages",
-    "lost_open", "lost_held",
+    "wrong_target_messages", "lost_open", "lost_held",
 )  # fmt: skip
 ROWS = ("with_target", "altered")
 UNRECORDED = ("disk", "full")
 LEFT = ("used_up", "evicted", "replaced", "stale", "failed", "lost")
 # jobs of retry.py
-JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "books")
+JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "ledger")
 DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
 OUTCOMES = (
     "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better",
-    "refused_worse",
-    "refused_few_requests", "refused_not_finite",
+    "refused_worse", "refused_few_requests", "refused_not_finite",
 )  # fmt: skip
 
 _STEP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -55,10 +48,10 @@ FAMILIES: dict[str, Family] = {
         "Messages that a server sent and that never arrived (gaps in its count)"
     ),
     "aurora_trainer_rejected_messages": counter(
-        "Messages that arrived and could not be used", cause=REJECTIONS
+        "Messages that arrived and could not be used", cause=REJECTED
     ),
     "aurora_trainer_refused_peers": counter(
-        "Connections that were refused at the handshake", cause=HANDSHAKES
+        "Connections that were refused at the handshake", cause=REFUSED_PEERS
     ),
     "aurora_trainer_reported_drops": counter(
         "Messages that servers dropped, as they report it", cause=DROPS

@@ -95,7 +95,7 @@ class Metrics:
                 ) from None
 
     def begin(self, status: dict[str, Any]) -> None:
-        """What was counted before this process began: from a checkpoint, or the books."""
+        """What was counted before this process began: from a checkpoint, or the ledger."""
         for name, path in COUNTED.items():
             self._count(name, status, path, before=True)
 

@@ -15,7 +15,7 @@ def status_of(training: Training) -> dict[str, Any]:
         "steps": training.steps,
         "optimizer_step": training.updates,
         "draft_version": training.served.version,
-        "tokens": training.slots,
+        "tokens": training.positions,
         # loss; accept_length: of requests before they were trained on
         **training.shown,
         "accept_length_served": decided.served if decided else None,

@@ -15,7 +15,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 # not figures of the run, or one for each server that ever was
-LEFT_OUT = ("time_unix_s", "pid", "books")
+EXCLUDED = ("time_unix_s", "pid", "ledger")
 
 
 class TensorBoard:
@@ -47,7 +47,7 @@ class TensorBoard:
 def scalars(status: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """("buffer/bytes", 1234.0) and so on: what is a number, at any depth."""
     for key, value in status.items():
-        if key in LEFT_OUT and not prefix:
+        if key in EXCLUDED and not prefix:
             continue
         if isinstance(value, Mapping):
             yield from scalars(value, f"{prefix}{key}/")

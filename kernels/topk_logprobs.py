@@ -1,8 +1,7 @@
 """What is kept of a row of target logits: the K largest and the log-sum-exp of all.
 
 Dimensions: R rows, V vocabulary, K kept. exp(logits - logsumexp) are the kept probabilities; one
-    minus their sum is
-the exact mass of everything that was not kept.
+minus their sum is the exact mass of everything that was not kept.
 
 Two kernels, one read of the logits. `topk_groups_kernel` goes over all of them and leaves, of every
 GROUP neighbours, the largest, and of every BLOCK, its share of the log-sum-exp.
@@ -235,17 +234,17 @@ def topk_select_kernel(
 
     # the K chosen are in the order of their ids; each one's place is the number of those that come
     # before it
-    slot = tl.arange(0, K_POW2)
-    column = tl.load(ids + row * K + slot, mask=slot < K, other=0)
-    y = tl.load(kept + row * K + slot, mask=slot < K, other=0.0)
-    key = tl.where(slot < K, _ordered(y.to(tl.float32), KEY_SHIFT), 0)
+    position = tl.arange(0, K_POW2)
+    column = tl.load(ids + row * K + position, mask=position < K, other=0)
+    y = tl.load(kept + row * K + position, mask=position < K, other=0.0)
+    key = tl.where(position < K, _ordered(y.to(tl.float32), KEY_SHIFT), 0)
     before = (key[None, :] > key[:, None]) | (
-        (key[None, :] == key[:, None]) & (slot[None, :] < slot[:, None])
+        (key[None, :] == key[:, None]) & (position[None, :] < position[:, None])
     )
     place = row * K + tl.sum(before.to(tl.int32), axis=1)
     tl.debug_barrier()
-    tl.store(ids + place, column, mask=slot < K)
-    tl.store(kept + place, y, mask=slot < K)
+    tl.store(ids + place, column, mask=position < K)
+    tl.store(kept + place, y, mask=position < K)
 
 
 @triton.jit
@@ -281,22 +280,3 @@ def _largest(key, K: tl.constexpr, SHIFT: tl.constexpr):
     n_equal = counts % 65536
     chosen = above | (equal & (n_equal <= room))
     return chosen, counts // 65536 + tl.minimum(n_equal, room) - 1
-
-
-def specialisations(capability: tuple[int, int]) -> Iterator[tuple]:
-    """What is compiled in tests/kernels/compile_cuda.py, which says what the fields are."""
-    for dtype, vocab, k in (
-        (torch.bfloat16, 151_936, 32),
-        (torch.bfloat16, 200_064, 128),
-        (torch.float16, 32_000, 1),
-        (torch.float32, 151_937, 32),
-    ):
-
-        def meta(*shape, dtype=dtype):
-            return torch.empty(shape, dtype=dtype, device="meta")
-
-        rows = None if k == 1 else meta(4, dtype=torch.int64)
-        out = meta(4, k, dtype=torch.int32), meta(4, k), meta(4, dtype=torch.float32)
-        for kernel, _, arguments, constexprs, options in _launches(meta(4, vocab), rows, *out):
-            name = f"{kernel.__name__.split('_')[1]} {str(dtype)[6:]} V={vocab} K={k}"
-            yield name, kernel, arguments, constexprs, options

@@ -1,7 +1,7 @@
-"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in
-the tree.
+"""Attention of draft queries over a prefix of their sequence's positions and over their ancestors
+in the tree.
 
-Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
+Dimensions: Q queries, T positions (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
     heads, D head.
 
 On a GPU, Triton kernels (tree_attention_kernels.py) over queries that are sorted by what they see.
@@ -15,8 +15,8 @@ import torch
 from aurora_kernels.dispatch import use_kernels
 from aurora_kernels.tree_attention_kernels import (
     tree_attention_bwd_nodes_kernel,
+    tree_attention_bwd_positions_kernel,
     tree_attention_bwd_q_kernel,
-    tree_attention_bwd_slots_kernel,
     tree_attention_fwd_kernel,
 )
 from aurora_kernels.tree_attention_launch import constants, launch
@@ -27,44 +27,47 @@ from torch.autograd.function import once_differentiable
 
 def tree_attention(
     q: Tensor,
-    slot_k: Tensor,
-    slot_v: Tensor,
+    context_k: Tensor,
+    context_v: Tensor,
     node_k: Tensor | None,
     node_v: Tensor | None,
-    slot_start: Tensor,
-    slot_end: Tensor,
+    context_start: Tensor,
+    context_end: Tensor,
     ancestors: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """o [Q, Hq, D]: query i attends to slots slot_start[i] : slot_end[i] and to the nodes
+    """o [Q, Hq, D]: query i attends to positions context_start[i] : context_end[i] and to the nodes
     ancestors[i].
 
-    q [Q, Hq, D]; slot_k, slot_v [T, Hkv, D]; node_k, node_v [M, Hkv, D]; slot_start, slot_end int64
-    [Q]; ancestors int64 [Q, A], -1 for none, the query's own node included. Query head h reads key
-    head h // (Hq // Hkv). A query that may see nothing gets zeros. Differentiable in q, slot_k,
-    slot_v, node_k and node_v.
+    q [Q, Hq, D]; context_k, context_v [T, Hkv, D]; node_k, node_v [M, Hkv, D]; context_start,
+    context_end int64 [Q]; ancestors int64 [Q, A], -1 for none, the query's own node included. Query
+    head h reads key head h // (Hq // Hkv). A query that may see nothing gets zeros. Differentiable
+    in q, context_k, context_v, node_k and node_v.
     """
     if not use_kernels(q):
         return tree_attention_ref(
-            q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+            q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale
         )
     if ancestors is None:
-        ancestors, node_k, node_v = slot_start.new_empty(len(q), 0), slot_k[:0], slot_v[:0]
+        ancestors, node_k, node_v = context_start.new_empty(len(q), 0), context_k[:0], context_v[:0]
     # the running maximum is taken before the scale
     if scale < 0:
         q, scale = -q, -scale
-    tensors = (x.to(q.dtype).contiguous() for x in (q, slot_k, slot_v, node_k, node_v))
-    indices = (x.to(torch.int64).contiguous() for x in (slot_start, slot_end, ancestors))
+    tensors = (x.to(q.dtype).contiguous() for x in (q, context_k, context_v, node_k, node_v))
+    indices = (x.to(torch.int64).contiguous() for x in (context_start, context_end, ancestors))
     return _TreeAttention.apply(*tensors, *indices, scale)
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale):
-        key, order = sort_queries(slot_start, slot_end)
+    def forward(
+        ctx, q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale
+    ):
+        key, order = sort_queries(context_start, context_end)
         o = torch.empty_like(q)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        tensors = {"q": q, "slot_k": slot_k, "slot_v": slot_v, "node_k": node_k, "node_v": node_v,
+        tensors = {"q": q, "context_k": context_k, "context_v": context_v, "node_k": node_k,
+        "node_v": node_v,
                    "ancestors": ancestors[order], "key": key, "order": order}  # fmt: skip
         launch(tree_attention_fwd_kernel, scale, **tensors, o=o, lse=lse)
         ctx.save_for_backward(*tensors.values(), o, lse)
@@ -82,45 +85,46 @@ class _TreeAttention(torch.autograd.Function):
             saved.pop("ancestors"),
         )
         rows = saved | {"do": do.contiguous(), "delta": torch.empty_like(saved["lse"])}
-        dq, dslot_k, dslot_v, dnode_k, dnode_v = (
-            torch.empty_like(saved[name]) for name in ("q", "slot_k", "slot_v", "node_k", "node_v")
+        dq, dcontext_k, dcontext_v, dnode_k, dnode_v = (
+            torch.empty_like(saved[name])
+            for name in ("q", "context_k", "context_v", "node_k", "node_v")
         )
         # writes delta as well
         launch(tree_attention_bwd_q_kernel, ctx.scale, **rows, o=o, ancestors=ancestors, dq=dq)
         if any(ctx.needs_input_grad[1:3]):
-            block = constants(tree_attention_bwd_slots_kernel, dq)[0]["BLOCK_N"]
-            ranges = rows_of_slots(key, len(dslot_k), block)
+            block = constants(tree_attention_bwd_positions_kernel, dq)[0]["BLOCK_N"]
+            ranges = rows_of_positions(key, len(dcontext_k), block)
             launch(
-                tree_attention_bwd_slots_kernel,
+                tree_attention_bwd_positions_kernel,
                 ctx.scale,
                 **rows,
                 ranges=ranges,
-                dslot_k=dslot_k,
-                dslot_v=dslot_v,
+                dcontext_k=dcontext_k,
+                dcontext_v=dcontext_v,
             )
         if any(ctx.needs_input_grad[3:5]):
             first, query = queries_of_nodes(ancestors, order, len(dnode_k))
             launch(tree_attention_bwd_nodes_kernel, ctx.scale, **rows, first=first, query=query,
                     dnode_k=dnode_k, dnode_v=dnode_v)  # fmt: skip
-        return dq, dslot_k, dslot_v, dnode_k, dnode_v, None, None, None, None
+        return dq, dcontext_k, dcontext_v, dnode_k, dnode_v, None, None, None, None
 
 
-def sort_queries(slot_start: Tensor, slot_end: Tensor) -> tuple[Tensor, Tensor]:
-    """(key, order) int64 [Q]: slot_start << 32 | slot_end in ascending order, and the queries in
-    that order.
+def sort_queries(context_start: Tensor, context_end: Tensor) -> tuple[Tensor, Tensor]:
+    """(key, order) int64 [Q]: context_start << 32 | context_end in ascending order, and the queries
+    in that order.
     """
-    return torch.sort((slot_start << 32) + slot_end, stable=True)
+    return torch.sort((context_start << 32) + context_end, stable=True)
 
 
-def rows_of_slots(key: Tensor, slots: int, block: int) -> Tensor:
-    """int64 [blocks of slots, 5], most queries first: the block's number, and four bounds in the
-    sorted queries.
+def rows_of_positions(key: Tensor, positions: int, block: int) -> Tensor:
+    """int64 [blocks of positions, 5], most queries first: the block's number, and four bounds in
+    the sorted queries.
 
-    Queries lo : hi are all that see a slot of the block, perhaps among others; whole : whole_end of
-    them see all of it.
+    Queries lo : hi are all that see a position of the block, perhaps among others; whole :
+    whole_end of them see all of it.
     """
-    first = torch.arange(0, slots, block, device=key.device)
-    last = (first + block).clamp_max_(slots)
+    first = torch.arange(0, positions, block, device=key.device)
+    last = (first + block).clamp_max_(positions)
     starts_before_last, starts_by_first = torch.searchsorted(
         key, torch.stack([last, first + 1]) << 32
     )

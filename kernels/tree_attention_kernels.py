@@ -1,6 +1,6 @@
 """Triton kernels of tree_attention.
 
-Dimensions: Q queries, T slots, M nodes, A ancestors (`width`), Hq query heads, Hkv key heads, D
+Dimensions: Q queries, T positions, M nodes, A ancestors (`width`), Hq query heads, Hkv key heads, D
     head, G = Hq / Hkv.
 
 A row is one sorted query and one of the G heads that read key head h, so that a block of rows
@@ -15,17 +15,11 @@ Formulas are in README.md of this folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
-from aurora_kernels.dispatch import DTYPES
-from aurora_kernels.tree_attention_launch import arguments
-from triton.runtime.jit import JITFunction
 
 # of the data: they must not choose what is compiled
-_SIZES = ["queries", "slots", "nodes", "width", "kv_heads"]
+_SIZES = ["queries", "positions", "nodes", "width", "kv_heads"]
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -61,10 +55,10 @@ def _store(pointer, offset, value, there, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 
 @triton.jit
-def _slots(pointer, at, stop, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _positions(pointer, at, stop, kv_head, kv_heads, D: tl.constexpr, BLOCK_D: tl.constexpr,
 BLOCK_N: tl.constexpr,
            MASKED: tl.constexpr):  # fmt: skip
-    """[BLOCK_N, BLOCK_D] slots from `at` on, of one head; if MASKED, zeros from `stop` on."""
+    """[BLOCK_N, BLOCK_D] positions from `at` on, of one head; if MASKED, zeros from `stop` on."""
     n = tl.arange(0, BLOCK_N)
     pointer += (tl.cast(at, tl.int64) * kv_heads + kv_head) * D
     return _load(pointer, n * (kv_heads * D), at + n < stop, D, BLOCK_D, MASKED)
@@ -72,9 +66,10 @@ BLOCK_N: tl.constexpr,
 
 @triton.jit
 def _rows(block, kv_head, key, order, queries, kv_heads, G: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(row, it exists, its query and head in [Q, Hq], first slot, end of slots), each [BLOCK_M].
+    """(row, it exists, its query and head in [Q, Hq], first position, end of positions), each
+    [BLOCK_M].
 
-    A row that sees no slots has the bounds 2^31 - 1 and 0, which no minimum or maximum notices.
+    A row that sees no positions has the bounds 2^31 - 1 and 0, which no minimum or maximum notices.
     """
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < queries * G
@@ -88,8 +83,8 @@ def _rows(block, kv_head, key, order, queries, kv_heads, G: tl.constexpr, BLOCK_
 
 @triton.jit
 def _walk(start, end, BLOCK_N: tl.constexpr):
-    """(lo, whole, whole_end, hi): the slots that a block of rows sees are in lo : hi, and every row
-    that sees any sees whole : whole_end, a number of blocks."""
+    """(lo, whole, whole_end, hi): the positions that a block of rows sees are in lo : hi, and every
+    row that sees any sees whole : whole_end, a number of blocks."""
     lo, hi = tl.min(start, 0), tl.max(end, 0)
     whole = tl.max(tl.where(end > start, start, 0), 0)
     seen_by_all = tl.min(tl.where(end > start, end, hi), 0)
@@ -100,8 +95,8 @@ def _walk(start, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _next(at, start, end, whole, whole_end, hi):
-    """The first slot from `at` on that some row sees, outside of whole : whole_end; hi if there is
-    none.
+    """The first position from `at` on that some row sees, outside of whole : whole_end; hi if there
+    is none.
     """
     at = tl.min(tl.where(end > at, tl.maximum(start, at), hi), 0)
     return tl.where((at >= whole) & (at < whole_end), whole_end, at)
@@ -109,7 +104,7 @@ def _next(at, start, end, whole, whole_end, hi):
 
 @triton.jit
 def _count(at, start, end, whole, whole_end, hi, BLOCK_N: tl.constexpr):
-    """How many blocks of slots _next leads through from `at` on.
+    """How many blocks of positions _next leads through from `at` on.
 
     Known ahead, loads of the next block can be early.
     """
@@ -123,8 +118,8 @@ def _count(at, start, end, whole, whole_end, hi, BLOCK_N: tl.constexpr):
 @triton.jit
 def _visible(at, stop, start, end, BLOCK_N: tl.constexpr):
     """bool [BLOCK_M, BLOCK_N]"""
-    slot = (at + tl.arange(0, BLOCK_N))[None, :]
-    return (slot >= start[:, None]) & (slot < end[:, None]) & (slot < stop)
+    position = (at + tl.arange(0, BLOCK_N))[None, :]
+    return (position >= start[:, None]) & (position < end[:, None]) & (position < stop)
 
 
 @triton.jit
@@ -161,7 +156,7 @@ def _attend(q_rows, k, v, visible, top, total, acc, qk_scale, MASKED: tl.constex
 
 @triton.jit(do_not_specialize=_SIZES)
 def tree_attention_fwd_kernel(
-    q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse,
+    q, context_k, context_v, node_k, node_v, ancestors, key, order, o, lse,
     qk_scale, queries, width, kv_heads,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -177,8 +172,8 @@ def tree_attention_fwd_kernel(
 
     lo, whole, whole_end, hi = _walk(start, end, BLOCK_N)
     for at in range(whole, whole_end, BLOCK_N):
-        k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
-        v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        k = _positions(context_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        v = _positions(context_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
         top, total, acc = _attend(q_rows, k, v, None, top, total, acc, qk_scale, False)
     # the others took part in the loop above
     sees = end > start
@@ -187,8 +182,8 @@ def tree_attention_fwd_kernel(
     at = _next(lo, start, end, whole, whole_end, hi)
     for _ in range(_count(at, start, end, whole, whole_end, hi, BLOCK_N)):
         stop = tl.where(at < whole, whole, hi)
-        k = _slots(slot_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
-        v = _slots(slot_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        k = _positions(context_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        v = _positions(context_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
         visible = _visible(at, stop, start, end, BLOCK_N)
         top, total, acc = _attend(q_rows, k, v, visible, top, total, acc, qk_scale, True)
         at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
@@ -224,7 +219,7 @@ def _q_gradient(
 
 @triton.jit(do_not_specialize=_SIZES)
 def tree_attention_bwd_q_kernel(
-    q, slot_k, slot_v, node_k, node_v, ancestors, key, order, o, lse, do, delta, dq,
+    q, context_k, context_v, node_k, node_v, ancestors, key, order, o, lse, do, delta, dq,
     scale, qk_scale, queries, width, kv_heads,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -245,17 +240,19 @@ def tree_attention_bwd_q_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     lo, whole, whole_end, hi = _walk(start, end, BLOCK_N)
-    # no slots: their probabilities are 0
-    slot_lse = tl.where(end > start, lse_rows, float("inf"))
+    # no positions: their probabilities are 0
+    context_lse = tl.where(end > start, lse_rows, float("inf"))
     for at in range(whole, whole_end, BLOCK_N):
-        k = _slots(slot_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
-        v = _slots(slot_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
-        acc = _q_gradient(q_rows, do_rows, k, v, None, slot_lse, delta_rows, acc, qk_scale, False)
+        k = _positions(context_k, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        v = _positions(context_v, at, hi, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, False)
+        acc = _q_gradient(
+            q_rows, do_rows, k, v, None, context_lse, delta_rows, acc, qk_scale, False
+        )
     at = _next(lo, start, end, whole, whole_end, hi)
     for _ in range(_count(at, start, end, whole, whole_end, hi, BLOCK_N)):
         stop = tl.where(at < whole, whole, hi)
-        k = _slots(slot_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
-        v = _slots(slot_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        k = _positions(context_k, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+        v = _positions(context_v, at, stop, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
         visible = _visible(at, stop, start, end, BLOCK_N)
         acc = _q_gradient(q_rows, do_rows, k, v, visible, lse_rows, delta_rows, acc, qk_scale, True)
         at = _next(at + BLOCK_N, start, end, whole, whole_end, hi)
@@ -273,13 +270,14 @@ def tree_attention_bwd_q_kernel(
 
 
 @triton.jit
-def _slot_gradients(
-    row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries, kv_head, kv_heads,
+def _position_gradients(
+    row, position, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale, queries, kv_head,
+    kv_heads,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dk + dS^T Q (dS without the scale) and dv + P^T dO of a block of slots, over the rows from
-    `row` on.
+    """dk + dS^T Q (dS without the scale) and dv + P^T dO of a block of positions, over the rows
+    from `row` on.
     """
     row += tl.arange(0, BLOCK_M)
     live = row < queries * G if MASKED else None
@@ -294,7 +292,7 @@ def _slot_gradients(
     if MASKED:
         bounds = tl.load(key + row // G, mask=live, other=0)
         start, end = (bounds >> 32).to(tl.int32), (bounds & 0xFFFFFFFF).to(tl.int32)
-        visible = (slot[:, None] >= start[None, :]) & (slot[:, None] < end[None, :])
+        visible = (position[:, None] >= start[None, :]) & (position[:, None] < end[None, :])
         exponent = tl.where(visible, exponent, float("-inf"))
     p = tl.exp2(exponent)  # [BLOCK_N, BLOCK_M]
     do_rows = _load(do, index * D, live, D, BLOCK_D, MASKED)
@@ -305,14 +303,14 @@ def _slot_gradients(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def tree_attention_bwd_slots_kernel(
-    q, slot_k, slot_v, do, lse, delta, key, order, ranges, dslot_k, dslot_v,
-    scale, qk_scale, queries, slots, kv_heads,
+def tree_attention_bwd_positions_kernel(
+    q, context_k, context_v, do, lse, delta, key, order, ranges, dcontext_k, dcontext_v,
+    scale, qk_scale, queries, positions, kv_heads,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A block of slots: dk and dv, over the sorted rows that may see it (`ranges`, see
-    rows_of_slots).
+    """A block of positions: dk and dv, over the sorted rows that may see it (`ranges`, see
+    rows_of_positions).
     """
     kv_head = tl.program_id(0) % kv_heads
     ranges += tl.program_id(0) // kv_heads * 5
@@ -326,24 +324,33 @@ def tree_attention_bwd_slots_kernel(
     length = tl.maximum(whole_end - whole, 0) // BLOCK_M * BLOCK_M
     whole = tl.where(length > 0, whole, lo)
     whole_end = whole + length
-    slot = at + tl.arange(0, BLOCK_N)
-    k = _slots(slot_k, at, slots, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
-    v = _slots(slot_v, at, slots, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+    position = at + tl.arange(0, BLOCK_N)
+    k = _positions(context_k, at, positions, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
+    v = _positions(context_v, at, positions, kv_head, kv_heads, D, BLOCK_D, BLOCK_N, True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     before = (whole - lo) // BLOCK_M
     for i in range(before + tl.cdiv(tl.maximum(hi - whole_end, 0), BLOCK_M)):
         row = tl.where(i < before, lo, whole_end - before * BLOCK_M) + i * BLOCK_M
-        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale,
+        dk, dv = _position_gradients(row, position, k, v, dk, dv, q, do, lse, delta, key, order,
+        qk_scale,
         queries,
                                  kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, True)  # fmt: skip
     for row in range(whole, whole_end, BLOCK_M):
-        dk, dv = _slot_gradients(row, slot, k, v, dk, dv, q, do, lse, delta, key, order, qk_scale,
+        dk, dv = _position_gradients(row, position, k, v, dk, dv, q, do, lse, delta, key, order,
+        qk_scale,
         queries,
                                  kv_head, kv_heads, G, D, BLOCK_D, BLOCK_M, False)  # fmt: skip
-    offset = (slot.to(tl.int64) * kv_heads + kv_head) * D
-    _store(dslot_k, offset, (dk * scale).to(dslot_k.dtype.element_ty), slot < slots, D, BLOCK_D)
-    _store(dslot_v, offset, dv.to(dslot_v.dtype.element_ty), slot < slots, D, BLOCK_D)
+    offset = (position.to(tl.int64) * kv_heads + kv_head) * D
+    _store(
+        dcontext_k,
+        offset,
+        (dk * scale).to(dcontext_k.dtype.element_ty),
+        position < positions,
+        D,
+        BLOCK_D,
+    )
+    _store(dcontext_v, offset, dv.to(dcontext_v.dtype.element_ty), position < positions, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -378,34 +385,3 @@ def tree_attention_bwd_nodes_kernel(
         entry += 1
     _store(dnode_k, offset, (dk * scale).to(dnode_k.dtype.element_ty), real, D, BLOCK_D)
     _store(dnode_v, offset, dv.to(dnode_v.dtype.element_ty), real, D, BLOCK_D)
-
-
-def specialisations(
-    capability: tuple[int, int],
-) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
-    """(name, kernel, arguments, constexprs, options) of what is launched on a device of
-    `capability`, to compile it without one: four query heads for each key head, head sizes 64, 96,
-    128, 256. 16 bits compile alike, whichever."""
-    kernels = (tree_attention_fwd_kernel, tree_attention_bwd_q_kernel,
-               tree_attention_bwd_slots_kernel, tree_attention_bwd_nodes_kernel)  # fmt: skip
-    head_dims = {
-        torch.bfloat16: (64, 96, 128, 256),
-        torch.float16: (128,),
-        torch.float32: (64, 128, 256),
-    }
-    for dtype in DTYPES:
-        for head_dim in head_dims[dtype]:
-            rows, index = (torch.empty(shape, dtype=kind, device="meta") for shape, kind in
-                           (((8, 4, head_dim), dtype), ((8, 1), torch.int64)))  # fmt: skip
-            floats = dict.fromkeys(("q", "o", "do", "dq"), rows)
-            floats |= dict.fromkeys([d + x for d in ("", "d") for x in ("slot_k", "slot_v",
-            "node_k", "node_v")],
-                                    rows[:, :1])  # fmt: skip
-            floats |= dict.fromkeys(("lse", "delta"), rows.float())
-            indices = dict.fromkeys(
-                ("key", "order", "ancestors", "ranges", "first", "query"), index
-            )
-            for kernel in kernels:
-                name = kernel.__name__.removeprefix("tree_attention_").removesuffix("_kernel")
-                yield (f"{name} {str(dtype).removeprefix('torch.')} D={head_dim}", kernel,
-                       *arguments(kernel, 1.0, floats | indices, capability))  # fmt: skip

@@ -13,17 +13,17 @@ _BLOCKS = {
     8: {
         "fwd": [(128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 8, 2)],
         "bwd_q": [(128, 64, 8, 3), (64, 64, 8, 2), (64, 32, 8, 2)],
-        "bwd_slots": [(32, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)],
+        "bwd_positions": [(32, 128, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)],
     },
     9: {
         "fwd": [(128, 64, 4, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
         "bwd_q": [(128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)],
-        "bwd_slots": [(64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)],
+        "bwd_positions": [(64, 128, 8, 3), (64, 128, 8, 3), (64, 64, 8, 2)],
     },
     10: {
         "fwd": [(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
         "bwd_q": [(128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 8, 2)],
-        "bwd_slots": [(64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)],
+        "bwd_positions": [(64, 128, 8, 3), (64, 128, 8, 2), (32, 64, 8, 2)],
     },
 }
 _SMALL = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
@@ -32,7 +32,7 @@ _SMALL = [(64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1)]
 def blocks(
     kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """(rows, keys, warps, stages) of a block of `kernel`: "fwd", "bwd_q", "bwd_slots" or
+    """(rows, keys, warps, stages) of a block of `kernel`: "fwd", "bwd_q", "bwd_positions" or
     "bwd_nodes".
 
     A table and no search at run time: the same on every machine of a kind. Its sizes are the
@@ -71,14 +71,14 @@ def arguments(
     """(arguments, constexprs, options) of a launch over `tensors`, of which a kernel takes those
     that it names.
     """
-    q, slot_k, node_k = tensors["q"], tensors["slot_k"], tensors["node_k"]
+    q, context_k, node_k = tensors["q"], tensors["context_k"], tensors["node_k"]
     ancestors = tensors.get("ancestors")
-    sizes = {"queries": len(q), "slots": len(slot_k), "nodes": len(node_k),
-    "kv_heads": slot_k.shape[1],
+    sizes = {"queries": len(q), "positions": len(context_k), "nodes": len(node_k),
+    "kv_heads": context_k.shape[1],
              "width": 0 if ancestors is None else ancestors.shape[1],
              "scale": float(scale), "qk_scale": scale * math.log2(math.e)}  # fmt: skip
     constexprs, options = constants(kernel, q, capability)
-    constexprs["G"] = q.shape[1] // slot_k.shape[1]
+    constexprs["G"] = q.shape[1] // context_k.shape[1]
     named = kernel.arg_names
     given = {name: value for name, value in (tensors | sizes).items() if name in named}
     return given, {name: value for name, value in constexprs.items() if name in named}, options

@@ -1,12 +1,12 @@
-"""Attention of draft queries over a prefix of their sequence's slots and over their ancestors in
-the tree.
+"""Attention of draft queries over a prefix of their sequence's positions and over their ancestors
+in the tree.
 
-Dimensions: Q queries, T slots (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
+Dimensions: Q queries, T positions (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
     heads, D head.
 
-One softmax runs over both parts. Level 0 (every slot over the slots before it) is the same call
-without ancestors. Memory is linear in Q + T + M: blocks of query rows are scored against their own
-prefix, `o` and the log-sum-exp of every row are kept, and the backward pass computes the scores
+One softmax runs over both parts. Level 0 (every position over the positions before it) is the same
+call without ancestors. Memory is linear in Q + T + M: blocks of query rows are scored against their
+own prefix, `o` and the log-sum-exp of every row are kept, and the backward pass computes the scores
 again. Formulas are in README.md of this folder.
 """
 
@@ -23,7 +23,7 @@ _Group = tuple[Tensor, Tensor, Tensor, int, list[tuple[int, int]]]
 
 
 def tree_attention_ref(
-    q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+    q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale
 ) -> Tensor:
     """`tree_attention` in plain PyTorch, on any device.
 
@@ -31,23 +31,28 @@ def tree_attention_ref(
     """
     if ancestors is None:
         ancestors = q.new_empty((len(q), 0), dtype=torch.int64)
-        node_k = node_v = slot_k[:0]
+        node_k = node_v = context_k[:0]
     elif not len(node_k):
         ancestors = ancestors[:, :0]
     return _TreeAttention.apply(
-        q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale
+        q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale
     )
 
 
 class _TreeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale):
+    def forward(
+        ctx, q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale
+    ):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        groups = _plan(slot_start, slot_end, q.shape[1])
+        groups = _plan(context_start, context_end, q.shape[1])
         o, lse = _forward(
-            *(x.to(dtype) for x in (q, slot_k, slot_v, node_k, node_v)), ancestors, scale, groups
+            *(x.to(dtype) for x in (q, context_k, context_v, node_k, node_v)),
+            ancestors,
+            scale,
+            groups,
         )
-        ctx.save_for_backward(q, slot_k, slot_v, node_k, node_v, ancestors, o, lse)
+        ctx.save_for_backward(q, context_k, context_v, node_k, node_v, ancestors, o, lse)
         ctx.groups, ctx.scale, ctx.dtype = groups, scale, dtype
         return o.to(q.dtype)
 
@@ -59,15 +64,15 @@ class _TreeAttention(torch.autograd.Function):
         return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=True)), None, None, None, None
 
 
-def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
+def _plan(context_start: Tensor, context_end: Tensor, heads: int) -> list[_Group]:
     """Blocks of queries of one sequence with similar prefixes, in groups of blocks with prefixes of
     similar length.
 
     A group is (rows [B, R], -1 where padded; keys [B, C]; limit [B, R]: keys that each row sees;
-    the number of keys that every row sees; spans: each block's (first slot, slots)).
+    the number of keys that every row sees; spans: each block's (first position, positions)).
     """
-    device = slot_start.device
-    start, end = slot_start.cpu().numpy(), slot_end.cpu().numpy()
+    device = context_start.device
+    start, end = context_start.cpu().numpy(), context_end.cpu().numpy()
     order = np.lexsort((end, start))
     order = order[end[order] > start[order]]
     if not len(order):
@@ -82,21 +87,21 @@ def _plan(slot_start: Tensor, slot_end: Tensor, heads: int) -> list[_Group]:
     first = np.flatnonzero(rank % block == 0)
     rows = np.diff(np.r_[first, len(order)])
     # the last row of a block sees most
-    slots = end[first + rows - 1] - start[first]
-    by_length = np.argsort(-slots, kind="stable")
+    positions = end[first + rows - 1] - start[first]
+    by_length = np.argsort(-positions, kind="stable")
     groups, at = [], 0
     while at < len(by_length):
-        most = int(slots[by_length[at]])
+        most = int(positions[by_length[at]])
         width = max(1, BLOCK_SCORES // (heads * block * most))
         members = by_length[at : at + width]
-        members = members[slots[members] >= 0.75 * most - 16]
+        members = members[positions[members] >= 0.75 * most - 16]
         at += len(members)
         within = np.arange(int(rows[members].max()))
         real = within < rows[members, None]
         index = np.minimum(first[members, None] + within, len(order) - 1)
         keys = np.minimum(start[first[members], None] + np.arange(most), int(end.max()) - 1)
         limit = np.where(real, end[index] - start[index], most)
-        spans = list(zip(start[first[members]].tolist(), slots[members].tolist(), strict=True))
+        spans = list(zip(start[first[members]].tolist(), positions[members].tolist(), strict=True))
         host = (np.where(real, order[index], -1), keys, limit)
         groups.append(
             (
@@ -149,15 +154,15 @@ def _scores(q: Tensor, k: Tensor, limit: Tensor, shared: int) -> Tensor:
     return scores
 
 
-def _forward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups):
-    (n, heads, _), kv_heads = q.shape, slot_k.shape[1]
+def _forward(q, context_k, context_v, node_k, node_v, ancestors, scale, groups):
+    (n, heads, _), kv_heads = q.shape, context_k.shape[1]
     o, lse = torch.zeros_like(q), q.new_full((n, heads), -torch.inf)
     for rows, keys, limit, shared, _ in groups:
-        p = _scores(_blocks(q, rows, kv_heads) * scale, _key_blocks(slot_k, keys), limit, shared)
+        p = _scores(_blocks(q, rows, kv_heads) * scale, _key_blocks(context_k, keys), limit, shared)
         top = p.amax(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).min)
         p.sub_(top).exp_()
         total = p.sum(-1, keepdim=True)
-        block_o = torch.bmm(p, _key_blocks(slot_v, keys)).div_(
+        block_o = torch.bmm(p, _key_blocks(context_v, keys)).div_(
             total.clamp_min(torch.finfo(p.dtype).tiny)
         )
         index, block_o = _unblock(block_o, rows, kv_heads)
@@ -197,15 +202,15 @@ def _node_scores(q, node_k, ancestors, scale) -> Tensor:
     return torch.stack(scores, -1).mul_(scale).masked_fill_((ancestors < 0)[:, None], -torch.inf)
 
 
-def _backward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups, o, lse, do):
-    kv_heads = slot_k.shape[1]
-    dq, dslot_k, dslot_v, dnode_k, dnode_v = map(
-        torch.zeros_like, (q, slot_k, slot_v, node_k, node_v)
+def _backward(q, context_k, context_v, node_k, node_v, ancestors, scale, groups, o, lse, do):
+    kv_heads = context_k.shape[1]
+    dq, dcontext_k, dcontext_v, dnode_k, dnode_v = map(
+        torch.zeros_like, (q, context_k, context_v, node_k, node_v)
     )
     delta = (o * do).sum(-1)  # [Q, Hq]
     for rows, keys, limit, shared, spans in groups:
         block_q, block_do = _blocks(q, rows, kv_heads) * scale, _blocks(do, rows, kv_heads)
-        k, v = _key_blocks(slot_k, keys), _key_blocks(slot_v, keys)
+        k, v = _key_blocks(context_k, keys), _key_blocks(context_v, keys)
         row_lse = _blocks(lse[..., None], rows, kv_heads)
         # padding: no gradient
         row_lse.view(len(rows), -1, rows.shape[1]).masked_fill_((rows < 0)[:, None], torch.inf)
@@ -219,11 +224,11 @@ def _backward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups, o, ls
         index, block_dq = _unblock(torch.bmm(ds, k), rows, kv_heads)
         dq[index] = block_dq.mul_(scale)
         dk = torch.bmm(ds.transpose(1, 2), block_q)
-        for whole, part in ((dslot_k, dk), (dslot_v, dv)):
+        for whole, part in ((dcontext_k, dk), (dcontext_v, dv)):
             part = part.view(len(spans), kv_heads, -1, part.shape[-1])
             # blocks of one sequence overlap, hence one by one
-            for b, (first, slots) in enumerate(spans):
-                whole[first : first + slots] += part[b, :, :slots].transpose(0, 1)
+            for b, (first, positions) in enumerate(spans):
+                whole[first : first + positions] += part[b, :, :positions].transpose(0, 1)
     if ancestors.shape[1]:
         p = _node_scores(q, node_k, ancestors, scale).sub_(lse[..., None]).exp_()
         grouped_q, grouped_do = _per_key_head(q, kv_heads), _per_key_head(do, kv_heads)
@@ -236,4 +241,4 @@ def _backward(q, slot_k, slot_v, node_k, node_v, ancestors, scale, groups, o, ls
             _per_key_head(dq, kv_heads).addcmul_(ds, _of(node_k, index))
             dnode_v.index_add_(0, index, (p_a * grouped_do).sum(2))
             dnode_k.index_add_(0, index, (ds * grouped_q).sum(2))
-    return dq, dslot_k, dslot_v, dnode_k, dnode_v
+    return dq, dcontext_k, dcontext_v, dnode_k, dnode_v

@@ -1,8 +1,7 @@
 """Final norm, draft head and the distance to the target's distribution, fused over chunks of rows.
 
 Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, Ht
-    the target's hidden
-size, K kept target logits.
+the target's hidden size, K kept target logits.
 
 Logits exist for one chunk of rows at a time. cuBLAS multiplies, Triton does everything between the
 products (tree_loss_kernels.py); off CUDA the references run (tree_loss_ref.py). Gradients are

@@ -10,8 +10,6 @@ are in README.md of this folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -234,9 +232,8 @@ def exact_loss_kernel(
     d(logits).
 
     REDUCED: draft token j is target token target_ids[j], and draft_ids is the inverse, -1 where
-        there is none; without
-    it they are the same. SUMS: reverse_kl or tv is in the mixture, whose gradients need a sum over
-    the row first. dz may be z.
+    there is none; without it they are the same. SUMS: reverse_kl or tv is in the mixture, whose
+    gradients need a sum over the row first. dz may be z.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * z_stride
@@ -320,56 +317,3 @@ def _both(z, t, target_ids, cols, VD, z_lse, p_lse, REDUCED: tl.constexpr):
 def padded(k: int) -> int:
     """KP of K kept logits: four sizes up to 128, so that few kernels are compiled."""
     return max(16, triton.next_power_of_2(k))
-
-
-def specialisations(
-    capability: tuple[int, int],
-) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
-    """What the launcher runs on a GPU of this capability, for the compile test."""
-
-    def of(name: str, kernel: JITFunction, arguments: dict, **constexprs):
-        sizes = blocks(kernel, capability)
-        options = {"num_warps": sizes.pop("num_warps")}
-        return name, kernel, arguments, constexprs | sizes, options
-
-    for dtype in ("bf16", "fp16", "fp32"):
-        norm = {"x": f"*{dtype}", "g": f"*{dtype}", "scale": "*fp32", "H": "i32:16"}
-        yield of(f"norm fwd {dtype}", norm_fwd_kernel, norm | {"y": f"*{dtype}", "eps": "fp32"})
-        yield of(f"norm bwd {dtype}", norm_bwd_kernel, norm | {"dy": "*fp32"})
-        del norm["g"]
-        rows = {"dy": "*fp32", "dg": "*fp32", "R": "i32", "rows_each": "i32"}
-        yield of(f"norm weight bwd {dtype}", norm_weight_bwd_kernel, norm | rows)
-        outputs = {
-            "loss_out": "*fp32",
-            "acceptance_out": "*fp32",
-            "argmax_out": "*i64",
-            "weight": "*fp32",
-        }
-        logits = outputs | {
-            "z": "*fp32",
-            "dz": f"*{dtype}",
-            "z_stride": "i32:16",
-            "dz_stride": "i32:16",
-        }
-        # as of real vocabularies, and of odd ones
-        logits["VD"] = "i32:16" if dtype == "bf16" else "i32"
-        logits |= dict.fromkeys(("forward_kl", "reverse_kl", "tv", "greedy"), "fp32")
-        kept = {"topk_ids": "*i64", "topk_logits": "*fp32", "logsumexp": "*fp32", "K": "i32"}
-        for k in (16, 32, 64, 128) if dtype == "bf16" else (32,):
-            yield of(f"topk {dtype} KP={k}", topk_loss_kernel, logits | kept, GRADS=True, KP=k)
-        exact = {"t": "*fp32", "label_out": "*i64", "V": "i32", "t_stride": "i32:16"}
-        exact |= {"target_ids": None, "draft_ids": None}
-        for reduced, sums in ((0, 0), (0, 1), (1, 0), (1, 1)) if dtype == "bf16" else ((1, 1),):
-            ids = dict.fromkeys(("target_ids", "draft_ids"), "*i32") if reduced else {}
-            name = f"exact {dtype}{' reduced' * reduced}{' sums' * sums}"
-            flags = {"REDUCED": bool(reduced), "SUMS": bool(sums), "GRADS": True}
-            yield of(name, exact_loss_kernel, logits | exact | ids, **flags)
-    yield of("topk no gradients", topk_loss_kernel, logits | kept, GRADS=False, KP=32)
-    yield of(
-        "exact no gradients",
-        exact_loss_kernel,
-        logits | exact,
-        REDUCED=False,
-        SUMS=True,
-        GRADS=False,
-    )

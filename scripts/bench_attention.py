@@ -2,12 +2,12 @@
 the ceiling, which is plain causal flash attention. The rate counts visible pairs alone: 4 D FLOP
 per pair and head forward, 2.5 times that backward.
 
-One sequence of T slots; all nodes of all its trees are the queries of one call, in depth-first
+One sequence of T positions; all nodes of all its trees are the queries of one call, in depth-first
 order, so that a node's descendants are the nodes behind it up to `last`: flex tests ancestry with
-two comparisons. The other sides get keys of slots and nodes already concatenated. Flex needs a new
-mask for every batch: its time counts the mask, and is given without it as well.
+two comparisons. The other sides get keys of positions and nodes already concatenated. Flex needs a
+new mask for every batch: its time counts the mask, and is given without it as well.
 
-Dimensions: T slots, Q queries = M nodes, A ancestors (itself included), Hq query heads, Hkv key
+Dimensions: T positions, Q queries = M nodes, A ancestors (itself included), Hq query heads, Hkv key
     heads, D head.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from aurora_kernels.tree_attention import (
     queries_of_nodes,
-    rows_of_slots,
+    rows_of_positions,
     sort_queries,
     tree_attention,
 )
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 SHAPES = {"Qwen3-8B 32/8x128": (32, 8, 128), "small 8/4x64": (8, 4, 64), "tiny": (4, 2, 16)}
-# Parents of a tree's nodes in depth-first order; -1 hangs from the slot, which is the root
+# Parents of a tree's nodes in depth-first order; -1 hangs from the position, which is the root
 CHAIN = [-1, 0, 1, 2, 3]
 # topk 4, depth 5: the 15 nodes below the root
 BEAMS = [-1, 0, 1, 2, 3, 1, 5, 0, 7, 8, -1, 10, 11, 10, -1]
@@ -39,15 +39,15 @@ LONG = [-1, *range(14), 4, 3, 2, 1, 0, 0]
 # 63 below the root
 WIDE = [at + parent if parent >= 0 else -1 for at in (0, 21, 42) for parent in LONG]
 TREES = {
-    "slots": (None, 1),
+    "positions": (None, 1),
     "chain 5": (CHAIN, 1),
     "topk 4 x 5 x 16": (BEAMS, 4),
     "64 nodes": (WIDE, 16),
 }
 FIRST = [("Qwen3-8B 32/8x128", 8192, tree) for tree in TREES]
 REST = [
-    (shape, slots, tree)
-    for shape, slots in (
+    (shape, positions, tree)
+    for shape, positions in (
         ("Qwen3-8B 32/8x128", 32_768),
         ("Qwen3-8B 32/8x128", 2048),
         ("small 8/4x64", 8192),
@@ -63,7 +63,7 @@ CHECKED, LIMIT = 64, 5e-2
 
 @dataclass
 class Case:
-    # q [Q, Hq, D], slot_k, slot_v [T, Hkv, D], node_k, node_v [M, Hkv, D]
+    # q [Q, Hq, D], context_k, context_v [T, Hkv, D], node_k, node_v [M, Hkv, D]
     tensors: tuple[Tensor, ...]
     start: Tensor  # [Q]
     end: Tensor  # [Q]
@@ -80,8 +80,8 @@ class Case:
 
     def dense_mask(self, queries: slice | Tensor = slice(None)) -> Tensor:
         """bool [queries, T + M]"""
-        slots = torch.arange(len(self.tensors[1]), device=self.start.device)
-        mask = (slots >= self.start[queries, None]) & (slots < self.end[queries, None])
+        positions = torch.arange(len(self.tensors[1]), device=self.start.device)
+        mask = (positions >= self.start[queries, None]) & (positions < self.end[queries, None])
         if self.ancestors is None:
             return mask
         ancestors = self.ancestors[queries]
@@ -93,16 +93,16 @@ class Case:
 
 
 def make_case(
-    slots: int, parents: list[int] | None, every: int, shape: tuple[int, int, int], device: str
+    positions: int, parents: list[int] | None, every: int, shape: tuple[int, int, int], device: str
 ) -> Case:
-    """Trees hang from every `every`-th slot; without parents the slots themselves are the
+    """Trees hang from every `every`-th position; without parents the positions themselves are the
     queries.
     """
     heads, kv_heads, dim = shape
     generator = torch.Generator(device).manual_seed(0)
     if parents is None:
-        end = torch.arange(1, slots + 1, device=device)
-        ancestors, last, nodes, queries = None, end[:0], 0, slots
+        end = torch.arange(1, positions + 1, device=device)
+        ancestors, last, nodes, queries = None, end[:0], 0, positions
     else:
         paths, lasts = [], list(range(len(parents)))
         for node, parent in enumerate(parents):
@@ -111,7 +111,7 @@ def make_case(
                 lasts[ancestor] = node
         depth = max(len(path) for path in paths)
         one = torch.tensor([path + [-1] * (depth - len(path)) for path in paths], device=device)
-        roots = torch.arange(0, slots, every, device=device)
+        roots = torch.arange(0, positions, every, device=device)
         first = torch.arange(len(roots), device=device) * len(parents)
         ancestors = torch.where(one < 0, -1, one + first[:, None, None]).flatten(0, 1)
         last = (torch.tensor(lasts, device=device) + first[:, None]).flatten()
@@ -122,18 +122,18 @@ def make_case(
         x = torch.randn(*size, device=device, generator=generator)
         return x.to(torch.bfloat16 if device == "cuda" else torch.float32).requires_grad_()
 
-    q, slot_k, slot_v = (
+    q, context_k, context_v = (
         normal(queries, heads, dim),
-        normal(slots, kv_heads, dim),
-        normal(slots, kv_heads, dim),
+        normal(positions, kv_heads, dim),
+        normal(positions, kv_heads, dim),
     )
     node_k, node_v = normal(nodes, kv_heads, dim), normal(nodes, kv_heads, dim)
-    joined = q, torch.cat([slot_k, node_k]), torch.cat([slot_v, node_v])
+    joined = q, torch.cat([context_k, node_k]), torch.cat([context_v, node_v])
     heads_first = tuple(
         x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in joined
     )
     return Case(
-        (q, slot_k, slot_v, node_k, node_v),
+        (q, context_k, context_v, node_k, node_v),
         torch.zeros_like(end),
         end,
         ancestors,
@@ -143,7 +143,7 @@ def make_case(
 
 
 def flex_mask(case: Case) -> BlockMask:
-    slots, start, end, last = (
+    positions, start, end, last = (
         len(case.tensors[1]),
         case.start.int(),
         case.end.int(),
@@ -154,11 +154,11 @@ def flex_mask(case: Case) -> BlockMask:
         return (j >= start[i]) & (j < end[i])
 
     def visible(b, h, i, j):
-        node = torch.where(j < slots, 0, j - slots)
-        return torch.where(j < slots, prefix(b, h, i, j), (node <= i) & (i <= last[node]))
+        node = torch.where(j < positions, 0, j - positions)
+        return torch.where(j < positions, prefix(b, h, i, j), (node <= i) & (i <= last[node]))
 
     device = case.start.device
-    sizes = len(case.start), slots + len(last)
+    sizes = len(case.start), positions + len(last)
     mask_mod = visible if len(last) else prefix
     return create_block_mask(
         mask_mod, None, None, *sizes, device=device, _compile=device.type == "cuda"
@@ -180,14 +180,14 @@ def expected(case: Case, queries: Tensor, do: Tensor) -> tuple[Tensor, list[Tens
 
 
 def _joined(case: Case) -> tuple[Tensor, Tensor]:
-    _, slot_k, slot_v, node_k, node_v = case.tensors
-    return torch.cat([slot_k, node_k]), torch.cat([slot_v, node_v])
+    _, context_k, context_v, node_k, node_v = case.tensors
+    return torch.cat([context_k, node_k]), torch.cat([context_v, node_v])
 
 
-def bench(run: Bench, shape: str, slots: int, tree: str) -> None:
+def bench(run: Bench, shape: str, positions: int, tree: str) -> None:
     parents, every = TREES[tree]
-    case = make_case(slots, parents, every, SHAPES[shape], run.device)
-    setting = f"{shape} T={slots} {tree}"
+    case = make_case(positions, parents, every, SHAPES[shape], run.device)
+    setting = f"{shape} T={positions} {tree}"
     if parents is None:
         ceiling(run, setting, case)
     bench_case(run, setting, case)
@@ -202,14 +202,14 @@ def ceiling(run: Bench, setting: str, case: Case) -> None:
 
 
 def bench_case(run: Bench, setting: str, case: Case) -> None:
-    q, slot_k = case.tensors[:2]
+    q, context_k = case.tensors[:2]
     scale = q.shape[2] ** -0.5
 
     def ours(*tensors):
-        q, slot_k, slot_v, *nodes = tensors
+        q, context_k, context_v, *nodes = tensors
         nodes = nodes if case.ancestors is not None else (None, None)
         return tree_attention(
-            q, slot_k, slot_v, *nodes, case.start, case.end, case.ancestors, scale
+            q, context_k, context_v, *nodes, case.start, case.end, case.ancestors, scale
         )
 
     both_passes(
@@ -223,7 +223,7 @@ def bench_case(run: Bench, setting: str, case: Case) -> None:
 
     def index():
         key, order = sort_queries(case.start, case.end)
-        rows_of_slots(key, len(slot_k), 128)
+        rows_of_positions(key, len(context_k), 128)
         if case.ancestors is not None:
             queries_of_nodes(case.ancestors[order], order, len(case.last))
 

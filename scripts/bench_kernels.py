@@ -59,11 +59,14 @@ def aims(rows: list[dict]) -> list[str]:
         ours = find(rows, op, setting, "ours")
         if op == "tree_attention fwd" and "T=8192" in setting:
             causal = find(
-                rows, op, setting.rpartition("T=8192")[0] + "T=8192 slots", "causal flash (ceiling)"
+                rows,
+                op,
+                setting.rpartition("T=8192")[0] + "T=8192 positions",
+                "causal flash (ceiling)",
             )
             aim(f"{op} {setting}, rate over causal flash's", ratio(ours, causal, "rate"), 0.7)
         if op == "tree_attention fwd+bwd":
-            least = 1.0 if setting.endswith(("slots", "chain 5")) else 1.3
+            least = 1.0 if setting.endswith(("positions", "chain 5")) else 1.3
             flex = find(rows, op, setting, "flex, compiled")
             aim(f"{op} {setting}, flex's time over ours", ratio(flex, ours, "ms"), least)
         if op.startswith("tree_loss") and "VD=151936" in setting:

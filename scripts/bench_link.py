@@ -50,7 +50,7 @@ def measure(link: LinkConfig, messages: int) -> dict[str, float]:
         Publisher(link, PublishConfig(queue_bytes=8 << 30), ""),
     )
     # the first heartbeat: connected
-    while not receiver.books()["epochs"]:
+    while not receiver.ledger()["sessions"]:
         time.sleep(0.01)
     chunk, offers = Chunk(), []
     began, processor = time.perf_counter(), time.process_time()

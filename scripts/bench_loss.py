@@ -2,9 +2,8 @@
 chunked form.
 
 Dimensions: R rows, H hidden, V target vocabulary, VD draft vocabulary, K kept target logits. The
-    rate counts the three
-products of head and state (logits, their gradient into state and into head) and, of exact targets,
-the target's logits.
+rate counts the three products of head and state (logits, their gradient into state and into head)
+and, of exact targets, the target's logits.
 """
 
 from __future__ import annotations

@@ -64,11 +64,11 @@ def built_in_prompts() -> list[Prompt]:
 
 
 def choose(
-    prompts: Iterable[Prompt], count: int, fits: Callable[[str], bool], seed: int = 0
-) -> list[Prompt]:
-    """So many that fit, each once, from every domain alike, in random order.
+    prompts: Iterable[Prompt], count: int, more: int, fits: Callable[[str], bool], seed: int = 0
+) -> tuple[list[Prompt], list[Prompt]]:
+    """`count` that fit, each once, from every domain alike, in random order, and `more` others.
 
-    Raises ValueError where none is left.
+    There may be fewer, first of the others. Raises ValueError if none fits.
     """
     order = random.Random(seed)
     by_domain: dict[str, list[Prompt]] = {}
@@ -78,13 +78,15 @@ def choose(
         order.shuffle(domain)
     fitting = (filter(lambda prompt: fits(prompt.text), domain) for domain in by_domain.values())
     turns = chain.from_iterable(zip_longest(*fitting))
-    chosen = list(islice((prompt for prompt in turns if prompt is not None), count))
+    chosen = list(islice((prompt for prompt in turns if prompt is not None), count + more))
     if not chosen:
         raise ValueError(
             "every prompt is longer than what a request may have; expected shorter ones"
         )
-    order.shuffle(chosen)
-    return chosen
+    first, others = chosen[:count], chosen[count:]
+    order.shuffle(first)
+    order.shuffle(others)
+    return first, others
 
 
 def _head(block: str) -> str:

@@ -81,13 +81,14 @@ def chat(
     greedy: bool = False,
     concurrency: int = CLIENTS,
     turns: int = 1,
+    pause_s: float = 0.0,
 ) -> Iterator[Reply]:
     """The same for users of /v1/chat/completions, through the OpenAI client. Nothing that decides
     the output is set but its largest length: the server's own defaults sample, unless `greedy`.
 
     turns: what a user says, with everything said before it, so that the cached prefix grows; a
-        Reply
-    is of the whole conversation.
+        Reply is of the whole conversation.
+    pause_s: how long a user reads an answer before the next question.
     """
     from openai import OpenAI
 
@@ -116,7 +117,7 @@ def chat(
             messages.append({"role": "assistant", "content": content})
         return Reply(number, prompt.domain, ids, _accept_length(counts))
 
-    return _concurrently(ask, len(prompts), concurrency, None)
+    return _concurrently(ask, len(prompts), concurrency, None, pause_s)
 
 
 def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = None) -> float:
@@ -140,7 +141,11 @@ def _accept_length(counts: dict[str, Any]) -> float:
 
 
 def _concurrently(
-    ask: Callable[[int], Reply], count: int, concurrency: int, until: threading.Event | None
+    ask: Callable[[int], Reply],
+    count: int,
+    concurrency: int,
+    until: threading.Event | None,
+    pause_s: float = 0.0,
 ) -> Iterator[Reply]:
     """`ask` for each number, from so many threads; times are filled in here."""
     results: queue.Queue[Reply | BaseException | None] = queue.Queue()
@@ -160,6 +165,7 @@ def _concurrently(
                 now = time.monotonic()
                 reply.latency_s, reply.finished_s = now - start, now
                 results.put(reply)
+                stop.wait(pause_s)
         except BaseException as error:
             results.put(error)
         finally:

@@ -29,9 +29,9 @@ SHIFT_AT = 0.6
 # The rate is for widths of a few hundred.
 LEARNING = """\
 [trainer.pace]
-new_slots_per_step = 32
+new_positions_per_step = 32
 [trainer.batch]
-max_slots = 256
+max_positions = 256
 [trainer.optimizer]
 lr = 3e-3
 [trainer.publish]
@@ -75,7 +75,7 @@ def main(options: argparse.Namespace, home: Path) -> None:
     live = site.live(stretches, f"{options.minutes:g} minutes")
     shift = sum(reply.domain == "code" for reply in live.replies)
     counts = {"code": shift, "prose": len(live.replies) - shift}
-    every, frozen, plain = options.frozen_every, None, None
+    every, frozen, learned, plain = options.frozen_every, None, None, None
 
     def again(server, every: int) -> Iterator:
         for domain, count in counts.items():
@@ -88,12 +88,18 @@ def main(options: argparse.Namespace, home: Path) -> None:
         )
         frozen = site.frozen(lambda server: again(server, every), str(len(live.replies) // every))
         few = every * PLAIN_EVERY
+        fresh = prompts["prose"][counts["prose"] :][: len(live.replies) // few]
+        print(f"\nlearned: {len(fresh)} new requests, the last version, no trainer", flush=True)
+        learned = site.learned(
+            lambda server: send(server, fresh, tokens=TOKENS, domain="prose"), str(len(fresh))
+        )
         print(f"\nplain: 1 in {few} of the same requests, no speculation", flush=True)
         plain = site.plain(lambda server: again(server, few), str(len(live.replies) // few))
     report(
         site,
         live,
         frozen,
+        learned,
         plain,
         init=options.init,
         tokens=TOKENS,

@@ -20,6 +20,7 @@ import children
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 NUM_STEPS = 3
+CPU_PAUSE_S = 20.0
 # a longer prompt is left out
 PROMPT_TOKENS = 512
 
@@ -27,10 +28,10 @@ LEARNING = """\
 device = "{device}"
 dtype = "bfloat16"
 [trainer.pace]
-new_slots_per_step = 64  # few requests: a step for each of them
+new_positions_per_step = 64  # few requests: a step for each of them
 nice = 0  # two cores for all: a trainer that stands back would learn half as much
 [trainer.batch]
-max_slots = 1024
+max_positions = 1024
 [trainer.buffer]
 max_uses = 16
 [trainer.optimizer]
@@ -66,7 +67,7 @@ def main(options: argparse.Namespace, home: Path) -> None:
 
     try:
         target = find_model(options.model)
-        known, prompts = make_prompts(options, target)
+        known, prompts, fresh = make_prompts(options, target)
     except (ValueError, OSError) as error:
         sys.exit(f"demo-real: {error}")
     # what was learned before
@@ -88,13 +89,18 @@ def main(options: argparse.Namespace, home: Path) -> None:
     print(
         f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True
     )
-    live = site.live(lambda server: chat(server, prompts, **traffic), str(len(prompts)))
-    every, frozen, plain = options.frozen_every, None, None
+    pause_s = options.pause if options.pause is not None else 0.0 if on_gpu else CPU_PAUSE_S
+    live = site.live(
+        lambda server: chat(server, prompts, **traffic, pause_s=pause_s), str(len(prompts))
+    )
+    every, frozen, learned, plain = options.frozen_every, None, None, None
     if not options.no_frozen:
         some = prompts[::every]
         which = f"{len(some)} of the same requests"
         print(f"\nfrozen: {which}, the initial draft, no trainer", flush=True)
         frozen = site.frozen(lambda server: chat(server, some, **traffic), str(len(some)))
+        print(f"\nlearned: {len(fresh)} new requests, the last version, no trainer", flush=True)
+        learned = site.learned(lambda server: chat(server, fresh, **traffic), str(len(fresh)))
         print(f"\nplain: {which}, no speculation", flush=True)
         plain = site.plain(lambda server: chat(server, some, **traffic), str(len(some)))
     how = "greedy" if options.greedy else "the server's defaults"
@@ -102,6 +108,7 @@ def main(options: argparse.Namespace, home: Path) -> None:
         site,
         live,
         frozen,
+        learned,
         plain,
         init=options.init,
         tokens=options.max_tokens,
@@ -128,8 +135,10 @@ def find_model(name: str) -> Path:
         ) from None
 
 
-def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list]:
-    """All prompts that are known, and those that are sent. Raises ValueError, OSError."""
+def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list, list]:
+    """All prompts that are known, those of the live pass, and others that nothing was learned
+    from. Raises ValueError, OSError.
+    """
     from chat_prompts import built_in_prompts, choose, read_prompts
     from tokenizers import Tokenizer
 
@@ -138,9 +147,12 @@ def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list]
         raise ValueError(f"{target} has no tokenizer.json; expected a model with a fast tokenizer")
     tokenizer = Tokenizer.from_file(str(file))
     known = read_prompts(options.prompts) if options.prompts else built_in_prompts()
-    return known, choose(
-        known, options.requests, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS
+    more = options.requests // options.frozen_every
+    live, fresh = choose(
+        known, options.requests, more, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS
     )
+    # with few prompts nothing is new
+    return known, live, fresh or live[:: options.frozen_every]
 
 
 def make_draft(options: argparse.Namespace, target: Path, known: list, home: Path) -> Path:
@@ -180,6 +192,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--turns", type=int, default=1, help="of a conversation: each repeats what was said before"
     )
+    parser.add_argument(
+        "--pause", type=float,
+        help="seconds that a user of the live pass reads an answer before the next question; on a"
+        f" CPU {CPU_PAUSE_S:.0f}, so that the trainer has a share of it",
+    )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")
     parser.add_argument(
         "--greedy",

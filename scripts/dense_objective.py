@@ -7,9 +7,8 @@ scaled_dot_product_attention with a boolean mask [Q, T + M] of every level, head
 log_softmax -> distances by autograd. Only the default distance and full draft vocabularies are
 written.
 
-Dimensions: T slots, Q queries of a level, M nodes of all levels so far, R queries with a loss, K
-    kept logits,
-V vocabulary.
+Dimensions: T positions, Q queries of a level, M nodes of all levels so far, R queries with a loss,
+K kept logits, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,14 +23,16 @@ from aurora_trainer.learn.objective import LossConfig, states
 
 
 class DenseDraft(Draft):
-    """A draft whose queries see all slots and nodes of the batch, but for a mask."""
+    """A draft whose queries see all positions and nodes of the batch, but for a mask."""
 
-    def _attend(self, layer, x, rope, slot_kv, node_kv, slot_start, slot_end, ancestors) -> Tensor:
-        q, (k, v) = layer.self_attn.query(x, rope), slot_kv
-        slots = torch.arange(len(k), device=k.device)
-        mask = (slots >= slot_start[:, None]) & (slots < slot_end[:, None])
+    def _attend(
+        self, layer, x, rope, context_kv, node_kv, context_start, context_end, ancestors
+    ) -> Tensor:
+        q, (k, v) = layer.self_attn.query(x, rope), context_kv
+        positions = torch.arange(len(k), device=k.device)
+        mask = (positions >= context_start[:, None]) & (positions < context_end[:, None])
         if node_kv is not None:
-            k, v = (torch.cat([a, b]) for a, b in zip(slot_kv, node_kv, strict=True))
+            k, v = (torch.cat([a, b]) for a, b in zip(context_kv, node_kv, strict=True))
             nodes = torch.zeros(
                 len(q), len(node_kv[0]), dtype=torch.bool, device=k.device
             ).scatter_(1, ancestors, True)

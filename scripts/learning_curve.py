@@ -29,7 +29,7 @@ from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.score import measure
 from aurora_trainer.learn.trainer import Training
-from aurora_trainer.recordings.recording import Damage, read_messages
+from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
 
 def replay(
@@ -42,7 +42,7 @@ def replay(
     training, lengths, waiting, cpu_s = Training(config), [], [], 0.0
     # a second one, to see samples before they are trained on
     assembler = Assembler(config.trainer.assemble)
-    for _, message in read_messages(recording, Damage()):
+    for _, message in read_messages(recording, CorruptionLog()):
         waiting += assembler.add(message)
         if len(waiting) >= publish_every:
             lengths += accept_lengths(training, waiting)

@@ -2,11 +2,12 @@
 
     python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60]
 
-Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not trained on:
+Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not
+trained on:
 
     context     a prefix-cache hit begins a sample without its prompt, a long output is cut into
-                parts with `trainer.assemble.context_slots` of context. Two drafts are trained on
-                the same requests, one with whole prompts, one without their first `--cut`
+                parts with `trainer.assemble.context_positions` of context. Two drafts are trained
+                on the same requests, one with whole prompts, one without their first `--cut`
                 positions; both are walked with whole prompts (as the server drafts) and with cut
                 ones (as the gate scores such samples).
     old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is
@@ -36,7 +37,7 @@ from aurora_trainer.learn.gate import accept_length, difference
 from aurora_trainer.learn.objective import losses
 from aurora_trainer.learn.score import chains, measure
 from aurora_trainer.learn.trainer import Training
-from aurora_trainer.recordings.recording import Damage, read_messages
+from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
 # of generated tokens
 POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)
@@ -49,9 +50,9 @@ def requests(recording: Path, config: TrainerFile, shared: int) -> list[Sample]:
         took
     just these away, their features are those of the first request that has them.
     """
-    assembler = Assembler(config.trainer.assemble.model_copy(update={"part_slots": 1 << 14}))
+    assembler = Assembler(config.trainer.assemble.model_copy(update={"part_positions": 1 << 14}))
     samples = []
-    for _, message in read_messages(recording, Damage()):
+    for _, message in read_messages(recording, CorruptionLog()):
         samples += assembler.add(message)
     samples = [s for s in samples if s.prompt_len > 1 and bool(s.has_target.any())]
     first = next((s for s in samples if s.start == 0), None)
@@ -71,9 +72,9 @@ def with_prefix(sample: Sample, first: Sample) -> Sample:
         start=0,
         tokens=torch.cat([first.tokens[:n], sample.tokens]),
         features=torch.cat([first.features[:n], sample.features]),
-        slot_version=torch.cat([first.slot_version[:n], sample.slot_version]),
-        slot_node=torch.cat([nowhere, sample.slot_node]),
-        node_slot=sample.node_slot + n,
+        position_version=torch.cat([first.position_version[:n], sample.position_version]),
+        position_node=torch.cat([nowhere, sample.position_node]),
+        node_position=sample.node_position + n,
     )
 
 
@@ -85,9 +86,9 @@ def without_prefix(sample: Sample, positions: int) -> Sample:
         start=sample.start + cut,
         tokens=sample.tokens[cut:],
         features=sample.features[cut:],
-        slot_version=sample.slot_version[cut:],
-        slot_node=sample.slot_node[cut:],
-        node_slot=sample.node_slot - cut,
+        position_version=sample.position_version[cut:],
+        position_node=sample.position_node[cut:],
+        node_position=sample.node_position - cut,
     )
 
 
@@ -107,17 +108,17 @@ def train(config: TrainerFile, samples: Sequence[Sample]) -> tuple[Draft, dict[s
 class OldPrefix:
     """A draft whose prompts' keys and values another one wrote. One layer only."""
 
-    def __init__(self, draft: Draft, old: Draft, prompt_slots: Tensor):
-        self._draft, self._old, self._prompt = draft, old, prompt_slots
+    def __init__(self, draft: Draft, old: Draft, prompt_positions: Tensor):
+        self._draft, self._old, self._prompt = draft, old, prompt_positions
 
     def __getattr__(self, name: str):
         return getattr(self._draft, name)
 
     @torch.no_grad()
-    def slots(self, tokens, features, positions, slot_start, rows):
+    def positions(self, tokens, features, positions, context_start, rows):
         draft = self._draft
         (new,), (old,) = (
-            d.slots(tokens, features, positions, slot_start)[1] for d in (draft, self._old)
+            d.context(tokens, features, positions, context_start)[1] for d in (draft, self._old)
         )
         kv = tuple(torch.where(self._prompt[:, None, None], o, n) for o, n in zip(old, new))
         (layer,) = draft.layers
@@ -125,7 +126,7 @@ class OldPrefix:
         x = layer.attention_input(draft._embeds(tokens[rows]), state)
         rope = draft._rope(positions[rows])
         return layer.finish(
-            state, draft._attend(layer, x, rope, kv, None, slot_start[rows], rows + 1, None)
+            state, draft._attend(layer, x, rope, kv, None, context_start[rows], rows + 1, None)
         ), [kv]
 
 
@@ -143,7 +144,7 @@ def old_prefix(
 
 @torch.no_grad()
 def by_position(draft: Draft, samples: Sequence[Sample], config: TrainerFile) -> dict[str, float]:
-    """Agreement of the first drafted token by the position of its slot behind the prompt."""
+    """Agreement of the first drafted token by the position of its position behind the prompt."""
     trainer, right, all_ = config.trainer, np.zeros(len(POSITIONS)), np.zeros(len(POSITIONS))
     packing = trainer.batch.model_copy(update={"rejected": False})
     for sample in samples:

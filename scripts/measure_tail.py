@@ -6,16 +6,17 @@ distance, on real text.
 TARGET and DRAFT are directories as the demo makes them (.cache/target,
 .cache/demo-*/weights/vNNNNNN). The target reads held-out prompts (`text`), and greedy continuations
 of others (`greedy`: what a server that decodes greedily sees); the draft drafts one token from
-every slot. Written per draft, traffic, distance and K, over all slots:
+every position. Written per draft, traffic, distance and K, over all positions:
 
 - loss_error: mean loss / mean exact loss - 1
-- gradient_cosine, gradient_error: cosine of d(mean loss)/d(logits), all slots one vector, and |g_K
+- gradient_cosine, gradient_error: cosine of d(mean loss)/d(logits), all positions one vector, and
+  |g_K
   - g| / |g|
 - acceptance_error: mean acceptance - mean exact acceptance; tail: mean mass beyond the K largest
   (of no distance)
 
-and the same at K = 32 over slots whose tail holds less than 1 %, 1 to 3 %, and so on: other targets
-have other tails.
+and the same at K = 32 over positions whose tail holds less than 1 %, 1 to 3 %, and so on: other
+targets have other tails.
 """
 
 from __future__ import annotations
@@ -51,10 +52,10 @@ TAILS = (0, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 @torch.no_grad()
-def slots(
+def positions(
     model, draft: Draft, rows: list[list[int]], begin: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(draft logits [R, VD], target logits [R, V]) of every slot that holds a token at position
+    """(draft logits [R, VD], target logits [R, V]) of every position that holds a token at position
     `begin` or later.
     """
     # hidden_states[0] enters the first layer
@@ -64,7 +65,7 @@ def slots(
         out = model(torch.tensor([row]), output_hidden_states=True)
         features = torch.cat([out.hidden_states[n][0] for n in layers], -1)[:-1]
         positions = torch.arange(len(features))
-        state, _ = draft.slots(
+        state, _ = draft.context(
             torch.tensor(row[1:]), features, positions, torch.zeros_like(positions)
         )
         z.append(draft.logits(state)[begin - 1 :])
@@ -92,7 +93,7 @@ def bucketed(z, t, distance: str, ids: torch.Tensor, k: int) -> tuple[float, tor
 
 
 def errors(z: torch.Tensor, t: torch.Tensor, ids: torch.Tensor, ks: tuple[int, ...] = KEPT) -> dict:
-    out = {"slots": len(z), "distances": {}}
+    out = {"positions": len(z), "distances": {}}
     for distance in DISTANCES:
         loss, g, acceptance = exact(z, t, distance, ids)
         out["acceptance"] = acceptance
@@ -145,7 +146,7 @@ def main() -> None:
     for path in args.drafts:
         draft = Draft.load(path, model.get_input_embeddings().weight)
         for name, (rows, begin) in traffic.items():
-            z, t = slots(model, draft, rows, begin)
+            z, t = positions(model, draft, rows, begin)
             ids = target_ids(draft.d2t)
             results[f"{path.name} {name}"] = errors(z, t, ids) | {
                 "by_tail_at_32": by_tail(z, t, ids)
@@ -168,8 +169,8 @@ def main() -> None:
 
 def show(name: str, result: dict, ks: tuple[int, ...]) -> None:
     print(
-        f"\n{name}: {result['slots']} slots, acceptance {result['acceptance']:.3f}; columns: loss,"
-        " cosine, gradient"
+        f"\n{name}: {result['positions']} positions, acceptance {result['acceptance']:.3f};"
+        " columns: loss, cosine, gradient"
     )
     print(f"{'K':>4} {'tail':>8} {'accept.':>8}" + "".join(f"{d:>28}" for d in DISTANCES))
     for k in ks:

@@ -87,6 +87,12 @@ class Site:
         with self._server("frozen", {"AURORA_SET": FROZEN_SET}) as server:
             return Pass(server.log, of, self.clients).follow(traffic(server))
 
+    def learned(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
+        """AURORA with the last published version, which captures nothing; no trainer."""
+        settings = f"plugin.capture.enabled=false weights.directory={self.home}/weights"
+        with self._server("learned", {"AURORA_SET": settings}) as server:
+            return Pass(server.log, of, self.clients).follow(traffic(server))
+
     def plain(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """The target without speculation."""
         with self._server("plain", None) as server:

@@ -1,11 +1,11 @@
 """Where a training step's time goes: shares of its parts, on the CPU or on a GPU.
 
-    python scripts/profile_step.py [--shape demo|qwen3-8b/4|qwen3-8b] [--slots N] [--device cuda]
-    [--trace FILE]
+    python scripts/profile_step.py [--shape demo|qwen3-8b/4|qwen3-8b] [--positions N] [--device
+    cuda] [--trace FILE]
 
 The step is the trainer's own (pack > score the served weights > objective > backward > optimizer),
-on synthetic samples of 64 to 512 slots. Every operation is counted for the part whose range it ran
-in, at its own time: on the CPU its time on the processor, on a GPU that of the kernels that it
+on synthetic samples of 64 to 512 positions. Every operation is counted for the part whose range it
+ran in, at its own time: on the CPU its time on the processor, on a GPU that of the kernels that it
 launched; the time between kernels is told apart. Profiling itself costs a little, most where
 operations are small.
 """
@@ -41,7 +41,7 @@ QWEN3_8B = replace(
     head_dim=128,
     vocab_size=151936, draft_vocab_size=151936,
 )  # fmt: skip
-# a draft, and the slots of a step
+# a draft, and the positions of a step
 SHAPES = {
     "demo": (DEMO, 256),
     "qwen3-8b/4": (
@@ -104,7 +104,7 @@ def part_of(event) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="demo")
-    parser.add_argument("--slots", type=int, help="of a step; default: what suits the shape")
+    parser.add_argument("--positions", type=int, help="of a step; default: what suits the shape")
     parser.add_argument("--rejected", type=float, default=0.0, help="weight of the rejected nodes")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -115,8 +115,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     on_gpu = options.device == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    config, slots = SHAPES[options.shape]
-    slots = options.slots or slots
+    config, positions = SHAPES[options.shape]
+    positions = options.positions or positions
     embed = torch.randn(
         config.vocab_size, config.hidden_size, generator=torch.Generator().manual_seed(1)
     )
@@ -125,7 +125,7 @@ def main() -> None:
     masters = {n: p.detach() for n, p in draft.named_parameters()}
     draft.compute_in(options.device, dtype)
     optimizer = Optimizer(draft, OptimizerConfig(lr=1e-4), masters)
-    samples = ragged(slots, vocab=config.vocab_size, features=config.feature_size, kept=32)
+    samples = ragged(positions, vocab=config.vocab_size, features=config.feature_size, kept=32)
     everything = draft, optimizer, samples, options.device, options.rejected
 
     # compiles and warms up
@@ -152,7 +152,7 @@ def main() -> None:
         len(level) for level in pack(samples, BatchConfig(rejected=options.rejected > 0)).levels
     )
     print(
-        f"{options.shape} on {options.device}: {slots} slots, {queries} queries,"
+        f"{options.shape} on {options.device}: {positions} positions, {queries} queries,"
         f" {seconds * 1e3:.1f} ms a step"
     )
     for part, share in shares.items():
@@ -163,7 +163,7 @@ def main() -> None:
         about = {
             "shape": options.shape,
             "device": options.device,
-            "slots": slots,
+            "positions": positions,
             "torch": torch.__version__,
         }
         options.out.write_text(

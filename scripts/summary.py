@@ -20,6 +20,7 @@ def report(
     site: Site,
     live: Pass,
     frozen: Pass | None,
+    learned: Pass | None,
     plain: Pass | None,
     *,
     init: str,
@@ -43,7 +44,7 @@ def report(
         "tokens_per_request": tokens,
         "clients": site.clients,
         "sampling": sampling,
-    } | figures(live, frozen, plain, shift)
+    } | figures(live, frozen, learned, plain, shift)
     (home / SUMMARY).write_text(json.dumps(summary, indent=1))
     domains = (
         [] if shift is None else [(0, live.replies[0].domain), (shift, live.replies[-1].domain)]
@@ -84,7 +85,11 @@ def vocabulary(draft: Path, live: Pass) -> dict[str, float]:
 
 
 def figures(
-    live: Pass, frozen: Pass | None, plain: Pass | None, shift: int | None
+    live: Pass,
+    frozen: Pass | None,
+    learned: Pass | None,
+    plain: Pass | None,
+    shift: int | None,
 ) -> dict[str, Any]:
     """The keys after the settings; None where a demo has no such thing."""
     lengths = live.lengths
@@ -123,11 +128,12 @@ def figures(
         "dropped": status.get("dropped", {}),
         "lost": status.get("lost", 0),
         "optimizer_steps": status.get("optimizer_step", 0),
-        # Tokens a second on the same kind of load: every client busy.
+        # Tokens a second; every client is busy, but in the live pass, where users may pause.
         "passes": {
             "live": live.figures(),
             f"live_last_{WINDOW}": live.figures(WINDOW),
             "frozen": frozen.figures() if frozen else None,
+            "learned": learned.figures() if learned else None,
             "plain": plain.figures() if plain else None,
         },
     }

@@ -14,7 +14,7 @@ from aurora_trainer.intake.sample import Sample
 
 
 def sample(
-    slots: int,
+    positions: int,
     *,
     vocab: int,
     features: int,
@@ -23,38 +23,40 @@ def sample(
     prompt_len: int = 16,
     seed: int = 0,
 ) -> Sample:
-    """A request of `slots` committed slots, prompt included; features are bfloat16, as a server
-    sends them.
+    """A request of `positions` committed positions, prompt included; features are bfloat16, as a
+    server sends them.
     """
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocab, (slots + 1,), generator=g)
+    tokens = torch.randint(vocab, (positions + 1,), generator=g)
     # of each verify step, more of them than fit
-    accepted = rng.integers(0, num_steps + 1, slots)
+    accepted = rng.integers(0, num_steps + 1, positions)
     # position of each root
     roots = prompt_len + np.r_[0, np.cumsum(accepted + 1)[:-1]]
-    trees = int((roots <= slots).sum())
-    accepted, roots = np.minimum(accepted[:trees], slots - roots[:trees]), roots[:trees]
+    trees = int((roots <= positions).sum())
+    accepted, roots = np.minimum(accepted[:trees], positions - roots[:trees]), roots[:trees]
     width = num_steps + 1
     depth = np.tile(np.arange(width), (trees, 1))
     node = np.arange(trees * width).reshape(trees, width)
     on_path = depth <= accepted[:, None]
     position = roots[:, None] + depth
     drafted = torch.randint(vocab, (trees, width), generator=g).numpy()
-    slot_node = np.full(slots, -1)
-    slot_node[(position - 1)[on_path]] = node[on_path]
+    position_node = np.full(positions, -1)
+    position_node[(position - 1)[on_path]] = node[on_path]
     raw = torch.randn(trees * width, kept, generator=g).mul_(2).sort(-1, descending=True).values
     stride = vocab // kept
     ids = torch.randint(vocab, (trees * width, 1), generator=g) + stride * torch.arange(kept)
     return Sample(
-        request=f"r{seed}", epoch="e", attempt=0, start=0, prompt_len=prompt_len, reason="stop",
+        request=f"r{seed}", session="e", attempt=0, start=0, prompt_len=prompt_len, reason="stop",
         time_ns=0,
-        tokens=tokens, features=torch.randn(slots, features, generator=g).bfloat16(),
-        slot_version=torch.zeros(slots, dtype=torch.int32), slot_node=torch.from_numpy(slot_node),
-        node_token=torch.from_numpy(np.where(on_path, tokens.numpy()[np.minimum(position, slots)],
+        tokens=tokens, features=torch.randn(positions, features, generator=g).bfloat16(),
+        position_version=torch.zeros(positions, dtype=torch.int32),
+        position_node=torch.from_numpy(position_node),
+        node_token=torch.from_numpy(np.where(on_path,
+        tokens.numpy()[np.minimum(position, positions)],
         drafted)).flatten(),
         node_parent=torch.from_numpy(np.where(depth > 0, node - 1, -1)).flatten(),
         node_depth=torch.from_numpy(depth).flatten(),
-        node_slot=torch.from_numpy(np.repeat(roots - 1, width)),
+        node_position=torch.from_numpy(np.repeat(roots - 1, width)),
         node_accepted=torch.from_numpy(on_path).flatten(),
         node_altered=torch.zeros(trees * width, dtype=torch.bool),
         topk_ids=ids % vocab, topk_logits=raw, logsumexp=raw.logsumexp(-1) + 0.3,
@@ -64,9 +66,9 @@ def sample(
     )  # fmt: skip
 
 
-def ragged(slots: int, *, seed: int = 0, **about) -> list[Sample]:
-    """Requests of 64 to 512 slots, `slots` in all."""
+def ragged(positions: int, *, seed: int = 0, **about) -> list[Sample]:
+    """Requests of 64 to 512 positions, `positions` in all."""
     rng, lengths = np.random.default_rng(seed), []
-    while (left := slots - sum(lengths)) > 0:
+    while (left := positions - sum(lengths)) > 0:
         lengths.append(left if left < 128 else int(min(rng.integers(64, 513), left - 64)))
     return [sample(n, seed=seed + 1 + i, **about) for i, n in enumerate(lengths)]

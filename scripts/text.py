@@ -65,12 +65,8 @@ def _python_files(root: Path) -> Iterator[tuple[str, Path]]:
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         for path in (Path(folder, name) for name in files if name.endswith(".py")):
             if path.stat().st_size < 500_000:
-                yield (
-                    (
-                        f"{'stdlib' if root == _STDLIB else root.name}/{path.relative_to(root).as_posix()}"
-                    ),
-                    path,
-                )
+                package = "stdlib" if root == _STDLIB else root.name
+                yield f"{package}/{path.relative_to(root).as_posix()}", path
 
 
 def _sources(domain: str) -> Iterator[tuple[str, Path | str]]:

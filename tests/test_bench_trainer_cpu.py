@@ -42,18 +42,23 @@ def test_sides_that_differ_show_no_figures(tmp_path):
         check({"ours": 1.0, "dense": 1.1}, files)
 
 
-@pytest.mark.parametrize("slots", [20, 64, 301])
-def test_synthetic_samples_are_of_one_piece(slots):
-    """Every slot from the first root's on has a target, and trees hang where they were drawn."""
-    s = sample(slots, vocab=100, features=4, kept=5, seed=slots)
-    assert len(s.features) == slots == len(s.tokens) - 1
-    assert (s.slot_node[: s.prompt_len - 1] == -1).all() and (
-        s.slot_node[s.prompt_len - 1 :] >= 0
+@pytest.mark.parametrize("positions", [20, 64, 301])
+def test_synthetic_samples_are_of_one_piece(positions):
+    """Every position from the first root's on has a target, and trees hang where they were
+    drawn.
+    """
+    s = sample(positions, vocab=100, features=4, kept=5, seed=positions)
+    assert len(s.features) == positions == len(s.tokens) - 1
+    assert (s.position_node[: s.prompt_len - 1] == -1).all() and (
+        s.position_node[s.prompt_len - 1 :] >= 0
     ).all()
-    node = s.slot_node[s.prompt_len - 1 :]
+    node = s.position_node[s.prompt_len - 1 :]
     assert torch.equal(s.node_token[node], s.tokens[s.prompt_len :]) and s.node_accepted[node].all()
     assert torch.equal(
-        s.node_slot[node] + s.node_depth[node], torch.arange(s.prompt_len - 1, slots)
+        s.node_position[node] + s.node_depth[node], torch.arange(s.prompt_len - 1, positions)
     )
     assert (s.topk_ids.sort(-1).values.diff() > 0).all() and (s.topk_logits.diff() <= 0).all()
-    assert sum(len(part.features) for part in ragged(slots, vocab=100, features=4, kept=5)) == slots
+    assert (
+        sum(len(part.features) for part in ragged(positions, vocab=100, features=4, kept=5))
+        == positions
+    )

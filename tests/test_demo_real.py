@@ -1,4 +1,4 @@
-"""demo-real on a tiny target: chat requests that set nothing, three passes, one summary."""
+"""demo-real on a tiny target: chat requests that set nothing, four passes, one summary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chatting(quick_target, tmp_path_factory) -> Path:  # noqa: F811
     return directory
 
 
-def test_three_passes_stand_side_by_side(chatting, tmp_path):
+def test_four_passes_stand_side_by_side(chatting, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     said = [
         {"domain": "chat" if n % 2 else "code", "text": f"def f{n}(self, name):"} for n in range(24)
@@ -59,6 +59,8 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
         "2",
         "--turns",
         "2",
+        "--pause",
+        "0.1",
     ]
     run = subprocess.run(
         [*command, "--home", tmp_path], capture_output=True, text=True, cwd=ROOT, env=os.environ
@@ -66,7 +68,7 @@ def test_three_passes_stand_side_by_side(chatting, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads((tmp_path / "demo-real" / "summary.json").read_text())
     assert {name: p["requests"] for name, p in found["passes"].items() if "_" not in name} == {
-        "live": 18, "frozen": 9, "plain": 9,
+        "live": 18, "frozen": 9, "learned": 9, "plain": 9,
     }  # fmt: skip
     assert all(p["tokens_per_s"] > 0 and p["accept_length"] >= 1 for p in found["passes"].values())
     assert found["passes"]["plain"]["accept_length"] == 1 and found["model"] == "target"
@@ -92,9 +94,9 @@ def passed(tmp_path: Path, count: int, domain: str = "chat", seconds: float = 1.
 
 
 def test_every_demo_has_the_same_keys(tmp_path):
-    toy = summary.figures(passed(tmp_path, 50), passed(tmp_path, 9), None, shift=30)
+    toy = summary.figures(passed(tmp_path, 50), passed(tmp_path, 9), None, None, shift=30)
     real = summary.figures(
-        passed(tmp_path, 20), passed(tmp_path, 9), passed(tmp_path, 9), shift=None
+        passed(tmp_path, 20), *[passed(tmp_path, 9) for _ in range(3)], shift=None
     )
     assert toy.keys() == real.keys() and toy["passes"].keys() == real["passes"].keys()
     assert real["accept_length_after_shift"] is None and toy["accept_length_after_shift"] == 1.5
@@ -150,13 +152,14 @@ def test_a_file_of_prompts_that_cannot_be_read(tmp_path, content, message):
 
 def test_domains_have_equal_shares_in_random_order():
     prompts = [Prompt("a", str(n)) for n in range(90)] + [Prompt("b", str(n)) for n in range(12)]
-    chosen = chat_prompts.choose(prompts, 20, lambda text: len(text) == 1)
+    chosen, others = chat_prompts.choose(prompts, 20, 4, lambda text: len(text) == 1)
+    assert not set(chosen) & set(others)
     domains = [p.domain for p in chosen]
     assert domains.count("a") == domains.count("b") == 10 and domains != ["a", "b"] * 10
     assert len(set(chosen)) == 20 and {len(p.text) for p in chosen} == {1}
-    assert chosen == chat_prompts.choose(prompts, 20, lambda text: len(text) == 1)
+    assert (chosen, others) == chat_prompts.choose(prompts, 20, 4, lambda text: len(text) == 1)
     with pytest.raises(ValueError, match="longer"):
-        chat_prompts.choose(prompts, 20, lambda text: False)
+        chat_prompts.choose(prompts, 20, 4, lambda text: False)
 
 
 def test_the_built_in_prompts_are_enough():

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -20,11 +19,13 @@ import pytest
 import torch
 from models import make_random_draft, make_random_target
 from safetensors.torch import load_file
+from traffic import messages
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from aurora_sglang_plugin import metrics as server_metrics
 from aurora_sglang_plugin.config import ServerConfig
+from aurora_sglang_plugin.link import reasons
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer import metric_families as families
 from aurora_trainer.cli import app
@@ -97,16 +98,6 @@ FOUND = [
 ]
 
 
-def trainers_traffic():
-    """tests/support/traffic.py, by its path: it belongs to the tests of another folder."""
-    spec = importlib.util.spec_from_file_location(
-        "trainers_traffic", ROOT / "tests" / "trainer" / "traffic.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with what the pages' commands name: a target, drafts, a recording, versions, a
@@ -121,12 +112,12 @@ def place(tmp_path_factory):
         f'[link]\nendpoint = "ipc://{folder}/link"\n[weights]\ndirectory ='
         f' "{folder}/weights"\n[trainer.model]\ntarget = "{target}"\ndraft ='
         f' "{folder}/draft"\n[trainer.checkpoint]\ndirectory ='
-        f' "{folder}/checkpoints"\n[trainer.pace]\nnew_slots_per_step ='
+        f' "{folder}/checkpoints"\n[trainer.pace]\nnew_positions_per_step ='
         " 40\n[trainer.publish]\nevery_steps = 2\nkeep = 100\n[trainer.gate]\nenabled = false\n"
     )
     recording = Recording(folder / "recording", RecordConfig())
     about = dict(vocab=290, features=96, requests=12, outputs=30)
-    for parts in trainers_traffic().messages(target=target_fingerprint(str(target)), **about):
+    for parts in messages(target=target_fingerprint(str(target)), **about):
         recording.write(parts)
     recording.close()
     run(folder, f"{OURS} replay recording --config aurora.toml")
@@ -261,9 +252,9 @@ def test_the_errors_of_the_troubleshooting_page_are_the_programs_own():
 def test_every_cause_is_explained():
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     causes = [
-        *server_metrics.DROPS,
-        *server_metrics.REFUSALS,
-        *families.REJECTIONS,
+        *reasons.DROPS,
+        *reasons.REFUSED_WEIGHTS,
+        *reasons.REJECTED,
         *families.UNUSABLE,
         *families.LEFT,
     ]

@@ -3,7 +3,8 @@ values are computed.
 
 Server start, `aurora-trainer check`, `import` and the trainer all ask here. A key that SGLang never
 reads is not looked at; one that transformers would refuse is refused here first, in a sentence.
-`tests/plugin/drafts/test_eagle3_check.py` asks SGLang's own loader. This module imports neither torch nor sglang.
+`tests/plugin/drafts/test_eagle3_check.py` asks SGLang's own loader. This module imports neither
+torch nor sglang.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The trainer's side of the link's books, one page per publisher's life (epoch), kept over a
-restart of the trainer.
+"""The trainer's side of the message ledger: one entry for each session (a publisher's life), kept
+over a restart of the trainer.
 
-    sent_seq = received + lost + rejected          lost: gaps in sent_seq, from an epoch's very
+    sent_seq = received + lost + rejected          lost: gaps in sent_seq, from a session's very
                                                    first message on
     captured = (sent_seq - heartbeats) + sum(dropped) + queued        as the publisher says in a
                                                                       heartbeat
@@ -9,8 +9,8 @@ restart of the trainer.
 They are written at most once a second: what a killed trainer had received since then counts as
 lost, as it is.
 
-There are pages for many more epochs than servers can be at work at once, those of ended ones
-included: the page that is forgotten, at the bound, is of the epoch that was silent for longest.
+There are entries for many more sessions than servers can be at work at once, those of ended ones
+included: the entry that is forgotten, at the bound, is of the session that was silent for longest.
 Should it speak again, what it had sent before is not counted as lost.
 """
 
@@ -31,13 +31,13 @@ from aurora_sglang_plugin.retry import Retry
 log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 1.0
-MAX_EPOCHS = 8192
+MAX_SESSIONS = 8192
 # A server's clock counts as this one's within so much: what is older than that waited on the way,
 # perhaps.
 CLOCK_S = 5.0
 
 
-class Epoch(msgspec.Struct):
+class Session(msgspec.Struct):
     """In messages. What the publisher says is as of its last message."""
 
     target: str = ""
@@ -50,10 +50,10 @@ class Epoch(msgspec.Struct):
     dropped: dict[str, int] = {}
     queued: int = 0
     draft_version: int = 0
-    # the last message was a heartbeat: the publisher's books are complete
+    # the last message was a heartbeat: the publisher's ledger is complete
     quiet: bool = False
     last_unix_s: float = 0.0
-    # Of sent_seq: what an epoch had sent that may have been here before, and whose counts are
+    # Of sent_seq: what a session had sent that may have been here before, and whose counts are
     # forgotten.
     before: int = 0
     # How far the server's clock is ahead of this machine's, 0 within CLOCK_S.
@@ -62,23 +62,23 @@ class Epoch(msgspec.Struct):
 
 class _File(msgspec.Struct):
     # least recently heard first
-    epochs: dict[str, Epoch] = {}
-    # by cause, all epochs and unknown ones
+    sessions: dict[str, Session] = {}
+    # by cause, all sessions and unknown ones
     rejected: dict[str, int] = {}
-    forgotten_epochs: int = 0
+    forgotten_sessions: int = 0
 
 
-class Books:
+class Ledger:
     """Not thread-safe: its owner locks. `path` None: not kept."""
 
     def __init__(self, path: Path | None):
         self._path = Path(path) if path else None
         file = _load(self._path)
-        self.epochs: OrderedDict[str, Epoch] = OrderedDict(file.epochs)
+        self.sessions: OrderedDict[str, Session] = OrderedDict(file.sessions)
         self.rejected = file.rejected
-        self.forgotten_epochs = file.forgotten_epochs
+        self.forgotten_sessions = file.forgotten_sessions
         self._unwritten, self._written_at = False, 0.0
-        self._retry = Retry("books")
+        self._retry = Retry("ledger")
 
     def accept(self, header: wire.Header) -> bool:
         """Count a message as received.
@@ -88,75 +88,77 @@ class Books:
         if not self._enter(header):
             self.reject("order", None)
             return False
-        self.epochs[header.epoch].received += 1
+        self.sessions[header.session].received += 1
         return True
 
     def reject(self, cause: str, header: wire.Header | None) -> bool:
-        """Count a message that cannot be used, for its epoch as well where its header can be
+        """Count a message that cannot be used, for its session as well where its header can be
         believed (not None).
 
-        True where it is the next one of its epoch.
+        True where it is the next one of its session.
         """
         self.rejected[cause] = self.rejected.get(cause, 0) + 1
         self._unwritten = True
         if header is None or not self._enter(header):
             return False
-        self.epochs[header.epoch].rejected += 1
+        self.sessions[header.session].rejected += 1
         return True
 
     def _enter(self, header: wire.Header) -> bool:
-        epoch = self.epochs.get(header.epoch)
-        if epoch is None:
-            before = header.sent_seq - 1 if self.forgotten_epochs else 0
-            epoch = Epoch(header.target, sent_seq=before, before=before)
-        if header.sent_seq <= epoch.sent_seq:
+        session = self.sessions.get(header.session)
+        if session is None:
+            before = header.sent_seq - 1 if self.forgotten_sessions else 0
+            session = Session(header.target, sent_seq=before, before=before)
+        if header.sent_seq <= session.sent_seq:
             return False
-        self.epochs[header.epoch] = epoch
-        self.epochs.move_to_end(header.epoch)
-        if len(self.epochs) > MAX_EPOCHS:
-            self.epochs.popitem(last=False)
-            self.forgotten_epochs += 1
-        epoch.lost += header.sent_seq - epoch.sent_seq - 1
-        epoch.sent_seq, epoch.captured, epoch.heartbeats = (
+        self.sessions[header.session] = session
+        self.sessions.move_to_end(header.session)
+        if len(self.sessions) > MAX_SESSIONS:
+            self.sessions.popitem(last=False)
+            self.forgotten_sessions += 1
+        session.lost += header.sent_seq - session.sent_seq - 1
+        session.sent_seq, session.captured, session.heartbeats = (
             header.sent_seq,
             header.captured_seq,
             header.heartbeats,
         )
-        epoch.dropped, epoch.queued = header.dropped, header.queued
+        session.dropped, session.queued = header.dropped, header.queued
         # an `end` does not say
-        epoch.draft_version = header.draft_version or epoch.draft_version
-        epoch.quiet, epoch.last_unix_s = header.kind == "heartbeat", time.time()
-        ahead_s = header.time_ns / 1e9 - epoch.last_unix_s
+        session.draft_version = header.draft_version or session.draft_version
+        session.quiet, session.last_unix_s = header.kind == "heartbeat", time.time()
+        ahead_s = header.time_ns / 1e9 - session.last_unix_s
         # only a heartbeat is sent as soon as it is made
-        if epoch.quiet or ahead_s > CLOCK_S:
-            epoch.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
+        if session.quiet or ahead_s > CLOCK_S:
+            session.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
         self._unwritten = True
         return True
 
     def balanced(self, name: str) -> bool | str:
         """True where both equations hold after a heartbeat, else what is not equal."""
-        epoch = self.epochs.get(name)
-        if epoch is None:
-            return "unknown epoch"
-        if not epoch.quiet:
+        session = self.sessions.get(name)
+        if session is None:
+            return "unknown session"
+        if not session.quiet:
             return "no heartbeat since the last message"
-        sent, dropped = epoch.sent_seq - epoch.heartbeats, sum(epoch.dropped.values())
-        if epoch.captured != sent + dropped + epoch.queued:
+        sent, dropped = session.sent_seq - session.heartbeats, sum(session.dropped.values())
+        if session.captured != sent + dropped + session.queued:
             return (
-                f"captured {epoch.captured} is not sent {sent} + dropped {dropped} + queued"
-                f" {epoch.queued}"
+                f"captured {session.captured} is not sent {sent} + dropped {dropped} + queued"
+                f" {session.queued}"
             )
-        received, lost, rejected = epoch.received, epoch.lost, epoch.rejected
-        if epoch.sent_seq - epoch.before != received + lost + rejected:
+        received, lost, rejected = session.received, session.lost, session.rejected
+        if session.sent_seq - session.before != received + lost + rejected:
             return (
-                f"sent {epoch.sent_seq} is not received {received} + lost {lost} + rejected"
+                f"sent {session.sent_seq} is not received {received} + lost {lost} + rejected"
                 f" {rejected}"
             )
         return True
 
     def as_dict(self) -> dict:
-        """JSON-able: {epochs: {epoch: {...}}, rejected: {cause: n}, forgotten_epochs: n}."""
-        return msgspec.to_builtins(_File(dict(self.epochs), self.rejected, self.forgotten_epochs))
+        """JSON-able: {sessions: {session: {...}}, rejected: {cause: n}, forgotten_sessions: n}."""
+        return msgspec.to_builtins(
+            _File(dict(self.sessions), self.rejected, self.forgotten_sessions)
+        )
 
     @property
     def write_faults(self) -> int:
@@ -166,7 +168,7 @@ class Books:
         return self._unwritten and time.monotonic() - self._written_at >= WRITE_EVERY_S
 
     def write(self, at_once: bool = False) -> None:
-        """Atomic against a kill, not against a power failure: damaged books are replaced by new
+        """Atomic against a kill, not against a power failure: a damaged ledger is replaced by a new
         ones.
         """
         self._written_at, self._unwritten = time.monotonic(), False
@@ -190,5 +192,5 @@ def _load(path: Path | None) -> _File:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_File)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.warning("books are damaged, starting new ones path=%s error=%s", path, error)
+        log.warning("ledger are damaged, starting new ones path=%s error=%s", path, error)
         return _File()

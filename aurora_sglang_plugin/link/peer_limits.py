@@ -30,7 +30,7 @@ FILES = 65536
 LOG_EVERY_S = 60.0
 
 
-class Guard:
+class PeerLimits:
     """Stands before one socket, from before it binds until before it closes.
 
     For the thread that owns the socket.

@@ -1,14 +1,14 @@
 """Publish captured messages to the trainer: the left end of the wire. Serving never waits for it.
 
-    scheduler's thread   offer() -> outbox (bounded; the OLDEST message is dropped and counted by
-                         cause)
-    publisher's thread   outbox -> build() -> wire.encode -> PUSH socket, only while the trainer
+    scheduler's thread   offer() -> send_queue (bounded; the OLDEST message is dropped and counted
+                         by cause)
+    publisher's thread   send_queue -> build() -> wire.encode -> PUSH socket, only while the trainer
                          takes messages
 
 Delivery is at most once. ZeroMQ's own queue would keep the oldest messages, count them in messages
 and fill while nobody is connected; it is kept at SEND_QUEUE_MESSAGES and unused while unconnected.
 A message that ZeroMQ took and the trainer never got is `sent` here and `lost` in the trainer's
-books. With link.server_keys nothing is sent to a peer that does not have the trainer's secret key.
+ledger. With link.server_keys nothing is sent to a peer that does not have the trainer's secret key.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.endpoint import EXPECTED, check_ipc_directory
 from aurora_sglang_plugin.link import handshakes, wire
 from aurora_sglang_plugin.link.curve import load_server_keys
-from aurora_sglang_plugin.link.send_queue import Arrays, Item, Outbox, Snapshot
+from aurora_sglang_plugin.link.send_queue import Arrays, Item, SendQueue, Snapshot
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,9 @@ class Publisher:
     """
 
     def __init__(self, link: LinkConfig, config: PublishConfig, target: str):
-        self.epoch = secrets.token_hex(8)
+        self.session = secrets.token_hex(8)
         self._link, self._heartbeat_s, self._target = link, config.heartbeat_s, target
-        self._outbox = Outbox(config)
+        self._send_queue = SendQueue(config)
         self._logged: set[str] = set()
         self._wake = threading.Event()
         # monotonic; set once by close()
@@ -107,7 +107,7 @@ class Publisher:
             "topk": topk,
             "rejection": rejection,
         }
-        if self._outbox.put(kind, snapshot, fields):
+        if self._send_queue.put(kind, snapshot, fields):
             self._wake.set()
 
     def retarget(self, target: str) -> None:
@@ -115,25 +115,25 @@ class Publisher:
         self._target = target
 
     def drop(self, cause: str) -> None:
-        """Count a message that was due and could not even be offered, e.g. drop("no_slot")."""
-        self._outbox.drop(cause)
+        """Count a message that was due and could not even be offered, e.g. drop("no_buffer")."""
+        self._send_queue.drop(cause)
 
     def counters(self) -> dict:
-        """The books: captured, sent, dropped {cause: n}, queued (messages); queued_bytes,
+        """The ledger: captured, sent, dropped {cause: n}, queued (messages); queued_bytes,
         bytes_sent; heartbeats.
 
-        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `left_out`
-            {cause: n} counts rows of
-        requests that were left out of messages, by the causes of rows.py; `refused` {cause: n}
-        attempts to connect that failed at the handshake, by the causes of handshakes.py.
+        Causes: queue_full, too_large, build, publish, closed, and those of drop(). `excluded`
+        {cause: n} counts rows of requests that were left out of messages, by the causes of rows.py;
+        `refused` {cause: n} attempts to connect that failed at the handshake, by the causes of
+        handshakes.py.
         """
-        return self._outbox.counters() | {"refused": dict(self._refused)}
+        return self._send_queue.counters() | {"refused": dict(self._refused)}
 
     def close(self, timeout_s: float = 1.0) -> None:
         """Send what the trainer takes within `timeout_s`, count the rest as dropped by cause
         `closed`. Idempotent.
         """
-        self._outbox.seal()
+        self._send_queue.seal()
         if self._close_at is None:
             self._close_at = time.monotonic() + timeout_s
         self._wake.set()
@@ -168,7 +168,7 @@ class Publisher:
         self._connected.monitor.close()
         self._socket.close(linger=linger_ms)
 
-    def _mind(self) -> None:
+    def _handle_blocked_link(self) -> None:
         """Nobody takes messages: try again where libzmq would not, and say why, once for each
         cause.
         """
@@ -188,20 +188,20 @@ class Publisher:
             self._connect()
 
     def _run(self) -> None:
-        # the first one tells the trainer that this epoch began
+        # the first one tells the trainer that this session began
         heartbeat_at = time.monotonic()
-        while self._close_at is None or (self._outbox and time.monotonic() < self._close_at):
+        while self._close_at is None or (self._send_queue and time.monotonic() < self._close_at):
             self._wake.clear()
             try:
                 if self._socket.closed:
                     self._connect()
-                if self._outbox:
+                if self._send_queue:
                     if self._send_next():
                         heartbeat_at = time.monotonic() + self._heartbeat_s
                     continue
                 if time.monotonic() >= heartbeat_at:
                     if not self._send_heartbeat():
-                        self._mind()
+                        self._handle_blocked_link()
                     heartbeat_at = time.monotonic() + self._heartbeat_s
             except Exception as error:
                 # serving goes on without publishing until the socket works again
@@ -213,8 +213,8 @@ class Publisher:
 
     def _finish(self) -> None:
         assert self._close_at is not None
-        self._outbox.discard()
-        # the last books
+        self._send_queue.discard()
+        # the last ledger
         try:
             while not self._send_heartbeat() and (left_s := self._close_at - time.monotonic()) > 0:
                 self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
@@ -228,11 +228,11 @@ class Publisher:
 
         The queue goes on dropping its oldest meanwhile.
         """
-        if not self._writable() or (item := self._outbox.take()) is None:
+        if not self._writable() or (item := self._send_queue.take()) is None:
             return False
         cause = "closed"
         try:
-            arrays = self._outbox.leave_out_bad_rows(item, item.snapshot.build())
+            arrays = self._send_queue.leave_out_bad_rows(item, item.snapshot.build())
             # only the arrays are needed from here on
             item.snapshot = None
             while not (nbytes := self._send(item, arrays)):
@@ -242,39 +242,39 @@ class Publisher:
             if nbytes < 0:
                 cause = "too_large"
         except zmq.ZMQError:
-            self._outbox.settle("publish")
+            self._send_queue.settle("publish")
             raise
         except Exception as error:
             # a fault of capture's conversions must not end publishing
             self._log_once("build", error)
             nbytes, cause = 0, "build"
-        self._outbox.settle(cause, nbytes)
+        self._send_queue.settle(cause, nbytes)
         return nbytes > 0
 
     def _writable(self) -> bool:
         """Whether the trainer takes a message.
 
-        Where it does not at once, what is queued gives back its pinned slots:
-        else the few slots would hold the oldest messages, and the newest would be the ones that are
-        dropped."""
+        Where it does not at once, what is queued gives back its pinned buffers:
+        else the few buffers would hold the oldest messages, and the newest would be the ones that
+        are dropped."""
         if self._socket.poll(0, zmq.POLLOUT):
             return True
         try:
-            self._outbox.unload()
+            self._send_queue.unload()
         except Exception as error:
             # that message fails to build as well, and is counted there
             self._log_once("unload", error)
-        self._mind()
+        self._handle_blocked_link()
         return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
         """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
         bound.
 
-        `item` None is a heartbeat. The header is made anew for each attempt, so that its books are
+        `item` None is a heartbeat. The header is made anew for each attempt, so that its ledger are
         those of sending.
         """
-        parts = wire.encode(self._outbox.header(item, self.epoch, self._target), arrays)
+        parts = wire.encode(self._send_queue.header(item, self.session, self._target), arrays)
         nbytes = sum(map(len, parts))
         if nbytes > self._link.max_message_bytes or len(parts[0]) > wire.MAX_HEADER_BYTES:
             return -1
@@ -294,7 +294,7 @@ class Publisher:
     def _send_heartbeat(self) -> bool:
         nbytes = self._send(None, {})
         if nbytes > 0:
-            self._outbox.beat(nbytes)
+            self._send_queue.beat(nbytes)
         return nbytes > 0
 
     def _log_once(self, cause: str, error: Exception) -> None:

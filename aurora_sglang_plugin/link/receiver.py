@@ -1,6 +1,6 @@
 """Receive messages from the servers: the right end of the wire.
 
-    PULL socket (peer_limits.py) -> check (wire.decode) -> books -> bounded queue -> get()
+    PULL socket (peer_limits.py) -> check (wire.decode) -> ledger -> bounded queue -> get()
 
 One thread receives. When the queue is full it stops, so that the pressure reaches the publishers'
 queues, where the oldest messages are dropped and counted. Nothing that a peer sends ends it; what
@@ -26,15 +26,15 @@ from aurora_sglang_plugin.config import LinkConfig, Section
 from aurora_sglang_plugin.endpoint import check_ipc_directory
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.curve import load_trainer_keys
-from aurora_sglang_plugin.link.ledger import Books
-from aurora_sglang_plugin.link.peer_limits import Guard
+from aurora_sglang_plugin.link.ledger import Ledger
+from aurora_sglang_plugin.link.peer_limits import PeerLimits
 
 log = logging.getLogger(__name__)
 
 RECEIVE_QUEUE_MESSAGES = 4
 POLL_MS = 100
-# of the books, in the status: those that were heard last
-SHOWN_EPOCHS = 64
+# of the ledger, in the status: those that were heard last
+SHOWN_SESSIONS = 64
 # a server that was silent for longer does not count as being there
 HEARD_S = 10.0
 
@@ -50,16 +50,16 @@ class Receiver:
 
     `target`: refuse messages about another one (cause `target`).
 
-    `books_path` is None where the books need not survive. `record` is called with the raw parts of
-    every accepted message. Raises ValueError where the endpoint cannot be bound, or its keys cannot be
-    used.
+    `ledger_path` is None where the ledger need not survive. `record` is called with the raw parts
+    of every accepted message. Raises ValueError where the endpoint cannot be bound, or its keys
+    cannot be used.
     """
 
     def __init__(
         self,
         link: LinkConfig,
         config: ReceiveConfig,
-        books_path: Path | None,
+        ledger_path: Path | None,
         *,
         target: str | None = None,
         record: Callable[[Sequence[bytes | memoryview]], None] | None = None,
@@ -70,14 +70,14 @@ class Receiver:
             target,
             record,
         )
-        self._books = Books(books_path)
+        self._ledger = Ledger(ledger_path)
         self._queue: deque[tuple[wire.Message, int]] = deque()
         self._queued_bytes = self._received_bytes = 0
-        # guards queue and books
+        # guards queue and ledger
         self._changed = threading.Condition()
         self._closing = False
         self._context = zmq.Context()
-        self._socket, self._guard = _bind(self._context, link)
+        self._socket, self._peer_limits = _bind(self._context, link)
         self._thread = threading.Thread(target=self._run, name="aurora-receive", daemon=True)
         self._thread.start()
 
@@ -96,49 +96,49 @@ class Receiver:
             self._changed.notify_all()
             return message
 
-    def books(self) -> dict:
-        """{epochs: {epoch: {received, lost, rejected, sent_seq, captured, dropped, ...}}, rejected:
-        {cause: n}, ...}
+    def ledger(self) -> dict:
+        """{sessions: {session: {received, lost, rejected, sent_seq, captured, dropped, ...}},
+        rejected: {cause: n}, ...}
 
-        Epochs are in the order in which they were last heard; `write_faults` counts books that were
-        not written. `rejected` is in messages; `refused_peers` {cause: n} in connections, since
-        this receiver began (peer_limits.py).
+        Sessions are in the order in which they were last heard; `write_faults` counts ledger that
+        were not written. `rejected` is in messages; `refused_peers` {cause: n} in connections,
+        since this receiver began (peer_limits.py).
         """
         with self._changed:
             # since it began
             queue = {"queued_bytes": self._queued_bytes, "received_bytes": self._received_bytes}
             counts = {
-                "write_faults": self._books.write_faults,
-                "refused_peers": self._guard.refused(),
+                "write_faults": self._ledger.write_faults,
+                "refused_peers": self._peer_limits.refused(),
             }
-            return self._books.as_dict() | queue | counts
+            return self._ledger.as_dict() | queue | counts
 
     def status(self) -> dict:
-        """The books as figures of the trainer's status."""
-        books, now_s = self.books(), time.time()
-        epochs = books["epochs"].values()
-        heard = [e["last_unix_s"] for e in epochs]
+        """The ledger as figures of the trainer's status."""
+        ledger, now_s = self.ledger(), time.time()
+        sessions = ledger["sessions"].values()
+        heard = [e["last_unix_s"] for e in sessions]
         return {
-            "books": dict(list(books["epochs"].items())[-SHOWN_EPOCHS:]),
-            "received": sum(e["received"] for e in epochs),
-            "lost": sum(e["lost"] for e in epochs),
-            "rejected": books["rejected"],
-            "refused_peers": books["refused_peers"],
+            "ledger": dict(list(ledger["sessions"].items())[-SHOWN_SESSIONS:]),
+            "received": sum(e["received"] for e in sessions),
+            "lost": sum(e["lost"] for e in sessions),
+            "rejected": ledger["rejected"],
+            "refused_peers": ledger["refused_peers"],
             # by the publishers
-            "dropped": dict(sum((Counter(e["dropped"]) for e in epochs), Counter())),
+            "dropped": dict(sum((Counter(e["dropped"]) for e in sessions), Counter())),
             "servers": sum(now_s - at < HEARD_S for at in heard),
             "message_age_s": max(0.0, now_s - max(heard)) if heard else None,
-            "received_bytes": books["received_bytes"],
-            "receive_queue_bytes": books["queued_bytes"],
+            "received_bytes": ledger["received_bytes"],
+            "receive_queue_bytes": ledger["queued_bytes"],
         }
 
-    def balanced(self, epoch: str) -> bool | str:
+    def balanced(self, session: str) -> bool | str:
         """True where both equations of ledger.py hold after a heartbeat, else what is not equal."""
         with self._changed:
-            return self._books.balanced(epoch)
+            return self._ledger.balanced(session)
 
     def close(self) -> None:
-        """Stop receiving, write the books. Messages that wait can still be taken by get()."""
+        """Stop receiving, write the ledger. Messages that wait can still be taken by get()."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -150,20 +150,20 @@ class Receiver:
         while not self._closing:
             try:
                 if not self._has_room():
-                    self._guard.turn()
-                elif self._guard.wait(POLL_MS):
+                    self._peer_limits.turn()
+                elif self._peer_limits.wait(POLL_MS):
                     self._accept(*self._receive())
             except Exception:
                 # whatever it was, the next message may be well
                 log.exception("receiver failed on a message, going on")
                 with self._changed:
-                    self._books.reject("failed", None)
+                    self._ledger.reject("failed", None)
                 time.sleep(0.01)
-            if self._books.due():
+            if self._ledger.due():
                 with self._changed:
-                    self._books.write()
-        self._books.write(at_once=True)
-        self._guard.close()
+                    self._ledger.write()
+        self._ledger.write(at_once=True)
+        self._peer_limits.close()
         self._socket.close(linger=0)
         self._context.term()
 
@@ -205,23 +205,23 @@ class Receiver:
         with self._changed:
             if cause is not None:
                 if (
-                    not self._books.reject(cause, header)
+                    not self._ledger.reject(cause, header)
                     or cause == "target"
                     or header.kind == "heartbeat"
                 ):
                     return
-                # What came in its place ends its requests' samples: the epoch has no hole for all
+                # What came in its place ends its requests' samples: the session has no hole for all
                 # the others.
                 parts = [bytes(part) for part in wire.missing(header)]
                 message = wire.decode(parts, max_bytes=self._max_bytes)
-            elif not self._books.accept(header):
+            elif not self._ledger.accept(header):
                 return
             header = message.header
             nbytes = sum(map(len, parts))
             self._received_bytes += nbytes
             # From here on times are this machine's; a recording has them as they came.
             header.time_ns = max(
-                0, header.time_ns - int(self._books.epochs[header.epoch].ahead_s * 1e9)
+                0, header.time_ns - int(self._ledger.sessions[header.session].ahead_s * 1e9)
             )
             if header.kind != "heartbeat":
                 self._queue.append((message, nbytes))
@@ -231,7 +231,7 @@ class Receiver:
             self._record(parts)
 
 
-def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, Guard]:
+def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, PeerLimits]:
     endpoint = link.bound
     keys = load_trainer_keys(link.trainer_keys) if link.trainer_keys else None
     check_ipc_directory(endpoint, keys=keys is not None)
@@ -243,7 +243,7 @@ def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, Guard]:
     socket.ipv6 = endpoint.startswith("tcp://[")
     # s; a server that vanished
     socket.tcp_keepalive, socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl = 1, 60, 20
-    guard = Guard(socket, keys)
+    guard = PeerLimits(socket, keys)
     try:
         # libzmq would take the path away from whoever serves it
         if _ipc_is_served(endpoint):

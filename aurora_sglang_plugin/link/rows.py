@@ -1,7 +1,7 @@
 """CONTRACT 1, row by row: what one request's share of a message must be.
 
 A row that cannot be used costs its request and nobody else. The server leaves it out before it
-sends (`left_out`); a trainer that gets one all the same ends the sample of that request there.
+sends (`excluded`); a trainer that gets one all the same ends the sample of that request there.
 What is wrong with a whole message is for wire.decode.
 
 Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, P = S + 1, K kept
@@ -73,7 +73,7 @@ def request_id_fits(rid: object) -> bool:
     return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
 
 
-def left_out(
+def excluded(
     bad: Mapping[int, str], fields: Mapping[str, Any], arrays: Mapping[str, tuple[str, np.ndarray]]
 ) -> tuple[dict[str, Any], dict[str, tuple[str, np.ndarray]]]:
     """A message's header fields and frames without the bad rows.

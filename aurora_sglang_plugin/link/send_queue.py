@@ -1,4 +1,4 @@
-"""The publisher's queue and its books: bounded in bytes and messages, the OLDEST message is
+"""The publisher's queue and its ledger: bounded in bytes and messages, the OLDEST message is
 dropped, each by a cause.
 
     captured = sent + sum(dropped) + queued        (messages; the one in flight counts as queued;
@@ -19,7 +19,7 @@ import numpy as np
 
 from aurora_sglang_plugin.config import PublishConfig
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.rows import bad_rows, left_out
+from aurora_sglang_plugin.link.rows import bad_rows, excluded
 
 # frame name -> (wire dtype, C-contiguous array), in wire.FRAMES' order
 Arrays = dict[str, tuple[str, np.ndarray]]
@@ -57,7 +57,7 @@ class Item:
     unloaded: bool = False
 
 
-class Outbox:
+class SendQueue:
     """put() and drop() are for the scheduler's thread, the rest is the publisher's.
 
     The lock is held for moments.
@@ -71,7 +71,7 @@ class Outbox:
         self._in_flight: Item | None = None
         self._captured = self._sent = self._heartbeats = self._bytes_sent = 0
         self._dropped: dict[str, int] = {}
-        self._left_out: dict[str, int] = {}
+        self._excluded: dict[str, int] = {}
         self._sealed = False
         self._taken_at = time.monotonic()
         self._draft_version = 0
@@ -138,7 +138,7 @@ class Outbox:
         counted by cause.
 
         The message goes all the same, if need be without any row, so that it leaves no hole in its
-        epoch.
+        session.
         """
         fields = item.fields
         dtypes = {name: dtype for name, (dtype, _) in arrays.items()}
@@ -149,8 +149,8 @@ class Outbox:
             return arrays
         with self._lock:
             for cause in bad.values():
-                self._left_out[cause] = self._left_out.get(cause, 0) + 1
-        item.fields, arrays = left_out(bad, fields, arrays)
+                self._excluded[cause] = self._excluded.get(cause, 0) + 1
+        item.fields, arrays = excluded(bad, fields, arrays)
         return arrays
 
     def settle(self, cause: str, nbytes: int = 0) -> None:
@@ -185,8 +185,9 @@ class Outbox:
             for _ in left:
                 self._drop("closed")
 
-    def header(self, item: Item | None, epoch: str, target: str) -> wire.Header:
-        """The header of `item`, or of a heartbeat (None), with the books as they will be once sent.
+    def header(self, item: Item | None, session: str, target: str) -> wire.Header:
+        """The header of `item`, or of a heartbeat (None), with the ledger as it will be once
+        sent.
 
         `target` is a heartbeat's: an item says itself which target it was captured of.
         """
@@ -198,7 +199,7 @@ class Outbox:
             return wire.Header(
                 schema=wire.SCHEMA_VERSION,
                 kind=item.kind if item else "heartbeat",
-                epoch=epoch,
+                session=session,
                 captured_seq=item.captured_seq if item else self._captured,
                 sent_seq=self._sent + self._heartbeats + 1,
                 heartbeats=self._heartbeats + (item is None),
@@ -215,7 +216,7 @@ class Outbox:
                 "captured": self._captured,
                 "sent": self._sent,
                 "dropped": dict(self._dropped),
-                "left_out": dict(self._left_out),
+                "excluded": dict(self._excluded),
                 "queued": len(self._queue) + (in_flight is not None),
                 "queued_bytes": self._queued_bytes + (in_flight.nbytes if in_flight else 0),
                 "bytes_sent": self._bytes_sent,

@@ -3,11 +3,11 @@
 One multipart message per scheduler step: part 0 is the header (msgpack), the others are raw frames,
 C order, little endian, as the header's `frames` names them. No pickle. Delivery is at most once: a
 message may be dropped (and is counted by cause in every later header), never altered, and messages
-of one epoch arrive in order. Whatever decodes can be assembled, packed and trained on: what a whole
-message must be is checked here, what each request's row of it must be in rows.py.
+of one session arrive in order. Whatever decodes can be assembled, packed and trained on: what a
+whole message must be is checked here, what each request's row of it must be in rows.py.
 
     captured = sent + sum(dropped) + queued          (messages, checked when the publisher is quiet)
-    sent     = received + lost                       (the trainer's side of the same books)
+    sent     = received + lost                       (the trainer's side of the same ledger)
 
 Kinds
     prefill    a chunk of prompt (or re-prefilled) tokens and the features that the target computed
@@ -34,10 +34,10 @@ import numpy as np
 from aurora_sglang_plugin.link.rows import DOMAIN as DOMAIN
 from aurora_sglang_plugin.link.rows import bad_rows
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
-# Of an epoch's or a cause's name, and of the target's fingerprint.
+# Of a session's or a cause's name, and of the target's fingerprint.
 MAX_NAME = 64
 # Causes of drops that a publisher may name.
 MAX_CAUSES = 32
@@ -121,12 +121,12 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
-    """Part 0 of every message. Counters are cumulative for the epoch."""
+    """Part 0 of every message. Counters are cumulative for the session."""
 
     schema: int
     kind: Kind
     # one publisher's life, random; a restarted server has a new one
-    epoch: str
+    session: str
     # messages captured up to and including this one (heartbeats are not captured)
     captured_seq: int
     # messages sent up to and including this one (heartbeats included)
@@ -163,8 +163,8 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
 class WireError(ValueError):
     """A message that must not be used. `cause` is a short constant for counters.
 
-    `header` is the message's, if that is sound: whose message it was, where it stands in its epoch,
-    what is missing.
+    `header` is the message's, if that is sound: whose message it was, where it stands in its
+    session, what is missing.
     """
 
     def __init__(self, cause: str, detail: str):
@@ -234,11 +234,12 @@ def read_header(part: bytes | memoryview) -> Header:
         raise WireError("header", str(error)) from None
     if header.schema != SCHEMA_VERSION:
         raise WireError("schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION}")
-    if not 0 < len(header.epoch) <= MAX_NAME or any(
+    if not 0 < len(header.session) <= MAX_NAME or any(
         len(n) > MAX_NAME for n in (header.target, *header.dropped)
     ):
         raise WireError(
-            "header", f"epoch, target or cause of an unexpected length, expected at most {MAX_NAME}"
+            "header",
+            f"session, target or cause of an unexpected length, expected at most {MAX_NAME}",
         )
     if len(header.dropped) > MAX_CAUSES:
         raise WireError("header", f"{len(header.dropped)} causes of drops, at most {MAX_CAUSES}")

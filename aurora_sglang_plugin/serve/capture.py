@@ -22,9 +22,9 @@ from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.acceptance import Acceptance
-from aurora_sglang_plugin.serve.left_out import why_left_out
+from aurora_sglang_plugin.serve.excluded import why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
-from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedSlots
+from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.link.publisher import Publisher
@@ -62,7 +62,7 @@ class Capture:
         # --speculative-use-rejection-sampling
         self.rejection = rejection
         if device.type == "cuda":
-            self.transfer = PinnedSlots(device, config.pinned_slots, config.pinned_slot_bytes)
+            self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
             self.transfer = HostTensors()
         # of the scheduler's thread, for each message
@@ -71,8 +71,8 @@ class Capture:
         self.errors = 0
         # beyond max_prompt_features
         self.prompt_tokens_skipped = 0
-        # requests by cause (left_out.py)
-        self.left_out: Counter[str] = Counter()
+        # requests by cause (excluded.py)
+        self.excluded: Counter[str] = Counter()
         # for the message that is being made
         self._seconds = 0.0
         # B of the verify step that is running
@@ -84,11 +84,11 @@ class Capture:
 
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
-        if not hasattr(req, "aurora_left_out"):
-            req.aurora_left_out = cause = why_left_out(req, self.config.sample_rate)
+        if not hasattr(req, "aurora_excluded"):
+            req.aurora_excluded = cause = why_excluded(req, self.config.sample_rate)
             if cause is not None:
-                self.left_out[cause] += 1
-        return req.aurora_left_out is None
+                self.excluded[cause] += 1
+        return req.aurora_excluded is None
 
     def prefill(self, batch: Any, input_ids: torch.Tensor, result: Any, version: int) -> None:
         """After the draft's extend, which leaves the ids rotated left by one in batch.input_ids."""
@@ -97,11 +97,11 @@ class Capture:
             if not chunks:
                 return
             hidden = result.logits_output.hidden_states
-            # ids, and the padding of a slot
+            # ids, and the padding of a buffer
             row_bytes = hidden.shape[1] * hidden.element_size() + 64
-            for group in _fitting(chunks, self.config.pinned_slot_bytes // row_bytes):
+            for group in _fitting(chunks, self.config.pinned_buffer_bytes // row_bytes):
                 if not self.transfer.has_room():
-                    self.publisher.drop("no_slot")
+                    self.publisher.drop("no_buffer")
                     continue
                 take = partial(_take, spans=[(end - n, end) for _, _, n, end in group])
                 tensors = {
@@ -144,7 +144,7 @@ class Capture:
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
             # known before anything is computed or copied for nothing
             if rows and not self.transfer.has_room():
-                self.publisher.drop("no_slot")
+                self.publisher.drop("no_buffer")
                 return
             cuda = batch.seq_lens.is_cuda
             self._index = torch.tensor(rows, pin_memory=cuda).to(
@@ -243,7 +243,7 @@ class Capture:
     ) -> None:
         staged = self.transfer.stage(tensors)
         if staged is None:
-            self.publisher.drop("too_large" if self.transfer.has_room() else "no_slot")
+            self.publisher.drop("too_large" if self.transfer.has_room() else "no_buffer")
         else:
             self.publisher.offer(kind, snapshot_type(staged, **host), requests=requests, **header)
 
@@ -269,8 +269,8 @@ class Capture:
 
 
 def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
-    """The chunks in order, as many at a time as have `max_rows` features together: what fits a slot
-    and a message.
+    """The chunks in order, as many at a time as have `max_rows` features together: what fits a
+    buffer and a message.
     """
     group, rows = [], 0
     for chunk in chunks:

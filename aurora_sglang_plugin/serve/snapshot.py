@@ -48,7 +48,7 @@ class Prefill:
             "prompt_lens": _int32(torch.tensor(self.prompt_lens)),
             "input_ids": _int32(t["input_ids"]),
             "next_tokens": _int32(t["rotated_ids"][ends - 1]),
-            "aux_hidden_states": _raw(t["hidden"], private=self.staged.slot is None),
+            "aux_hidden_states": _raw(t["hidden"], private=self.staged.buffer is None),
         }
         self.staged.release()
         return arrays
@@ -92,10 +92,10 @@ class Verify:
             "aux_hidden_states": _raw(t["hidden"][on_path], private=True),
             "topk_ids": _int32(t["topk_ids"].view(size, nodes, -1)),
             "topk_logits": _raw(
-                t["topk_logits"].float().view(size, nodes, -1), private=self.staged.slot is None
+                t["topk_logits"].float().view(size, nodes, -1), private=self.staged.buffer is None
             ),
             "logsumexp": _raw(
-                t["logsumexp"].float().view(size, nodes), private=self.staged.slot is None
+                t["logsumexp"].float().view(size, nodes), private=self.staged.buffer is None
             ),
         }
         self.staged.release()
@@ -147,7 +147,7 @@ def _int32(tensor: torch.Tensor) -> tuple[str, np.ndarray]:
 
 
 def _raw(tensor: torch.Tensor, private: bool) -> tuple[str, np.ndarray]:
-    """The tensor's bytes; copied out of a pinned slot, which is about to be given back."""
+    """The tensor's bytes; copied out of a pinned buffer, which is about to be given back."""
     tensor = tensor.contiguous() if private else tensor.clone(memory_format=torch.contiguous_format)
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
     return WIRE_DTYPES[tensor.dtype], bits.numpy()

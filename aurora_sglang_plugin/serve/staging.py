@@ -1,5 +1,5 @@
-"""The twin of a draft: the same module tree with parameters of its own, and what a checkpoint for
-it must hold.
+"""The staging copy of a draft: the same module tree with parameters of its own, and what a
+checkpoint for it must hold.
 
 This module imports torch but no sglang.
 """
@@ -30,9 +30,9 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if "embed_tokens" not in n]
 
 
-def hold_room(model: nn.Module) -> torch.Tensor | None:
-    """Device memory for the twin and the previous version, to be let go just before they are made;
-    None on the CPU.
+def reserve_staging_memory(model: nn.Module) -> torch.Tensor | None:
+    """Device memory for the staging copy and the previous version, to be let go just before they
+    are made; None on the CPU.
     """
     parameters = [p for _, p in trainable(model)]
     if not parameters[0].is_cuda:
@@ -42,30 +42,31 @@ def hold_room(model: nn.Module) -> torch.Tensor | None:
     )
 
 
-def make_twin(model: nn.Module) -> nn.Module:
+def make_staging_copy(model: nn.Module) -> nn.Module:
     """The same module tree with fresh parameters, except the embedding's; everything else is
     shared.
 
     Not a deepcopy: that would drop the parameters' attributes (SGLang's `weight_loader`), and copy
     process groups, streams and attention backends. A loader bound to a live layer is right for the
-    twin: it writes to the parameter that it is given, and reads from the layer only its shard.
+    staging copy: it writes to the parameter that it is given, and reads from the layer only its
+    shard.
     """
     memo: dict[int, object] = {}
 
     def parameter(live: nn.Parameter | None) -> nn.Parameter | None:
         if live is not None and id(live) not in memo:
-            twin = torch.Tensor._make_subclass(type(live), torch.empty_like(live.data), False)
-            twin.__dict__.update(live.__dict__)
-            memo[id(live)] = twin
+            staged = torch.Tensor._make_subclass(type(live), torch.empty_like(live.data), False)
+            staged.__dict__.update(live.__dict__)
+            memo[id(live)] = staged
         return None if live is None else memo[id(live)]
 
     def module(live: nn.Module, name: str) -> nn.Module:
         if name == "embed_tokens":
             return live
         if id(live) not in memo:
-            twin = memo[id(live)] = copy.copy(live)
-            twin._parameters = {n: parameter(p) for n, p in live._parameters.items()}
-            twin._modules = {
+            staged = memo[id(live)] = copy.copy(live)
+            staged._parameters = {n: parameter(p) for n, p in live._parameters.items()}
+            staged._modules = {
                 n: None if m is None else module(m, n) for n, m in live._modules.items()
             }
         return memo[id(live)]

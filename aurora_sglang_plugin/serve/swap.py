@@ -1,18 +1,18 @@
 """Load new weights into a running draft: staged beside it by the watcher, swapped in by the
 scheduler thread.
 
-    watcher thread     FREE -> STAGING -> READY      the twin is filled by the model's own
+    watcher thread     FREE -> STAGING -> READY      the staging copy is filled by the model's own
                        load_weights
-    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- twin,
-                               hot_token_id
+    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- staging
+                               copy, hot_token_id
                    READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a
                                                               step
 
-The twin is the draft module once more, with parameters of its own in the very layout of the live
-ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same addresses,
-CUDA graphs stay valid. A READY twin that nobody took yet is taken back when a newer version comes,
-so that the newest wins. The target's embedding, which the draft holds by reference, is shared with
-the twin and never written. This module imports no sglang.
+The staging copy is the draft module once more, with parameters of its own in the very layout of the
+live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same
+addresses, CUDA graphs stay valid. A READY staging copy that nobody took yet is taken back when a
+newer version comes, so that the newest wins. The target's embedding, which the draft holds by
+reference, is shared with the staging copy and never written. This module imports no sglang.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed import ProcessGroup
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
-from aurora_sglang_plugin.serve.staging import expected_weights, make_twin, trainable
+from aurora_sglang_plugin.serve.staging import expected_weights, make_staging_copy, trainable
 from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
 from aurora_sglang_plugin.weights.reader import Watcher, Weights
 
@@ -45,7 +45,7 @@ FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 
 
 class Reloader:
-    """Owns the twin, the previous version's copy, and which version is live.
+    """Owns the staging copy, the previous version's copy, and which version is live.
 
     `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a
     reduced vocabulary, `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU
@@ -81,16 +81,17 @@ class Reloader:
         # the watcher's thread must be able to write to what is made here
         with torch.inference_mode(False):
             self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
-            self._twin = make_twin(model)
-        twin_parameters = dict(trainable(self._twin))
-        self._pairs = [(live, twin_parameters[name]) for name, live in trainable(model)]
+            self._staging = make_staging_copy(model)
+        staging_parameters = dict(trainable(self._staging))
+        self._pairs = [(live, staging_parameters[name]) for name, live in trainable(model)]
         # Made now, not at the first swap: memory that is missing must be missed before anything is
         # served.
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
-        # Which versions the two copies hold whole, for `restore`; None while the twin is filled.
-        self._in_previous, self._in_twin = 0, None
+        # Which versions the two copies hold whole, for `restore`; None while the staging copy is
+        # filled.
+        self._in_previous, self._in_staging = 0, None
         # swaps that raised
         self._failed = 0
         self._target = target
@@ -255,7 +256,7 @@ class Reloader:
         if self._in_previous == self.version:
             return self._put_back(self._previous, self._previous_hot)
         if self._hand_over(FREE, APPLYING):
-            whole = self._in_twin == self.version
+            whole = self._in_staging == self.version
             if whole:
                 self._put_back([t.data for _, t in self._pairs], self._staged_hot)
             if self._stream:
@@ -273,13 +274,13 @@ class Reloader:
             self._hot.copy_(hot)
 
     def stage(self, weights: Weights) -> bool:
-        """On the watcher thread: fill the twin. Returns False while a swap still reads it.
+        """On the watcher thread: fill the staging copy. Returns False while a swap still reads it.
 
         Raises ManifestError.
         """
         if not (self._hand_over(FREE, STAGING) or self._hand_over(READY, STAGING)):
             return False
-        self._in_twin = None
+        self._in_staging = None
         try:
             with torch.no_grad(), torch.cuda.stream(self._stream):
                 self._fill(weights)
@@ -290,7 +291,7 @@ class Reloader:
             weights.manifest.version,
             (weights.manifest, weights.noticed_at),
         )
-        self._in_twin = self._staged_version
+        self._in_staging = self._staged_version
         self._state = READY
         return True
 
@@ -312,14 +313,14 @@ class Reloader:
 
     def _fill(self, weights: Weights) -> None:
         if self._stream:
-            # the last swap's copies may still read the twin
+            # the last swap's copies may still read the staging copy
             self._stream.wait_event(self._applied_event)
         for _, staged in self._pairs:
             # what the loader leaves out is found below
             staged.data.fill_(float("nan"))
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
-        self._twin.load_weights([(n, t) for n, t in tensors.items() if n not in ("d2t", "t2d")])
-        for name, staged in trainable(self._twin):
+        self._staging.load_weights([(n, t) for n, t in tensors.items() if n not in ("d2t", "t2d")])
+        for name, staged in trainable(self._staging):
             if not bool(torch.isfinite(staged.data).all()):
                 raise ManifestError(
                     "values", f"{name} is not whole and finite in {staged.dtype} after loading"

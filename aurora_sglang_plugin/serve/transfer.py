@@ -3,10 +3,10 @@ wait.
 
 What is staged must be private to the caller: the outputs of a verify step are slices of a CUDA
 graph's static buffers that the next replay overwrites, so the capture copies them on the forward
-stream (stream order, no synchronisation). A side stream then carries the copies to a pinned slot,
-and the publisher's thread waits for that. No free slot: the caller counts a drop. Slots are few, so
-a message that has to wait for the trainer is moved out of its slot (`unload`, on the publisher's
-thread). On the CPU the private copies are all there is to do.
+stream (stream order, no synchronisation). A side stream then carries the copies to a pinned buffer,
+and the publisher's thread waits for that. No free buffer: the caller counts a drop. Buffers are
+few, so a message that has to wait for the trainer is moved out of its buffer (`unload`, on the
+publisher's thread). On the CPU the private copies are all there is to do.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Staged:
     `fetch` may wait, so only the publisher's thread calls it.
     """
 
-    # host tensors; on CUDA, views of a pinned slot that is still being written
+    # host tensors; on CUDA, views of a pinned buffer that is still being written
     tensors: dict[str, torch.Tensor]
     nbytes: int
     done: torch.cuda.Event | None = None
-    slot: PinnedSlot | None = None
-    pool: PinnedSlots | None = None
+    buffer: PinnedBuffer | None = None
+    pool: PinnedBuffers | None = None
 
     def fetch(self) -> dict[str, torch.Tensor]:
         if self.done is not None:
@@ -38,23 +38,23 @@ class Staged:
         return self.tensors
 
     def unload(self) -> None:
-        """Move what a pinned slot holds to memory of its own, and give the slot back.
+        """Move what a pinned buffer holds to memory of its own, and give the buffer back.
 
         Waits for the copy, as fetch.
         """
-        if self.slot is not None:
+        if self.buffer is not None:
             tensors = {name: tensor.clone() for name, tensor in self.fetch().items()}
             self.release()
             self.tensors, self.done = tensors, None
 
     def release(self) -> None:
-        """Give the pinned slot back. What was fetched must have been copied out by now."""
+        """Give the pinned buffer back. What was fetched must have been copied out by now."""
         self.tensors = {}
-        if self.slot is not None:
-            self.pool.free.append(self.slot)
-            self.slot = None
+        if self.buffer is not None:
+            self.pool.free.append(self.buffer)
+            self.buffer = None
 
-    # a message that was dropped unread: the slot may be rewritten only after its copy has ended
+    # a message that was dropped unread: the buffer may be rewritten only after its copy has ended
     def __del__(self):
         self.release()
 
@@ -70,33 +70,33 @@ class HostTensors:
 
 
 @dataclass(eq=False)
-class PinnedSlot:
+class PinnedBuffer:
     # uint8, pinned
     buffer: torch.Tensor
     done: torch.cuda.Event = field(default_factory=lambda: torch.cuda.Event(blocking=True))
 
 
-class PinnedSlots:
-    """CUDA's transfer: `slots` pinned buffers of `slot_bytes`, one side stream."""
+class PinnedBuffers:
+    """CUDA's transfer: `buffers` pinned buffers of `buffer_bytes`, one side stream."""
 
-    def __init__(self, device: torch.device, slots: int, slot_bytes: int):
-        self.free: collections.deque[PinnedSlot] = collections.deque(
-            PinnedSlot(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True))
-            for _ in range(slots)
+    def __init__(self, device: torch.device, buffers: int, buffer_bytes: int):
+        self.free: collections.deque[PinnedBuffer] = collections.deque(
+            PinnedBuffer(torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True))
+            for _ in range(buffers)
         )
-        self.slot_bytes = slot_bytes
+        self.buffer_bytes = buffer_bytes
         self.side = torch.cuda.Stream(device)
 
     def has_room(self) -> bool:
         return bool(self.free)
 
     def stage(self, tensors: dict[str, torch.Tensor]) -> Staged | None:
-        """None where no slot is free or large enough: the caller counts it."""
+        """None where no buffer is free or large enough: the caller counts it."""
         nbytes = sum(-(-t.nbytes // 16) * 16 for t in tensors.values())
-        if nbytes > self.slot_bytes:
+        if nbytes > self.buffer_bytes:
             return None
         try:
-            slot = self.free.popleft()
+            buffer = self.free.popleft()
         except IndexError:
             return None
         ready = torch.cuda.Event()
@@ -107,12 +107,12 @@ class PinnedSlots:
             for name, tensor in tensors.items():
                 tensor.record_stream(self.side)
                 view = (
-                    slot.buffer[offset : offset + tensor.nbytes]
+                    buffer.buffer[offset : offset + tensor.nbytes]
                     .view(tensor.dtype)
                     .view(tensor.shape)
                 )
                 view.copy_(tensor, non_blocking=True)
                 host[name] = view
                 offset += -(-tensor.nbytes // 16) * 16
-            slot.done.record()
-        return Staged(host, nbytes, slot.done, slot, self)
+            buffer.done.record()
+        return Staged(host, nbytes, buffer.done, buffer, self)

@@ -18,11 +18,13 @@ from pathlib import Path
 Step = Callable[[str], None]
 
 
-def no_step(name: str) -> None:
+def no_fault(name: str) -> None:
     """The default `step`: nothing happens between two system calls."""
 
 
-def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step = no_step) -> Path:
+def write_directory(
+    parent: Path, name: str, files: dict[str, bytes], step: Step = no_fault
+) -> Path:
     """Write parent/name/{files}: under a temporary name first, every file and directory synced,
     then renamed.
 
@@ -46,7 +48,7 @@ def write_directory(parent: Path, name: str, files: dict[str, bytes], step: Step
     return path
 
 
-def replace_file(path: Path, data: bytes, step: Step = no_step) -> None:
+def replace_file(path: Path, data: bytes, step: Step = no_fault) -> None:
     """Replace a file by rename, so that a reader finds the old content or the new.
 
     Raises OSError.
@@ -79,15 +81,15 @@ def remove_temporaries(directory: Path) -> list[str]:
     return names
 
 
-def remove_directory(path: Path, step: Step = no_step) -> None:
+def remove_directory(path: Path, step: Step = no_fault) -> None:
     """Remove a directory or file; a half-removed directory has a temporary name, so that nobody
     takes it for whole.
     """
     if path.is_dir() and ".tmp-" not in path.name:
-        doomed = path.with_name(_temporary(path.name))
-        step("rename doomed")
-        os.rename(path, doomed)
-        path = doomed
+        tombstone = path.with_name(_temporary(path.name))
+        step("rename tombstone")
+        os.rename(path, tombstone)
+        path = tombstone
     step("remove")
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

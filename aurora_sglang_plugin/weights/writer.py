@@ -27,7 +27,7 @@ from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.weights import manifest as contract
 from aurora_sglang_plugin.weights.atomic_files import (
     Step,
-    no_step,
+    no_fault,
     remove_directory,
     remove_temporaries,
     replace_file,
@@ -63,7 +63,7 @@ class PublishConfig(Section):
 class WeightsWriter:
     """The one writer of a weights directory. Raises ValueError where another process holds it."""
 
-    def __init__(self, directory: Path, keep: int = 4, step: Step = no_step):
+    def __init__(self, directory: Path, keep: int = 4, step: Step = no_fault):
         self.directory = Path(directory)
         self.keep = keep
         self.step = step

@@ -1,10 +1,10 @@
 """The EAGLE3 draft in PyTorch: the computation that SGLang serves, arranged for training.
 
-Dimensions: T slots (packed sequences), R computed slots, Q node queries of one level, M nodes of
-    all levels so far,
-H hidden, F feature width, V target vocabulary, VD draft vocabulary, D head.
+Dimensions: T positions (packed sequences), R computed positions, Q node queries of one level, M
+nodes of all levels so far, H hidden, F feature width, V target vocabulary, VD draft vocabulary, D
+head.
 
-`slots` is level 0 (the draft-extend of the server: token and target feature of every committed
+`context` is level 0 (the draft-extend of the server: token and target feature of every committed
 position), `nodes` is one deeper level (the server's draft steps: token and the parent's state).
 States are PRE-norm; `logits` applies the final norm. Each layer's keys and values come back to be
 passed to the next level.
@@ -160,20 +160,21 @@ class Draft(nn.Module):
         self.inv_freq = inv_freq.to(device)
         return self
 
-    def slots(
+    def context(
         self,
         tokens: Tensor,
         features: Tensor,
         positions: Tensor,
-        slot_start: Tensor,
+        context_start: Tensor,
         rows: Tensor | None = None,
     ) -> tuple[Tensor, KV]:
         """Level 0.
 
-        Slot t holds tokens[t] [T], features[t] [T, F] and attends to slots slot_start[t] .. t.
+        Position t holds tokens[t] [T], features[t] [T, F] and attends to positions context_start[t]
+        .. t.
 
-        Returns the states [R, H] of the slots `rows` [R] (None: all) and each layer's keys and
-        values of all slots. Slots that are context only need no state, hence `rows`.
+        Returns the states [R, H] of the positions `rows` [R] (None: all) and each layer's keys and
+        values of all positions. Positions that are context only need no state, hence `rows`.
         """
         embeds, rope = self._embeds(tokens), self._rope(positions)
         state, kv = self._project(features.to(self.fc.weight.dtype)), []
@@ -183,7 +184,7 @@ class Draft(nn.Module):
             kv.append(layer.self_attn.key_value(x, rope))
             if n == len(self.layers) - 1 and rows is not None:
                 index, x, state, rope = rows, x[rows], state[rows], rope[rows]
-            o = self._attend(layer, x, rope, kv[-1], None, slot_start[index], index + 1, None)
+            o = self._attend(layer, x, rope, kv[-1], None, context_start[index], index + 1, None)
             state = layer.finish(state, o)
         return state, kv
 
@@ -192,10 +193,10 @@ class Draft(nn.Module):
         tokens: Tensor,
         parent_state: Tensor,
         positions: Tensor,
-        slot_kv: KV,
+        context_kv: KV,
         node_kv: KV | None,
-        slot_start: Tensor,
-        slot_end: Tensor,
+        context_start: Tensor,
+        context_end: Tensor,
         ancestors: Tensor,
     ) -> tuple[Tensor, KV]:
         """One deeper level of Q queries: tokens [Q] with their parents' states [Q, H].
@@ -213,7 +214,9 @@ class Draft(nn.Module):
             if node_kv is not None:
                 kv = tuple(torch.cat([old, new]) for old, new in zip(node_kv[n], kv, strict=True))
             extended.append(kv)
-            o = self._attend(layer, x, rope, slot_kv[n], kv, slot_start, slot_end, ancestors)
+            o = self._attend(
+                layer, x, rope, context_kv[n], kv, context_start, context_end, ancestors
+            )
             state = layer.finish(state, o)
         return state, extended
 
@@ -221,11 +224,13 @@ class Draft(nn.Module):
         """[.., VD], over draft ids."""
         return self.lm_head(self.norm(state))
 
-    def _attend(self, layer, x, rope, slot_kv, node_kv, slot_start, slot_end, ancestors) -> Tensor:
+    def _attend(
+        self, layer, x, rope, context_kv, node_kv, context_start, context_end, ancestors
+    ) -> Tensor:
         q = layer.self_attn.query(x, rope)
         scale = self.config.head_dim**-0.5
         return tree_attention(
-            q, *slot_kv, *(node_kv or (None, None)), slot_start, slot_end, ancestors, scale
+            q, *context_kv, *(node_kv or (None, None)), context_start, context_end, ancestors, scale
         )
 
     def _embeds(self, tokens: Tensor) -> Tensor:

@@ -1,18 +1,18 @@
 """From samples to the levels that one training step computes.
 
-Dimensions: T slots of all samples, Q queries of a level, R of them with a loss, P target rows, K
-    kept target logits,
-F feature width.
+Dimensions: T positions of all samples, Q queries of a level, R of them with a loss, P target rows,
+K kept target logits, F feature width.
 
-Level 0 are the slots that propose (the first holds the first generated token). Level d >= 1 holds,
-of every sample,
+Level 0 are the positions that propose (the first holds the first generated token). Level d >= 1
+holds, of every sample,
 
-    dense     from every level-0 slot i, d steps along the true tokens (test-time training): the
+    dense     from every level-0 position i, d steps along the true tokens (test-time training): the
               query takes tokens[i + 1 + d] and the state of the query one level up, stands at
-              position i + d, and its target is that of slot i + d
+              position i + d, and its target is that of position i + d
     rejected  the nodes of depth d of the trees that the server drew and did not accept; their
-              parents are rejected nodes, or the dense query of the same slot (a node on the
-              accepted path computes exactly that), or at depth 1 the slot that the tree hangs from
+              parents are rejected nodes, or the dense query of the same position (a node on the
+              accepted path computes exactly that), or at depth 1 the position that the tree hangs
+              from
 
 A node of depth d is a query at level d, because it proposes depth d + 1; nodes of the server's last
 depth never propose, so S levels train everything that a server with S draft steps computes.
@@ -39,7 +39,7 @@ class BatchConfig(Section):
     """What goes into one step of training."""
 
     # of a packed batch; a longer sample is a batch of its own
-    max_slots: PositiveInt = 4096
+    max_positions: PositiveInt = 4096
     # levels to train; 0: as many as the samples' servers drafted
     depth: Annotated[int, Field(ge=0, le=16)] = 0
     # compute the rejected nodes too, where loss.rejected weighs them
@@ -50,7 +50,7 @@ class BatchConfig(Section):
 class Level:
     """Queries of one depth.
 
-    At level 0 `parent` is the query's own slot and there are no ancestors.
+    At level 0 `parent` is the query's own position and there are no ancestors.
     """
 
     # int64 [Q]
@@ -59,10 +59,10 @@ class Level:
     parent: Tensor
     # int64 [Q], RoPE
     positions: Tensor
-    # int64 [Q], first slot of the query's sequence
-    slot_start: Tensor
-    # int64 [Q], one past the last slot that the query sees
-    slot_end: Tensor
+    # int64 [Q], first position of the query's sequence
+    context_start: Tensor
+    # int64 [Q], one past the last position that the query sees
+    context_end: Tensor
     # int64 [Q, d], among the queries of levels 1..d in order, own node last
     ancestors: Tensor
     # int64 [Q], row of the batch's target tensors, -1: context only, no loss
@@ -88,7 +88,7 @@ class Batch:
     # int64 [T]
     positions: Tensor
     # int64 [T]
-    slot_start: Tensor
+    context_start: Tensor
     levels: list[Level]
     # int64 [P, K], TARGET ids, largest first; -1 where a sample keeps fewer
     topk_ids: Tensor
@@ -98,7 +98,7 @@ class Batch:
     logsumexp: Tensor
     # int64 [Q of level 0], index of the sample
     base_sample: Tensor
-    # bool [Q of level 0], a verify step of the server hung its tree from this slot
+    # bool [Q of level 0], a verify step of the server hung its tree from this position
     base_is_root: Tensor
     # of a batch on another device: as it was packed, on the CPU
     packed: Batch | None = None
@@ -133,14 +133,16 @@ class Batch:
 
 
 def group(samples: Iterable[Sample], config: BatchConfig) -> Iterator[list[Sample]]:
-    """Consecutive samples of at most max_slots slots together; a longer sample comes alone."""
-    held, slots = [], 0
+    """Consecutive samples of at most max_positions positions together; a longer sample comes
+    alone.
+    """
+    held, positions = [], 0
     for sample in samples:
-        if held and slots + len(sample.features) > config.max_slots:
+        if held and positions + len(sample.features) > config.max_positions:
             yield held
-            held, slots = [], 0
+            held, positions = [], 0
         held.append(sample)
-        slots += len(sample.features)
+        positions += len(sample.features)
     if held:
         yield held
 
@@ -149,7 +151,7 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
     """One batch of all `samples` (at least one, of one feature width), on the CPU."""
     depth = config.depth or max(s.num_steps for s in samples)
     own = [_levels(s, depth, config.rejected) for s in samples]
-    slots = _starts([len(s.features) for s in samples])
+    starts = _starts([len(s.features) for s in samples])
     nodes = _starts([len(s.node_token) for s in samples])
     levels: list[Level] = []
     for d in range(depth):
@@ -159,10 +161,10 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
         ]
         columns = {f.name: [getattr(o[d], f.name) for o in own] for f in fields(Level)}
         for n in range(len(samples)):
-            columns["parent"][n] = columns["parent"][n] + (rows[0][n] if d else slots[n])
+            columns["parent"][n] = columns["parent"][n] + (rows[0][n] if d else starts[n])
             columns["base"][n] = columns["base"][n] + rows[1][n]
-            columns["slot_start"][n] = columns["slot_start"][n] + slots[n]
-            columns["slot_end"][n] = columns["slot_end"][n] + slots[n]
+            columns["context_start"][n] = columns["context_start"][n] + starts[n]
+            columns["context_end"][n] = columns["context_end"][n] + starts[n]
             target = columns["target"][n]
             columns["target"][n] = torch.where(target >= 0, target + nodes[n], target)
         level = Level(**{name: torch.cat(parts) for name, parts in columns.items()})
@@ -178,15 +180,15 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
         tokens=torch.cat([s.tokens[1:] for s in samples]),
         features=torch.cat([s.features for s in samples]),
         positions=torch.cat([s.start + torch.arange(len(s.features)) for s in samples]),
-        slot_start=torch.cat(
-            [torch.full((len(s.features),), at) for s, at in zip(samples, slots, strict=False)]
+        context_start=torch.cat(
+            [torch.full((len(s.features),), at) for s, at in zip(samples, starts, strict=False)]
         ),
         levels=levels,
         **targets,
         base_sample=torch.cat([torch.full((len(o[0]),), n) for n, o in enumerate(own)]),
         base_is_root=torch.cat(
             [
-                torch.isin(o[0].parent, s.node_slot[s.tree_first])
+                torch.isin(o[0].parent, s.node_position[s.tree_first])
                 for s, o in zip(samples, own, strict=True)
             ]
         ),
@@ -196,40 +198,45 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
 def _levels(s: Sample, depth: int, rejected: bool) -> list[Level]:
     """The levels of one sample, every index local to it, without `ancestors` and `rows`."""
     length = len(s.features)
-    slots = torch.arange(min(max(s.prompt_len - 1 - s.start, 0), length), length)
-    slot_target = torch.where(s.has_target, s.slot_node, -1)
+    positions = torch.arange(min(max(s.prompt_len - 1 - s.start, 0), length), length)
+    position_target = torch.where(s.has_target, s.position_node, -1)
     reach = _reach(s) if rejected else None
-    first = length - len(slots)
+    first = length - len(positions)
     # node -> its row in the current level, -1 if it is none there
     query = torch.full((len(s.node_token),), -1)
     levels = []
     for d in range(depth):
-        dense = slots[: max(len(slots) - d, 0)]
+        dense = positions[: max(len(positions) - d, 0)]
         rows = torch.arange(len(dense))
         token, parent, hangs = s.tokens[dense + 1 + d], rows if d else dense, dense
-        target, base, probability = slot_target[dense + d], rows, torch.ones(len(dense))
+        target, base, probability = position_target[dense + d], rows, torch.ones(len(dense))
         if rejected and 1 <= d < s.num_steps:
             node = (
-                (s.node_depth == d) & ~s.node_accepted & ~s.node_altered & (s.node_slot >= first)
+                (s.node_depth == d)
+                & ~s.node_accepted
+                & ~s.node_altered
+                & (s.node_position >= first)
             ).nonzero()[:, 0]
             above = s.node_parent[node]
-            on_path = torch.where(s.node_slot[node] + d - 1 < length, s.node_slot[node] - first, -1)
+            on_path = torch.where(
+                s.node_position[node] + d - 1 < length, s.node_position[node] - first, -1
+            )
             node_parent = torch.where(s.node_accepted[above], on_path, query[above])
             node, node_parent = node[node_parent >= 0], node_parent[node_parent >= 0]
             query = torch.full_like(query, -1)
             query[node] = torch.arange(len(dense), len(dense) + len(node))
             token, parent = torch.cat([token, s.node_token[node]]), torch.cat([parent, node_parent])
-            hangs, target = torch.cat([hangs, s.node_slot[node]]), torch.cat([target, node])
+            hangs, target = torch.cat([hangs, s.node_position[node]]), torch.cat([target, node])
             base, probability = (
-                torch.cat([base, s.node_slot[node] - first]),
+                torch.cat([base, s.node_position[node] - first]),
                 torch.cat([probability, reach[node]]),
             )
         accepted = torch.arange(len(token)) < len(dense)
         levels.append(
             Level(
                 tokens=token, parent=parent, positions=s.start + hangs + d,
-                slot_start=torch.zeros_like(hangs),
-                slot_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target,
+                context_start=torch.zeros_like(hangs),
+                context_end=hangs + 1, ancestors=hangs.new_empty((len(hangs), 0)), target=target,
                 rows=hangs[:0],
                 accepted=accepted, base=base, reach=probability,
             )

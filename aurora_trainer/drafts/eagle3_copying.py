@@ -1,10 +1,10 @@
 """An untrained draft that can copy, from the target's weights alone: it looks for its token and
 proposes what followed.
 
-Slot j holds the token after position j and the features of position j. The lowest feature says
-which token stood AT j. So a slot whose own token stood at j before attends to slot j, and proposes
-the token that slot j holds. Half of the key heads do this. The other half attend to their own slot
-and hand its embedding to the MLP, the target's last.
+Position j holds the token after position j and the features of position j. The lowest feature says
+which token stood AT j. So a position whose own token stood at j before attends to position j, and
+proposes the token that position j holds. Half of the key heads do this. The other half attend to
+their own position and hand its embedding to the MLP, the target's last.
 
 What links the two views of a token, its embedding and the lowest feature, are canonical variates
 over the vocabulary: the pairs of directions that agree best. Features of single tokens come from
@@ -35,7 +35,7 @@ SLOW = 1e-3
 RIDGE = 0.3
 # attention score of a match; others are around 0
 SHARPNESS = 20.0
-# and of a slot with itself
+# and of a position with itself
 OWN_SHARPNESS = 8.0
 # Sizes of what makes up the state: the token at its position, the highest feature, all features
 # mixed at random, its own token's embedding, the token to copy.
@@ -45,7 +45,7 @@ MLP = 0.2
 
 
 @torch.no_grad()
-def look_back(draft: Draft, target: Target, lowest: int, rows: Tensor, seed: int) -> None:
+def copy_from_context(draft: Draft, target: Target, lowest: int, rows: Tensor, seed: int) -> None:
     """Overwrite a random draft's fc, attention and MLP; `lowest` is the target layer whose output
     is the lowest feature, `rows` [VD, H] the target's head times its norm, of the draft's
     vocabulary.

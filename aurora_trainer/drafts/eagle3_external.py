@@ -7,7 +7,7 @@
                         one more than SGLang's name for the same feature; in a layer above the first
                         the state's norm is input_layernorm (SGLang: hidden_norm)
 
-`read_foreign` puts config and names into SGLang's form and says what it changed; it looks at no
+`read_external` puts config and names into SGLang's form and says what it changed; it looks at no
 weight. Whether the result can be served is eagle3_check.py's to judge.
 """
 
@@ -56,8 +56,11 @@ NULLS = (
 
 
 @dataclass
-class Foreign:
-    """A draft's directory in SGLang's terms. What is wrong with it is eagle3_import.py's to find."""
+class ExternalDraft:
+    """A draft's directory in SGLang's terms.
+
+    What is wrong with it is eagle3_import.py's to find.
+    """
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -69,10 +72,10 @@ class Foreign:
     problems: list[str] = field(default_factory=list)
 
 
-def read_foreign(directory: Path, target_config: Mapping[str, Any]) -> Foreign:
+def read_external(directory: Path, target_config: Mapping[str, Any]) -> ExternalDraft:
     """Config and names of the draft in `directory`, in SGLang's form for this target. Never raises
     for what the files say."""
-    found = Foreign(Path(directory))
+    found = ExternalDraft(Path(directory))
     try:
         found.config = _flat(read_json(found.directory / "config.json"), found, target_config)
         _read_names(found)
@@ -84,7 +87,9 @@ def read_foreign(directory: Path, target_config: Mapping[str, Any]) -> Foreign:
     return found
 
 
-def _flat(raw: dict[str, Any], found: Foreign, target_config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(
+    raw: dict[str, Any], found: ExternalDraft, target_config: Mapping[str, Any]
+) -> dict[str, Any]:
     """The flat config that SGLang reads, of a flat or of a nested one."""
     config = dict(raw)
     if LAYER in raw:
@@ -123,7 +128,9 @@ def _flat(raw: dict[str, Any], found: Foreign, target_config: Mapping[str, Any])
     return config
 
 
-def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[str, Any]) -> None:
+def _lift_eagle(
+    config: dict[str, Any], found: ExternalDraft, target_config: Mapping[str, Any]
+) -> None:
     """Switches to the top, where SGLang reads them, and the layers' ids into eagle_config, as
     outputs."""
     eagle = config.get("eagle_config") or {}
@@ -156,7 +163,7 @@ def _lift_eagle(config: dict[str, Any], found: Foreign, target_config: Mapping[s
         config["eagle_config"] = eagle
 
 
-def _flatten_rope(config: dict[str, Any], found: Foreign) -> None:
+def _flatten_rope(config: dict[str, Any], found: ExternalDraft) -> None:
     for key in ("rope_parameters", "rope_scaling"):
         rope = config.get(key)
         if not isinstance(rope, Mapping):
@@ -168,7 +175,7 @@ def _flatten_rope(config: dict[str, Any], found: Foreign) -> None:
                 found.conversions.append(f"{key} are nested by layer type: written flat")
 
 
-def _read_names(found: Foreign) -> None:
+def _read_names(found: ExternalDraft) -> None:
     """entries and names. Raises ValueError as draft_files.read_entries does."""
     renamed = 0
     for path in weight_files(found.directory):
@@ -191,7 +198,7 @@ def _read_names(found: Foreign) -> None:
             found.conversions.append(f"{name} becomes {new}, the norm of the state there")
 
 
-def _take_fused_apart(found: Foreign) -> None:
+def _take_fused_apart(found: ExternalDraft) -> None:
     """qkv_proj and gate_up_proj into their parts, which lie one after the other in the file."""
     config, _ = read_draft_config(found.config)
     for name in [
@@ -229,7 +236,7 @@ def _parts(name: str, config: DraftConfig | None) -> dict[str, int]:
     return {name.replace("qkv_proj", f"{p}_proj"): n * config.head_dim for p, n in heads.items()}
 
 
-def _name_the_kind(found: Foreign) -> None:
+def _name_the_kind(found: ExternalDraft) -> None:
     """Other drafts that share a name with EAGLE3: one clear sentence instead of a list of
     tensors."""
     h = found.config.get("hidden_size")

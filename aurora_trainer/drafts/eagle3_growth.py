@@ -1,12 +1,12 @@
-"""Grow the trees that SGLang would draw with a draft, from the slots of a batch, and see what would
-be accepted.
+"""Grow the trees that SGLang would draw with a draft, from the positions of a batch, and see what
+would be accepted.
 
 With topk > 1 SGLang re-selects the beams at each step by cumulative probability and permutes their
 states, but not their KV lanes: lane t always reads what lane t wrote, which may belong to an uncle.
 The final tree is the best N - 1 candidates of all steps. Training uses true ancestors; what a
 server would accept follows the lanes, as it does.
 
-Dimensions: G trees, W = topk beams, S draft steps, N tree nodes, T slots, H hidden, VD draft
+Dimensions: G trees, W = topk beams, S draft steps, N tree nodes, T positions, H hidden, VD draft
     vocabulary.
 """
 
@@ -25,45 +25,45 @@ CHUNK_LOGITS = 1 << 25
 @torch.no_grad()
 def tree_runs(draft: Draft, batch: Batch, steps: int, width: int, nodes: int) -> Tensor:
     """int64 [R] on the CPU: accept length, bonus included, of the tree that hangs from each level-0
-    slot.
+    position.
 
-    `batch` is on the draft's device. The path is compared with the tokens that follow the slot in
-    the batch; a slot with fewer than `steps` of them in its own sequence gives a number without
-    meaning.
+    `batch` is on the draft's device. The path is compared with the tokens that follow the position
+    in the batch; a position with fewer than `steps` of them in its own sequence gives a number
+    without meaning.
     """
-    slots = batch.levels[0].parent
-    state, slot_kv = draft.slots(
-        batch.tokens, batch.features, batch.positions, batch.slot_start, slots
+    positions = batch.levels[0].parent
+    state, context_kv = draft.context(
+        batch.tokens, batch.features, batch.positions, batch.context_start, positions
     )
     size = max(1, CHUNK_LOGITS // (width * len(draft.d2t)))
     runs = []
-    for at in range(0, len(slots), size):
+    for at in range(0, len(positions), size):
         part = slice(at, at + size)
         tokens, parents = _grow(
-            draft, batch, slots[part], state[part], slot_kv, steps, width, nodes
+            draft, batch, positions[part], state[part], context_kv, steps, width, nodes
         )
-        runs.append(_accepted(tokens, parents, batch.tokens, slots[part], steps))
+        runs.append(_accepted(tokens, parents, batch.tokens, positions[part], steps))
     return torch.cat(runs).cpu() if runs else torch.zeros(0, dtype=torch.int64)
 
 
 def _grow(
     draft: Draft,
     batch: Batch,
-    slots: Tensor,
+    positions: Tensor,
     state: Tensor,
-    slot_kv: KV,
+    context_kv: KV,
     steps: int,
     width: int,
     nodes: int,
 ) -> tuple[Tensor, Tensor]:
-    """(tokens, parents) int64 [G, N] of the trees of `slots` [G], whose states [G, H] are given; -1
-    is a root.
+    """(tokens, parents) int64 [G, N] of the trees of `positions` [G], whose states [G, H] are
+    given; -1 is a root.
     """
-    trees, device = len(slots), slots.device
+    trees, device = len(positions), positions.device
     ids = draft.d2t + torch.arange(len(draft.d2t), device=device)
-    of_beam = slots.repeat_interleave(width)
-    slot_start, slot_end, position = (
-        batch.slot_start[of_beam],
+    of_beam = positions.repeat_interleave(width)
+    context_start, context_end, position = (
+        batch.context_start[of_beam],
         of_beam + 1,
         batch.positions[of_beam],
     )
@@ -85,10 +85,10 @@ def _grow(
             tokens,
             state,
             position + step,
-            slot_kv,
+            context_kv,
             node_kv,
-            slot_start,
-            slot_end,
+            context_start,
+            context_end,
             torch.cat(lanes, 1),
         )
         best = _probabilities(draft, state).topk(width, -1)
@@ -110,23 +110,23 @@ def _grow(
         parent < 0, 0, 1 + (chosen[:, None, :] == parent[:, :, None]).int().argmax(2)
     )
     root = torch.full((trees, 1), -1, device=device)
-    # the slot holds it
-    root_token = batch.tokens[slots][:, None]
+    # the position holds it
+    root_token = batch.tokens[positions][:, None]
     return torch.cat([root_token, torch.cat(all_tokens, 1).gather(1, chosen)], 1), torch.cat(
         [root, parent], 1
     )
 
 
 def _accepted(
-    tokens: Tensor, parents: Tensor, committed: Tensor, slots: Tensor, steps: int
+    tokens: Tensor, parents: Tensor, committed: Tensor, positions: Tensor, steps: int
 ) -> Tensor:
     """int64 [G]: 1 + the nodes on the path that agrees with the tokens `committed` [T] behind each
-    slot.
+    position.
     """
-    at = torch.zeros_like(slots)
-    run, going = torch.ones_like(slots), torch.ones_like(slots, dtype=torch.bool)
+    at = torch.zeros_like(positions)
+    run, going = torch.ones_like(positions), torch.ones_like(positions, dtype=torch.bool)
     for d in range(steps):
-        follows = committed[(slots + 1 + d).clamp_max(len(committed) - 1)]
+        follows = committed[(positions + 1 + d).clamp_max(len(committed) - 1)]
         child = (parents == at[:, None]) & (tokens == follows[:, None])
         going = going & child.any(1)
         run += going

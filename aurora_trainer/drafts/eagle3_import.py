@@ -24,10 +24,10 @@ from aurora_sglang_plugin.drafts.tensor_files import Entry
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import tensor_of
 from aurora_trainer.drafts.eagle3_export import DTYPES, Weights, write_draft
-from aurora_trainer.drafts.eagle3_external import Foreign, read_foreign
+from aurora_trainer.drafts.eagle3_external import ExternalDraft, read_external
 from aurora_trainer.drafts.target import Target, open_target
 
-LEFT_OUT = ("embed_tokens.weight", "t2d")
+EXCLUDED = ("embed_tokens.weight", "t2d")
 # integers of d2t that int64 holds, and that torch does not add to it
 UNSIGNED = ("U16", "U32")
 # of bfloat16, relative: two copies of one embedding may differ by this
@@ -39,7 +39,7 @@ class Explained:
     """What `explain` found. `problems` keep a draft out; `conversions` are what import_draft would
     change."""
 
-    foreign: Foreign
+    foreign: ExternalDraft
     problems: tuple[str, ...]
     conversions: tuple[str, ...]
     notes: tuple[str, ...]
@@ -53,7 +53,7 @@ class Explained:
 
 def explain(directory: Path, target: Target) -> Explained:
     """Everything about the draft in `directory` that does not fit `target`, at once."""
-    found = read_foreign(directory, target.config)
+    found = read_external(directory, target.config)
     problems, notes = list(found.problems), []
     if found.config:
         said = config_problems(found.config, target.config)
@@ -93,7 +93,7 @@ def import_draft(
     tensors = {
         name: tensor_of(entry)
         for name, entry in found.entries.items()
-        if name not in LEFT_OUT and not harmless(name, entry)
+        if name not in EXCLUDED and not harmless(name, entry)
     }
     if "d2t" in tensors:
         tensors["d2t"] = tensors["d2t"].long()
@@ -115,11 +115,11 @@ def _positions(config: DraftConfig, target: Target) -> int:
     )
 
 
-def _value_problems(found: Foreign, target: Target, notes: list[str]) -> list[str]:
+def _value_problems(found: ExternalDraft, target: Target, notes: list[str]) -> list[str]:
     """What only the weights themselves can say; notes are added for what is harmless."""
     problems, dtypes = [], set()
     for name, entry in found.entries.items():
-        if name == "d2t" or name in LEFT_OUT or entry.dtype not in DTYPES:
+        if name == "d2t" or name in EXCLUDED or entry.dtype not in DTYPES:
             continue
         dtypes.add(entry.dtype)
         if not tensor_of(entry).isfinite().all():

@@ -20,7 +20,7 @@ from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_sglang_plugin.drafts.eagle3_rope import nested, read_rope
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_copying import look_back
+from aurora_trainer.drafts.eagle3_copying import copy_from_context
 from aurora_trainer.drafts.target import Target, open_target
 
 Kind = Literal["random", "target"]
@@ -181,7 +181,7 @@ def start_from_target(draft: Draft, target: Target, outputs: tuple[int, ...], se
     # small.
     for fc_norm, output in zip(draft.fc_norm, outputs, strict=True):
         fc_norm.weight.copy_(target.tensor(f"model.layers.{output + 1}.input_layernorm.weight"))
-    look_back(draft, target, outputs[0], head * norm, seed)
+    copy_from_context(draft, target, outputs[0], head * norm, seed)
 
 
 def enough_key_heads(config: DraftConfig) -> int:

@@ -1,5 +1,6 @@
 """The draft's rotary embedding, computed as SGLang 0.5.23 does (srt/layers/rotary_embedding:
-base.py, yarn.py and rope_variant.py); tests/plugin/drafts/test_eagle3_check.py compares with SGLang's own tables.
+base.py, yarn.py and rope_variant.py); tests/plugin/drafts/test_eagle3_check.py compares with
+SGLang's own tables.
 
 Dimensions: D head, R rows.
 """

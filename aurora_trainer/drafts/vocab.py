@@ -1,8 +1,7 @@
 """The draft's vocabulary: which target tokens it can propose.
 
 Dimensions: V target vocabulary, VD draft vocabulary. `d2t` int64 [VD] holds offsets (target_id =
-    draft_id +
-d2t[draft_id], ids ascending), `t2d` bool [V] marks the target ids that the draft has.
+draft_id + d2t[draft_id], ids ascending), `t2d` bool [V] marks the target ids that the draft has.
 """
 
 from __future__ import annotations

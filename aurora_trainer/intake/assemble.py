@@ -1,10 +1,11 @@
 """Assemble messages into samples: stitch each request's steps by absolute position, cut where it
 ended.
 
-The server keeps no state per request, so this does: (epoch, request id) -> the open Segment. Rules,
-in order:
+The server keeps no state per request, so this does: (session, request id) -> the open Segment.
+Rules, in order:
 
-    a message of the epoch is missing     every open segment of that epoch ends before its next step
+    a message of the session is missing     every open segment of that session ends before its next
+                                            step
                                           (`gap`): the missing one may have ended the request and
                                           begun another with the same id
     a row that cannot be used             the segment of that request ends (`gap`), counted by
@@ -20,7 +21,7 @@ in order:
     a verify step after `end`             ignored: an overlapped server verifies a finished request
                                           once more
 
-A segment that begins at a verify's root loses that one tree, which has no slot to hang from.
+A segment that begins at a verify's root loses that one tree, which has no position to hang from.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
 from aurora_trainer.intake.sample import Sample
 
-MAX_EPOCHS = 1 << 14
+MAX_SESSIONS = 1 << 14
 # request ids that are remembered after they ended
 MAX_PAST = 1 << 16
 
-# epoch, request id
+# session, request id
 Key = tuple[str, str]
 
 
@@ -53,11 +54,11 @@ class AssembleConfig(Section):
     # segments
     max_open: PositiveInt = 4096
     # prompt features kept of one segment, the last ones
-    max_slots: PositiveInt = 8192
-    # generated slots after which a part of a long request is taken
-    part_slots: Annotated[int, Field(ge=2)] = 512
-    # slots of the last part that the next one repeats, as context only
-    context_slots: NonNegativeInt = 128
+    max_positions: PositiveInt = 8192
+    # generated positions after which a part of a long request is taken
+    part_positions: Annotated[int, Field(ge=2)] = 512
+    # positions of the last part that the next one repeats, as context only
+    context_positions: NonNegativeInt = 128
     # after which a request whose `end` was lost is taken
     idle_s: Annotated[float, Field(gt=0)] = 60.0
     # where to cut when `end` was lost
@@ -68,7 +69,7 @@ class AssembleConfig(Section):
 class _Past:
     attempts: int = 0
     prompt_len: int = 0
-    # the epoch's losses when it ended, -1 while it is open
+    # the session's gap_count when it ended, -1 while it is open
     ended_at: int = -1
     domain: str = ""
 
@@ -84,11 +85,13 @@ class Assembler:
         # least recently extended first
         self._open: OrderedDict[Key, Segment] = OrderedDict()
         self._past: OrderedDict[Key, _Past] = OrderedDict()
-        self._epochs: OrderedDict[str, list[int]] = OrderedDict()  # [last captured_seq, losses]
-        # Losses of an epoch begin here: above all that one had that was forgotten, so that nothing
-        # is stitched to it.
-        self._first_losses = 0
-        # of each epoch with open segments: [segments, bytes]
+        self._sessions: OrderedDict[str, list[int]] = (
+            OrderedDict()
+        )  # [last captured_seq, gap_count]
+        # Losses of a session begin here: above all that one had that was forgotten, so that
+        # nothing is stitched to it.
+        self._first_gap_count = 0
+        # of each session with open segments: [segments, bytes]
         self._held: dict[str, list[int]] = {}
         self._nbytes = 0
         self._now_s: float | None = None
@@ -107,12 +110,12 @@ class Assembler:
         header = message.header
         if header.kind == "heartbeat":
             return []
-        losses = self._enter(header)
-        if losses is None:
+        gap_count = self._enter(header)
+        if gap_count is None:
             self.counters["duplicate"] += 1
             return []
         {"prefill": self._prefill, "verify": self._verify, "end": self._end}[header.kind](
-            message, losses
+            message, gap_count
         )
         while self._open and (
             len(self._open) > self.config.max_open or self._nbytes > self.config.max_bytes
@@ -138,14 +141,14 @@ class Assembler:
 
     # ---- one method per kind
 
-    def _prefill(self, message: wire.Message, losses: int) -> None:
+    def _prefill(self, message: wire.Message, gap_count: int) -> None:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         token = feature = 0
         for row, request in enumerate(header.requests):
             length, count = int(a["extend_lens"][row]), int(a["feature_lens"][row])
             token, feature = token + length, feature + count
-            key, prompt_len = (header.epoch, request), int(a["prompt_lens"][row])
+            key, prompt_len = (header.session, request), int(a["prompt_lens"][row])
             if self._is_bad(message, row, key):
                 continue
             known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[
@@ -154,16 +157,16 @@ class Assembler:
             features = hidden[feature - count : feature].copy()
             # of the chunk's features
             first = int(a["positions"][row]) + length - count
-            segment = self._following(key, first, int(known[0]), losses, dtype, hidden.shape[1])
+            segment = self._following(key, first, int(known[0]), gap_count, dtype, hidden.shape[1])
             if segment is None or segment.prompt_len != prompt_len or not count:
                 self._close(key, "gap")
                 self._remember(key).domain = header.domains[row] if header.domains else ""
-                segment = self._begin(key, first, int(known[0]), losses, dtype, prompt_len)
+                segment = self._begin(key, first, int(known[0]), gap_count, dtype, prompt_len)
             if count:
                 versions = np.full(count, header.extend_version, np.int32)
                 self._extend(key, segment, Step(first, known[1:], features, versions), header)
 
-    def _verify(self, message: wire.Message, losses: int) -> None:
+    def _verify(self, message: wire.Message, gap_count: int) -> None:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         shape = (
@@ -178,7 +181,7 @@ class Assembler:
         ends = lens.cumsum(dtype=np.int64)
         for row, request in enumerate(header.requests):
             key, root, count, end = (
-                (header.epoch, request),
+                (header.session, request),
                 int(a["positions"][row]),
                 int(lens[row]),
                 int(ends[row]),
@@ -186,17 +189,17 @@ class Assembler:
             if self._is_bad(message, row, key):
                 continue
             past = self._past.get(key)
-            if past is not None and past.ended_at == losses and key not in self._open:
+            if past is not None and past.ended_at == gap_count and key not in self._open:
                 self.counters["after_end"] += 1
                 continue
             segment = self._following(
-                key, root, int(a["draft_tokens"][row, 0]), losses, dtype, hidden.shape[1]
+                key, root, int(a["draft_tokens"][row, 0]), gap_count, dtype, hidden.shape[1]
             )
             if segment is None or segment.shape not in (None, shape):
                 self._close(key, "gap")
                 prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
                 segment = self._begin(
-                    key, root, int(a["draft_tokens"][row, 0]), losses, dtype, prompt_len
+                    key, root, int(a["draft_tokens"][row, 0]), gap_count, dtype, prompt_len
                 )
             if segment.start == root:
                 self.counters["rootless_trees"] += 1
@@ -221,32 +224,34 @@ class Assembler:
             )
             self._extend(key, segment, step, header)
 
-    def _end(self, message: wire.Message, losses: int) -> None:
+    def _end(self, message: wire.Message, gap_count: int) -> None:
         header = message.header
         for row, request in enumerate(header.requests):
-            key = (header.epoch, request)
+            key = (header.session, request)
             if self._is_bad(message, row, key):
                 continue
             segment = self._open.get(key)
             if segment is not None:
                 segment.time_ns = header.time_ns
                 segment.domain = header.domains[row] if header.domains else segment.domain
-                certain = segment.losses == losses
+                certain = segment.gap_count == gap_count
                 last = int(message.arrays["committed_lens"][row]) - 1
                 self._close(key, header.reasons[row] if certain else "gap", last)
-            self._remember(key).ended_at = losses
+            self._remember(key).ended_at = gap_count
 
     # ---- segments
 
     def _enter(self, header: wire.Header) -> int | None:
-        """How many holes captured_seq has had in this epoch; None for a message that repeats or
+        """How many holes captured_seq has had in this session; None for a message that repeats or
         precedes one.
         """
-        state = self._epochs.setdefault(header.epoch, [header.captured_seq - 1, self._first_losses])
-        self._epochs.move_to_end(header.epoch)
-        if len(self._epochs) > MAX_EPOCHS:
-            _, (_, losses) = self._epochs.popitem(last=False)
-            self._first_losses = max(self._first_losses, losses + 1)
+        state = self._sessions.setdefault(
+            header.session, [header.captured_seq - 1, self._first_gap_count]
+        )
+        self._sessions.move_to_end(header.session)
+        if len(self._sessions) > MAX_SESSIONS:
+            _, (_, gap_count) = self._sessions.popitem(last=False)
+            self._first_gap_count = max(self._first_gap_count, gap_count + 1)
         if header.captured_seq <= state[0]:
             return None
         if header.captured_seq != state[0] + 1:
@@ -266,12 +271,12 @@ class Assembler:
         return True
 
     def _to_evict(self, by: int) -> Key:
-        """The least recently extended segment of the epoch that has most: a flood takes from nobody
-        else.
+        """The least recently extended segment of the session that has most: a flood takes from
+        nobody else.
 
         by: 0, most segments; 1, most bytes.
         """
-        largest = max(self._held, key=lambda epoch: self._held[epoch][by])
+        largest = max(self._held, key=lambda session: self._held[session][by])
         return next(key for key in self._open if key[0] == largest)
 
     def _hold(self, key: Key, segments: int, nbytes: int) -> None:
@@ -284,13 +289,13 @@ class Assembler:
             del self._held[key[0]]
 
     def _following(
-        self, key: Key, position: int, token: int, losses: int, dtype: str, width: int
+        self, key: Key, position: int, token: int, gap_count: int, dtype: str, width: int
     ) -> Segment | None:
         """The open segment that goes on with `token` at `position`, cut back to there if need
         be.
         """
         segment = self._open.get(key)
-        if segment is None or segment.losses != losses or segment.dtype != dtype:
+        if segment is None or segment.gap_count != gap_count or segment.dtype != dtype:
             return None
         if segment.steps and segment.steps[0].features.shape[1] != width:
             return None
@@ -302,12 +307,14 @@ class Assembler:
         return segment if (segment.next, segment.last_token) == (position, token) else None
 
     def _begin(
-        self, key: Key, start: int, token: int, losses: int, dtype: str, prompt_len: int
+        self, key: Key, start: int, token: int, gap_count: int, dtype: str, prompt_len: int
     ) -> Segment:
         past = self._remember(key)
         past.prompt_len, past.ended_at = prompt_len, -1
         about = {"dtype": dtype, "domain": past.domain}
-        segment = Segment(key[1], key[0], past.attempts, start, prompt_len, token, losses, **about)
+        segment = Segment(
+            key[1], key[0], past.attempts, start, prompt_len, token, gap_count, **about
+        )
         self._open[key] = segment
         self._hold(key, 1, 0)
         return segment
@@ -317,15 +324,15 @@ class Assembler:
         segment.extend(step)
         segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
         if step.tree is None:
-            segment.trim(self.config.max_slots)
+            segment.trim(self.config.max_positions)
         self._hold(key, 0, segment.nbytes - before)
         self._open.move_to_end(key)
         if (
             segment.next - max(segment.start + segment.carried, segment.prompt_len)
-            >= self.config.part_slots
+            >= self.config.part_positions
         ):
-            after = segment.tail(self.config.context_slots)
-            # the last slot has no target yet and goes on
+            after = segment.tail(self.config.context_positions)
+            # the last position has no target yet and goes on
             self._close(key, "part", segment.next - 1)
             self._open[key] = after
             self._hold(key, 1, after.nbytes)
@@ -343,7 +350,7 @@ class Assembler:
             self.counters[f"dropped_{error.cause}"] += 1
             return
         self.counters[f"samples_{reason}"] += 1
-        self.counters["slots"] += len(sample.features)
+        self.counters["positions"] += len(sample.features)
         self.counters["trees"] += len(sample.tree_first)
         self.counters["nodes"] += len(sample.node_token)
         self._done.append(sample)

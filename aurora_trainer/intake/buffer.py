@@ -32,7 +32,7 @@ from aurora_trainer.intake.sample import Sample
 MAX_SHARES = 16
 REST = "(rest)"
 
-# domain, server (epoch)
+# domain, server (session)
 Share = tuple[str, str]
 
 
@@ -42,7 +42,7 @@ class BufferConfig(Section):
     max_bytes: PositiveInt = 2 << 30
     # of one sample
     max_uses: PositiveInt = 8
-    # of a batch's slots, never-used samples
+    # of a batch's positions, never-used samples
     fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     # behind its server's newest sample
     max_age_s: Annotated[float, Field(gt=0)] = 3600.0
@@ -79,7 +79,7 @@ class Buffer:
         self.dropped: Counter[str] = Counter()
         self.put_count = 0
         self.nbytes = 0
-        self.slots = 0
+        self.positions = 0
         # by arrival
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._held: dict[Share, _Held] = {}
@@ -102,14 +102,14 @@ class Buffer:
         held.nbytes += sample.nbytes
         self.put_count += 1
         self.nbytes += sample.nbytes
-        self.slots += _slots(sample)
+        self.positions += _positions(sample)
         self._drop_stale(sample, share)
         while self._entries and self.nbytes > self.config.max_bytes:
             number = next(iter(self._held[self._largest()].entries))
             self._drop(number, "replaced" if self._entries[number].uses else "evicted")
 
-    def take(self, max_slots: int) -> list[Sample]:
-        """A batch of at most `max_slots` slots, or of one sample that alone has more.
+    def take(self, max_positions: int) -> list[Sample]:
+        """A batch of at most `max_positions` positions, or of one sample that alone has more.
 
         Empty where there is none.
         """
@@ -123,13 +123,15 @@ class Buffer:
             self._unseen_lost > self._unseen_lost_before,
             self._unseen_lost,
         )
-        room = max_slots
-        room_for_used = 0 if overloaded else max_slots - int(max_slots * self.config.fresh_fraction)
+        room = max_positions
+        room_for_used = (
+            0 if overloaded else max_positions - int(max_positions * self.config.fresh_fraction)
+        )
         batch: dict[int, None] = {}
         # The share of fresh ones, then used ones, then whatever fits.
         for numbers, until in ((fresh, room_for_used if used else 0), (used, 0), (fresh, 0)):
             for number in numbers:
-                size = _slots(self._entries[number].sample)
+                size = _positions(self._entries[number].sample)
                 if number not in batch and (room - size >= until or not batch):
                     batch[number] = None
                     room -= size
@@ -160,18 +162,18 @@ class Buffer:
 
     def stats(self) -> dict[str, float]:
         """Numbers for metrics; ages in seconds behind the newest sample of the same server."""
-        newest_ns = {entry.sample.epoch: entry.sample.time_ns for entry in self._entries.values()}
+        newest_ns = {entry.sample.session: entry.sample.time_ns for entry in self._entries.values()}
         ages = [
-            max(0, newest_ns[entry.sample.epoch] - entry.sample.time_ns) / 1e9
+            max(0, newest_ns[entry.sample.session] - entry.sample.time_ns) / 1e9
             for entry in self._entries.values()
         ]
         return {
             "samples": len(ages),
             "fresh_samples": sum(not entry.uses for entry in self._entries.values()),
-            "fresh_slots": sum(
-                _slots(entry.sample) for entry in self._entries.values() if not entry.uses
+            "fresh_positions": sum(
+                _positions(entry.sample) for entry in self._entries.values() if not entry.uses
             ),
-            "slots": self.slots,
+            "positions": self.positions,
             "bytes": self.nbytes,
             "largest_share": self._held[self._largest()].nbytes / self.nbytes
             if self._held
@@ -205,7 +207,7 @@ class Buffer:
     def _share(self, sample: Sample) -> Share:
         """Whose share the sample counts to; in REST's where there are too many to have one each."""
         domain = sample.domain if "domain" in self.config.share_by else ""
-        server = sample.epoch if "server" in self.config.share_by else ""
+        server = sample.session if "server" in self.config.share_by else ""
         domains = {share[0] for share in self._held} - {REST}
         if domain and domain not in domains and len(domains) >= MAX_SHARES:
             domain = REST
@@ -222,7 +224,7 @@ class Buffer:
         oldest_ns = newest.time_ns - int(self.config.max_age_s * 1e9)
         for (_, server), held in list(self._held.items()):
             for number, entry in list(held.entries.items()) if server == share[1] else ():
-                if entry.sample.epoch == newest.epoch:
+                if entry.sample.session == newest.session:
                     if entry.sample.time_ns >= oldest_ns:
                         break
                     self._drop(number, "stale")
@@ -237,8 +239,8 @@ class Buffer:
         )
 
     def _fresh(self) -> list[int]:
-        """Never-used samples, the newest first, and each from whoever has fewest slots in the batch
-        until then.
+        """Never-used samples, the newest first, and each from whoever has fewest positions in the
+        batch until then.
         """
         newest_first = reversed(self._entries.items())
         waiting: dict[Share, list[int]] = {}
@@ -254,7 +256,7 @@ class Buffer:
             share = min(following, key=lambda s: (of_domain[s[0]], of_share[s], -following[s]))
             number = following[share]
             order.append(number)
-            size = _slots(self._entries[number].sample)
+            size = _positions(self._entries[number].sample)
             of_domain[share[0]] += size
             of_share[share] += size
             if (following_number := next(at[share], None)) is None:
@@ -277,8 +279,8 @@ class Buffer:
         if not held.entries:
             del self._held[entry.share]
         self.nbytes -= entry.sample.nbytes
-        self.slots -= _slots(entry.sample)
+        self.positions -= _positions(entry.sample)
 
 
-def _slots(sample: Sample) -> int:
+def _positions(sample: Sample) -> int:
     return len(sample.features)

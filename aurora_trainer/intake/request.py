@@ -5,10 +5,10 @@ Positions are absolute. A segment that starts at s and has n features knows the 
 
     step      a prefill chunk, or the accepted path of a verify step: features of positions
               p..p+f-1, tokens x[p+1..p+f]
-    tree      drawn at the root x[p] of a verify step; it hangs from the slot of position p - 1
+    tree      drawn at the root x[p] of a verify step; it hangs from the position of position p - 1
 
 Dimensions: f features of a step, F feature width, G trees, N nodes, P path columns, K kept target
-    logits, L slots.
+    logits, L positions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Step:
     tokens: np.ndarray
     # [f, F], bfloat16 as bits
     features: np.ndarray
-    # int32 [f], draft version that wrote the slot's draft KV
+    # int32 [f], draft version that wrote the position's draft KV
     versions: np.ndarray
     tree: Tree | None = None
 
@@ -77,18 +77,18 @@ class Step:
 @dataclass(slots=True)
 class Segment:
     request: str
-    epoch: str
+    session: str
     attempt: int
     start: int
     prompt_len: int
     # x[start]
     first_token: int
-    # of its epoch, when it began: another count means that a message was lost since
-    losses: int
+    # of its session, when it began: another count means that a message was lost since
+    gap_count: int
     next: int = -1
     # x[next]
     last_token: int = -1
-    # first slots that an earlier sample has too: context only
+    # first positions that an earlier sample has too: context only
     carried: int = 0
     # (num_steps, topk, logits dtype, P, N, K, rejection) of its trees
     shape: tuple | None = None
@@ -137,11 +137,11 @@ class Segment:
         self.next, self.last_token = position, int(last.tokens[-1])
         self.nbytes = sum(step.nbytes for step in self.steps)
 
-    def trim(self, max_slots: int) -> None:
-        """Forget the oldest prompt chunks while `max_slots` remain without them."""
+    def trim(self, max_positions: int) -> None:
+        """Forget the oldest prompt chunks while `max_positions` remain without them."""
         while (
             self.steps[0].tree is None
-            and self.next - self.start - len(self.steps[0].tokens) >= max_slots
+            and self.next - self.start - len(self.steps[0].tokens) >= max_positions
         ):
             first = self.steps.pop(0)
             self.start += len(first.tokens)
@@ -149,24 +149,25 @@ class Segment:
             self.first_token = int(first.tokens[-1])
             self.nbytes -= first.nbytes
 
-    def tail(self, slots: int) -> Segment:
-        """The segment that goes on after this one became a sample: its last slot, `slots` before it
-        as context.
+    def tail(self, positions: int) -> Segment:
+        """The segment that goes on after this one became a sample: its last position, `positions`
+        before it as context.
         """
         tokens, features, versions = self._columns()
-        slots = min(slots + 1, self.next - self.start)
+        positions = min(positions + 1, self.next - self.start)
         after = Segment(
-            self.request, self.epoch, self.attempt + 1, self.next - slots, self.prompt_len,
-            int(tokens[-slots - 1]),
-            self.losses, carried=slots - 1, shape=self.shape, dtype=self.dtype, domain=self.domain,
+            self.request, self.session, self.attempt + 1, self.next - positions, self.prompt_len,
+            int(tokens[-positions - 1]),
+            self.gap_count, carried=positions - 1, shape=self.shape, dtype=self.dtype,
+            domain=self.domain,
             time_ns=self.time_ns, touched_s=self.touched_s,
         )  # fmt: skip
         after.extend(
             Step(
                 after.start,
-                tokens[-slots:].copy(),
-                features[-slots:].copy(),
-                versions[-slots:].copy(),
+                tokens[-positions:].copy(),
+                features[-positions:].copy(),
+                versions[-positions:].copy(),
             )
         )
         return after
@@ -184,8 +185,8 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
     """The sample of the positions start..end: its last token is x[end], or the first of `eos` that
     was generated.
 
-    A tree is kept where the slot that it hangs from is. Its nodes past the end stay as nodes and
-    are not `accepted`, even where the target took them (a path runs past a stop or max_tokens):
+    A tree is kept where the position that it hangs from is. Its nodes past the end stay as nodes
+    and are not `accepted`, even where the target took them (a path runs past a stop or max_tokens):
     nobody was given them.
 
     Raises Quarantine with cause one of: short, no_target.
@@ -209,7 +210,7 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
     shape = segment.shape
     return Sample(
         request=segment.request,
-        epoch=segment.epoch,
+        session=segment.session,
         attempt=segment.attempt,
         start=start,
         prompt_len=segment.prompt_len,
@@ -217,7 +218,7 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
         time_ns=segment.time_ns,
         tokens=torch.from_numpy(tokens[: length + 1].astype(np.int64)),
         features=_tensor(features[:length], segment.dtype),
-        slot_version=torch.from_numpy(versions[:length]),
+        position_version=torch.from_numpy(versions[:length]),
         num_steps=shape[0],
         topk=shape[1],
         rejection=shape[-1],
@@ -227,9 +228,9 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
 
 
 def _forest(
-    trees: list[Tree], slots: np.ndarray, length: int, logits_dtype: str
+    trees: list[Tree], positions: np.ndarray, length: int, logits_dtype: str
 ) -> dict[str, torch.Tensor]:
-    """All trees of a sample as flat arrays without the unused nodes; `slots` [G] are those that
+    """All trees of a sample as flat arrays without the unused nodes; `positions` [G] are those that
     they hang from.
     """
     parents = np.stack([tree.parents for tree in trees])  # [G, N]
@@ -243,15 +244,15 @@ def _forest(
     for node in range(1, parents.shape[1]):
         depth[:, node] = depth[rows[:, 0], above[:, node]] + 1
 
-    # Path node k stands at position root + k; it was committed, and its slot is there, up to the
-    # sample's last token.
-    committed = (path >= 0) & (slots[:, None] + np.arange(path.shape[1]) < length)
+    # Path node k stands at position root + k; it was committed, and its position is there, up to
+    # the sample's last token.
+    committed = (path >= 0) & (positions[:, None] + np.arange(path.shape[1]) < length)
     g, k = np.nonzero(committed)
     accepted = np.zeros(parents.shape, bool)
     accepted[g, path[g, k]] = True
-    slot_node = np.full(length, -1, np.int64)
+    position_node = np.full(length, -1, np.int64)
     # a later tree's root replaces an earlier tree's last node
-    slot_node[slots[g] + k] = index[g, path[g, k]]
+    position_node[positions[g] + k] = index[g, path[g, k]]
 
     ids = np.concatenate([tree.topk_ids for tree in trees])[used.ravel()]
     logits = to_float32(
@@ -263,7 +264,7 @@ def _forest(
         return np.repeat(values, used.sum(1))
 
     return {
-        "slot_node": torch.from_numpy(slot_node),
+        "position_node": torch.from_numpy(position_node),
         "node_token": torch.from_numpy(
             np.stack([tree.tokens for tree in trees])[used].astype(np.int64)
         ),
@@ -271,7 +272,7 @@ def _forest(
             np.where(parents < 0, -1, index[rows, above])[used].astype(np.int64)
         ),
         "node_depth": torch.from_numpy(depth[used].astype(np.int64)),
-        "node_slot": torch.from_numpy(per_tree(slots).astype(np.int64)),
+        "node_position": torch.from_numpy(per_tree(positions).astype(np.int64)),
         "node_accepted": torch.from_numpy(accepted[used]),
         "node_altered": torch.from_numpy(per_tree([tree.altered for tree in trees]).astype(bool)),
         "topk_ids": torch.from_numpy(ids.astype(np.int64)),

@@ -15,7 +15,7 @@ Only steps are counted whose chain is known to its end, live ones too: a request
 past what was committed. Intervals are bootstraps over requests, because samples of one request are
 alike.
 
-Dimensions: S draft steps, R level-0 slots of a batch, n requests, D drafts.
+Dimensions: S draft steps, R level-0 positions of a batch, n requests, D drafts.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses
 from aurora_trainer.learn.score import WALK, chains, live, sampling, tree_shape, walked, walks
-from aurora_trainer.recordings.recording import Damage, read_messages
+from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 from aurora_trainer.recordings.replay import on_one_clock
 
 log = logging.getLogger(__name__)
@@ -104,11 +104,13 @@ def evaluate(
     loaded = [Draft.load(path, embed).to(device).eval() for path in directories]
     fingerprint = target_fingerprint(target)
     result = Evaluation(Path(recording), _names(directories), fingerprint, depth)
-    assembler = Assembler(AssembleConfig(part_slots=PART_SLOTS, eos_token_ids=files.eos_token_ids))
+    assembler = Assembler(
+        AssembleConfig(part_positions=PART_SLOTS, eos_token_ids=files.eos_token_ids)
+    )
     requests: dict[tuple[str, str], Request] = {}
     domains: dict[tuple[str, str], str] = {}
     held: list[Sample] = []
-    damage, now_s, said = Damage(), 0.0, time.monotonic()
+    damage, now_s, said = CorruptionLog(), 0.0, time.monotonic()
 
     def take(samples: list[Sample], flush: bool = False) -> None:
         for sample in samples:
@@ -121,7 +123,7 @@ def evaluate(
                 )
             if _usable(sample, loaded, result):
                 held.append(sample)
-        while held and (flush or sum(len(s.features) for s in held) >= BatchConfig().max_slots):
+        while held and (flush or sum(len(s.features) for s in held) >= BatchConfig().max_positions):
             some = next(group(held, BatchConfig()))
             del held[: len(some)]
             _evaluate(some, loaded, device, result, requests)
@@ -133,7 +135,7 @@ def evaluate(
             continue
         for request, domain in zip(header.requests, header.domains):
             if domain:
-                domains[header.epoch, request] = domain
+                domains[header.session, request] = domain
         now_s = max(now_s, header.time_ns / 1e9)
         take(assembler.add(message) + assembler.idle(now_s))
         if max_requests and len(requests) >= max_requests:
@@ -174,7 +176,7 @@ def _evaluate(
     for n, sample in enumerate(samples):
         mine = (owner == n).nonzero()[:, 0]
         known = found[0].known[mine]
-        key = (sample.epoch, sample.request)
+        key = (sample.session, sample.request)
         if key not in requests:
             empty = np.zeros((len(drafts), len(WALK), result.depth))
             requests[key] = Request(
@@ -187,7 +189,9 @@ def _evaluate(
             request.chains[d] += walks(chain.match[mine], chain.overlap[mine], known, is_root)
             request.sampling[d] += sampling(chain.overlap[mine], known)
         request.live += live(
-            sample, batch.levels[0].parent[mine] - _first_slot(samples, n), is_root & known.all(1)
+            sample,
+            batch.levels[0].parent[mine] - _first_position(samples, n),
+            is_root & known.all(1),
         )
         result.samples["evaluated"] += 1
         result.versions.update(sample.tree_version.unique().tolist())
@@ -202,7 +206,7 @@ def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
         for t in (sample.tokens, sample.node_token, sample.topk_ids)
     ):
         cause = "token_out_of_vocabulary"
-    elif sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
+    elif sample.num_steps < 1 or not bool((sample.position_node >= 0).any()):
         cause = "without_trees"
     elif bool(sample.node_altered.all()):
         cause = "altered_distribution"
@@ -218,7 +222,7 @@ def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
     return cause is None
 
 
-def _first_slot(samples: list[Sample], n: int) -> int:
+def _first_position(samples: list[Sample], n: int) -> int:
     return sum(len(s.features) for s in samples[:n])
 
 

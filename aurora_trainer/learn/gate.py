@@ -18,8 +18,8 @@ Error rates of one answer at z = 1.28, for differences of a request with a stand
 and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 150, an equal
 one 1 in 10, one that is better by 0.1 every second time and by 0.2 7 times in 8; what was refused
 is not lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1
-passes 1 time in 30. tests/trainer/learn/test_gate.py computes these rates, and those of many answers on a
-window that moves.
+passes 1 time in 30. tests/trainer/learn/test_gate.py computes these rates, and those of many
+answers on a window that moves.
 
 Dimensions: n held requests.
 """
@@ -47,7 +47,7 @@ WORSE = 1.64
 # of one request: the parts of a longer one go to training at once
 HELD_SLOTS = 2048
 
-# epoch, request id
+# session, request id
 Key = tuple[str, str]
 # Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
 Walk = Callable[[str, list[Sample]], np.ndarray]
@@ -72,7 +72,7 @@ class GateConfig(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """`reason` is one of families.DECISIONS; accept lengths are nan where nothing was scored."""
+    """`reason` is one of metric_families.DECISIONS; accept lengths are nan if none was scored."""
 
     passed: bool
     reason: str
@@ -98,7 +98,7 @@ class _Held:
     scores: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
     @property
-    def slots(self) -> int:
+    def positions(self) -> int:
         return sum(len(s.features) for s in self.samples)
 
 
@@ -127,9 +127,9 @@ class Gate:
         """
         if not self.config.enabled:
             return [sample]
-        key = (sample.epoch, sample.request)
+        key = (sample.session, sample.request)
         if key in self._held:
-            if self._held[key].slots + len(sample.features) > HELD_SLOTS:
+            if self._held[key].positions + len(sample.features) > HELD_SLOTS:
                 return [sample]
             self._held[key].samples.append(sample)
             return []
@@ -144,8 +144,8 @@ class Gate:
     def decide(self, finite: bool, walk: Walk, initial_served: bool = False) -> Decision:
         """May the candidate be published? `finite`: all its weights are.
 
-        `walk` scores samples with the
-        role `candidate`, `served` or, unless that is what is served, `initial`. Counts and logs the
+        `walk` scores samples with the role `candidate`, `served` or, unless that is what is served,
+        `initial`. Counts and logs the
         answer."""
         decision = self.newest = self._judge(finite, walk, initial_served)
         self.decisions[decision.reason] += 1
@@ -242,8 +242,8 @@ def accept_length(scores: np.ndarray) -> float:
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """(accept length of a - that of b, its standard error), scores [n, 2] of the same n requests.
 
-    Ratios of sums, the error by linearisation: request i contributes
-    (tokens - A steps) / mean steps, for a minus for b. nan where a draft has no step.
+    Ratios of sums, the error by linearisation: request i contributes (tokens - A steps) / mean
+    steps, for a minus for b. nan where a draft has no step.
     """
     lengths = accept_length(a), accept_length(b)
     if not all(map(math.isfinite, lengths)):

@@ -69,14 +69,14 @@ class Score:
 def states(draft: Draft, batch: Batch) -> list[Tensor]:
     """The draft's state [Q, H] of every query, level by level."""
     first = batch.levels[0]
-    state, slot_kv = draft.slots(
-        batch.tokens, batch.features, batch.positions, batch.slot_start, first.parent
+    state, context_kv = draft.context(
+        batch.tokens, batch.features, batch.positions, batch.context_start, first.parent
     )
     out, node_kv = [state], None
     for level in batch.levels[1:]:
         state, node_kv = draft.nodes(
-            level.tokens, out[-1][level.parent], level.positions, slot_kv, node_kv,
-            level.slot_start, level.slot_end, level.ancestors,
+            level.tokens, out[-1][level.parent], level.positions, context_kv, node_kv,
+            level.context_start, level.context_end, level.ancestors,
         )  # fmt: skip
         out.append(state)
     return out

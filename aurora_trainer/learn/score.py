@@ -55,15 +55,15 @@ def chains(draft: Draft, batch: Batch, found: TreeLoss) -> Chains:
     first_choice = (found.argmax + draft.d2t[found.argmax]).cpu()
     overlap_of = found.acceptance.cpu().float()
     batch = batch.on_cpu
-    slots = len(batch.tokens)
-    starts = batch.slot_start.unique()
-    ends = torch.cat([starts[1:], torch.tensor([slots])])
+    positions = len(batch.tokens)
+    starts = batch.context_start.unique()
+    ends = torch.cat([starts[1:], torch.tensor([positions])])
     # One past the last position of a position's sample.
-    sample_end = ends[torch.bucketize(batch.slot_start, starts)]
+    sample_end = ends[torch.bucketize(batch.context_start, starts)]
     shape = len(batch.levels[0]), batch.depth
     known, match = (torch.zeros(shape, dtype=torch.bool) for _ in range(2))
     overlap = torch.zeros(shape)
-    at, slot = 0, batch.levels[0].parent
+    at, position = 0, batch.levels[0].parent
     for d, level in enumerate(batch.levels):
         part = slice(at, at + len(level.rows))
         at += len(level.rows)
@@ -71,9 +71,9 @@ def chains(draft: Draft, batch: Batch, found: TreeLoss) -> Chains:
         base = level.base[level.rows][dense]
         # The position that holds the token which the query predicts: the last one's own is not
         # committed yet.
-        follows = slot[base] + d + 1
-        there = follows < sample_end[slot[base]]
-        token = batch.tokens[follows.clamp_max(slots - 1)]
+        follows = position[base] + d + 1
+        there = follows < sample_end[position[base]]
+        token = batch.tokens[follows.clamp_max(positions - 1)]
         known[base, d] = there
         match[base, d] = there & (first_choice[part][dense] == token)
         overlap[base, d] = overlap_of[part][dense]
@@ -85,7 +85,7 @@ def measure(
     draft: Draft, samples: Sequence[Sample], packing: BatchConfig, loss: LossConfig, device: str
 ) -> np.ndarray:
     """float64 [len(samples), 2]: steps and tokens of each sample's walk with `draft`, which is on
-    `device`. A forward pass of all samples, in batches of at most packing.max_slots."""
+    `device`. A forward pass of all samples, in batches of at most packing.max_positions."""
     packing = packing.model_copy(update={"rejected": False})
     out = [np.zeros((0, 2))]
     for some in group(samples, packing):
@@ -210,11 +210,11 @@ def sampling(overlap: Tensor, known: Tensor) -> np.ndarray:
     return np.array([len(whole), float((1 + whole.cumprod(1).sum(1)).sum())])
 
 
-def live(sample: Sample, slots: Tensor, counted: Tensor) -> np.ndarray:
-    """(steps, tokens) of the sample's own trees, those that hang from the level-0 `slots` that are
-    `counted`."""
+def live(sample: Sample, positions: Tensor, counted: Tensor) -> np.ndarray:
+    """(steps, tokens) of the sample's own trees, those that hang from the level-0 `positions` that
+    are `counted`."""
     tree = torch.bucketize(torch.arange(len(sample.node_token)), sample.tree_first, right=True) - 1
     accepted = sample.node_accepted.long()
     lengths = torch.zeros(len(sample.tree_first), dtype=torch.int64).index_add(0, tree, accepted)
-    take = torch.isin(sample.node_slot[sample.tree_first], slots[counted])
+    take = torch.isin(sample.node_position[sample.tree_first], positions[counted])
     return np.array([float(take.sum()), float(lengths[take].sum())])

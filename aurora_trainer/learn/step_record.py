@@ -15,7 +15,7 @@ class Step:
 
     update: Update
     score: Score
-    slots: int
+    positions: int
     before: tuple[float, float] | None
     after: tuple[float, float] | None
     # of each sample

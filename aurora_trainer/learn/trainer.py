@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
-from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_batch import Batch, pack
 from aurora_trainer.drafts.target import open_target
@@ -40,6 +39,9 @@ from aurora_trainer.learn.served import Served
 from aurora_trainer.learn.step_record import Step
 from aurora_trainer.learn.training_state import restore, state_of
 
+if TYPE_CHECKING:
+    from aurora_trainer.config import TrainerFile
+
 log = logging.getLogger(__name__)
 
 # of what the status shows, per step
@@ -49,7 +51,7 @@ MAX_FAILED_STEPS = 1 << 16
 
 
 class Training:
-    """Owns the draft, its optimizer, the buffer, and the books of what became of every sample.
+    """Owns the draft, its optimizer, the buffer, and the ledger of what became of every sample.
 
     Raises ValueError where target, draft or weights directory cannot be used.
     """
@@ -64,20 +66,17 @@ class Training:
         for note in check_draft(trainer.model.draft, target.config):
             log.warning("draft directory=%s note=%r", trainer.model.draft, note)
         self._train(Draft.load(trainer.model.draft, embed))
-        self.writer = WeightsWriter(config.weights.directory, trainer.publish.keep)
-        model = trainer.model
+        directory = config.weights.directory
+        self.writer = WeightsWriter(directory, trainer.publish.keep)
         self.served = Served(
-            config.weights.directory, model.draft, self.target, embed, trainer.publish.dtype
+            directory, trainer.model.draft, self.target, embed, trainer.publish.dtype
         )
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
         self.gate = Gate(trainer.gate)
-        self._packing = (
-            trainer.batch
-            if trainer.loss.rejected
-            else trainer.batch.model_copy(update={"rejected": False})
-        )
+        rejected = bool(trainer.loss.rejected) and trainer.batch.rejected
+        self._packing = trainer.batch.model_copy(update={"rejected": rejected})
         # the version that training went on from
         self.parent = 0
         # of optimizers before the last rollback
@@ -85,7 +84,7 @@ class Training:
         # batches drawn; the optimizer may have skipped some
         self.steps = 0
         # trained on, repetitions included
-        self.slots = 0
+        self.positions = 0
         # when the newest step that the draft was trained on was captured
         self.trained_until_ns = 0
         # by what became of them before the buffer
@@ -98,8 +97,8 @@ class Training:
         self.rows: Counter[str] = Counter(with_target=0, altered=0)
         # smoothed figures for the status
         self.shown: dict[str, float] = {}
-        # slots that came in and were not answered by a step yet
-        self._credit = 0
+        # positions that came in and were not answered by a step yet
+        self._pending_tokens = 0
         # optimizer step at which the gate was last asked
         self._offered_at = 0
         # a version was rolled back, and training did not follow yet
@@ -131,7 +130,11 @@ class Training:
     def due(self) -> bool:
         """Whether enough came in for the next step."""
         pace = self.config.trainer.pace
-        return pace.enabled and self._credit >= pace.new_slots_per_step and len(self.buffer) > 0
+        return (
+            pace.enabled
+            and self._pending_tokens >= pace.new_positions_per_step
+            and len(self.buffer) > 0
+        )
 
     def step(self, replay: bool = False) -> Step | None:
         """Train on one batch; None where it has no targets.
@@ -139,8 +142,8 @@ class Training:
         `replay`: only draw it, and return None.
         """
         trainer = self.config.trainer
-        samples = self.buffer.take(trainer.batch.max_slots)
-        self._credit -= trainer.pace.new_slots_per_step
+        samples = self.buffer.take(trainer.batch.max_positions)
+        self._pending_tokens -= trainer.pace.new_positions_per_step
         self.steps += 1
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
@@ -163,12 +166,12 @@ class Training:
         if unseen and (rescored or all(s.topk == 1 for s in unseen)):
             before = self._walk_batch(batch, samples, unseen, result)
         update = self.optimizer.step(result.loss_sum)
-        if not update.applied:
-            self._failed()
         if update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
-        slots = sum(len(s.features) for s in samples)
-        self.slots += slots
+        else:
+            self._failed()
+        positions = sum(len(s.features) for s in samples)
+        self.positions += positions
         self._show(update.loss, before)
         if rescored:
             with torch.no_grad():
@@ -177,7 +180,7 @@ class Training:
         return Step(
             update=update,
             score=scored,
-            slots=slots,
+            positions=positions,
             before=before,
             after=after,
             time_ns=[s.time_ns for s in samples],
@@ -189,9 +192,7 @@ class Training:
         )
 
     def give_up(self) -> None:
-        """The step that raised is over: no gradient of it stays, and its batch is tried again in
-        parts.
-        """
+        """The step that raised is over: no gradient stays, its batch is tried again in parts."""
         self.draft.zero_grad(set_to_none=True)
         self._failed()
         if self.config.trainer.model.device == "cuda":
@@ -223,12 +224,9 @@ class Training:
         return self._write(tensors, decision, "candidate")
 
     def _publish_initial(self, decision: Decision) -> int | None:
-        """The initial draft is clearly better than what is served: serve it, and train on from
-        it.
-        """
-        version = self._write(
-            self.served.initial.checkpoint(self.served.dtype), decision, "initial"
-        )
+        """The initial draft is clearly better than what is served: serve it, train on from it."""
+        initial = self.served.initial.checkpoint(self.served.dtype)
+        version = self._write(initial, decision, "initial")
         if version is not None:
             self._take_served()
         return version
@@ -255,10 +253,8 @@ class Training:
         log.info("weights published version=%d optimizer_step=%d", version, self.updates)
         return version
 
-    def heed_rejections(self) -> None:
-        """Where servers rolled the newest version back, go on from the version that they went back
-        to.
-        """
+    def apply_rollbacks(self) -> None:
+        """If servers rolled the newest version back, go on from the one that they went back to."""
         version = self.served.roll_back()
         if version is not None:
             log.warning(
@@ -271,7 +267,7 @@ class Training:
             self.gate.restart()
             self._behind_served = False
 
-    def go_on_from_published(self) -> None:
+    def resume_from_published(self) -> None:
         """Without a checkpoint: start from what servers serve now, not from the initial draft."""
         if self.served.version:
             self._take_served()
@@ -302,10 +298,8 @@ class Training:
 
     def _train(self, draft: Draft) -> None:
         """Train `draft` from here on: its float32 weights become the masters of what computes."""
-        model, masters = (
-            self.config.trainer.model,
-            {n: p.detach() for n, p in draft.named_parameters()},
-        )
+        model = self.config.trainer.model
+        masters = {n: p.detach() for n, p in draft.named_parameters()}
         self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
         self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer, masters)
 
@@ -316,30 +310,26 @@ class Training:
             self.samples[cause] += 1
             return
         for given in self.gate.hold(sample):
-            self._credit += int(given.has_target.sum())
+            self._pending_tokens += int(given.has_target.sum())
             self.buffer.put(given)
 
     def _unusable(self, sample: Sample) -> str | None:
-        """A cause where training cannot use the sample; ids that are too large would index out of
-        the embedding.
-        """
+        """Why training cannot use the sample; too large an id would index out of the embedding."""
         config = self.draft.config
         if sample.features.shape[1] != config.feature_size:
             return "wrong_feature_width"
         ids = [t for t in (sample.tokens, sample.node_token, sample.topk_ids) if t.numel()]
         if any(int(t.max()) >= config.vocab_size for t in ids):
             return "token_out_of_vocabulary"
-        if sample.num_steps < 1 or not bool((sample.slot_node >= 0).any()):
+        if sample.num_steps < 1 or not bool((sample.position_node >= 0).any()):
             return "without_targets"
         targets = int(sample.has_target.sum())
         self.rows["with_target"] += targets
-        self.rows["altered"] += int((sample.slot_node >= 0).sum()) - targets
+        self.rows["altered"] += int((sample.position_node >= 0).sum()) - targets
         return None if targets else "altered"
 
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
-        """float64 [len(samples), 2]: steps and tokens of each sample's walk with the draft of a
-        role.
-        """
+        """float64 [len(samples), 2]: steps and tokens of each sample's walk with a role's draft."""
         trainer, served = self.config.trainer, self.served
         draft = {"candidate": self.draft, "served": served.draft, "initial": served.initial}[role]
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)

@@ -1,7 +1,6 @@
 """What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters.
 
-Samples
-are not in it: over a recording they come again, live they are lost and counted.
+Samples are not in it: over a recording they come again, live they are lost and counted.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "served": training.served.version,
         "rolled_back": sorted(training.served.rolled_back),
         "steps": training.steps,
-        "slots": training.slots,
-        "credit": training._credit,
+        "positions": training.positions,
+        "pending_tokens": training._pending_tokens,
         "samples": dict(training.samples),
         "published": dict(training.published),
         "traffic": training.traffic,
@@ -66,7 +65,7 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
         state["optimizer"],
     )
     torch.set_rng_state(tensors["random/torch"])
-    training.parent, training.slots = state["parent"], state["slots"]
+    training.parent, training.positions = state["parent"], state["positions"]
     training.earlier_updates = state["earlier_updates"]
     training.trained_until_ns = state.get("trained_until_ns", 0)
     training._failed_steps.extend(() if live else state.get("failed_steps", ()))

@@ -15,14 +15,14 @@ from aurora_trainer.recordings.recording import Recording
 
 log = logging.getLogger(__name__)
 
-BOOKS = "books.json"
+LEDGER = "ledger.json"
 WAIT_S = 0.1
 
 
 def record(config: TrainerFile, directory: Path, seconds: float | None = None) -> dict[str, int]:
     """Record until a signal comes, or for `seconds`; returns the recording's counters.
 
-    Heartbeats are recorded too: they say what servers dropped. The books of what was lost are kept
+    Heartbeats are recorded too: they say what servers dropped. The ledger of what was lost are kept
     in the directory. Raises ValueError where the endpoint cannot be bound or the directory is
     another writer's.
     """
@@ -35,7 +35,7 @@ def record(config: TrainerFile, directory: Path, seconds: float | None = None) -
     recording = Recording(directory, config.trainer.record)
     try:
         receiver = Receiver(
-            config.link, config.trainer.receive, directory / BOOKS, record=recording.write
+            config.link, config.trainer.receive, directory / LEDGER, record=recording.write
         )
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
@@ -62,17 +62,17 @@ def record(config: TrainerFile, directory: Path, seconds: float | None = None) -
 
 
 def _show(what: str, recording: Recording, receiver: Receiver) -> None:
-    books = receiver.books()
-    epochs = books["epochs"].values()
+    ledger = receiver.ledger()
+    sessions = ledger["sessions"].values()
     figures = {
         "messages": recording.counters["messages"],
         "bytes": recording.nbytes,
         "files": recording.files,
         "removed_files": recording.counters["removed_files"],
-        "servers": len(epochs),
-        "lost": sum(epoch["lost"] for epoch in epochs),
-        "dropped_by_servers": sum(sum(epoch["dropped"].values()) for epoch in epochs),
-        "rejected": sum(books["rejected"].values()),
+        "servers": len(sessions),
+        "lost": sum(session["lost"] for session in sessions),
+        "dropped_by_servers": sum(sum(session["dropped"].values()) for session in sessions),
+        "rejected": sum(ledger["rejected"].values()),
         "not_recorded_full": recording.counters["full"],
         "not_recorded_disk": recording.counters["disk"],
     }

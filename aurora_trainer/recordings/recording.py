@@ -258,7 +258,7 @@ def read_messages(
         yield record, message
 
 
-class Damage:
+class CorruptionLog:
     """An `on_damage` that logs each damage and keeps their texts, the first MAX of them."""
 
     MAX = 1000

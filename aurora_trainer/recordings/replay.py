@@ -1,9 +1,9 @@
 """Replay a recording: at the pace at which it was recorded, or into a live trainer over the link.
 
 Training from a recording is the daemon's (`Daemon.run_recording`). `push` stands in for the servers
-that were recorded: same messages in the same order, with an epoch of their own, so that no trainer
-takes them for repetitions, and with the time at which they are sent. Unlike a server it waits for
-the trainer instead of dropping.
+that were recorded: same messages in the same order, with a session of their own, so that no
+trainer takes them for repetitions, and with the time at which they are sent. Unlike a server it
+waits for the trainer instead of dropping.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.curve import load_server_keys
 from aurora_sglang_plugin.link.publisher import SEND_QUEUE_MESSAGES
-from aurora_trainer.recordings.recording import Damage, read_messages
+from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 from aurora_trainer.recordings.trace import Record
 
 log = logging.getLogger(__name__)
@@ -43,19 +43,19 @@ def on_one_clock(messages: Messages) -> Messages:
     """The same messages with times of one clock, whatever the clocks of their servers say: an hour
     ahead, or set right in between. Where they agree, times stay as they are."""
     trust_ns, now_ns = int(TRUST_S * 1e9), None
-    # of each epoch's clock
+    # of each session's clock
     behind_ns: dict[str, int] = {}
     for record, message in messages:
         header = message.header
-        new = header.epoch not in behind_ns
-        time_ns = header.time_ns + behind_ns.setdefault(header.epoch, 0)
+        new = header.session not in behind_ns
+        time_ns = header.time_ns + behind_ns.setdefault(header.session, 0)
         now_ns = time_ns if now_ns is None else now_ns
         # What was captured long ago may have waited for its trainer; a heartbeat is sent as soon as
         # it is made.
         if time_ns > now_ns + trust_ns or (
             time_ns < now_ns - trust_ns and (new or header.kind == "heartbeat")
         ):
-            behind_ns[header.epoch] += now_ns - time_ns
+            behind_ns[header.session] += now_ns - time_ns
             time_ns = now_ns
         header.time_ns = max(0, time_ns)
         now_ns = max(now_ns, time_ns)
@@ -87,14 +87,14 @@ def push(
     Waits for a trainer that is not there yet, until `stopping`. With keys it is the server of
     link.server_keys. Raises ValueError for a bad endpoint, recording or key.
     """
-    damage, counts, epochs = Damage(), Counter(), {}
+    damage, counts, sessions = CorruptionLog(), Counter(), {}
     messages = on_one_clock(read_messages(path, damage))
     if original_pace:
         messages = paced(messages, stopping)
     with zmq.Context() as context, _connect(context, link) as socket:
         for _, message in messages:
             header = message.header
-            header.epoch = epochs.setdefault(header.epoch, secrets.token_hex(8))
+            header.session = sessions.setdefault(header.session, secrets.token_hex(8))
             header.time_ns = time.time_ns()
             parts = wire.encode(
                 header, {f.name: (f.dtype, message.arrays[f.name]) for f in header.frames}

@@ -17,7 +17,7 @@ import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft, draft_problems
-from aurora_sglang_plugin.endpoint import stays_here
+from aurora_sglang_plugin.endpoint import is_local
 from aurora_sglang_plugin.link.curve import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint
@@ -96,7 +96,7 @@ def _draft(model: str, directory: Path) -> str:
 
 def _keys(link: LinkConfig) -> str:
     if link.trainer_keys is None or link.server_keys is None:
-        here = stays_here(link.endpoint) and stays_here(link.bound)
+        here = is_local(link.endpoint) and is_local(link.bound)
         return (
             "none, the link stays on this machine"
             if here
@@ -126,7 +126,7 @@ def _endpoint(link: LinkConfig) -> str:
             f"{link.endpoint} is not bound here: link.trainer_keys {link.trainer_keys} is on"
             " another machine"
         )
-    Receiver(link, ReceiveConfig(), books_path=None).close()
+    Receiver(link, ReceiveConfig(), ledger_path=None).close()
     return f"{link.bound} can be bound"
 
 

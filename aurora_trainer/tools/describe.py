@@ -28,10 +28,10 @@ from aurora_trainer.recordings.trace import MAGIC
 from aurora_trainer.tools.describe_recording import describe_recording, recording_text
 from aurora_trainer.tools.terminal import columns, escape, moment, size, value
 
-CHECKPOINT_FORMAT = 1
-SHOWN_STATE = ("target", "parent", "served", "rolled_back", "steps", "slots", "earlier_updates",
-"traffic", "published",
-               "samples", "optimizer", "cursor", "open_requests")  # fmt: skip
+SHOWN_STATE = (
+    "target", "parent", "served", "rolled_back", "steps", "positions", "earlier_updates", "traffic",
+    "published", "samples", "optimizer", "cursor", "open_requests",
+)  # fmt: skip
 
 
 def describe(path: Path) -> tuple[dict[str, Any], str]:
@@ -165,21 +165,21 @@ def version_text(found: dict[str, Any]) -> str:
 def describe_checkpoints(path: Path) -> dict[str, Any]:
     """Every checkpoint of a directory, or the one that `path` is."""
     # which brings torch
-    from aurora_trainer.checkpoint import steps
+    from aurora_trainer.checkpoint import FORMAT, steps
 
     one = (path / "manifest.json").exists()
     folders = [path] if one else [path / f"step-{step:08d}" for step in steps(path)]
-    found = [_checkpoint(folder) for folder in folders]
+    found = [_checkpoint(folder, FORMAT) for folder in folders]
     problems = [problem for of in found for problem in of["problems"]]
     return {"kind": "checkpoints", "path": str(path), "checkpoints": found, "problems": problems}
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: Path, expected_format: int) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path), "problems": []}
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        if manifest["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"format {manifest['format']}, this version reads {CHECKPOINT_FORMAT}")
+        if manifest["format"] != expected_format:
+            raise ValueError(f"format {manifest['format']}, this version reads {expected_format}")
         found |= {"step": int(manifest["step"]), "bytes": 0}
         for name in ("state.safetensors", "state.json"):
             described = manifest["files"][name]

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from aurora_sglang_plugin.link import wire
-from aurora_trainer.recordings.recording import Damage, read_messages, recording_files
+from aurora_trainer.recordings.recording import CorruptionLog, read_messages, recording_files
 from aurora_trainer.recordings.trace import Record
 from aurora_trainer.tools.draw_tree import draw_tree
 from aurora_trainer.tools.terminal import columns, escape, moment, ranges, size
@@ -41,7 +41,7 @@ def describe_recording(path: Path) -> dict[str, Any]:
 
     Damage is in `damaged`, by position, and the rest is described.
     """
-    damage, servers = Damage(), {}
+    damage, servers = CorruptionLog(), {}
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     ends: Counter[str] = Counter()
@@ -55,7 +55,7 @@ def describe_recording(path: Path) -> dict[str, Any]:
         kinds[header.kind] += 1
         nbytes[header.kind] += sum(map(len, record.parts))
         server = servers.setdefault(
-            header.epoch, _Server(first_sent=header.sent_seq, last_sent=header.sent_seq - 1)
+            header.session, _Server(first_sent=header.sent_seq, last_sent=header.sent_seq - 1)
         )
         server.messages += 1
         server.target = header.target
@@ -65,7 +65,9 @@ def describe_recording(path: Path) -> dict[str, Any]:
         server.first_s = server.first_s or header.time_ns / 1e9
         server.last_s = max(server.last_s, header.time_ns / 1e9)
         server.requests.update(header.requests)
-        domains.update({(header.epoch, r): d for r, d in zip(header.requests, header.domains) if d})
+        domains.update(
+            {(header.session, r): d for r, d in zip(header.requests, header.domains) if d}
+        )
         ends.update(header.reasons)
         if header.kind == "prefill":
             totals["prompt_features"] += int(arrays["feature_lens"].sum())
@@ -100,7 +102,7 @@ def describe_recording(path: Path) -> dict[str, Any]:
         "first_unix_s": min((a for a, _ in times), default=None),
         "last_unix_s": max((b for _, b in times), default=None),
         "servers": {
-            epoch: {
+            session: {
                 "target": s.target,
                 "messages": s.messages,
                 "sent_before": s.first_sent - 1,
@@ -111,7 +113,7 @@ def describe_recording(path: Path) -> dict[str, Any]:
                 "draft_versions": sorted(s.versions),
                 "seconds": s.last_s - s.first_s,
             }
-            for epoch, s in servers.items()
+            for session, s in servers.items()
         },
         "requests": sum(len(s.requests) for s in servers.values()),
         "domains": dict(labels.most_common()),
@@ -148,12 +150,12 @@ def recording_text(found: dict[str, Any]) -> str:
         [kind, str(of["count"]), size(of["bytes"])] for kind, of in found["messages"].items()
     ])]  # fmt: skip
     rows = []
-    for epoch, of in found["servers"].items():
+    for session, of in found["servers"].items():
         dropped = (
             " ".join(f"{escape(cause)}={count}" for cause, count in of["dropped"].items()) or "0"
         )
         rows.append([
-            escape(epoch, 20), escape(of["target"], 20), f"{of['seconds']:.0f} s",
+            escape(session, 20), escape(of["target"], 20), f"{of['seconds']:.0f} s",
             str(of["messages"]),
             str(of["requests"]), ranges(of["draft_versions"]), str(of["lost"]), dropped,
         ])  # fmt: skip
@@ -202,7 +204,7 @@ def message_at(path: Path, number: int) -> tuple[Record, wire.Message]:
     Raises ValueError where there is none.
     """
     count = 0
-    for record, message in read_messages(path, Damage()):
+    for record, message in read_messages(path, CorruptionLog()):
         if count == number:
             return record, message
         count += 1

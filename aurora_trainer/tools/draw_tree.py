@@ -8,8 +8,7 @@ instead.
           └─ + "name" bonus
 
 The number behind a token is the target's probability of it after its parent; `<0.01` where it is
-less than that of every kept token.
-Dimensions: N nodes, P path columns, K kept target logits.
+less than that of every kept token. Dimensions: N nodes, P path columns, K kept target logits.
 """
 
 from __future__ import annotations

@@ -53,12 +53,12 @@ def plan(
     queued = capture.sample_rate * (
         load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
     )
-    slots = rate * load.tokens_per_s
+    positions = rate * load.tokens_per_s
     version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)
     every_s = trainer.publish.every_s
     compute = SIZES[trainer.model.compute_dtype]
     device = trainer_device_bytes(draft, target, trainer, compute, load)
-    slot = sample_bytes(draft, load, size, capture.topk_logits)
+    position = sample_bytes(draft, load, size, capture.topk_logits)
     return {
         "draft": {
             "parameters": parameters,
@@ -81,28 +81,28 @@ def plan(
         "server": {
             "extra_device_bytes_per_rank": 2 * rank_bytes(draft, target, load.tp, size),
             "publisher_queue_bytes": config.plugin.publish.queue_bytes,
-            "pinned_bytes": capture.pinned_slots * capture.pinned_slot_bytes,
+            "pinned_bytes": capture.pinned_buffers * capture.pinned_buffer_bytes,
             "verify_message_bytes": per_step,
         },
         "trainer_host": {
             "receive_queue_bytes": trainer.receive.queue_bytes,
             "assemble_bytes": trainer.assemble.max_bytes,
             "buffer_bytes": trainer.buffer.max_bytes,
-            "bytes_per_buffered_token": slot,
-            "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (slot * slots)
-            if slots
+            "bytes_per_buffered_token": position,
+            "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (position * positions)
+            if positions
             else math.inf,
         },
         "trainer_device": device | {"total_bytes": sum(device.values())},
         "training": {
-            "optimizer_steps_per_s": slots / trainer.pace.new_slots_per_step,
-            "seconds_per_step_at_most": trainer.pace.new_slots_per_step / slots
-            if slots
+            "optimizer_steps_per_s": positions / trainer.pace.new_positions_per_step,
+            "seconds_per_step_at_most": trainer.pace.new_positions_per_step / positions
+            if positions
             else math.inf,
             "flops_per_step": step_flops(draft, trainer, load),
             "flops_per_s": step_flops(draft, trainer, load)
-            * slots
-            / trainer.pace.new_slots_per_step,
+            * positions
+            / trainer.pace.new_positions_per_step,
         },
         "weights": {
             "version_bytes": version,

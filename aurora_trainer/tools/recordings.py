@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from aurora_trainer.tools.options import ConfigPath, Overrides, RecordingPath, log_to_stderr
-from aurora_trainer.tools.report_user_errors import clear_errors
+from aurora_trainer.tools.report_user_errors import report_user_errors
 
 app = typer.Typer()
 
@@ -36,7 +36,7 @@ def record(
     """Receive in the trainer's place, and write what comes to files until stopped (SIGTERM,
     Ctrl-C).
     """
-    with clear_errors():
+    with report_user_errors():
         log_to_stderr()
         from aurora_trainer.config import load_trainer_config
         from aurora_trainer.recordings.record import record
@@ -61,7 +61,7 @@ def replay(
     ] = None,
 ) -> None:
     """Train on a recording instead of live traffic, or send it to a live trainer."""
-    with clear_errors():
+    with report_user_errors():
         log_to_stderr()
         from aurora_trainer.config import load_trainer_config
 
@@ -104,7 +104,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Look into what Aurora wrote. Exit code 1 where something of it is damaged."""
-    with clear_errors():
+    with report_user_errors():
         log_to_stderr()
         import json
 
@@ -171,7 +171,7 @@ def evaluate(
 
     By domain, by depth, with intervals.
     """
-    with clear_errors():
+    with report_user_errors():
         log_to_stderr()
         import json
 

@@ -9,7 +9,7 @@ import typer
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """What the user can put right is one message and exit code 2; the rest is a defect and keeps
     its traceback.
     """

@@ -1,9 +1,9 @@
 """How large things are: messages, samples, files, and what a training step keeps, each from its
 shapes.
 
-Each function is one formula, with where its terms come from; tests/trainer/tools/test_sizes.py holds them
-against the wire encoder, staged snapshots, a published version, a checkpoint, and what autograd
-keeps in a real training step.
+Each function is one formula, with where its terms come from; tests/trainer/tools/test_sizes.py
+holds them against the wire encoder, staged snapshots, a published version, a checkpoint, and what
+autograd keeps in a real training step.
 
 H hidden, F = A H feature width (A aux layers), V target vocabulary, VD draft vocabulary, Hq and Hkv
 heads of D, I of the MLP, N tree nodes, P = S + 1 (S draft steps), K kept target logits, B requests
@@ -105,7 +105,7 @@ def header_bytes(kind: str, load: Load, kept: int) -> int:
     }
     large = 1 << 31
     header = wire.Header(
-        schema=wire.SCHEMA_VERSION, kind=kind, epoch="e" * 32, captured_seq=large, sent_seq=large,
+        schema=wire.SCHEMA_VERSION, kind=kind, session="e" * 32, captured_seq=large, sent_seq=large,
         heartbeats=large,
         dropped={"queue_full": large}, queued=0, target="t" * 32, draft_version=1 << 16,
         extend_version=1 << 16,
@@ -116,11 +116,11 @@ def header_bytes(kind: str, load: Load, kept: int) -> int:
 
 
 def sample_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
-    """One generated slot in the trainer's memory, as sample.Sample holds it.
+    """One generated position in the trainer's memory, as sample.Sample holds it.
 
-    Slot: F features in the server's dtype, a token and a node (int64), a version (int32). A slot
-        has N / accept_length
-    nodes: token, parent, depth, slot (int64), two bools, K ids (int64) and logits (float32), a
+    Position: F features in the server's dtype, a token and a node (int64), a version (int32). A
+        position has N / accept_length
+    nodes: token, parent, depth, position (int64), two bools, K ids (int64) and logits (float32), a
         log-sum-exp; a tree has
     its first node (int64) and a version (int32).
     """
@@ -163,9 +163,9 @@ def checkpoint_bytes(draft: DraftConfig, target: Target, compute: int) -> int:
 def rank_bytes(draft: DraftConfig, target: Target, tp: int, size: int) -> int:
     """A draft's parameters on one tensor-parallel rank.
 
-    SGLang shards attention, MLP and head; fc and the norms are
-    whole on each. The plugin holds two more drafts than EAGLE3: the staged and the previous version
-    (twin.hold_room).
+    SGLang shards attention, MLP and head; fc and the norms are whole on each. The plugin holds two
+    more drafts than EAGLE3: the staged and the previous version (serve/staging.py:
+    reserve_staging_memory).
     """
     whole = ("fc.", "norm.", "hidden_norm.", "layernorm.", "input_norm.", "fc_norm.")
     found = shapes(draft, target)
@@ -190,13 +190,13 @@ def trainer_device_bytes(
     embedding   c V H, shared by both
     loss        the head's gradient in float32, twice (tree_loss keeps it, then scales it); a chunk
                 of logits, twice
-    activations rows of `activation_bytes`, for a batch of batch.max_slots slots that all have a
-    target
+    activations rows of `activation_bytes`, for a batch of batch.max_positions positions that all
+    have a target
     """
     count, c = parameter_count(draft, target), compute
     head = 4 * draft.draft_vocab_size * draft.hidden_size
     depth = trainer.batch.depth or load.num_steps
-    rows = trainer.batch.max_slots
+    rows = trainer.batch.max_positions
     return {
         "weights_bytes": count * (c + (MASTER if c < 4 else 0)),
         "moments_bytes": count * MOMENTS,
@@ -208,31 +208,31 @@ def trainer_device_bytes(
     }
 
 
-def activation_bytes(draft: DraftConfig, slots: int, rows: int, depth: int, c: int) -> int:
-    """What autograd keeps of a step: `slots` packed slots, `rows` of them with a loss at each of
-    `depth` levels.
+def activation_bytes(draft: DraftConfig, positions: int, rows: int, depth: int, c: int) -> int:
+    """What autograd keeps of a step: `positions` packed positions, `rows` of them with a loss at
+    each of `depth` levels.
 
-    A slot: its features F and, behind fc, the state, both norms' inputs and outputs (6 H), keys and
-    values. A row of a level: state in, both halves of the attention's input, its norm's output,
+    A position: its features F and, behind fc, the state, both norms' inputs and outputs (6 H), keys
+    and values. A row of a level: state in, both halves of the attention's input, its norm's output,
     state out (8 H), queries and attention's output (2 Hq D), the MLP's gate, up, their product and
     what silu keeps (4 I), keys and values of its level and of those above it (they are concatenated
-    level by level). What norms keep (4 H of a slot, 6 H of a row) and attention's output are
+    level by level). What norms keep (4 H of a position, 6 H of a row) and attention's output are
     float32 whatever the dtype: so they are in PyTorch's norm on the CPU and in the reference of
     tree attention, and a fused kernel keeps less.
     """
     h, inner = draft.hidden_size, draft.intermediate_size
     q, kv = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    slot = c * (draft.feature_size + 2 * h + 2 * kv) + 4 * 4 * h
+    position = c * (draft.feature_size + 2 * h + 2 * kv) + 4 * 4 * h
     row = c * (2 * h + q + 4 * inner) + 4 * (6 * h + q)
     # level d holds those of levels 1..d
     nodes = c * 2 * kv * (depth - 1) * depth // 2
-    return draft.num_hidden_layers * (slots * slot + rows * (depth * row + nodes))
+    return draft.num_hidden_layers * (positions * position + rows * (depth * row + nodes))
 
 
 def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
     """Of one optimizer step without attention's scores: 6 for each parameter and row that it
     multiplies (forward 2, backward 4). The gate's forward passes come on top, at each publication.
-    fc sees each slot once, layer and head each row of each level."""
+    fc sees each position once, layer and head each row of each level."""
     h, inner = draft.hidden_size, draft.intermediate_size
     q, kv = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
     layer = 2 * h * (q + 2 * kv) + q * h + 3 * h * inner
@@ -241,4 +241,4 @@ def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
         depth * (draft.num_hidden_layers * layer + draft.draft_vocab_size * h)
         + draft.feature_size * h
     )
-    return float(trainer.batch.max_slots * row * 6)
+    return float(trainer.batch.max_positions * row * 6)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from aurora_trainer.tools.report_user_errors import clear_errors
+from aurora_trainer.tools.report_user_errors import report_user_errors
 
 app = typer.Typer()
 
@@ -49,7 +49,7 @@ def export_draft(
     force: Force = False,
 ) -> None:
     """Write a draft as a Hugging Face directory that SGLang (EAGLE3 and AURORA) and others load."""
-    with clear_errors():
+    with report_user_errors():
         import json
 
         import torch
@@ -86,7 +86,7 @@ def import_draft(
     """Check a draft made elsewhere, explain all that does not fit, and write it in the form that
     AURORA loads.
     """
-    with clear_errors():
+    with report_user_errors():
         from aurora_trainer.drafts.eagle3_import import explain
         from aurora_trainer.drafts.eagle3_import import import_draft as write
         from aurora_trainer.drafts.target import open_target
@@ -133,10 +133,10 @@ def prune_vocab(
     """Count generated tokens, say what smaller draft vocabularies cover, and prune a draft to one
     of them.
     """
-    with clear_errors():
+    with report_user_errors():
         from aurora_trainer.drafts import eagle3_export as export
         from aurora_trainer.drafts.target import open_target
-        from aurora_trainer.recordings.recording import Damage, read_recording
+        from aurora_trainer.recordings.recording import CorruptionLog, read_recording
         from aurora_trainer.tools import prune
 
         if (recording is None) == (not text):
@@ -145,7 +145,7 @@ def prune_vocab(
             raise ValueError("expected --draft, --draft-vocab and --out together, or none of them")
         opened = open_target(target)
         if recording is not None:
-            damage = Damage()
+            damage = CorruptionLog()
             counted = prune.count_messages(
                 (record.parts for record in read_recording(recording, damage)), opened
             )
@@ -204,7 +204,7 @@ def plan(
     ] = False,
 ) -> None:
     """Bytes, memory and steps that a target will need, from its config.json alone."""
-    with clear_errors():
+    with report_user_errors():
         import json
 
         from aurora_trainer.config import load_trainer_config

@@ -4,28 +4,9 @@ takes.
     python tests/kernels/compile_cuda.py [--all] [--capability 90] [--kernel tree_attention]
 
 Without --all, as in the test, every kernel is compiled for each of the three, and every
-specialisation for one of
-them: a kernel's specialisations take turns.
+specialisation for one of them: a kernel's specialisations take turns.
 
-The convention: a file kernels/<op>.py with Triton kernels has
-
-    def specialisations(capability: tuple[int, int]) -> Iterator[tuple[str, JITFunction, dict, dict,
-    dict]]
-
-and yields (name, kernel, arguments, constexprs, options), one per specialisation to be compiled for
-that capability ((8, 0), (9, 0) or (10, 0)), out of the same function or table that its launcher
-uses, so that what is compiled here is what would run there:
-
-- name: short and unique in the file, such as "bwd bf16 D=128"; it is a row of the table;
-- arguments: parameter -> what the launcher passes, for every parameter that is not a constexpr: a
-  tensor (on the meta device it costs nothing), an int, a float, a bool or None. They are
-  specialised as Triton does it: an int divisible by 16 is known to be so, 1 and None become
-  constants, pointers are aligned to 16 bytes. A Triton type ("*bf16", "i32", "i64", "fp32"; with
-  ":16" where an int is divisible by 16) says the same without a value;
-- constexprs: parameter -> value, for the others;
-- options: num_warps, num_stages, maxnreg.
-
-The process must not run Triton's interpreter.
+What is compiled is in specialisations.py. The process must not run Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -46,6 +27,7 @@ from pathlib import Path
 import aurora_kernels
 import torch
 import triton
+from specialisations import SPECIALISATIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -70,11 +52,15 @@ COLUMNS = (
 )
 
 
+def name_of(module) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
 def modules() -> list:
     """Every file of the package that holds Triton kernels."""
     names = sorted(p.stem for folder in aurora_kernels.__path__ for p in Path(folder).glob("*.py"))
     found = [importlib.import_module(f"aurora_kernels.{name}") for name in names]
-    return [module for module in found if kernels_of(module) or hasattr(module, "specialisations")]
+    return [module for module in found if kernels_of(module) or name_of(module) in SPECIALISATIONS]
 
 
 def kernels_of(module) -> set[str]:
@@ -131,9 +117,8 @@ def _type_of(value) -> tuple[str, bool]:
 
 def compile_one(file: str, name: str, capability: tuple[int, int]) -> dict:
     """One row of the table."""
-    module = importlib.import_module(f"aurora_kernels.{file}")
     kernel, arguments, constexprs, options = next(
-        s[1:] for s in module.specialisations(capability) if s[0] == name
+        s[1:] for s in SPECIALISATIONS[file](capability) if s[0] == name
     )
     source = specialise(kernel, arguments, constexprs)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -170,7 +155,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def listed(module, capability: tuple[int, int], everything: bool) -> Iterator[str]:
     """Names of the specialisations of a file that are compiled for a capability."""
     of_kernel: dict[str, list[str]] = {}
-    for name, kernel, *_ in module.specialisations(capability):
+    for name, kernel, *_ in SPECIALISATIONS[name_of(module)](capability):
         of_kernel.setdefault(kernel.__name__, []).append(name)
     for names in of_kernel.values():
         turn = CAPABILITIES.index(capability) % len(names)
@@ -180,7 +165,7 @@ def listed(module, capability: tuple[int, int], everything: bool) -> Iterator[st
 def table(capabilities=CAPABILITIES, kernel: str = "", everything: bool = False) -> Iterator[dict]:
     """A row per specialisation, compiled on as many cores as there are."""
     work = [
-        (module.__name__.rpartition(".")[2], name, capability)
+        (name_of(module), name, capability)
         for module in modules()
         for capability in capabilities
         for name in listed(module, capability, everything)

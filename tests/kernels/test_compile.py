@@ -27,7 +27,7 @@ STACK_BYTES = {
     # by Triton 3.6 in float32, 3.9 spills nothing
     "tree_attention_bwd_nodes_kernel": 32,
     # heads of 256 on sm_90, else at most 48: two sums of 64 x 256 in registers
-    "tree_attention_bwd_slots_kernel": 224,
+    "tree_attention_bwd_positions_kernel": 224,
 }
 
 
@@ -53,9 +53,7 @@ def test_every_kernel_is_compiled_for_every_gpu(rows):
         for kernel in kernels_of(module)
         for capability in SHARED_BYTES
     }
-    assert expected and not expected - named, (
-        "a kernel that its file's specialisations() never yields"
-    )
+    assert expected and not expected - named, "a kernel that specialisations.py never yields"
 
 
 def test_registers_spills_and_shared_memory_are_bounded(rows):

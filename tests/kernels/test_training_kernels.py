@@ -4,7 +4,7 @@ references.
 Losses of all steps agree within the first TOLERANCE (relative). Final weights differ by at most the
 second one of how far training moved them, both as the norm over all of them, not element by
 element: AdamW turns the sign of a gradient near zero into a whole step. In the interpreter two
-cases run, on a few slots a step; on a GPU all, on more slots.
+cases run, on a few positions a step; on a GPU all, on more positions.
 """
 
 import aurora_kernels.tree_attention
@@ -54,8 +54,8 @@ def train(
         "trainer.model.draft": site / draft,
         "trainer.model.device": device,
         "trainer.model.dtype": dtype,
-        "trainer.pace.new_slots_per_step": 4 if small else 24,
-        "trainer.batch.max_slots": 16 if small else 512,
+        "trainer.pace.new_positions_per_step": 4 if small else 24,
+        "trainer.batch.max_positions": 16 if small else 512,
         "trainer.gate.enabled": False,
         # or the trees are left out
         "trainer.loss.rejected": 0.3,

@@ -7,18 +7,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
-def naive(q, slot_k, slot_v, node_k, node_v, slot_start, slot_end, ancestors, scale):
+def naive(q, context_k, context_v, node_k, node_v, context_start, context_end, ancestors, scale):
     """One query and one head at a time, over a list of what it sees."""
     out = []
-    group = q.shape[1] // slot_k.shape[1]
+    group = q.shape[1] // context_k.shape[1]
     for i in range(len(q)):
         nodes = [a for a in ancestors[i].tolist() if a >= 0]
         for h in range(q.shape[1]):
             k = torch.cat(
-                [slot_k[slot_start[i] : slot_end[i], h // group], node_k[nodes, h // group]]
+                [
+                    context_k[context_start[i] : context_end[i], h // group],
+                    node_k[nodes, h // group],
+                ]
             )
             v = torch.cat(
-                [slot_v[slot_start[i] : slot_end[i], h // group], node_v[nodes, h // group]]
+                [
+                    context_v[context_start[i] : context_end[i], h // group],
+                    node_v[nodes, h // group],
+                ]
             )
             out.append(torch.softmax(k @ q[i, h] * scale, 0) @ v if len(k) else q[i, h] * 0)
     return torch.stack(out).view(q.shape) if out else q * 0
@@ -36,7 +42,7 @@ def case(
             .requires_grad_()
         )
 
-    slots = sum(lengths)
+    positions = sum(lengths)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     sequence = torch.randint(len(lengths), (queries,), generator=g)
     start = bounds[sequence]
@@ -48,7 +54,7 @@ def case(
     )
     tensors = (
         normal(queries, kv_heads * group, dim),
-        normal(slots, kv_heads, dim), normal(slots, kv_heads, dim),
+        normal(positions, kv_heads, dim), normal(positions, kv_heads, dim),
         normal(nodes, kv_heads, dim), normal(nodes, kv_heads, dim),
     )  # fmt: skip
     return tensors, (start, end, ancestors, dim**-0.5)
@@ -61,7 +67,9 @@ def compare(tensors, rest, tolerance=1e-10):
     weight = torch.randn(o.shape, dtype=o.dtype, generator=torch.Generator().manual_seed(1))
     want = torch.autograd.grad((expected * weight).sum(), tensors, allow_unused=True)
     have = torch.autograd.grad((o * weight).sum(), tensors)
-    for name, w, h in zip(("q", "slot_k", "slot_v", "node_k", "node_v"), want, have, strict=True):
+    for name, w, h in zip(
+        ("q", "context_k", "context_v", "node_k", "node_v"), want, have, strict=True
+    ):
         w = torch.zeros_like(h) if w is None else w
         torch.testing.assert_close(
             h, w, atol=tolerance, rtol=tolerance, msg=lambda m, name=name: f"d{name}: {m}"
@@ -129,15 +137,15 @@ def test_bfloat16_computes_in_float32():
 
 
 def test_memory_grows_with_tokens_not_with_their_square(monkeypatch):
-    """The biggest tensor of forward and backward, for 300 and 2400 slots; 2400 x 2400 scores would
-    be 64 times.
+    """The biggest tensor of forward and backward, for 300 and 2400 positions; 2400 x 2400 scores
+    would be 64 times.
     """
     monkeypatch.setattr(module, "BLOCK_SCORES", 1 << 14)
 
-    def biggest_bytes(slots):
-        tensors, _ = case(0, [slots], slots, slots, 0, 1, 1, 4, dtype=torch.float32)
-        start, end = torch.zeros(slots, dtype=torch.int64), torch.arange(slots) + 1
-        ancestors = torch.arange(slots)[:, None]
+    def biggest_bytes(positions):
+        tensors, _ = case(0, [positions], positions, positions, 0, 1, 1, 4, dtype=torch.float32)
+        start, end = torch.zeros(positions, dtype=torch.int64), torch.arange(positions) + 1
+        ancestors = torch.arange(positions)[:, None]
         with Biggest() as biggest:
             tree_attention(*tensors, start, end, ancestors, 1.0).sum().backward()
         return biggest.nbytes

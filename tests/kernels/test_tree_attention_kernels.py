@@ -7,7 +7,7 @@ import pytest
 import torch
 from aurora_kernels.tree_attention import (
     queries_of_nodes,
-    rows_of_slots,
+    rows_of_positions,
     sort_queries,
     tree_attention,
 )
@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from trees import NAMED_TREES, random_tree
 
 pytestmark = pytest.mark.usefixtures("poison")
-NAMES = ("q", "slot_k", "slot_v", "node_k", "node_v")
+NAMES = ("q", "context_k", "context_v", "node_k", "node_v")
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 16 rows and 16 keys: a few dozen of slots and queries make many of them."""
+    """Blocks of 16 rows and 16 keys: a few dozen of positions and queries make many of them."""
     monkeypatch.setattr(tree_attention_launch, "blocks", lambda *_: (16, 16, 4, 2))
 
 
 def inputs(
     device,
     queries,
-    slots,
+    positions,
     nodes,
     kv_heads=2,
     group=2,
@@ -39,12 +39,12 @@ def inputs(
     spread=1.0,
     seed=0,
 ):
-    """q, slot_k, slot_v, node_k and node_v with gradients."""
+    """q, context_k, context_v, node_k and node_v with gradients."""
     g = torch.Generator().manual_seed(seed)
     shapes = (
         (queries, kv_heads * group),
-        (slots, kv_heads),
-        (slots, kv_heads),
+        (positions, kv_heads),
+        (positions, kv_heads),
         (nodes, kv_heads),
         (nodes, kv_heads),
     )
@@ -70,18 +70,18 @@ def random_index(device, queries, lengths, nodes, width, seed=0):
 
 
 def tree_index(device, lengths, trees):
-    """Every node but the roots is a query. trees: (sequence, slot in it, parents).
+    """Every node but the roots is a query. trees: (sequence, position in it, parents).
 
     Returns the index and the nodes.
     """
     first = torch.tensor([0, *lengths]).cumsum(0).tolist()
     start, end, paths = [], [], []
-    for sequence, slot, parents in trees:
+    for sequence, position, parents in trees:
         before, path = len(paths), [[]]
         for node, parent in enumerate(parents[1:], 1):
             path.append([*path[parent], before + node - 1])
             start.append(first[sequence])
-            end.append(first[sequence] + slot + 1)
+            end.append(first[sequence] + position + 1)
         paths += path[1:]
     width = max(map(len, paths), default=0)
     ancestors = torch.tensor([p + [-1] * (width - len(p)) for p in paths]).view(len(paths), width)
@@ -154,23 +154,24 @@ def test_head_sizes(device, dim):
     )
 
 
-@pytest.mark.parametrize("slots", [1, 16, 100])
-def test_one_sequence_causal(device, small_blocks, slots):
+@pytest.mark.parametrize("positions", [1, 16, 100])
+def test_one_sequence_causal(device, small_blocks, positions):
     """Level 0 of one sequence, without nodes: a single token, a whole block, many unmasked
     blocks.
     """
-    index = [torch.zeros(slots, dtype=torch.int64), torch.arange(slots) + 1, None]
-    tensors = inputs(device, slots, slots, 0, 1, 2)
+    index = [torch.zeros(positions, dtype=torch.int64), torch.arange(positions) + 1, None]
+    tensors = inputs(device, positions, positions, 0, 1, 2)
     compare([*tensors], [x if x is None else x.to(device) for x in index])
 
 
 @pytest.mark.parametrize(
-    "queries, slots, nodes, width", [(0, 5, 3, 1), (3, 0, 4, 2), (4, 6, 0, 2), (4, 6, 3, 0)]
+    "queries, positions, nodes, width", [(0, 5, 3, 1), (3, 0, 4, 2), (4, 6, 0, 2), (4, 6, 3, 0)]
 )
-def test_nothing_of_something(device, queries, slots, nodes, width):
-    """No queries, no slots, no nodes, no ancestors."""
+def test_nothing_of_something(device, queries, positions, nodes, width):
+    """No queries, no positions, no nodes, no ancestors."""
     compare(
-        inputs(device, queries, slots, nodes), random_index(device, queries, [slots], nodes, width)
+        inputs(device, queries, positions, nodes),
+        random_index(device, queries, [positions], nodes, width),
     )
 
 
@@ -197,7 +198,7 @@ def test_starts_that_overlap(device, small_blocks):
     compare(inputs(device, 70, 90, 0, 1, 2), index)
 
 
-def test_starts_that_differ_before_slots_that_all_see(device, small_blocks):
+def test_starts_that_differ_before_positions_that_all_see(device, small_blocks):
     """A masked part, an unmasked one, a masked one; none is counted twice."""
     own = torch.arange(8)
     index = [x.to(device) for x in (own * 3, own + 60, torch.full((8, 0), -1))]
@@ -220,9 +221,9 @@ def test_named_trees(device):
     compare(inputs(device, nodes, 50, nodes, 1, 4), index)
 
 
-def test_a_small_tree_from_every_slot(device, small_blocks):
-    trees = [(0, slot, random_tree(4, slot)) for slot in range(24)] + [
-        (1, slot, [-1, 0]) for slot in range(9)
+def test_a_small_tree_from_every_position(device, small_blocks):
+    trees = [(0, position, random_tree(4, position)) for position in range(24)] + [
+        (1, position, [-1, 0]) for position in range(9)
     ]
     index, nodes = tree_index(device, [24, 9], trees)
     compare(inputs(device, nodes, 33, nodes, 1, 2), index)
@@ -230,11 +231,13 @@ def test_a_small_tree_from_every_slot(device, small_blocks):
 
 @pytest.mark.parametrize("depth", [1, 16])
 def test_dense_levels(device, depth):
-    """From every slot a chain: the last of `depth` levels of test-time training."""
-    slots = 20
-    own = torch.arange(slots)
-    index = [own * 0, own + 1, own[:, None] + slots * torch.arange(depth)]
-    compare(inputs(device, slots, slots, slots * depth, 1, 4), [x.to(device) for x in index])
+    """From every position a chain: the last of `depth` levels of test-time training."""
+    positions = 20
+    own = torch.arange(positions)
+    index = [own * 0, own + 1, own[:, None] + positions * torch.arange(depth)]
+    compare(
+        inputs(device, positions, positions, positions * depth, 1, 4), [x.to(device) for x in index]
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.4])
@@ -311,15 +314,15 @@ def test_without_gradients_none_are_kept(device):
     bounds=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=30),
     block=st.integers(1, 17),
 )
-def test_rows_of_slots_miss_nobody(bounds, block):
-    slots = 40
+def test_rows_of_positions_miss_nobody(bounds, block):
+    positions = 40
     key, _ = sort_queries(*torch.tensor(bounds, dtype=torch.int64).view(-1, 2).T)
     start, end = key >> 32, key & 0xFFFFFFFF
     rank = torch.arange(len(key))
-    ranges = rows_of_slots(key, slots, block)
-    assert sorted(ranges[:, 0].tolist()) == list(range(-(-slots // block)))
+    ranges = rows_of_positions(key, positions, block)
+    assert sorted(ranges[:, 0].tolist()) == list(range(-(-positions // block)))
     for number, lo, whole, whole_end, hi in ranges.tolist():
-        first, last = number * block, min(number * block + block, slots)
+        first, last = number * block, min(number * block + block, positions)
         sees = (start < last) & (end > first) & (end > start)
         assert not (sees & ((rank < lo) | (rank >= hi))).any()
         assert ((start <= first) & (end >= last))[whole:whole_end].all()
@@ -334,14 +337,14 @@ def test_queries_of_nodes():
 
 
 def test_memory_grows_with_tokens_not_with_their_square(device, small_blocks):
-    """The biggest tensor of forward and backward, for 25 and 200 slots; 200 x 200 scores would be
-    64 times.
+    """The biggest tensor of forward and backward, for 25 and 200 positions; 200 x 200 scores would
+    be 64 times.
     """
 
-    def biggest_bytes(slots):
+    def biggest_bytes(positions):
         tensors, own = (
-            inputs(device, slots, slots, slots, 1, 1, 4),
-            torch.arange(slots, device=device),
+            inputs(device, positions, positions, positions, 1, 1, 4),
+            torch.arange(positions, device=device),
         )
         with Biggest() as biggest:
             tree_attention(*tensors, own * 0, own + 1, own[:, None], 1.0).sum().backward()
@@ -352,8 +355,8 @@ def test_memory_grows_with_tokens_not_with_their_square(device, small_blocks):
 
 def test_32k_tokens_are_causal_attention(gpu):
     """bfloat16, Qwen3-8B's heads, against torch's flash attention."""
-    slots, own = 1 << 15, torch.arange(1 << 15, device=gpu)
-    q, k, v, *_ = inputs(gpu, slots, slots, 0, 8, 4, 128, torch.bfloat16)
+    positions, own = 1 << 15, torch.arange(1 << 15, device=gpu)
+    q, k, v, *_ = inputs(gpu, positions, positions, 0, 8, 4, 128, torch.bfloat16)
     o = tree_attention(q, k, v, None, None, own * 0, own + 1, None, 128**-0.5)
     do = torch.randn_like(o)
     have = (o, *torch.autograd.grad(o, (q, k, v), do))
@@ -371,7 +374,7 @@ def test_32k_tokens_are_causal_attention(gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_full_size_trees(gpu, dim, dtype):
-    """Two sequences, 61-node trees every 16 slots, at the blocks of this GPU; the reference
+    """Two sequences, 61-node trees every 16 positions, at the blocks of this GPU; the reference
     computes in float32.
     """
     trees = [(n % 2, 16 * (n // 2), random_tree(61, n)) for n in range(128)]
@@ -384,16 +387,16 @@ def test_full_size_trees(gpu, dim, dtype):
 
 
 def test_more_than_2_to_the_31_numbers(gpu):
-    """Keys and values whose offsets need 64 bits: what the last slots give is what they give
+    """Keys and values whose offsets need 64 bits: what the last positions give is what they give
     alone.
     """
-    slots, tail = (1 << 21) + 100, 300
+    positions, tail = (1 << 21) + 100, 300
     tensors = [x.detach() for x in inputs(gpu, 64, tail, 4, 8, 1, 128, torch.bfloat16)]
-    long = [torch.zeros(slots, 8, 128, dtype=torch.bfloat16, device=gpu) for _ in range(2)]
+    long = [torch.zeros(positions, 8, 128, dtype=torch.bfloat16, device=gpu) for _ in range(2)]
     for whole, part in zip(long, tensors[1:3]):
         whole[-tail:] = part
     start, end, ancestors = random_index(gpu, 64, [tail], 4, 2)
-    shift = slots - tail
+    shift = positions - tail
     moved = [
         x.requires_grad_() for x in (tensors[0].clone(), *long, *(t.clone() for t in tensors[3:]))
     ]
@@ -403,16 +406,18 @@ def test_more_than_2_to_the_31_numbers(gpu):
     )
     for name, x in have.items():
         torch.testing.assert_close(x[-len(want[name]) :], want[name], atol=2e-2, rtol=2e-2)
-    assert not have["dslot_k"][:-tail].any()
+    assert not have["dcontext_k"][:-tail].any()
 
 
 def test_indices_of_32k_tokens_take_less_than_a_millisecond(gpu):
-    queries = slots = 1 << 15
-    start, end, ancestors = random_index(gpu, queries, [slots // 4] * 4, queries, 5)
+    queries = positions = 1 << 15
+    start, end, ancestors = random_index(gpu, queries, [positions // 4] * 4, queries, 5)
 
     def build():
         key, order = sort_queries(start, end)
-        return rows_of_slots(key, slots, 128), queries_of_nodes(ancestors[order], order, queries)
+        return rows_of_positions(key, positions, 128), queries_of_nodes(
+            ancestors[order], order, queries
+        )
 
     times = []
     for _ in range(20):

@@ -39,7 +39,8 @@ def naive(state, norm_weight, head, ids, logits, lse, weight, mixture):
         pairs = [(p / covered, q) for p, q in outcomes]
         distances = {
             "forward_kl": sum(torch.xlogy(p, p) - p * q for p, q in pairs),
-            "reverse_kl": sum(q.exp() * (q - p.clamp(min=1e-7 if others and k == len(pairs) - 1 else 1e-43).log())
+            "reverse_kl": sum(q.exp() * (q - p.clamp(min=1e-7 if others and k == len(pairs) - 1
+                                                     else 1e-43).log())
                               for k, (p, q) in enumerate(pairs)),
             "tv": 0.5 * sum((p - q.exp()).abs() for p, q in pairs),
             "greedy": -log_q[ids[r, 0]] if ids[r, 0] >= 0 else log_q.sum() * 0,

@@ -27,8 +27,10 @@ SIZES = {
 
 
 def on(device, dtype, tensors):
-    return tuple(t.to(device, dtype) if t is not None and t.is_floating_point() else t if t is None else t.to(device)
-                 for t in tensors)  # fmt: skip
+    def moved(t):
+        return t if t is None else t.to(device, dtype if t.is_floating_point() else t.dtype)
+
+    return tuple(moved(t) for t in tensors)
 
 
 def run(function, weights, *rest) -> tuple[TreeLoss, tuple]:

@@ -43,7 +43,7 @@ def teach(draft: Draft, model: torch.nn.Module, stream: list[int], seed: int = 0
     size = WINDOW - 1
     start = torch.arange(WINDOWS).repeat_interleave(size) * size
     positions = torch.arange(size).repeat(WINDOWS)
-    slot = torch.arange(WINDOWS * size)
+    position = torch.arange(WINDOWS * size)
     for _ in range(STEPS):
         firsts = torch.randint(len(stream) - WINDOW, (WINDOWS,), generator=generator).tolist()
         tokens = torch.tensor([stream[first : first + WINDOW] for first in firsts])
@@ -52,8 +52,8 @@ def teach(draft: Draft, model: torch.nn.Module, stream: list[int], seed: int = 0
         features = torch.cat([out.hidden_states[i + 1] for i in layers], -1)[:, :-1].flatten(0, 1)
         # at position p: what follows x[p]
         choice = out.logits.argmax(-1)
-        state, kv = draft.slots(tokens[:, 1:].flatten(), features, positions, start)
-        # slot i predicts what follows x[i + 1]
+        state, kv = draft.context(tokens[:, 1:].flatten(), features, positions, start)
+        # position i predicts what follows x[i + 1]
         loss = _cross_entropy(draft, state, choice[:, 1:].flatten())
         deeper = torch.where(positions < size - 1)[0]
         node = tokens[:, 2:].flatten()
@@ -65,7 +65,7 @@ def teach(draft: Draft, model: torch.nn.Module, stream: list[int], seed: int = 0
             kv,
             None,
             start[deeper],
-            slot[deeper] + 1,
+            position[deeper] + 1,
             own,
         )
         loss = loss + 0.8 * _cross_entropy(draft, state, choice[:, 2:].flatten())

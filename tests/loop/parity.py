@@ -1,4 +1,4 @@
-"""Compare the trees of samples with those that our draft grows from the same slots."""
+"""Compare the trees of samples with those that our draft grows from the same positions."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ class Parity:
 
 
 def eligible(samples: Iterable[Sample], version: int) -> list[Sample]:
-    """Those without a cache hit, whose every slot and tree comes from one version."""
+    """Those without a cache hit, whose every position and tree comes from one version."""
     return [
         s
         for s in samples
-        if s.start == 0 and (s.slot_version == version).all() and (s.tree_version == version).all()
+        if s.start == 0
+        and (s.position_version == version).all()
+        and (s.tree_version == version).all()
     ]
 
 
@@ -55,11 +57,12 @@ def compare(draft: Draft, samples: Iterable[Sample]) -> Parity:
 
 def compare_across(draft_of: Callable[[int], Draft], samples: Iterable[Sample]) -> Parity:
     """Samples without a cache hit that ran across swaps: every tree with the version that drew it,
-    every slot's KV with the one that wrote it."""
+    every position's KV with the one that wrote it."""
     result = Parity()
     for sample in samples:
         drafts = {
-            v: draft_of(v) for v in {*sample.slot_version.tolist(), *sample.tree_version.tolist()}
+            v: draft_of(v)
+            for v in {*sample.position_version.tolist(), *sample.tree_version.tolist()}
         }
         for version in sample.tree_version.unique().tolist():
             _compare(drafts, sample, version, result)

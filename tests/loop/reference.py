@@ -52,22 +52,22 @@ class Reference:
         number of each row's tree in the sample; None: the raw ones.
         """
         edit = judged or (lambda logits, roots: logits)
-        start, slots = sample.start, len(sample.features)
+        start, positions = sample.start, len(sample.features)
         # and never beyond
-        assert sample.tokens.tolist() == tokens[start : start + slots + 1]
+        assert sample.tokens.tolist() == tokens[start : start + positions + 1]
         features, logits = self.run(tokens)
         _near(
             sample.features.float(),
-            features[start : start + slots],
+            features[start : start + positions],
             FEATURE_ATOL,
             f"features {sample.request}",
         )
-        # Every slot's target is the distribution at the next position.
-        with_target = torch.where(sample.slot_node >= 0)[0]
-        nodes = sample.slot_node[with_target]
+        # Every position's target is the distribution at the next position.
+        with_target = torch.where(sample.position_node >= 0)[0]
+        nodes = sample.position_node[with_target]
         tree = torch.bucketize(nodes, sample.tree_first, right=True) - 1
         self._check_nodes(sample, nodes, edit(logits[start + 1 + with_target], tree))
-        assert sample.node_accepted[sample.slot_node[with_target]].all()
+        assert sample.node_accepted[sample.position_node[with_target]].all()
         # Nodes off the path, some of them.
         off = torch.where(~sample.node_accepted)[0]
         off = off[torch.randperm(len(off), generator=torch.Generator().manual_seed(0))[:rejected]]
@@ -120,7 +120,7 @@ def _path(sample: Sample, tokens: list[int], node: int) -> list[int]:
     while sample.node_parent[node] >= 0:
         path.append(int(sample.node_token[node]))
         node = int(sample.node_parent[node])
-    root = sample.start + int(sample.node_slot[node]) + 1
+    root = sample.start + int(sample.node_position[node]) + 1
     assert tokens[root] == sample.node_token[node]
     return tokens[: root + 1] + path[::-1]
 

@@ -83,7 +83,7 @@ class Loop:
         self.embed = open_target(target).embedding()
         self.fingerprint = target_fingerprint(str(target))
         self.receiver: Receiver | None = None
-        self.assembler = Assembler(AssembleConfig(part_slots=1 << 16))
+        self.assembler = Assembler(AssembleConfig(part_positions=1 << 16))
         self.messages: list[wire.Message] = []
         self.samples: dict[str, list[Sample]] = defaultdict(list)
         self._final: set[str] = set()
@@ -111,8 +111,8 @@ class Loop:
         self.server = Server(self.target, timeout_s=START_S, **self._start)
 
     def listen(self) -> None:
-        """A receiver like the trainer's, with books that survive it."""
-        self.receiver = Receiver(self.link, ReceiveConfig(), self.folder / "books.json")
+        """A receiver like the trainer's, with a ledger that survives it."""
+        self.receiver = Receiver(self.link, ReceiveConfig(), self.folder / "ledger.json")
 
     def deafen(self) -> None:
         """The receiver goes; the endpoint is absent until the next listen()."""
@@ -186,23 +186,23 @@ class Loop:
         self._final.discard(rid)
 
     def quiet(self, timeout_s: float = 20) -> dict:
-        """Wait until the newest epoch's books are complete, add up, and say what /metrics says;
+        """Wait until the newest session's ledger is complete, adds up, and says what /metrics says;
         returns them.
         """
 
         def balanced() -> bool:
             self.drain()
-            books = self.receiver.books()["epochs"]
-            self.epoch = max(books, key=lambda name: books[name]["last_unix_s"], default="")
-            if self.receiver.balanced(self.epoch) is not True or books[self.epoch]["queued"]:
+            ledger = self.receiver.ledger()["sessions"]
+            self.session = max(ledger, key=lambda name: ledger[name]["last_unix_s"], default="")
+            if self.receiver.balanced(self.session) is not True or ledger[self.session]["queued"]:
                 return False
-            return self.metrics()["aurora_captured_messages"] == books[self.epoch]["captured"]
+            return self.metrics()["aurora_captured_messages"] == ledger[self.session]["captured"]
 
-        self.epoch = ""
+        self.session = ""
         wait_until(
-            balanced, lambda: f"balanced books, {self.receiver.balanced(self.epoch)}", timeout_s
+            balanced, lambda: f"balanced ledger, {self.receiver.balanced(self.session)}", timeout_s
         )
-        return self.receiver.books()["epochs"][self.epoch]
+        return self.receiver.ledger()["sessions"][self.session]
 
     # ---- weights
 
@@ -275,13 +275,13 @@ def checksums(server: Server, which: str) -> dict[str, Any]:
 
 
 def receiver_process(loop: Loop) -> subprocess.Popen:
-    """A receiver that can be stopped and killed, with the loop's books."""
+    """A receiver that can be stopped and killed, with the loop's ledger."""
     command = [
         sys.executable,
         "-c",
         RECEIVE,
         loop.link.model_dump_json(),
-        str(loop.folder / "books.json"),
+        str(loop.folder / "ledger.json"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -320,10 +320,12 @@ def test_mixed_chunks_retraction_and_long_prompts(mixed, plain, stream, referenc
             reference.check_sample(sample, tokens, rejected=8)
             # max_prompt_features
             assert sample.start >= len(prompt) - 100
-            generated = sample.slot_node[max(0, len(prompt) - 1 - sample.start) :]
+            generated = sample.position_node[max(0, len(prompt) - 1 - sample.start) :]
             plain_steps += int((generated < 0).sum())
         retracted += sum(s.reason == "retract" for s in samples)
     ends = [r for m in mixed.messages if m.header.kind == "end" for r in m.header.reasons]
     assert "retract" in ends
     assert plain_steps > 0, "no token came from a mixed chunk"
-    print(f"mixed: {retracted} samples ended by retraction, {plain_steps} slots of mixed chunks")
+    print(
+        f"mixed: {retracted} samples ended by retraction, {plain_steps} positions of mixed chunks"
+    )

@@ -229,14 +229,14 @@ def test_it_survives_a_killed_server(flywheel):
     assert flywheel.outputs(prompts) == outputs
 
 
-def test_the_books_add_up_after_all_that(flywheel):
-    """Every epoch of the trainer's books: sent = received + lost + rejected, and what the publisher
-    counted itself.
+def test_the_ledger_add_up_after_all_that(flywheel):
+    """Every session of the trainer's ledger: sent = received + lost + rejected, and what the
+    publisher counted itself.
     """
 
     def balanced() -> bool:
-        books = flywheel.status()["books"]
-        newest = max(books.values(), key=lambda e: e["last_unix_s"])
+        ledger = flywheel.status()["ledger"]
+        newest = max(ledger.values(), key=lambda e: e["last_unix_s"])
         captured = (
             newest["sent_seq"]
             - newest["heartbeats"]
@@ -245,8 +245,10 @@ def test_the_books_add_up_after_all_that(flywheel):
         )
         return newest["queued"] == 0 and newest["captured"] == captured
 
-    wait_until(balanced, lambda: json.dumps(flywheel.status()["books"]), 30)
-    for epoch in flywheel.status()["books"].values():
-        assert epoch["sent_seq"] == epoch["received"] + epoch["lost"] + epoch["rejected"], epoch
+    wait_until(balanced, lambda: json.dumps(flywheel.status()["ledger"]), 30)
+    for session in flywheel.status()["ledger"].values():
+        assert session["sent_seq"] == session["received"] + session["lost"] + session["rejected"], (
+            session
+        )
     # two lives of the server
-    assert len(flywheel.status()["books"]) == 2
+    assert len(flywheel.status()["ledger"]) == 2

@@ -69,7 +69,7 @@ def test_swaps_under_load(name, request, plain, stream):
         lambda: loop.metrics()["aurora_swaps"] - swaps == 3 * SWAPS >= 20, "swaps in the metrics", 5
     )
     loop.drain()
-    across = max(len(s.slot_version.unique()) for found in loop.samples.values() for s in found)
+    across = max(len(s.position_version.unique()) for found in loop.samples.values() for s in found)
     assert across >= 3, "no request ran across swaps"
 
     assert checksums(loop.server, "target") == target

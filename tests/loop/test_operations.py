@@ -293,8 +293,8 @@ def test_pause_flush_continue_under_load(loop, mode):
             assert sample.tokens.tolist() == tokens
     reasons = [r for m in loop.messages[seen:] if m.header.kind == "end" for r in m.header.reasons]
     assert ("retract" in reasons) is (mode == "retract"), reasons
-    books = loop.quiet()
-    assert books["lost"] == books["rejected"] == 0
+    ledger = loop.quiet()
+    assert ledger["lost"] == ledger["rejected"] == 0
 
 
 def test_abort_all_under_load(loop, expected):
@@ -306,8 +306,8 @@ def test_abort_all_under_load(loop, expected):
         answers = running.result(60)
     assert {a["meta_info"]["finish_reason"]["type"] for a in answers} == {"abort"}
     loop.taken([a["rid"] for a in answers])
-    books = loop.quiet()
-    assert books["lost"] == books["rejected"] == 0
+    ledger = loop.quiet()
+    assert ledger["lost"] == ledger["rejected"] == 0
     assert outputs(loop) == expected
 
 
@@ -333,5 +333,5 @@ def test_a_session_of_turns(loop):
         assert sample.tokens.tolist() == told[sample.start : sample.start + len(sample.tokens)]
         assert sample.start + len(sample.tokens) == len(told)
     loop.server.post("/close_session", {"session_id": session})
-    books = loop.quiet()
-    assert books["lost"] == books["rejected"] == 0
+    ledger = loop.quiet()
+    assert ledger["lost"] == ledger["rejected"] == 0

@@ -1,4 +1,4 @@
-"""Our draft in PyTorch proposes, node for node, what SGLang's draft proposed: slots, positions,
+"""Our draft in PyTorch proposes, node for node, what SGLang's draft proposed: positions, positions,
 recurrence, masks, d2t and assembly are all in here, and a mistake in any of them shows.
 """
 
@@ -74,11 +74,11 @@ def test_a_draft_as_others_publish_it(modern, stream):
     _, samples = serve(modern, cut(stream, 20000, [3, 40, 100, 200, 257]), {"max_new_tokens": 64})
     check(modern, samples, version, "modern")
     taught, fit = modern.draft(version), eligible(samples, version)
-    for left_out in ({"norm_output": False}, {"norm_before_fc": False}):
+    for excluded in ({"norm_output": False}, {"norm_before_fc": False}):
         draft = modern.draft(version)
-        draft.config = replace(taught.config, **left_out)
+        draft.config = replace(taught.config, **excluded)
         other = compare(draft, fit)
-        assert other.same < 0.95 * other.nodes, (left_out, other.text())
+        assert other.same < 0.95 * other.nodes, (excluded, other.text())
     draft = modern.draft(version)
     draft.inv_freq = inverse_frequencies(replace(taught.config, rope_scaling=None))
     assert not torch.equal(draft.inv_freq, taught.inv_freq) and taught.rope_magnitude > 1
@@ -115,7 +115,7 @@ def test_after_a_swap(tree, stream, target, tmp_path):
 @pytest.mark.parametrize("name", ["chain", "tree"])
 def test_across_swaps(name, request, stream):
     """Requests that ran while versions changed: each tree is of one version in all its levels, the
-    one it names, and each slot's KV is of the version that it names."""
+    one it names, and each position's KV is of the version that it names."""
     loop = request.getfixturevalue(name)
     with ThreadPoolExecutor(1) as pool:
         serving = pool.submit(
@@ -125,7 +125,7 @@ def test_across_swaps(name, request, stream):
             loop.publish(disturb(loop.draft(0), seed=500 + loop.writer.newest, size=0.15))
             time.sleep(0.3)
         _, samples = serving.result()
-    crossed = [s for s in samples if s.start == 0 and len(s.slot_version.unique()) > 1]
+    crossed = [s for s in samples if s.start == 0 and len(s.position_version.unique()) > 1]
     assert crossed, "no request ran across a swap"
     result = compare_across(loop.draft, crossed)
     versions = {int(v) for s in crossed for v in s.tree_version}
@@ -139,8 +139,8 @@ def test_across_swaps(name, request, stream):
 
 
 def test_cache_hits_are_aligned_and_excluded(chain, stream):
-    """Slots of a cached prefix are not known, so these cannot be replayed; where they stand must be
-    right.
+    """Positions of a cached prefix are not known, so these cannot be replayed; where they stand
+    must be right.
     """
     version = chain.version()
     first = stream[8000:8180]
@@ -153,8 +153,8 @@ def test_cache_hits_are_aligned_and_excluded(chain, stream):
         cached = answer["meta_info"]["cached_tokens"]
         assert sample.start == cached >= 50 and sample.prompt_len == len(prompt)
         assert sample.tokens.tolist() == tokens[cached:]
-        roots = sample.start + sample.node_slot[sample.tree_first] + 1
+        roots = sample.start + sample.node_position[sample.tree_first] + 1
         assert sample.node_token[sample.tree_first].tolist() == [tokens[i] for i in roots]
-        # every generated slot has a target
-        assert (sample.slot_node[len(prompt) - cached - 1 : -1] >= 0).all()
+        # every generated position has a target
+        assert (sample.position_node[len(prompt) - cached - 1 : -1] >= 0).all()
     print(f"chain: {len(samples)} samples with cache hits excluded, all aligned")

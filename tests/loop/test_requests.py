@@ -148,15 +148,15 @@ def test_odd_ids_and_opt_outs_cost_their_own_requests_only(loop, stream):
     assert all(len(a["output_ids"]) == 12 for a in answers)
     samples = loop.taken(rids[-2:])
     assert all(samples[rid] for rid in rids[-2:])
-    books = loop.quiet()
-    assert books["lost"] == books["rejected"] == 0
+    ledger = loop.quiet()
+    assert ledger["lost"] == ledger["rejected"] == 0
     seen = {rid for m in loop.messages for rid in m.header.requests}
     assert not seen & {*rids[:-2]}
     found = loop.metrics()
-    grown = {n: found[n] - before.get(n, 0) for n in found if n.startswith("aurora_left_out")}
+    grown = {n: found[n] - before.get(n, 0) for n in found if n.startswith("aurora_excluded")}
     assert (
-        grown["aurora_left_out_requests{opt_out}"] == 4
-        and grown["aurora_left_out_requests{request_id}"] == 1
+        grown["aurora_excluded_requests{opt_out}"] == 4
+        and grown["aurora_excluded_requests{request_id}"] == 1
     )
     assert found["aurora_capture_errors"] == 0
 
@@ -180,5 +180,5 @@ def test_conversations_whose_cached_prefix_grows(chain, plain, stream, reference
             assert sample.start == cached
             told = talk + answer["output_ids"]
             talks[i] = told + stream[37500 + 60 * turn + 20 * i : 37520 + 60 * turn + 20 * i]
-    books = chain.quiet()
-    assert (books["lost"], books["rejected"]) == (before["lost"], before["rejected"])
+    ledger = chain.quiet()
+    assert (ledger["lost"], ledger["rejected"]) == (before["lost"], before["rejected"])

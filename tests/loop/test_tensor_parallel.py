@@ -61,9 +61,9 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
     check_output(loop)
     assert exported(loop.server.get("/metrics"), "aurora_") == documented("Server")
     assert by_rank(loop, "aurora_attached") == [1, 1]
-    books = loop.quiet()
+    ledger = loop.quiet()
     # rank 0 alone captures
-    assert by_rank(loop, "aurora_captured_messages_total") == [books["captured"], None]
+    assert by_rank(loop, "aurora_captured_messages_total") == [ledger["captured"], None]
     for _ in range(2):
         draft = loop.draft(0)
         with torch.no_grad():
@@ -81,5 +81,5 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
         == by_rank(loop, "aurora_swap_stall_seconds_count")
         == [2, 2]
     )
-    books = loop.quiet()
-    assert books["lost"] == books["rejected"] == 0 and books["captured"] > 0
+    ledger = loop.quiet()
+    assert ledger["lost"] == ledger["rejected"] == 0 and ledger["captured"] > 0

@@ -24,7 +24,7 @@ from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.config import CaptureConfig, PublishConfig
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.metrics import ServerMetrics
-from aurora_sglang_plugin.link.send_queue import Outbox
+from aurora_sglang_plugin.link.send_queue import SendQueue
 from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 from aurora_sglang_plugin.serve.snapshot import End
 
@@ -37,16 +37,16 @@ reloader = SimpleNamespace(
 )
 capture = None
 if rank == 0:
-    outbox = Outbox(PublishConfig(queue_messages=2))
-    books = outbox.counters
-    outbox.counters = lambda: books() | {"refused": {"key": 2}}  # as the publisher's are
-    capture = Capture(CaptureConfig(), outbox, torch.device("cpu"), num_steps=3, topk=1)
+    send_queue = SendQueue(PublishConfig(queue_messages=2))
+    ledger = send_queue.counters
+    send_queue.counters = lambda: ledger() | {"refused": {"key": 2}}  # as the publisher's are
+    capture = Capture(CaptureConfig(), send_queue, torch.device("cpu"), num_steps=3, topk=1)
     for n in range(5):
-        outbox.put("end", End(7), {"draft_version": 3})
+        send_queue.put("end", End(7), {"draft_version": 3})
     capture.seconds["verify"].observe(0.0003)
     capture.acceptance.add(2, np.array([1, 1, 4]))
     capture.acceptance.add(3, np.array([4, 3]))
-    capture.publisher = outbox
+    capture.publisher = send_queue
 metrics = ServerMetrics(capture, reloader, lambda: "live", tp_rank=rank)
 metrics.start()
 counts["swaps"] += 1
@@ -83,7 +83,7 @@ def test_every_rank_is_right_and_nothing_counts_twice(page):
     assert swaps == {0: 3, 1: 4}
     assert [v for k, v in found.items() if k.startswith("aurora_captured_messages")] == [5]
     assert found['aurora_dropped_messages_total{cause="queue_full",dp_rank="0",tp_rank="0"}'] == 3
-    assert found['aurora_dropped_messages_total{cause="no_slot",dp_rank="0",tp_rank="0"}'] == 0
+    assert found['aurora_dropped_messages_total{cause="no_buffer",dp_rank="0",tp_rank="0"}'] == 0
     assert found['aurora_link_refused_total{cause="key",dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_queued_messages{dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_mode{dp_rank="0",mode="live",tp_rank="1"}'] == 1

@@ -35,22 +35,22 @@ class Growth:
 
 @torch.no_grad()
 def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> Growth:
-    """The trees that `version` drew from the sample's slots, in the order of sample.tree_first.
+    """The trees that `version` drew from the sample's positions, in the order of sample.tree_first.
 
     Needs start == 0.
 
-    `drafts` has the draft of every version that wrote a slot's KV or drew a tree.
+    `drafts` has the draft of every version that wrote a position's KV or drew a tree.
     """
-    assert sample.start == 0, "slots before the sample's first are not known"
+    assert sample.start == 0, "positions before the sample's first are not known"
     draft = drafts[version]
     width, steps = sample.topk, sample.num_steps
-    slots = sample.node_slot[sample.tree_first[sample.tree_version == version]]  # [G]
+    roots = sample.node_position[sample.tree_first[sample.tree_version == version]]  # [G]
     ids = draft.d2t + torch.arange(len(draft.d2t))
-    slot_kv = _slot_kv(drafts, sample)
-    state = _slot_states(draft, sample, slots, slot_kv)
-    trees = len(slots)
-    slot_start = torch.zeros(trees * width, dtype=torch.int64)
-    slot_end = (slots + 1).repeat_interleave(width)
+    context_kv = _context_kv(drafts, sample)
+    state = _position_states(draft, sample, roots, context_kv)
+    trees = len(roots)
+    context_start = torch.zeros(trees * width, dtype=torch.int64)
+    context_end = (roots + 1).repeat_interleave(width)
     lane = torch.arange(trees * width).view(trees, width)
 
     probs, margin = _best(draft.logits(state).softmax(-1), width)
@@ -71,9 +71,16 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
             strayed += int((torch.cat(lanes, 1) != true).any(1).sum())
             queried += len(true)
             chain = true.view(trees, width, -1)
-        positions = slot_end + step - 1
+        positions = context_end + step - 1
         state, node_kv = draft.nodes(
-            tokens, state, positions, slot_kv, node_kv, slot_start, slot_end, torch.cat(lanes, 1)
+            tokens,
+            state,
+            positions,
+            context_kv,
+            node_kv,
+            context_start,
+            context_end,
+            torch.cat(lanes, 1),
         )
         if step == 1:
             chain = own.view(trees, width, 1)
@@ -103,7 +110,7 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
     position = torch.where(
         parent < 0, 0, 1 + (selected[:, None, :] == parent[:, :, None]).int().argmax(2)
     )
-    root = sample.tokens[slots + 1]
+    root = sample.tokens[roots + 1]
     return Growth(
         torch.cat([root[:, None], torch.cat(all_tokens, 1).gather(1, selected)], 1),
         torch.cat([torch.full((trees, 1), -1), position], 1),
@@ -113,17 +120,21 @@ def grow(drafts: dict[int, Draft], sample: Sample, nodes: int, version: int) -> 
     )
 
 
-def _slot_kv(drafts: dict[int, Draft], sample: Sample) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each slot's keys and values as the version computed them that wrote them on the server."""
+def _context_kv(
+    drafts: dict[int, Draft], sample: Sample
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each position's keys and values as the version computed them that wrote them on the
+    server.
+    """
     positions = torch.arange(len(sample.features))
     mixed = None
-    for version in sample.slot_version.unique().tolist():
+    for version in sample.position_version.unique().tolist():
         start = torch.zeros_like(positions)
         # of one layer
-        (kv,) = drafts[version].slots(sample.tokens[1:], sample.features.float(), positions, start)[
-            1
-        ]
-        mine = (sample.slot_version == version)[:, None, None]
+        (kv,) = drafts[version].context(
+            sample.tokens[1:], sample.features.float(), positions, start
+        )[1]
+        mine = (sample.position_version == version)[:, None, None]
         mixed = (
             kv
             if mixed is None
@@ -132,14 +143,18 @@ def _slot_kv(drafts: dict[int, Draft], sample: Sample) -> list[tuple[torch.Tenso
     return [mixed]
 
 
-def _slot_states(draft: Draft, sample: Sample, slots: torch.Tensor, slot_kv: list) -> torch.Tensor:
-    """What the draft's extend left of these slots [G, H], where it may have attended to other
+def _position_states(
+    draft: Draft, sample: Sample, positions: torch.Tensor, context_kv: list
+) -> torch.Tensor:
+    """What the draft's extend left of these positions [G, H], where it may have attended to other
     versions' KV.
     """
     layer = draft.layers[0]
-    state, rope = draft._project(sample.features.float())[slots], draft._rope(slots)
-    x = layer.attention_input(draft._embeds(sample.tokens[1 + slots]), state)
-    o = draft._attend(layer, x, rope, slot_kv[0], None, torch.zeros_like(slots), slots + 1, None)
+    state, rope = draft._project(sample.features.float())[positions], draft._rope(positions)
+    x = layer.attention_input(draft._embeds(sample.tokens[1 + positions]), state)
+    o = draft._attend(
+        layer, x, rope, context_kv[0], None, torch.zeros_like(positions), positions + 1, None
+    )
     return layer.finish(state, o)
 
 

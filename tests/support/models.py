@@ -88,8 +88,9 @@ def make_random_draft(
         "midlayer.mlp.down_proj.weight": matrix(hidden, inner),
         "lm_head.weight": matrix(draft_vocab, hidden),
     }
-    norms = "midlayer.hidden_norm midlayer.input_layernorm midlayer.post_attention_layernorm norm".split()
-    tensors |= {f"{name}.weight": torch.ones(hidden) for name in norms}
+    for norm in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
+        tensors[f"midlayer.{norm}.weight"] = torch.ones(hidden)
+    tensors["norm.weight"] = torch.ones(hidden)
     if draft_vocab < vocab:
         ids = torch.randperm(vocab, generator=generator)[:draft_vocab].sort().values
         tensors["d2t"] = ids - torch.arange(draft_vocab)

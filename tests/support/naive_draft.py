@@ -90,7 +90,8 @@ class Naive:
                 f = f / s["factor"]
             elif s["rope_type"] == "yarn":
                 low, high = (
-                    self.c.head_dim * math.log(s["original_max_position_embeddings"] / (2 * math.pi * s[beta]))
+                    self.c.head_dim
+                    * math.log(s["original_max_position_embeddings"] / (2 * math.pi * s[beta]))
                     / (2 * math.log(self.c.rope_theta))
                     for beta in ("beta_fast", "beta_slow")
                 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""Random samples that are consistent as assembly makes them: trees, accepted paths, slots and their
-targets.
+"""Random samples that are consistent as assembly makes them: trees, accepted paths, positions and
+their targets.
 """
 
 import torch
@@ -21,8 +21,8 @@ def random_sample(
     start=0,
     altered=0.0,
 ) -> Sample:
-    """`width` nodes at each depth 1..num_steps of every tree; `start` > 0 cuts that many slots off
-    the front.
+    """`width` nodes at each depth 1..num_steps of every tree; `start` > 0 cuts that many positions
+    off the front.
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -31,8 +31,8 @@ def random_sample(
 
     # the last is the first root
     tokens = [integer(vocab) for _ in range(prompt_len + 1)]
-    slot_node = [-1] * prompt_len
-    node = {n: [] for n in ("token", "parent", "depth", "slot", "accepted", "altered")}
+    position_node = [-1] * prompt_len
+    node = {n: [] for n in ("token", "parent", "depth", "position", "accepted", "altered")}
     tree_first = []
     for _ in range(verifies):
         root = len(tokens) - 1
@@ -61,26 +61,28 @@ def random_sample(
                 levels[d].append(add(token % vocab if not on_path else token, parent, d, on_path))
             if d <= accept:
                 path.append(levels[d][0])
-        slot_node.extend([-1] * (root + accept - len(slot_node)))
+        position_node.extend([-1] * (root + accept - len(position_node)))
         for d, n in enumerate(path):
-            slot_node[root - 1 + d] = n
+            position_node[root - 1 + d] = n
         tokens.extend(true)
-    slots = len(tokens) - 1
-    slot_node.extend([-1] * (slots - len(slot_node)))
+    positions = len(tokens) - 1
+    position_node.extend([-1] * (positions - len(position_node)))
     m = len(node["token"])
     logits = torch.randn(m, vocab, generator=g) * 2
     top, ids = logits.topk(kept, -1)
     keep = slice(start, None)
     return Sample(
-        request=f"r{seed}", epoch="e", attempt=0, start=start, prompt_len=prompt_len, reason="stop",
+        request=f"r{seed}", session="e", attempt=0, start=start, prompt_len=prompt_len,
+        reason="stop",
         time_ns=0,
-        tokens=torch.tensor(tokens)[keep], features=torch.randn(slots, features, generator=g)[keep],
-        slot_version=torch.zeros(slots, dtype=torch.int32)[keep],
-        slot_node=torch.tensor(slot_node)[keep],
+        tokens=torch.tensor(tokens)[keep],
+        features=torch.randn(positions, features, generator=g)[keep],
+        position_version=torch.zeros(positions, dtype=torch.int32)[keep],
+        position_node=torch.tensor(position_node)[keep],
         node_token=torch.tensor(node["token"]).long(),
         node_parent=torch.tensor(node["parent"]).long(),
         node_depth=torch.tensor(node["depth"]).long(),
-        node_slot=torch.tensor(node["slot"]).long() - start,
+        node_position=torch.tensor(node["position"]).long() - start,
         node_accepted=torch.tensor(node["accepted"]).bool(),
         node_altered=torch.tensor(node["altered"]).bool(),
         topk_ids=ids, topk_logits=top, logsumexp=logits.logsumexp(-1),

@@ -71,10 +71,10 @@ class Server:
         requests: int = 12,
         lose: float = 0.0,
         odd: bool = True,
-        epoch: str = "e",
+        session: str = "e",
     ):
         self.draw = random.Random(seed)
-        self.lose, self.odd, self.epoch = lose, odd, epoch
+        self.lose, self.odd, self.session = lose, odd, session
         self.trees: dict[int, Tree] = {}
         self.requests = [self._request(i) for i in range(requests)]
         self.captured = 0
@@ -132,7 +132,7 @@ class Server:
     def _send(self, kind, requests, arrays, **fields):
         self.captured += 1
         header = wire.Header(
-            schema=wire.SCHEMA_VERSION, kind=kind, epoch=self.epoch, captured_seq=self.captured,
+            schema=wire.SCHEMA_VERSION, kind=kind, session=self.session, captured_seq=self.captured,
             sent_seq=self.captured,
             heartbeats=0, dropped={}, queued=0, target="t", draft_version=self.version,
             extend_version=self.version,

@@ -29,7 +29,7 @@ def messages(
     vocab: int,
     features: int,
     requests: int,
-    epoch: str = "e",
+    session: str = "e",
     seed: int = 0,
     outputs: int = 24,
     domain: str = "",
@@ -47,7 +47,8 @@ def messages(
         nonlocal sent
         sent += 1
         header = wire.Header(
-            schema=wire.SCHEMA_VERSION, kind=kind, epoch=epoch, captured_seq=sent, sent_seq=sent,
+            schema=wire.SCHEMA_VERSION, kind=kind, session=session, captured_seq=sent,
+            sent_seq=sent,
             heartbeats=0,
             dropped={}, queued=0, target=target, draft_version=0, extend_version=0,
             time_ns=sent * STEP_NS,
@@ -56,7 +57,7 @@ def messages(
         return [bytes(part) for part in wire.encode(header, arrays)]
 
     for number in range(requests):
-        rid, text = f"{epoch}-{number}", [rng.randrange(vocab)]
+        rid, text = f"{session}-{number}", [rng.randrange(vocab)]
         while len(text) < 8 + outputs + 2 * S + 2:
             text.append(follow[text[-1]])
         yield send("prefill", rid, {

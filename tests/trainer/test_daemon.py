@@ -58,9 +58,9 @@ def overrides(models, site: Path, **more) -> list[str]:
         "trainer.metrics.every_s": 0.2,
         "trainer.publish.every_s": 0,
         "trainer.publish.every_steps": 10,
-        "trainer.pace.new_slots_per_step": 20,
+        "trainer.pace.new_positions_per_step": 20,
         "trainer.pace.nice": 0,
-        "trainer.batch.max_slots": 256,
+        "trainer.batch.max_positions": 256,
         "trainer.optimizer.lr": 4e-3,
         "trainer.gate.requests": 6,
         "trainer.gate.min_requests": 3,
@@ -92,8 +92,8 @@ def assert_same_end(a: Path, b: Path):
     for name in (
         "steps",
         "cursor",
-        "slots",
-        "credit",
+        "positions",
+        "pending_tokens",
         "optimizer",
         "buffer",
         "samples",
@@ -218,13 +218,15 @@ def status_when(site: Path, condition, timeout_s: float = 60.0) -> dict:
     raise AssertionError(f"not within {timeout_s} s: {status}")
 
 
-def traffic(models, requests: int, epoch: str):
+def traffic(models, requests: int, session: str):
     target = target_fingerprint(models / "target")
-    return messages(target=target, vocab=VOCAB, features=3 * HIDDEN, requests=requests, epoch=epoch)
+    return messages(
+        target=target, vocab=VOCAB, features=3 * HIDDEN, requests=requests, session=session
+    )
 
 
 def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
-    with live(models, tmp_path) as (process, server):
+    with live(models, tmp_path, trainer__buffer__max_uses=1000) as (process, server):
         sent = server.send(traffic(models, 10, "first"))
         for garbage in ([b""], [b"\xff" * 99], [b"x"] * 40, [b"y" * 1000, b"z"]):
             server.socket.send_multipart(garbage)
@@ -236,7 +238,7 @@ def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
         status_when(tmp_path, lambda s: s["draft_version"] >= 1)
         process.kill()
     before = steps(tmp_path / "checkpoints")[-1]
-    with live(models, tmp_path) as (process, server):
+    with live(models, tmp_path, trainer__buffer__max_uses=1000) as (process, server):
         server.send(traffic(models, 10, "third"))
         status = status_when(
             tmp_path, lambda s: s["pid"] == process.pid and s["steps"] > before + 2
@@ -308,10 +310,10 @@ def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
     training = daemon.training
     daemon.run_recording(trace, 45)
     newest = training.served.version
-    training.heed_rejections()
+    training.apply_rollbacks()
     assert training.parent == newest >= 3
     (tmp_path / "weights" / "REJECTED").write_text(json.dumps({"version": newest}) + "\n")
-    training.heed_rejections()
+    training.apply_rollbacks()
     assert (
         training.parent == training.served.version == newest - 1
         and training.published["rolled_back"] == 1
@@ -319,7 +321,7 @@ def test_a_rejected_version_is_left_for_its_parent(models, trace, tmp_path):
     parent = load_file(tmp_path / "weights" / version_name(newest - 1) / "model.safetensors")
     assert all(torch.equal(parent[n], p.detach()) for n, p in training.draft.named_parameters())
     # once is enough
-    training.heed_rejections()
+    training.apply_rollbacks()
     assert training.published["rolled_back"] == 1
     # a new trainer does not go back to it either
     again = Daemon(config(models, tmp_path)).training
@@ -330,7 +332,7 @@ def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_
     first = Daemon(config(models, tmp_path))
     first.run_recording(trace, 45)
     daemon = Daemon(config(models, tmp_path, trainer__checkpoint__directory=tmp_path / "new"))
-    daemon.training.go_on_from_published()
+    daemon.training.resume_from_published()
     assert daemon.training.parent == first.training.served.version
     served = load_file(
         tmp_path / "weights" / version_name(daemon.training.parent) / "model.safetensors"
@@ -345,9 +347,9 @@ def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
     about = {"target": training.target, "requests": 3}
     from aurora_sglang_plugin.link.wire import decode
 
-    for parts in messages(**about, vocab=VOCAB, features=2 * HIDDEN, epoch="narrow"):
+    for parts in messages(**about, vocab=VOCAB, features=2 * HIDDEN, session="narrow"):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
-    for parts in messages(**about, vocab=3 * VOCAB, features=3 * HIDDEN, epoch="wide"):
+    for parts in messages(**about, vocab=3 * VOCAB, features=3 * HIDDEN, session="wide"):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
     assert (
         training.samples["wrong_feature_width"] == 3

@@ -157,12 +157,12 @@ def test_the_loop_survives_the_disk(models, tmp_path):
         trainer__metrics__every_s=0.1,
     )
     with live(models, tmp_path, **settings) as (process, server):
-        epochs = iter(range(100))
+        sessions = iter(range(100))
 
         def when(condition) -> dict:
             """The status, while traffic goes on."""
             for _ in range(60):
-                server.send(traffic(models, 3, f"t{next(epochs)}"))
+                server.send(traffic(models, 3, f"t{next(sessions)}"))
                 try:
                     return status_when(tmp_path, condition, 1.0)
                 except AssertionError:
@@ -187,7 +187,7 @@ def test_the_loop_survives_the_disk(models, tmp_path):
             )
         )
         assert not temporaries(weights) and not [
-            n for n in temporaries(checkpoints) if "books" not in n
+            n for n in temporaries(checkpoints) if "ledger" not in n
         ]
         newest = steps(checkpoints)[-1]
         limit(process, resource.RLIM_INFINITY)
@@ -220,7 +220,9 @@ def test_the_loop_survives_the_disk(models, tmp_path):
 def test_one_sample_that_cannot_be_trained_on_costs_itself(models, tmp_path, caplog):
     """One makes every step raise that it is part of, another one's loss is not finite."""
     daemon = Daemon(
-        config(models, tmp_path, trainer__pace__new_slots_per_step=10, trainer__buffer__max_uses=3)
+        config(
+            models, tmp_path, trainer__pace__new_positions_per_step=10, trainer__buffer__max_uses=3
+        )
     )
     training = daemon.training
     for parts in traffic(models, 24, "e"):

@@ -10,7 +10,7 @@ from aurora_trainer.tensorboard import TensorBoard, scalars
 STATUS = {
     "time_unix_s": 1.0, "pid": 2, "steps": 7, "loss": 0.5, "accept_length_served": None,
     "published": {"published": 3},
-    "buffer": {"bytes": 10, "deeper": {"x": 1}}, "books": {"epoch": {"sent": 1}}, "name": "text",
+    "buffer": {"bytes": 10, "deeper": {"x": 1}}, "ledger": {"session": {"sent": 1}}, "name": "text",
 }  # fmt: skip
 INSTALLED = importlib.util.find_spec("tensorboard") is not None
 

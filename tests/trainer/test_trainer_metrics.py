@@ -46,8 +46,8 @@ def run(site, steps=None):
         "trainer.metrics.status_file": site / "status.json", "trainer.metrics.port": port,
         "trainer.metrics.rescore_every_steps": 3, "trainer.publish.every_s": 0,
         "trainer.publish.every_steps": 10,
-        "trainer.pace.new_slots_per_step": 20, "trainer.pace.nice": 0,
-        "trainer.batch.max_slots": 256,
+        "trainer.pace.new_positions_per_step": 20, "trainer.pace.nice": 0,
+        "trainer.batch.max_positions": 256,
         "trainer.optimizer.lr": 4e-3, "trainer.assemble.eos_token_ids": [VOCAB - 1],
         "trainer.loss.rejected": 0.5,
         "trainer.gate.requests": 4, "trainer.gate.min_requests": 2, "trainer.gate.z": 0,
@@ -144,7 +144,7 @@ def test_a_step_that_was_skipped_is_counted_by_what_was_not_finite(first):
     score = first[0].training.step
     for loss, norm in ((math.nan, math.nan), (1.0, math.inf), (2.0, math.nan)):
         update = Update(applied=False, grad_norm=norm, lr=0.1, loss=loss)
-        step = Step(update, score, slots=1, before=None, after=None, time_ns=[0], staleness=[])
+        step = Step(update, score, positions=1, before=None, after=None, time_ns=[0], staleness=[])
         metrics.trained(step, 0.1, 1.0)
     value = metrics.registry.get_sample_value
     assert value("aurora_trainer_skipped_steps_total", {"cause": "loss"}) == 1

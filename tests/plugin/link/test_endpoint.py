@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from aurora_sglang_plugin.config import ConfigError, LinkConfig, PublishConfig, ServerConfig, load
-from aurora_sglang_plugin.endpoint import check_ipc_directory, stays_here
+from aurora_sglang_plugin.endpoint import check_ipc_directory, is_local
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 
@@ -44,13 +44,13 @@ WILD = ["tcp://*:5590", "tcp://0.0.0.0:5590", "tcp://[::]:5590"]
 @pytest.mark.parametrize("endpoint", HERE)
 def test_what_stays_here_needs_no_keys(endpoint):
     link = LinkConfig(endpoint=endpoint)
-    assert stays_here(endpoint) and link.bound == endpoint
+    assert is_local(endpoint) and link.bound == endpoint
     LinkConfig(endpoint=endpoint, **KEYS)
 
 
 @pytest.mark.parametrize("endpoint", AWAY)
 def test_what_leaves_needs_keys_or_the_words(endpoint):
-    assert not stays_here(endpoint)
+    assert not is_local(endpoint)
     with pytest.raises(
         ValidationError, match="link.endpoint .* leaves this machine.*insecure_plaintext"
     ):

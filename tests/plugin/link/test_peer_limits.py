@@ -108,11 +108,11 @@ class Traffic:
         for thread in self._threads:
             thread.join()
         assert [value for value, _ in self.got] == list(range(len(self.offered)))
-        until(lambda: self.receiver.balanced(self.publisher.epoch))
-        books = self.receiver.books()
-        assert list(books["epochs"]) == [self.publisher.epoch] and books["rejected"] == {}
+        until(lambda: self.receiver.balanced(self.publisher.session))
+        ledger = self.receiver.ledger()
+        assert list(ledger["sessions"]) == [self.publisher.session] and ledger["rejected"] == {}
         assert (
-            books["epochs"][self.publisher.epoch]["lost"] == 0
+            ledger["sessions"][self.publisher.session]["lost"] == 0
             and not self.publisher.counters()["dropped"]
         )
         slowest = max(at - self.offered[value] for value, at in self.got)
@@ -120,7 +120,7 @@ class Traffic:
         return slowest
 
     def refused(self):
-        return self.receiver.books()["refused_peers"]
+        return self.receiver.ledger()["refused_peers"]
 
     def close(self):
         self._stop.set()
@@ -372,7 +372,7 @@ def test_without_a_guard_libzmq_lets_every_key_in(link, tmp_path):
 @pytest.mark.parametrize("how", ["silent", "absent"])
 def test_a_guard_that_does_not_answer_lets_nobody_in(link, monkeypatch, how):
     if how == "silent":
-        monkeypatch.setattr(guard.Guard, "turn", lambda self: None)
+        monkeypatch.setattr(guard.PeerLimits, "turn", lambda self: None)
     else:
         monkeypatch.setattr(guard, "ZAP_ENDPOINT", "inproc://elsewhere")
     receiver = Receiver(link, ReceiveConfig(), None)

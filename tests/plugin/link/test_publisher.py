@@ -1,5 +1,5 @@
-"""The publisher against real sockets: it never blocks, and its books are exact whatever the trainer
-does.
+"""The publisher against real sockets: it never blocks, and its ledger is exact whatever the
+trainer does.
 """
 
 import os
@@ -102,7 +102,7 @@ def receive(pull, timeout_ms=3000):
     return wire.decode(pull.recv_multipart(), max_bytes=1 << 30)
 
 
-def test_order_and_books_in_headers(publish, pull):
+def test_order_and_ledger_in_headers(publish, pull):
     puller, publisher = pull(), publish()
     for value in range(50):
         offer(publisher, value)
@@ -114,7 +114,7 @@ def test_order_and_books_in_headers(publish, pull):
     assert values == list(range(50))
     last = messages[-1].header
     assert (last.captured_seq, last.queued, last.dropped, last.target) == (50, 0, {}, "target")
-    assert last.sent_seq - last.heartbeats == 50 and last.epoch == publisher.epoch
+    assert last.sent_seq - last.heartbeats == 50 and last.session == publisher.session
     assert all(
         m.header.captured_seq == i + 1
         for i, m in enumerate(m for m in messages if m.header.kind == "end")
@@ -185,13 +185,13 @@ def test_every_cause_is_counted_and_publishing_goes_on(publish, pull, caplog):
     offer(publisher, 2, fail=True)
     # 20 kB
     offer(publisher, 3, requests=5000)
-    publisher.drop("no_slot")
+    publisher.drop("no_buffer")
     offer(publisher, 4)
     while (message := receive(puller)).header.kind != "end":
         pass
     assert int(message.arrays["committed_lens"][0]) == 4
     assert (
-        message.header.dropped == {"build": 2, "too_large": 1, "no_slot": 1}
+        message.header.dropped == {"build": 2, "too_large": 1, "no_buffer": 1}
         and message.header.captured_seq == 5
     )
     assert exact(publisher.counters())
@@ -235,7 +235,10 @@ def test_a_slow_trainer_gets_whole_messages_and_the_rest_is_counted(publish, pul
 
 PULLER = """
 import sys, zmq
-socket = zmq.Context().socket(zmq.PULL); socket.rcvhwm = 1; socket.bind(sys.argv[1]); print("bound", flush=True)
+socket = zmq.Context().socket(zmq.PULL)
+socket.rcvhwm = 1
+socket.bind(sys.argv[1])
+print("bound", flush=True)
 while True: socket.recv_multipart()
 """
 
@@ -294,7 +297,7 @@ def test_close_sends_what_it_can_and_counts_the_rest(publish, pull):
     while (
         message := receive(puller)
     ).header.captured_seq < 20 or message.header.kind != "heartbeat":
-        # the last books arrive as well
+        # the last ledger arrives as well
         pass
     offer(publisher)
     assert publisher.counters()["dropped"] == {"closed": 1}

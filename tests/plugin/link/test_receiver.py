@@ -1,4 +1,4 @@
-"""Publisher and receiver on one real link: the books of both sides agree, whatever happens to
+"""Publisher and receiver on one real link: the ledgers of both sides agree, whatever happens to
 either.
 """
 
@@ -14,7 +14,7 @@ import zmq
 
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.ledger import Books
+from aurora_sglang_plugin.link.ledger import Ledger
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_trainer.recordings.recording import RecordConfig, Recording, read_messages
@@ -77,7 +77,7 @@ def publish(link, started):
 @pytest.fixture
 def receive(link, started, tmp_path):
     def start(config=None, **more):
-        started.append(Receiver(link, config or ReceiveConfig(), tmp_path / "books.json", **more))
+        started.append(Receiver(link, config or ReceiveConfig(), tmp_path / "ledger.json", **more))
         return started[-1]
 
     return start
@@ -88,11 +88,11 @@ def values(receiver, count, timeout_s=10.0):
 
 
 def both_sides(publisher, receiver):
-    """True when the receiver's books balance and say what the publisher's counters say."""
-    balanced = receiver.balanced(publisher.epoch)
+    """True when the receiver's ledger balances and says what the publisher's counters say."""
+    balanced = receiver.balanced(publisher.session)
     if balanced is not True:
         return balanced
-    theirs, ours = publisher.counters(), receiver.books()["epochs"][publisher.epoch]
+    theirs, ours = publisher.counters(), receiver.ledger()["sessions"][publisher.session]
     if theirs["queued"] or theirs["captured"] != ours["captured"]:
         return f"not quiet: {theirs} {ours}"
     return (
@@ -101,7 +101,7 @@ def both_sides(publisher, receiver):
     )
 
 
-def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, tmp_path):
+def test_every_message_arrives_in_order_and_the_ledger_balance(publish, receive, tmp_path):
     recording = Recording(tmp_path / "recording", RecordConfig())
     receiver, publisher = receive(target="target", record=recording.write), publish()
     for value in range(200):
@@ -109,7 +109,7 @@ def test_every_message_arrives_in_order_and_the_books_balance(publish, receive, 
     assert values(receiver, 200) == list(range(200))
     assert receiver.get(0.0) is None
     until(lambda: both_sides(publisher, receiver))
-    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+    assert receiver.ledger()["sessions"][publisher.session]["lost"] == 0
     publisher.close()
     receiver.close()
     recording.close()
@@ -124,7 +124,7 @@ def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, r
         # 150 kB with its header
         offer(publisher, value, 20_000)
         time.sleep(0.001)
-    assert receiver.books()["queued_bytes"] < 2 << 20
+    assert receiver.ledger()["queued_bytes"] < 2 << 20
     dropped = publisher.counters()["dropped"]["queue_full"]
     got = []
     until(
@@ -133,10 +133,10 @@ def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, r
         )
     )
     assert len(got) == 400 - dropped and dropped > 0
-    assert receiver.books()["epochs"][publisher.epoch]["lost"] == 0
+    assert receiver.ledger()["sessions"][publisher.session]["lost"] == 0
 
 
-def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
+def test_ledger_go_on_over_a_restart_of_the_trainer(publish, receive):
     publisher = publish()
     first = receive()
     for value in range(50):
@@ -148,16 +148,16 @@ def test_books_go_on_over_a_restart_of_the_trainer(publish, receive):
     time.sleep(0.1)
     second = receive()
     until(lambda: both_sides(publisher, second))
-    epoch = second.books()["epochs"][publisher.epoch]
-    assert epoch["captured"] == 100 and epoch["sent_seq"] - epoch["heartbeats"] == 100
-    # what the first one had is still in the books
-    assert epoch["received"] >= 50
+    session = second.ledger()["sessions"][publisher.session]
+    assert session["captured"] == 100 and session["sent_seq"] - session["heartbeats"] == 100
+    # what the first one had is still in the ledger
+    assert session["received"] >= 50
     rest = len(list(iter(lambda: second.get(0.0), None)))
     # what the link held when the first one closed is counted lost
-    assert rest <= 50 and 50 - rest <= epoch["lost"]
+    assert rest <= 50 and 50 - rest <= session["lost"]
 
 
-def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive):
+def test_a_new_session_of_a_restarted_server_has_ledger_of_its_own(publish, receive):
     receiver = receive()
     one = publish()
     offer(one, 1)
@@ -167,30 +167,30 @@ def test_a_new_epoch_of_a_restarted_server_has_books_of_its_own(publish, receive
     offer(two, 2)
     assert values(receiver, 1) == [2]
     until(lambda: both_sides(two, receiver))
-    assert one.epoch != two.epoch
-    # close() sent its last books
-    assert receiver.balanced(one.epoch) is True
-    assert receiver.balanced("never seen") == "unknown epoch"
+    assert one.session != two.session
+    # close() sent its last ledger
+    assert receiver.balanced(one.session) is True
+    assert receiver.balanced("never seen") == "unknown session"
 
 
-def run_trainer(link, books_path):
-    receiver = Receiver(link, ReceiveConfig(), books_path)
+def run_trainer(link, ledger_path):
+    receiver = Receiver(link, ReceiveConfig(), ledger_path)
     while True:
         receiver.get(1.0)
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
-def test_books_balance_after_the_trainer_was_killed_or_stopped(
+def test_ledger_balance_after_the_trainer_was_killed_or_stopped(
     link, publish, receive, tmp_path, harm
 ):
-    books_path = tmp_path / "books.json"
+    ledger_path = tmp_path / "ledger.json"
     process = multiprocessing.get_context("spawn").Process(
-        target=run_trainer, args=(link, books_path), daemon=True
+        target=run_trainer, args=(link, ledger_path), daemon=True
     )
     process.start()
     publisher = publish(queue_messages=8)
     offer(publisher, 0)
-    until(lambda: books_path.exists() and publisher.counters()["sent"])
+    until(lambda: ledger_path.exists() and publisher.counters()["sent"])
     os.kill(process.pid, harm)
     for value in range(100):
         offer(publisher, value, 20_000)
@@ -201,13 +201,14 @@ def test_books_balance_after_the_trainer_was_killed_or_stopped(
     for value in range(5):
         offer(publisher, value)
     until(lambda: both_sides(publisher, receiver))
-    epoch = receiver.books()["epochs"][publisher.epoch]
-    assert epoch["captured"] == 106 and epoch["dropped"]["queue_full"] > 0
+    session = receiver.ledger()["sessions"][publisher.session]
+    assert session["captured"] == 106 and session["dropped"]["queue_full"] > 0
 
 
 def fields_of(number):
     return dict(
-        schema=wire.SCHEMA_VERSION, kind="end", epoch="fuzz", captured_seq=number, sent_seq=number,
+        schema=wire.SCHEMA_VERSION, kind="end", session="fuzz", captured_seq=number,
+        sent_seq=number,
         heartbeats=0,
         dropped={}, queued=0, target="target", draft_version=0, extend_version=0, time_ns=1,
         requests=["r"],
@@ -246,7 +247,7 @@ def test_bad_input_is_refused_and_counted_and_receiving_goes_on(receive, push):
     push.send_multipart([parts_of(3)[0], good[1][:2]])
     push.send_multipart(parts_of(4, target="another"))
     push.send_multipart(parts_of(5, dropped={f"cause{i}": 1 for i in range(1000)}))
-    push.send_multipart(parts_of(5, epoch="x" * 65))
+    push.send_multipart(parts_of(5, session="x" * 65))
     push.send_multipart(parts_of(5, sent_seq=1 << 60))
     # again
     push.send_multipart(parts_of(1))
@@ -260,14 +261,19 @@ def test_bad_input_is_refused_and_counted_and_receiving_goes_on(receive, push):
         {0: "length"},
     )
     assert values(receiver, 1) == [6]
-    books = receiver.books()
-    assert books["rejected"] == {
+    ledger = receiver.ledger()
+    assert ledger["rejected"] == {
         "header": 5, "frames": 1, "size": 2, "schema": 1, "target": 1, "values": 1, "order": 1,
     }  # fmt: skip
     # 3 and 4 could be told to be its; 2 and 5 could not
-    epoch = books["epochs"]["fuzz"]
-    assert (epoch["received"], epoch["rejected"], epoch["lost"], epoch["sent_seq"]) == (2, 2, 2, 6)
-    assert list(books["epochs"]) == ["fuzz"]
+    session = ledger["sessions"]["fuzz"]
+    assert (session["received"], session["rejected"], session["lost"], session["sent_seq"]) == (
+        2,
+        2,
+        2,
+        6,
+    )
+    assert list(ledger["sessions"]) == ["fuzz"]
 
 
 def test_an_oversized_part_costs_the_peer_its_connection_and_others_nothing(link, receive, push):
@@ -277,9 +283,9 @@ def test_an_oversized_part_costs_the_peer_its_connection_and_others_nothing(link
     context = zmq.Context()
     other = context.socket(zmq.PUSH)
     other.connect(link.endpoint)
-    other.send_multipart(parts_of(1, epoch="other"))
+    other.send_multipart(parts_of(1, session="other"))
     got = receiver.get(10.0)
-    assert got is not None and got.header.epoch in ("other", "fuzz")
+    assert got is not None and got.header.session in ("other", "fuzz")
     context.destroy(linger=0)
 
 
@@ -292,12 +298,12 @@ def test_random_mutations_never_stop_the_receiver(receive, push):
             part = parts[draw.integers(len(parts))]
             part[draw.integers(len(part))] = draw.integers(256)
         push.send_multipart(parts)
-    push.send_multipart(parts_of(1, epoch="last"))
-    while receiver.get(10.0).header.epoch != "last":
+    push.send_multipart(parts_of(1, session="last"))
+    while receiver.get(10.0).header.session != "last":
         pass
     assert (
-        "failed" not in receiver.books()["rejected"]
-        and sum(receiver.books()["rejected"].values()) > 100
+        "failed" not in receiver.ledger()["rejected"]
+        and sum(receiver.ledger()["rejected"].values()) > 100
     )
 
 
@@ -321,46 +327,48 @@ def test_an_ipc_directory_that_is_not_there_is_a_clear_error(tmp_path):
         Receiver(LinkConfig(endpoint=f"ipc://{tmp_path}/missing/link"), ReceiveConfig(), None)
 
 
-def test_damaged_books_are_replaced(link, receive, push, tmp_path):
-    (tmp_path / "books.json").write_bytes(b'{"epochs": {"fuzz": {"rec\xff')
+def test_damaged_ledger_are_replaced(link, receive, push, tmp_path):
+    (tmp_path / "ledger.json").write_bytes(b'{"sessions": {"fuzz": {"rec\xff')
     receiver = receive()
     push.send_multipart(parts_of(1))
     assert values(receiver, 1) == [1]
     receiver.close()
-    assert Receiver(link, ReceiveConfig(), tmp_path / "books.json").close() is None
-    assert b'"received":1' in (tmp_path / "books.json").read_bytes()
+    assert Receiver(link, ReceiveConfig(), tmp_path / "ledger.json").close() is None
+    assert b'"received":1' in (tmp_path / "ledger.json").read_bytes()
 
 
-def header_of(epoch, sent_seq, **changes):
-    return wire.decode(parts_of(sent_seq, epoch=epoch, **changes), max_bytes=1 << 20).header
+def header_of(session, sent_seq, **changes):
+    return wire.decode(parts_of(sent_seq, session=session, **changes), max_bytes=1 << 20).header
 
 
 @pytest.mark.parametrize("bound", [8192, 16])
-def test_the_books_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
+def test_the_ledger_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
     """80 in turns.
 
     Where more speak than are remembered, none is charged what was there before it was forgotten.
     """
-    monkeypatch.setattr("aurora_sglang_plugin.link.ledger.MAX_EPOCHS", bound)
-    books = Books(tmp_path / "books.json")
+    monkeypatch.setattr("aurora_sglang_plugin.link.ledger.MAX_SESSIONS", bound)
+    ledger = Ledger(tmp_path / "ledger.json")
     for sent_seq in range(1, 31):
         for server in range(80):
             # one in ten is lost
             if (sent_seq + server) % 10:
-                assert books.accept(header_of(f"e{server}", sent_seq, captured_seq=sent_seq))
+                assert ledger.accept(header_of(f"e{server}", sent_seq, captured_seq=sent_seq))
         if sent_seq == 15:
-            books.write()
-            books = Books(tmp_path / "books.json")
-    assert len(books.epochs) == min(80, bound) and (books.forgotten_epochs == 0) == (bound > 80)
-    for name, epoch in books.epochs.items():
-        assert epoch.sent_seq - epoch.before == epoch.received + epoch.lost, name
+            ledger.write()
+            ledger = Ledger(tmp_path / "ledger.json")
+    assert len(ledger.sessions) == min(80, bound) and (ledger.forgotten_sessions == 0) == (
+        bound > 80
+    )
+    for name, session in ledger.sessions.items():
+        assert session.sent_seq - session.before == session.received + session.lost, name
     if bound > 80:
         lost = sum(
             not (sent_seq + server) % 10 for server in range(80) for sent_seq in range(1, 30)
         )
-        assert lost - 80 <= sum(e.lost for e in books.epochs.values()) <= lost
+        assert lost - 80 <= sum(e.lost for e in ledger.sessions.values()) <= lost
     else:
-        assert books.forgotten_epochs > 0 and sum(e.lost for e in books.epochs.values()) <= 16
+        assert ledger.forgotten_sessions > 0 and sum(e.lost for e in ledger.sessions.values()) <= 16
 
 
 @pytest.mark.parametrize("ahead_s", [HOUR_S, -HOUR_S, 1.0])
@@ -372,9 +380,10 @@ def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, 
     )
     push.send_multipart([bytes(p) for p in wire.encode(wire.Header(**fields_of(1) | beat), {})])
     push.send_multipart(parts_of(2, captured_seq=1, time_ns=there_ns))
-    push.send_multipart(parts_of(1, epoch="another", time_ns=now_ns))
+    push.send_multipart(parts_of(1, session="another", time_ns=now_ns))
     found = {
-        m.header.epoch: m.header.time_ns - now_ns for m in (receiver.get(10.0), receiver.get(10.0))
+        m.header.session: m.header.time_ns - now_ns
+        for m in (receiver.get(10.0), receiver.get(10.0))
     }
     assert found["another"] == 0 and abs(found["fuzz"]) < 20e9
     if abs(ahead_s) < 5:
@@ -382,13 +391,13 @@ def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, 
         assert found["fuzz"] == int(ahead_s * 1e9)
 
 
-def test_a_disk_that_takes_no_books_is_counted_and_they_come_later(link, receive, push, tmp_path):
+def test_a_disk_that_takes_no_ledger_is_counted_and_they_come_later(link, receive, push, tmp_path):
     receiver = receive()
     # nothing can be written there
-    (tmp_path / "books.json.tmp").mkdir()
+    (tmp_path / "ledger.json.tmp").mkdir()
     push.send_multipart(parts_of(1))
     assert values(receiver, 1) == [1]
-    until(lambda: receiver.books()["write_faults"])
-    (tmp_path / "books.json.tmp").rmdir()
+    until(lambda: receiver.ledger()["write_faults"])
+    (tmp_path / "ledger.json.tmp").rmdir()
     push.send_multipart(parts_of(2))
-    until(lambda: (tmp_path / "books.json").exists())
+    until(lambda: (tmp_path / "ledger.json").exists())

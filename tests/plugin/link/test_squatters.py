@@ -245,7 +245,7 @@ def test_a_server_that_is_listed_later_is_let_in_by_the_next_trainer(link, publi
         until(
             lambda: (
                 publisher.counters()["refused"].get("key")
-                and first.books()["refused_peers"].get("key")
+                and first.ledger()["refused_peers"].get("key")
             )
         )
     own = load_server_keys(link.server_keys).public.decode()

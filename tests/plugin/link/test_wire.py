@@ -16,7 +16,8 @@ MAX = 1 << 20
 
 def header(kind="verify", **changes):
     fields = dict(
-        schema=wire.SCHEMA_VERSION, kind=kind, epoch="e", captured_seq=1, sent_seq=1, heartbeats=0,
+        schema=wire.SCHEMA_VERSION, kind=kind, session="e", captured_seq=1, sent_seq=1,
+        heartbeats=0,
         dropped={},
         queued=0, target="t", draft_version=3, extend_version=3, time_ns=1, requests=["a", "b"],
     )  # fmt: skip
@@ -161,7 +162,7 @@ def wide(axis, size):
 # What costs the message: its header, ...
 BAD_HEADER = {
     "old schema": ("verify", head(schema=0), "schema"),
-    "empty epoch": ("verify", head(epoch=""), "header"),
+    "empty session": ("verify", head(session=""), "header"),
     "long target": ("verify", head(target="x" * 65), "header"),
     "long cause": ("verify", head(dropped={"x" * 65: 1}), "header"),
     "many causes": ("verify", head(dropped={str(n): 1 for n in range(33)}), "header"),
@@ -262,12 +263,12 @@ def test_a_bad_row_is_its_own_and_can_be_left_out(name):
     message = wire.decode([bytes(p) for p in wire.encode(sent, arrays)], max_bytes=MAX)
     assert message.bad == {0: cause}
     fields = {name: getattr(sent, name) for name in ("requests", "flags", "reasons", "domains")}
-    fields, arrays = rows.left_out(message.bad, fields, arrays)
+    fields, arrays = rows.excluded(message.bad, fields, arrays)
     for name, value in fields.items():
         setattr(sent, name, value)
     left = wire.decode([bytes(p) for p in wire.encode(sent, arrays)], max_bytes=MAX)
     assert not left.bad and left.header.requests == ["b"]
-    fields, arrays = rows.left_out(
+    fields, arrays = rows.excluded(
         {0: cause}, {name: getattr(left.header, name) for name in fields}, arrays
     )
     for name, value in fields.items():
@@ -283,7 +284,7 @@ def test_a_refused_message_has_a_stand_in(kind):
     sent, arrays = MESSAGES[kind]()
     stand_in = wire.decode([bytes(p) for p in wire.missing(sent)], max_bytes=MAX)
     assert stand_in.bad == {0: "length", 1: "length"} and stand_in.header.requests == sent.requests
-    for name in ("epoch", "captured_seq", "sent_seq", "dropped", "time_ns", "draft_version"):
+    for name in ("session", "captured_seq", "sent_seq", "dropped", "time_ns", "draft_version"):
         assert getattr(stand_in.header, name) == getattr(sent, name)
 
 

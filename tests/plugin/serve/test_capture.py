@@ -46,7 +46,9 @@ def request(rid="r", prompt=range(5), output=(), finished=None, grammar=None, **
         rid=rid, origin_input_ids=list(prompt), output_ids=list(output), finished_len=None,
         grammar=grammar,
         sampling_params=sampling_params(**params), finished=lambda: finished is not None,
-        finished_reason=None if finished is None else SimpleNamespace(to_json=lambda: {"type": finished}),
+        finished_reason=(
+            None if finished is None else SimpleNamespace(to_json=lambda: {"type": finished})
+        ),
     )  # fmt: skip
 
 
@@ -152,8 +154,8 @@ def prefill_step(capture, reqs, prefixes, extends, version=2):
     capture.prefill(batch, torch.arange(total) + 100, result, version)
 
 
-def test_a_prefill_that_fits_no_slot_is_sent_in_several_messages():
-    capture = make_capture(pinned_slot_bytes=6 * (F * 4 + 64))
+def test_a_prefill_that_fits_no_buffer_is_sent_in_several_messages():
+    capture = make_capture(pinned_buffer_bytes=6 * (F * 4 + 64))
     reqs = [request(str(i), prompt=range(4)) for i in range(3)] + [request("long", prompt=range(9))]
     prefill_step(capture, reqs, [0] * 4, [4, 2, 3, 9])
     assert [fields["requests"] for _, _, fields in capture.publisher.items] == [
@@ -165,13 +167,13 @@ def test_a_prefill_that_fits_no_slot_is_sent_in_several_messages():
     assert positions == [[0, 0], [0], [0]] and not capture.errors
 
 
-def test_without_a_slot_nothing_is_computed():
+def test_without_a_buffer_nothing_is_computed():
     capture = make_capture()
     capture.transfer.has_room = lambda: False
     verify_step(capture, [request("a"), request("b")])
     prefill_step(capture, [request("a")], [0], [5])
     assert (
-        capture.publisher.drops == ["no_slot", "no_slot"]
+        capture.publisher.drops == ["no_buffer", "no_buffer"]
         and not capture.publisher.items
         and not capture.errors
     )

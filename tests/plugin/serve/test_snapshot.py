@@ -7,7 +7,7 @@ from trees import NAMED_TREES
 
 from aurora_sglang_plugin.config import PublishConfig
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.send_queue import Outbox
+from aurora_sglang_plugin.link.send_queue import SendQueue
 from aurora_sglang_plugin.serve.acceptance import Acceptance
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify, parents
 from aurora_sglang_plugin.serve.transfer import HostTensors
@@ -53,7 +53,7 @@ def header(kind, requests, **fields):
     fields = (dict(num_steps=P - 1, topk=2) if kind == "verify" else {}) | fields
     counters = dict(captured_seq=1, sent_seq=1, heartbeats=0, dropped={}, queued=0)
     return wire.Header(
-        wire.SCHEMA_VERSION, kind, "epoch", **counters, target="t", draft_version=0,
+        wire.SCHEMA_VERSION, kind, "session", **counters, target="t", draft_version=0,
         extend_version=0, time_ns=1,
         requests=requests, **fields,
     )  # fmt: skip
@@ -156,22 +156,22 @@ def test_a_bad_row_is_left_out_and_the_message_goes(what):
         raw[2, 7] = torch.nan
     else:
         requests[0] = "x" * 2000 if what == "id" else "\ud800"
-    outbox = Outbox(PublishConfig())
+    send_queue = SendQueue(PublishConfig())
     fields = dict(requests=requests, flags=[0, 1], reasons=[], domains=[], num_steps=P - 1, topk=2)
-    outbox.put(
+    send_queue.put(
         "verify",
         Verify(HostTensors().stage(tensors), k=4),
         fields | {"draft_version": 1, "extend_version": 1},
     )
-    item = outbox.take()
-    arrays = outbox.leave_out_bad_rows(item, item.snapshot.build())
-    message = decoded(outbox.header(item, "epoch", "target"), arrays)
+    item = send_queue.take()
+    arrays = send_queue.leave_out_bad_rows(item, item.snapshot.build())
+    message = decoded(send_queue.header(item, "session", "target"), arrays)
     assert message.header.requests == ["b"] and message.header.flags == [1] and not message.bad
     np.testing.assert_array_equal(
         message.arrays["aux_hidden_states"], tensors["hidden"][1, :1].numpy()
     )
-    counters = outbox.counters()
-    assert counters["left_out"] == {"request" if what in ("id", "surrogate") else "not_finite": 1}
+    counters = send_queue.counters()
+    assert counters["excluded"] == {"request" if what in ("id", "surrogate") else "not_finite": 1}
     assert counters["captured"] == counters["queued"] == 1 and not counters["dropped"]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.serve.staging import make_twin
+from aurora_sglang_plugin.serve.staging import make_staging_copy
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.weights.manifest import read_manifest, version_name
 from aurora_sglang_plugin.weights.writer import WeightsWriter
@@ -55,7 +55,7 @@ def test_newest_wins_over_a_staged_version_that_nobody_took(site):
     site.assert_whole(2)
 
 
-def test_twin_is_not_written_while_a_swap_reads_it(site):
+def test_staging_copy_is_not_written_while_a_swap_reads_it(site):
     site.publish(checkpoint(1))
     site.reloader._watcher.poll()
     site.reloader._state = "applying"
@@ -64,7 +64,7 @@ def test_twin_is_not_written_while_a_swap_reads_it(site):
     site.reloader._watcher.poll()
     assert {
         p.mean().item()
-        for n, p in site.reloader._twin.named_parameters()
+        for n, p in site.reloader._staging.named_parameters()
         if n == "model.norm.weight"
     } == {1.0}
     site.reloader._state = "free"
@@ -208,17 +208,17 @@ def test_a_draft_with_the_targets_head_is_refused(tmp_path):
         Reloader(model, None, WeightsConfig(directory=tmp_path), SwapConfig(), TARGET)
 
 
-def test_twin_shares_the_embedding_and_keeps_loaders():
+def test_staging_copy_shares_the_embedding_and_keeps_loaders():
     model = Draft(nn.Parameter(torch.zeros(V, H)))
-    twin = make_twin(model)
-    assert twin.model.embed_tokens.weight is model.model.embed_tokens.weight
-    live, other = model.model.layers[0], twin.model.layers[0]
+    staged = make_staging_copy(model)
+    assert staged.model.embed_tokens.weight is model.model.embed_tokens.weight
+    live, other = model.model.layers[0], staged.model.layers[0]
     assert live.mlp.gate_up_proj.weight.data_ptr() != other.mlp.gate_up_proj.weight.data_ptr()
     assert (
         other.self_attn.qkv_proj.weight.weight_loader
         is live.self_attn.qkv_proj.weight.weight_loader
     )
-    assert dict(twin.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert dict(staged.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
 def bad_tensors(change):
@@ -417,12 +417,14 @@ def test_what_drafts_is_put_back(site):
 
 
 def test_what_no_copy_holds_is_read_again(site):
-    """The twin was given a version that failed, and CURRENT names the one that drafts again."""
+    """The staging copy was given a version that failed, and CURRENT names the one that drafts
+    again.
+    """
     site.publish(checkpoint(1))
     site.publish(checkpoint(2))
     site.step()
     # as a staging that failed leaves it
-    site.reloader._in_twin = None
+    site.reloader._in_staging = None
     spoil(site)
     site.reloader.restore()
     assert site.step() == 2

@@ -1,11 +1,11 @@
-"""Tensors reach the host whole, and a slot that is not free is a drop and never a wait."""
+"""Tensors reach the host whole, and a buffer that is not free is a drop and never a wait."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedSlots, Staged
+from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers, Staged
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -21,7 +21,7 @@ def tensors(device, rows=7):
 
 
 def transfer(device):
-    return HostTensors() if device == "cpu" else PinnedSlots(torch.device(device), 2, 1 << 16)
+    return HostTensors() if device == "cpu" else PinnedBuffers(torch.device(device), 2, 1 << 16)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -40,7 +40,7 @@ def test_what_is_staged_arrives(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_release_twice_and_when_forgotten(device):
     pool = transfer(device)
-    # more often than there are slots
+    # more often than there are buffers
     for _ in range(5):
         staged = pool.stage(tensors(device))
         staged.fetch()
@@ -52,22 +52,22 @@ def test_release_twice_and_when_forgotten(device):
         del dropped
 
 
-def test_unloaded_tensors_outlive_their_slot():
+def test_unloaded_tensors_outlive_their_buffer():
     buffer, free = torch.arange(6), []
-    staged = Staged({"x": buffer[:4]}, 32, None, "slot", SimpleNamespace(free=free))
+    staged = Staged({"x": buffer[:4]}, 32, None, "buffer", SimpleNamespace(free=free))
     staged.unload()
     staged.unload()
-    assert free == ["slot"]
+    assert free == ["buffer"]
     # the next step is written there
     buffer.zero_()
-    assert staged.fetch()["x"].tolist() == [0, 1, 2, 3] and staged.slot is None
+    assert staged.fetch()["x"].tolist() == [0, 1, 2, 3] and staged.buffer is None
     staged.release()
-    assert staged.tensors == {} and free == ["slot"]
+    assert staged.tensors == {} and free == ["buffer"]
 
 
 if "cuda" in DEVICES:
 
-    def test_no_free_slot_is_a_drop():
+    def test_no_free_buffer_is_a_drop():
         pool = transfer("cuda")
         held = [pool.stage(tensors("cuda")) for _ in range(2)]
         assert None not in held
@@ -75,7 +75,7 @@ if "cuda" in DEVICES:
         held.pop().release()
         assert pool.stage(tensors("cuda")) is not None
 
-    def test_larger_than_a_slot_is_a_drop():
+    def test_larger_than_a_buffer_is_a_drop():
         pool = transfer("cuda")
         assert pool.stage({"large": torch.zeros(1 << 17, dtype=torch.uint8, device="cuda")}) is None
         assert len(pool.free) == 2

@@ -16,8 +16,8 @@ NEAR = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_slots_and_nodes_equal_one_token_at_a_time(name):
-    """Two packed sequences that start at different positions; from slot 3 of each a tree of two
+def test_positions_and_nodes_equal_one_token_at_a_time(name):
+    """Two packed sequences that start at different positions; from position 3 of each a tree of two
     branches.
     """
     draft = make(VARIANTS[name])
@@ -27,13 +27,13 @@ def test_slots_and_nodes_equal_one_token_at_a_time(name):
     tokens = torch.randint(50, (12,), generator=g)
     features = torch.randn(12, draft.config.feature_size, generator=g, dtype=torch.float64)
     positions = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
-    slot_start = torch.tensor([0] * 5 + [5] * 7)
+    context_start = torch.tensor([0] * 5 + [5] * 7)
     rows = torch.tensor([3, 8, 11])
-    all_states, _ = draft.slots(tokens, features, positions, slot_start)
-    states, slot_kv = draft.slots(tokens, features, positions, slot_start, rows)
+    all_states, _ = draft.context(tokens, features, positions, context_start)
+    states, context_kv = draft.context(tokens, features, positions, context_start, rows)
     torch.testing.assert_close(states, all_states[rows])
 
-    # level 1: two children of each slot 3; level 2: a child of the second of them
+    # level 1: two children of each position 3; level 2: a child of the second of them
     level_1, level_2 = torch.tensor([7, 9, 11, 13]), torch.tensor([21, 22])
     hangs = torch.tensor([3, 3, 8, 8])
     ancestors = torch.arange(4)[:, None]
@@ -41,9 +41,9 @@ def test_slots_and_nodes_equal_one_token_at_a_time(name):
         level_1,
         all_states[hangs],
         positions[hangs] + 1,
-        slot_kv,
+        context_kv,
         None,
-        slot_start[hangs],
+        context_start[hangs],
         hangs + 1,
         ancestors,
     )
@@ -53,9 +53,9 @@ def test_slots_and_nodes_equal_one_token_at_a_time(name):
         level_2,
         state_1[[1, 3]],
         positions[hangs] + 2,
-        slot_kv,
+        context_kv,
         node_kv,
-        slot_start[hangs],
+        context_start[hangs],
         hangs + 1,
         ancestors,
     )

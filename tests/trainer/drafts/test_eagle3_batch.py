@@ -10,21 +10,21 @@ from aurora_trainer.learn.objective import states
 
 
 def naive_levels(sample, depth, rejected=True):
-    """Each level as a sorted list of (tokens of the query's path, position, slots it sees, target
-    node, accepted).
+    """Each level as a sorted list of (tokens of the query's path, position, positions it sees,
+    target node, accepted).
     """
     levels = [[] for _ in range(depth)]
-    slots = len(sample.features)
+    positions = len(sample.features)
 
-    def slot_target(i):
-        node = int(sample.slot_node[i])
+    def position_target(i):
+        node = int(sample.position_node[i])
         return -1 if node < 0 or sample.node_altered[node] else node
 
-    for i in range(max(sample.prompt_len - 1 - sample.start, 0), slots):
+    for i in range(max(sample.prompt_len - 1 - sample.start, 0), positions):
         for d in range(depth):
-            if i + d < slots:
+            if i + d < positions:
                 path = tuple(sample.tokens[i + 2 : i + 2 + d].tolist())
-                levels[d].append((path, sample.start + i + d, i + 1, slot_target(i + d), True))
+                levels[d].append((path, sample.start + i + d, i + 1, position_target(i + d), True))
     for u in range(len(sample.node_token)) if rejected else ():
         d = int(sample.node_depth[u])
         if (
@@ -37,17 +37,17 @@ def naive_levels(sample, depth, rejected=True):
         while sample.node_parent[at] >= 0:
             path.insert(0, int(sample.node_token[at]))
             at = int(sample.node_parent[at])
-        slot = int(sample.node_slot[u])
-        levels[d].append((tuple(path), sample.start + slot + d, slot + 1, u, False))
+        position = int(sample.node_position[u])
+        levels[d].append((tuple(path), sample.start + position + d, position + 1, u, False))
     return [sorted(level) for level in levels]
 
 
 def unpacked(samples, config):
     """The same lists, one per sample, read back from the packed batch."""
     batch = pack(samples, config)
-    first_slot = [0]
+    first_position = [0]
     for s in samples:
-        first_slot.append(first_slot[-1] + len(s.features))
+        first_position.append(first_position[-1] + len(s.features))
     node_tokens = torch.cat(
         [level.tokens for level in batch.levels[1:]] or [torch.empty(0, dtype=torch.int64)]
     )
@@ -57,8 +57,8 @@ def unpacked(samples, config):
         for q in range(len(level)):
             n = int(batch.base_sample[level.base[q]])
             s = samples[n]
-            assert level.slot_start[q] == first_slot[n]
-            assert batch.levels[0].slot_end[level.base[q]] == level.slot_end[q]
+            assert level.context_start[q] == first_position[n]
+            assert batch.levels[0].context_end[level.base[q]] == level.context_end[q]
             path = tuple(node_tokens[level.ancestors[q]].tolist())
             target = -1
             if level.target[q] >= 0:
@@ -68,7 +68,7 @@ def unpacked(samples, config):
                 target = int(same[0])
                 assert torch.equal(batch.topk_ids[row][: s.topk_ids.shape[1]], s.topk_ids[target])
                 assert (batch.topk_ids[row][s.topk_ids.shape[1] :] == -1).all()
-            sees = int(level.slot_end[q]) - first_slot[n]
+            sees = int(level.context_end[q]) - first_position[n]
             out[n][d].append((path, int(level.positions[q]), sees, target, bool(level.accepted[q])))
     return [[sorted(level) for level in levels] for levels in out]
 
@@ -87,9 +87,9 @@ def test_levels_are_those_that_enumeration_finds(shape, depth):
     """Packed behind and before other samples, of other depth and other K."""
     for seed in range(3):
         sample = random_sample(seed, **shape)
-        # trees that hung from slots which were cut off
+        # trees that hung from positions which were cut off
         if sample.start > 4:
-            keep = sample.node_slot >= 0
+            keep = sample.node_position >= 0
             assert not keep.all()
             first = int(keep.nonzero()[0])
             assert keep[first:].all()
@@ -105,7 +105,7 @@ def test_levels_are_those_that_enumeration_finds(shape, depth):
 
 def drop_first_nodes(s, first):
     node = {f: getattr(s, f)[first:] for f in (
-        "node_token", "node_depth", "node_slot", "node_accepted", "node_altered", "topk_ids",
+        "node_token", "node_depth", "node_position", "node_accepted", "node_altered", "topk_ids",
         "topk_logits", "logsumexp"
     )}  # fmt: skip
     trees = s.tree_first >= first
@@ -113,7 +113,7 @@ def drop_first_nodes(s, first):
         s,
         **node,
         node_parent=(s.node_parent[first:] - first).clamp_min(-1),
-        slot_node=torch.where(s.slot_node >= first, s.slot_node - first, -1),
+        position_node=torch.where(s.position_node >= first, s.position_node - first, -1),
         tree_first=s.tree_first[trees] - first,
         tree_version=s.tree_version[trees],
     )
@@ -131,7 +131,7 @@ def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
     batch.features = batch.features.double()
     got = states(draft, batch)
     node_tokens = torch.cat([level.tokens for level in batch.levels[1:]])
-    # after every slot: (state, cache)
+    # after every position: (state, cache)
     caches = []
     for s in samples:
         cache = [[] for _ in draft.layers]
@@ -141,8 +141,8 @@ def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
             caches.append((state, cache))
     for d, level in enumerate(batch.levels):
         for q in range(len(level)):
-            state, cache = caches[int(level.slot_end[q]) - 1]
-            position = int(batch.positions[level.slot_end[q] - 1])
+            state, cache = caches[int(level.context_end[q]) - 1]
+            position = int(batch.positions[level.context_end[q] - 1])
             for k, node in enumerate(level.ancestors[q]):
                 state, _, cache = naive.step(
                     node_tokens[node], naive.carried(state), position + 1 + k, cache
@@ -171,9 +171,9 @@ def test_reach_is_the_targets_probability_of_the_path():
     assert checked > 10
 
 
-def test_group_fills_up_to_max_slots_and_never_splits_a_sample():
+def test_group_fills_up_to_max_positions_and_never_splits_a_sample():
     samples = [random_sample(n, verifies=v) for n, v in enumerate((1, 1, 30, 1, 1))]
-    groups = list(group(samples, BatchConfig(max_slots=30)))
+    groups = list(group(samples, BatchConfig(max_positions=30)))
     assert [[s.request for s in g] for g in groups] == [["r0", "r1"], ["r2"], ["r3", "r4"]]
     assert list(group([], BatchConfig())) == []
 
@@ -188,11 +188,11 @@ def test_counts_are_queries_with_a_loss():
     assert batch.counts().tolist() == want
 
 
-def test_roots_are_the_slots_that_trees_hang_from():
+def test_roots_are_the_positions_that_trees_hang_from():
     sample = random_sample(5)
     batch = pack([random_sample(6), sample], BatchConfig())
     own = batch.base_is_root[batch.base_sample == 1].nonzero()[:, 0] + sample.prompt_len - 1
-    assert own.tolist() == sample.node_slot[sample.tree_first].tolist()
+    assert own.tolist() == sample.node_position[sample.tree_first].tolist()
 
 
 def test_to_moves_every_tensor():

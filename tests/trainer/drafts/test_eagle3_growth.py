@@ -1,4 +1,4 @@
-"""Trees grown for many slots at once are those that the loop's tests compare with SGLang's, one
+"""Trees grown for many positions at once are those that the loop's tests compare with SGLang's, one
 sample at a time.
 """
 
@@ -37,8 +37,8 @@ def test_the_trees_are_the_references(name, width, nodes, chunk, monkeypatch):
     first = strayed = 0
     for sample in samples:
         want = growth.grow({0: draft}, sample, nodes, 0)
-        slots = first + sample.node_slot[sample.tree_first]
-        rows = [batch.levels[0].parent.tolist().index(slot) for slot in slots.tolist()]
+        positions = first + sample.node_position[sample.tree_first]
+        rows = [batch.levels[0].parent.tolist().index(position) for position in positions.tolist()]
         torch.testing.assert_close(tokens[rows], want.tokens)
         torch.testing.assert_close(parents[rows], want.parents)
         first, strayed = first + len(sample.features), strayed + want.strayed
@@ -53,21 +53,21 @@ def test_a_chain_is_accepted_as_far_as_it_agrees():
     # committed as the draft drew it, up to a place that differs
     for sample in samples:
         grown = growth.grow({0: draft}, sample, S + 1, 0)
-        for n, (slot, drawn) in enumerate(
-            zip(sample.node_slot[sample.tree_first].tolist(), grown.tokens.tolist())
+        for n, (position, drawn) in enumerate(
+            zip(sample.node_position[sample.tree_first].tolist(), grown.tokens.tolist())
         ):
-            trees.append((sample, slot, drawn, n % (S + 1)))
-    for sample, slot, drawn, agree in trees:
-        if slot + 2 + S > len(sample.tokens):
+            trees.append((sample, position, drawn, n % (S + 1)))
+    for sample, position, drawn, agree in trees:
+        if position + 2 + S > len(sample.tokens):
             continue
         alone = random_sample(int(sample.request[1:]), topk=1, num_steps=S, verifies=8)
-        alone.tokens[slot + 2 : slot + 2 + agree] = torch.tensor(
+        alone.tokens[position + 2 : position + 2 + agree] = torch.tensor(
             drawn[1 : 1 + agree], dtype=torch.int64
         )
         if agree < S:
-            alone.tokens[slot + 2 + agree] = (drawn[1 + agree] + 1) % 50
+            alone.tokens[position + 2 + agree] = (drawn[1 + agree] + 1) % 50
         batch = packed([alone])
-        row = batch.levels[0].parent.tolist().index(slot)
+        row = batch.levels[0].parent.tolist().index(position)
         assert int(tree_runs(draft, batch, S, 1, S + 1)[row]) == 1 + agree
 
 

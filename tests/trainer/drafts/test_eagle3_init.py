@@ -107,12 +107,12 @@ def test_started_from_the_target_it_proposes_what_followed_its_token_before(tmp_
     draft = init_draft(tmp_path, tmp_path / "d", "target")
     random = torch.Generator().manual_seed(1)
     text = torch.randperm(300, generator=random)[:12].repeat(2)
-    # of each slot: the token at its position, its own
+    # of each position: the token at its position, its own
     at, held = text[:-1], text[1:]
     low = low_features(open_target(tmp_path), 0, draft.embed[at].float(), 1e-5)
     features = torch.cat([low + 0.3 * low.std() * torch.randn(low.shape, generator=random),
                           torch.randn(23, 256, generator=random)], 1)  # fmt: skip
-    state, _ = draft.slots(held, features, torch.arange(23), torch.zeros(23, dtype=torch.int64))
+    state, _ = draft.context(held, features, torch.arange(23), torch.zeros(23, dtype=torch.int64))
     right = draft.logits(state).argmax(-1)[:-1] == text[2:]
     assert right[11:].float().mean() > 0.7 and right[:10].float().mean() < 0.3
 
@@ -180,7 +180,7 @@ def test_eagle_3_1_and_fewer_key_heads(kind, tmp_path):
     )
     assert torch.equal(draft.input_norm.weight, torch.ones(48))
     check_draft(tmp_path / "d", open_target(tmp_path).config)
-    state, _ = draft.slots(
+    state, _ = draft.context(
         torch.tensor([1]), torch.randn(1, 48), torch.arange(1), torch.zeros(1, dtype=torch.int64)
     )
     assert draft.logits(state).isfinite().all()
@@ -354,7 +354,9 @@ def test_started_from_the_target_it_guesses_no_worse_than_uniformly(massive, tmp
     features = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
     features[:, [33, 46]] *= massive
     tokens = torch.arange(64) % 60
-    state, kv = draft.slots(tokens, features, torch.arange(64), torch.zeros(64, dtype=torch.int64))
+    state, kv = draft.context(
+        tokens, features, torch.arange(64), torch.zeros(64, dtype=torch.int64)
+    )
     own = torch.arange(64)[:, None]
     deeper, _ = draft.nodes(
         tokens, state, torch.arange(64) + 1, kv, None, own[:, 0] * 0, own[:, 0] + 1, own

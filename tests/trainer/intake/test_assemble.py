@@ -11,7 +11,7 @@ from simulator import S, Server, token
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 
-WHOLE = AssembleConfig(part_slots=10_000)
+WHOLE = AssembleConfig(part_positions=10_000)
 
 
 def assemble(server, config=WHOLE):
@@ -38,7 +38,7 @@ def check(sample, server):
     truth = [[number, p, token(number, p)] for p in range(start, start + length)]
     assert sample.features.tolist() == truth
     assert sample.tokens.tolist() == [token(number, p) for p in range(start, start + length + 1)]
-    assert sample.slot_version.shape == (length,)
+    assert sample.position_version.shape == (length,)
     assert sample.num_steps == S and sample.topk == 2
 
     firsts = [*sample.tree_first.tolist(), len(sample.node_token)]
@@ -54,7 +54,7 @@ def check(sample, server):
         assert sample.node_token[first:end].tolist() == [tree.tokens[i] for i in used]
         parents = [-1 if tree.parents[i] < 0 else first + used.index(tree.parents[i]) for i in used]
         assert sample.node_parent[first:end].tolist() == parents
-        assert sample.node_slot[first:end].tolist() == [tree.root - 1 - start] * len(used)
+        assert sample.node_position[first:end].tolist() == [tree.root - 1 - start] * len(used)
         assert 0 <= tree.root - 1 - start < length
         depth = sample.node_depth[first:end].tolist()
         assert depth == [0, *(depth[parent - first] + 1 for parent in parents[1:])]
@@ -63,12 +63,12 @@ def check(sample, server):
         assert accepted == sorted(at_most[: len(accepted)]) and accepted[0] == 0
         assert sample.tree_version[g] == tree.version
         assert set(sample.node_altered[first:end].tolist()) == {tree.altered}
-    slots = (sample.slot_node >= 0).nonzero().flatten()
-    nodes = sample.slot_node[slots]
-    # it stands where the slot's token does
-    assert (sample.node_slot + sample.node_depth)[nodes].equal(slots)
+    positions = (sample.position_node >= 0).nonzero().flatten()
+    nodes = sample.position_node[positions]
+    # it stands where the position's token does
+    assert (sample.node_position + sample.node_depth)[nodes].equal(positions)
     assert (
-        sample.node_token[nodes].equal(sample.tokens[slots + 1])
+        sample.node_token[nodes].equal(sample.tokens[positions + 1])
         and sample.node_accepted[nodes].all()
     )
     return number, numbers
@@ -109,14 +109,14 @@ def test_what_arrives_is_never_lost(seed, odd):
                 ]
                 nodes = (
                     sample.logsumexp[
-                        sample.node_accepted & (sample.node_slot == tree.root - 1 - first)
+                        sample.node_accepted & (sample.node_position == tree.root - 1 - first)
                     ]
                     - 1
                 )
                 assert (nodes % 64).tolist() == path
                 covered |= {tree.root + k for k in range(len(path))}
             assert covered == {
-                first + 1 + i for i, node in enumerate(sample.slot_node.tolist()) if node >= 0
+                first + 1 + i for i, node in enumerate(sample.position_node.tolist()) if node >= 0
             }
     assert not found
     assert assembler.counters["rootless_trees"] == rootless and assembler.counters["holes"] == 0
@@ -129,14 +129,16 @@ def test_what_arrives_is_never_lost(seed, odd):
 def test_whatever_happens_no_sample_is_wrong(seed, lose):
     server = Server(1000 + seed, requests=20, lose=lose)
     config = (
-        WHOLE if seed % 2 else AssembleConfig(part_slots=10, context_slots=seed % 6, max_slots=20)
+        WHOLE
+        if seed % 2
+        else AssembleConfig(part_positions=10, context_positions=seed % 6, max_positions=20)
     )
     samples, assembler = assemble(server, config)
     keys, seen = set(), []
     for sample in samples:
         number, trees = check(sample, server)
         seen += trees
-        keys.add((sample.epoch, sample.request, sample.attempt))
+        keys.add((sample.session, sample.request, sample.attempt))
         if sample.reason in ("stop", "length", "abort", "retract"):
             ends = [
                 (life["reason"], life["committed"])
@@ -225,7 +227,7 @@ def test_an_id_that_comes_again_without_an_end_starts_anew():
 def test_parts_of_a_long_request_share_context_only():
     server = Server(5, requests=1, odd=False)
     server.requests[0].total_len = server.requests[0].prompt_len + 300
-    samples, _ = assemble(server, AssembleConfig(part_slots=50, context_slots=16))
+    samples, _ = assemble(server, AssembleConfig(part_positions=50, context_positions=16))
     assert [s.reason for s in samples[:-1]] == ["part"] * (len(samples) - 1) and len(samples) >= 5
     trees = [t for sample in samples for t in check(sample, server)[1]]
     (life,) = server.requests[0].lives
@@ -233,8 +235,8 @@ def test_parts_of_a_long_request_share_context_only():
     for before, after in zip(samples, samples[1:]):
         end = before.start + len(before.features)
         assert after.start == end - 16
-        assert (after.slot_node[:16] < 0).all() and (after.slot_node[16:20] >= 0).all()
-        assert (before.slot_node[-20:] >= 0).all()
+        assert (after.position_node[:16] < 0).all() and (after.position_node[16:20] >= 0).all()
+        assert (before.position_node[-20:] >= 0).all()
 
 
 def test_a_lost_end_is_closed_by_idling_and_cut_at_eos():
@@ -254,7 +256,7 @@ def test_a_lost_end_is_closed_by_idling_and_cut_at_eos():
 
 def test_bounds_take_the_least_recent_request_early():
     server = Server(8, odd=False)
-    samples, assembler = assemble(server, AssembleConfig(max_open=1, part_slots=10_000))
+    samples, assembler = assemble(server, AssembleConfig(max_open=1, part_positions=10_000))
     assert assembler.counters["evicted"] > 0
     for sample in samples:
         check(sample, server)
@@ -356,13 +358,13 @@ def test_a_refused_messages_stand_in_ends_its_requests_only():
     assert refused == 3 and whole.attempt == 0 and assembler.counters["holes"] == 0
 
 
-def test_a_loss_while_its_epoch_was_forgotten_is_noticed(monkeypatch):
-    monkeypatch.setattr("aurora_trainer.intake.assemble.MAX_EPOCHS", 2)
+def test_a_loss_while_its_session_was_forgotten_is_noticed(monkeypatch):
+    monkeypatch.setattr("aurora_trainer.intake.assemble.MAX_SESSIONS", 2)
     server, messages = one_request()
     others = [
         m
         for n in range(2)
-        for m in list(Server(n, requests=1, odd=False, epoch=f"other{n}").run())[:1]
+        for m in list(Server(n, requests=1, odd=False, session=f"other{n}").run())[:1]
     ]
     assembler, samples, half = Assembler(WHOLE), [], len(messages) // 2
     for number, message in enumerate(messages):
@@ -371,7 +373,7 @@ def test_a_loss_while_its_epoch_was_forgotten_is_noticed(monkeypatch):
                 assembler.add(other)
         message.header.captured_seq += 5 * (number >= half)
         samples += assembler.add(message)
-    assert len(assembler._epochs) == 2
+    assert len(assembler._sessions) == 2
     assert [s.reason for s in samples][0] == "gap" and len(samples) == 2 and samples[1].attempt == 1
     for sample in samples:
         check(sample, server)
@@ -381,18 +383,18 @@ def test_a_flood_of_one_server_evicts_what_is_its_own():
     server, messages = one_request(200)
     flood = next(
         m
-        for m in Server(9, requests=1, odd=False, epoch="flood").run()
+        for m in Server(9, requests=1, odd=False, session="flood").run()
         if m.header.kind == "prefill"
     )
     samples, number = [], 0
-    assembler = Assembler(AssembleConfig(max_open=8, part_slots=10_000))
+    assembler = Assembler(AssembleConfig(max_open=8, part_positions=10_000))
     for message in messages:
         samples += assembler.add(message)
         for _ in range(20):
             number += 1
             flood.header.requests, flood.header.captured_seq = [f"f{number}"], number
             samples += assembler.add(flood)
-    (whole,) = [s for s in samples if s.epoch == "e"]
+    (whole,) = [s for s in samples if s.session == "e"]
     assert whole.reason in ("stop", "length", "abort") and whole.attempt == 0
     assert assembler.counters["evicted"] > 100 and assembler.open_requests <= 8
 

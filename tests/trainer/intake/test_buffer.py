@@ -10,15 +10,17 @@ from aurora_trainer.intake.buffer import Buffer, BufferConfig
 from aurora_trainer.intake.sample import Sample
 
 
-def sample(number, slots=10, time_s=None, domain="", epoch="e"):
+def sample(number, positions=10, time_s=None, domain="", session="e"):
     z = torch.zeros(0, dtype=torch.int64)
     return Sample(
-        request=str(number), epoch=epoch, domain=domain, attempt=0, start=0, prompt_len=1,
+        request=str(number), session=session, domain=domain, attempt=0, start=0, prompt_len=1,
         reason="stop",
         time_ns=int((number if time_s is None else time_s) * 1e9),
-        tokens=torch.zeros(slots + 1, dtype=torch.int64),
-        features=torch.zeros(slots, 4), slot_version=torch.zeros(slots, dtype=torch.int32),
-        slot_node=torch.full((slots,), -1), node_token=z, node_parent=z, node_depth=z, node_slot=z,
+        tokens=torch.zeros(positions + 1, dtype=torch.int64),
+        features=torch.zeros(positions, 4),
+        position_version=torch.zeros(positions, dtype=torch.int32),
+        position_node=torch.full((positions,), -1), node_token=z, node_parent=z, node_depth=z,
+        node_position=z,
         node_accepted=z.bool(), node_altered=z.bool(), topk_ids=z.view(0, 2),
         topk_logits=torch.zeros(0, 2),
         logsumexp=torch.zeros(0), tree_first=z, tree_version=z.int(), num_steps=3, topk=1,
@@ -56,7 +58,9 @@ def test_nothing_is_used_more_often_than_it_may_be_and_all_is_used(max_uses):
         assert len(set(names(batch))) == len(batch) and sum(len(s.features) for s in batch) <= 25
         uses.update(names(batch))
     assert uses == {number: max_uses for number in range(13)}
-    assert buffer.dropped == {"used_up": 13} and len(buffer) == buffer.nbytes == buffer.slots == 0
+    assert (
+        buffer.dropped == {"used_up": 13} and len(buffer) == buffer.nbytes == buffer.positions == 0
+    )
 
 
 def test_bounded_in_bytes_the_oldest_goes():
@@ -87,15 +91,15 @@ def test_stale_samples_go():
 def test_a_sample_larger_than_a_batch_comes_alone():
     buffer = filled(0, max_uses=2)
     buffer.put(sample(0))
-    buffer.put(sample(1, slots=500))
+    buffer.put(sample(1, positions=500))
     assert names(buffer.take(100)) == [1]
     assert names(buffer.take(100))[0] == 0
 
 
 def test_packing_fills_the_batch_past_one_that_does_not_fit():
     buffer = filled(0)
-    for number, slots in enumerate((10, 60, 30)):
-        buffer.put(sample(number, slots))
+    for number, positions in enumerate((10, 60, 30)):
+        buffer.put(sample(number, positions))
     assert names(buffer.take(50)) == [2, 0]
 
 
@@ -123,7 +127,12 @@ def test_stats():
     buffer = filled(4)
     buffer.take(10)
     stats = buffer.stats()
-    assert (stats["samples"], stats["fresh_samples"], stats["fresh_slots"], stats["slots"]) == (
+    assert (
+        stats["samples"],
+        stats["fresh_samples"],
+        stats["fresh_positions"],
+        stats["positions"],
+    ) == (
         4,
         3,
         30,
@@ -140,11 +149,11 @@ HOUR_S = 3600
 def test_a_wrong_clock_harms_no_other_server(ahead_s, share_by):
     buffer = filled(0, max_age_s=HOUR_S, share_by=share_by)
     for number in range(10):
-        buffer.put(sample(number, time_s=100_000 + number, epoch="right"))
-        buffer.put(sample(100 + number, time_s=max(0, 100_000 + number + ahead_s), epoch="wrong"))
+        buffer.put(sample(number, time_s=100_000 + number, session="right"))
+        buffer.put(sample(100 + number, time_s=max(0, 100_000 + number + ahead_s), session="wrong"))
     assert len(buffer) == 20 and not buffer.dropped and buffer.stats()["age_max_s"] <= 10
     # and its own age as ever
-    buffer.put(sample(20, time_s=100_003 + HOUR_S + 0.5, epoch="right"))
+    buffer.put(sample(20, time_s=100_003 + HOUR_S + 0.5, session="right"))
     assert buffer.dropped == {"stale": 4}
 
 
@@ -190,13 +199,13 @@ def test_servers_share_a_domain():
     size = sample(0).nbytes
     buffer = filled(0, max_bytes=10 * size)
     for number in range(3):
-        buffer.put(sample(number, epoch="small"))
+        buffer.put(sample(number, session="small"))
     for number in range(10, 100):
-        buffer.put(sample(number, epoch="flood"))
-    assert Counter(e.sample.epoch for e in buffer._entries.values()) == {"small": 3, "flood": 7}
+        buffer.put(sample(number, session="flood"))
+    assert Counter(e.sample.session for e in buffer._entries.values()) == {"small": 3, "flood": 7}
     off = filled(0, max_bytes=10 * size, share_by=())
     for number in range(30):
-        off.put(sample(number, epoch="small" if number < 3 else "flood"))
+        off.put(sample(number, session="small" if number < 3 else "flood"))
     assert names(off.take(1000)) == [*range(29, 19, -1)]
 
 

@@ -50,24 +50,24 @@ def stream(training):
     """
     about = dict(target=training.target, vocab=VOCAB, features=3 * HIDDEN, requests=1, outputs=9)
     first, second = (
-        list(messages(epoch=name, seed=seed, **about)) for seed, name in enumerate("ef")
+        list(messages(session=name, seed=seed, **about)) for seed, name in enumerate("ef")
     )
     found = []
     for pair in zip(first, second):
         found += pair
     found += [*first[len(second) :], *second[len(first) :]]
     return [
-        (number, epoch(parts), renumbered(parts, number)) for number, parts in enumerate(found, 1)
+        (number, session(parts), renumbered(parts, number)) for number, parts in enumerate(found, 1)
     ]
 
 
-def epoch(parts):
-    return msgspec.msgpack.decode(parts[0])["epoch"]
+def session(parts):
+    return msgspec.msgpack.decode(parts[0])["session"]
 
 
 def renumbered(parts, number):
     header = msgspec.msgpack.decode(parts[0]) | {
-        "epoch": "e",
+        "session": "e",
         "captured_seq": number,
         "sent_seq": number,
     }
@@ -129,10 +129,10 @@ def mutated(parts, draw):
 @given(st.data())
 def test_what_decodes_trains(training, stream, data):
     assembler, buffer = (
-        Assembler(AssembleConfig(part_slots=8, context_slots=3)),
+        Assembler(AssembleConfig(part_positions=8, context_positions=3)),
         Buffer(BufferConfig()),
     )
-    own = st.sampled_from([number for number, epoch, _ in stream if epoch == "e"])
+    own = st.sampled_from([number for number, session, _ in stream if session == "e"])
     wanted = data.draw(st.sets(own, min_size=1, max_size=2))
     samples = []
     for number, _, parts in stream:
@@ -160,11 +160,11 @@ def test_what_decodes_trains(training, stream, data):
         training.draft.zero_grad(set_to_none=True)
     other = [s for s in samples if s.request == "f-0"]
     if assembler.counters["holes"] == 0 and other:
-        assert sum(int((s.slot_node >= 0).sum()) for s in other) > 4
+        assert sum(int((s.position_node >= 0).sum()) for s in other) > 4
 
 
 def test_the_unmutated_stream_is_learnt(training, stream):
-    assembler = Assembler(AssembleConfig(part_slots=8, context_slots=3))
+    assembler = Assembler(AssembleConfig(part_positions=8, context_positions=3))
     samples = [
         s for _, _, parts in stream for s in assembler.add(wire.decode(parts, max_bytes=MAX))
     ]

@@ -24,13 +24,15 @@ from aurora_trainer.recordings.recording import RecordConfig, Recording
 
 @pytest.fixture(scope="module")
 def recording(models, tmp_path_factory):
-    """Code that the trained draft has seen alike, and prose whose epoch has requests of its own."""
+    """Code that the trained draft has seen alike, and prose whose session has requests of its
+    own.
+    """
     directory = tmp_path_factory.mktemp("recording") / "r"
     writer = Recording(directory, RecordConfig(file_bytes=100_000, max_bytes=1 << 30))
     about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
-    for epoch, domain, requests in (("a", "code", 40), ("b", "prose", 20), ("c", "", 10)):
+    for session, domain, requests in (("a", "code", 40), ("b", "prose", 20), ("c", "", 10)):
         for parts in messages(
-            **about, epoch=epoch, domain=domain, requests=requests, seed=len(domain)
+            **about, session=session, domain=domain, requests=requests, seed=len(domain)
         ):
             writer.write(parts)
     writer.close()
@@ -49,10 +51,10 @@ directory = "{site}/weights"
 target = "{models}/target"
 draft = "{models}/draft"
 [trainer.pace]
-new_slots_per_step = 20
+new_positions_per_step = 20
 nice = 0
 [trainer.batch]
-max_slots = 256
+max_positions = 256
 [trainer.optimizer]
 lr = 4e-3
 [trainer.checkpoint]
@@ -64,7 +66,7 @@ directory = "{site}/checkpoints"
 
 
 def naive_runs(draft, sample, depth):
-    """Accept length of a greedy chain from each slot, None where it is not known to its end."""
+    """Accept length of a greedy chain from each position, None where it is not known to its end."""
     naive, runs = Naive(draft), {}
     length, tokens = len(sample.features), sample.tokens.tolist()
     cache = [[] for _ in range(draft.config.num_hidden_layers)]
@@ -75,7 +77,7 @@ def naive_runs(draft, sample, depth):
         )
         if i < sample.prompt_len - 1 - sample.start:
             continue
-        known = [i + d < length - 1 and int(sample.slot_node[i + d]) >= 0 for d in range(depth)]
+        known = [i + d < length - 1 and int(sample.position_node[i + d]) >= 0 for d in range(depth)]
         if not all(known):
             continue
         run, at = 1, (state, logits, cache)
@@ -103,13 +105,13 @@ def test_walks_are_those_of_the_draft_computed_token_by_token(name):
         sample.features = sample.features.double()
         torch.manual_seed(0)
         agree(draft, sample)
-        # a tree hung from the last slot too, whose own next token is not committed
-        sample.slot_node[-1] = 0
+        # a tree hung from the last position too, whose own next token is not committed
+        sample.position_node[-1] = 0
     _evaluate(samples, [draft], "cpu", result, requests)
     seen = set()
     for sample in samples:
         runs, at, steps, tokens = naive_runs(draft, sample, depth), None, 0, 0
-        roots = sorted(sample.node_slot[sample.tree_first].tolist())
+        roots = sorted(sample.node_position[sample.tree_first].tolist())
         while (at := next((r for r in roots if r in runs and r >= (at or 0)), None)) is not None:
             while at in runs:
                 steps, tokens, at = steps + 1, tokens + runs[at], at + runs[at]
@@ -144,7 +146,7 @@ def test_live_counts_the_servers_steps_and_not_the_last_ones():
     for first, last in zip(
         sample.tree_first.tolist(), [*sample.tree_first.tolist()[1:], len(sample.node_token)]
     ):
-        if int(sample.node_slot[first]) + 1 + 2 < len(sample.tokens) - 1:
+        if int(sample.node_position[first]) + 1 + 2 < len(sample.tokens) - 1:
             steps, tokens = steps + 1, tokens + int(sample.node_accepted[first:last].sum())
     assert requests["e", sample.request].live.tolist() == [steps, tokens] and 0 < steps < 9
 

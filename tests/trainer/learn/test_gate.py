@@ -13,8 +13,8 @@ from aurora_trainer.learn.gate import Gate, GateConfig, accept_length, differenc
 STEPS = 30
 
 
-def sample(request: str, slots: int = 10, epoch: str = "e") -> SimpleNamespace:
-    return SimpleNamespace(epoch=epoch, request=request, features=range(slots))
+def sample(request: str, positions: int = 10, session: str = "e") -> SimpleNamespace:
+    return SimpleNamespace(session=session, request=request, features=range(positions))
 
 
 class World:
@@ -185,13 +185,13 @@ def test_what_is_held_back():
     # Every other one is held; the third that is held pushes the first one out.
     assert given == [["1"], [], ["3"], [], ["5"], ["2"], ["7"], ["4"]]
     assert gate.held == 2
-    gate.hold(sample("8", slots=20))
+    gate.hold(sample("8", positions=20))
     # another part of a request that is held
     assert gate.held == 3
     # but no request is held without bound
-    assert gate.hold(sample("8", slots=4000))
+    assert gate.hold(sample("8", positions=4000))
     # another server's
-    assert [s.request for s in gate.hold(sample("8", epoch="other"))] == ["8"]
+    assert [s.request for s in gate.hold(sample("8", session="other"))] == ["8"]
 
 
 def test_off_passes_everything_that_is_finite_and_holds_nothing():

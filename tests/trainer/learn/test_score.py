@@ -18,7 +18,7 @@ def agreeing(draft, sample, share=3):
     occur.
     """
     batch = pack([sample], BatchConfig(rejected=False))
-    state, _ = draft.slots(batch.tokens, batch.features, batch.positions, batch.slot_start)
+    state, _ = draft.context(batch.tokens, batch.features, batch.positions, batch.context_start)
     choice = draft.logits(state).argmax(-1)
     for i in range(sample.prompt_len - 1, len(sample.features) - 1):
         if i % share:
@@ -76,17 +76,17 @@ def test_each_sample_is_walked_as_its_own_server_draws(name):
             runs = tree_runs(draft, batch, sample.num_steps, sample.topk, nodes)
             visited = walk(runs, chain.known.all(1), batch.base_is_root)
             assert alone[0].tolist() == [len(visited), sum(visited)]
-    left_out = [None if n else sample for n, sample in enumerate(samples)]
+    excluded = [None if n else sample for n, sample in enumerate(samples)]
     batch = pack(samples, BatchConfig(rejected=False))
     chain = chains(draft, batch, losses(draft, batch, LossConfig()))
-    assert (walked(draft, batch, left_out, chain)[1:] == 0).all()
+    assert (walked(draft, batch, excluded, chain)[1:] == 0).all()
 
 
 def test_a_row_without_a_target_ends_a_walk_and_the_next_root_begins_one():
     draft = make(VARIANTS["plain"], torch.float32)
     sample = agreeing(draft, random_sample(1, verifies=20, topk=1))
     whole = measure(draft, [sample])[2][0]
-    middle = sample.slot_node[len(sample.slot_node) // 2 :]
+    middle = sample.position_node[len(sample.position_node) // 2 :]
     sample.node_altered[middle[middle >= 0][0]] = True
     cut = measure(draft, [sample])[2][0]
     assert 0 < cut[0] < whole[0]

@@ -27,8 +27,8 @@ def open_training(models, site, dtype: str) -> Training:
         "trainer.model.target": models / "target",
         "trainer.model.draft": models / "draft",
         "trainer.model.dtype": dtype,
-        "trainer.pace.new_slots_per_step": 20,
-        "trainer.batch.max_slots": 256,
+        "trainer.pace.new_positions_per_step": 20,
+        "trainer.batch.max_positions": 256,
         "trainer.optimizer.lr": 4e-3,
         "trainer.assemble.eos_token_ids": [VOCAB - 1],
         "trainer.gate.enabled": False,
@@ -84,7 +84,7 @@ def test_what_is_in_which_dtype(models, stream, tmp_path):
         assert torch.equal(dict(training.draft.named_parameters())[name], master.bfloat16()), name
     assert not torch.equal(published["fc.weight"], published["fc.weight"].bfloat16().float())
 
-    training.go_on_from_published()
+    training.resume_from_published()
     assert all(
         torch.equal(published[name], master) for name, master in training.optimizer.masters.items()
     )

@@ -52,9 +52,9 @@ def train(models, site: Path, recording: Path, **more):
         "trainer.model.target": models / "target",
         "trainer.model.draft": models / "draft",
         "trainer.checkpoint.directory": site / "checkpoints",
-        "trainer.pace.new_slots_per_step": 20,
+        "trainer.pace.new_positions_per_step": 20,
         "trainer.pace.nice": 0,
-        "trainer.batch.max_slots": 256,
+        "trainer.batch.max_positions": 256,
         "trainer.publish.every_s": 100 * STEP_NS / 1e9,
         "trainer.gate.enabled": False,
     } | {k.replace("__", "."): v for k, v in more.items()}
@@ -126,13 +126,15 @@ def test_a_recording_keeps_its_own_pace():
 
 
 def told(*times_s):
-    """(epoch, seconds) as messages; a heartbeat where the epoch's name is in capitals."""
-    for epoch, time_s in times_s:
-        kind = "heartbeat" if epoch.isupper() else "verify"
+    """(session, seconds) as messages; a heartbeat where the session's name is in capitals."""
+    for session, time_s in times_s:
+        kind = "heartbeat" if session.isupper() else "verify"
         yield (
             0,
             SimpleNamespace(
-                header=SimpleNamespace(epoch=epoch.lower(), time_ns=int(time_s * 1e9), kind=kind)
+                header=SimpleNamespace(
+                    session=session.lower(), time_ns=int(time_s * 1e9), kind=kind
+                )
             ),
         )
 
@@ -163,7 +165,7 @@ def test_a_wrong_clock_in_a_recording_changes_nobody_elses_training(models, reco
     """
     mixed, parts = tmp_path / "mixed", [r.parts for r, _ in read_messages(recording)]
     about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
-    other = list(messages(**about, requests=2, epoch="z"))
+    other = list(messages(**about, requests=2, session="z"))
     writer = Recording(mixed, RecordConfig())
     for number, part in enumerate(parts):
         writer.write(part)
@@ -201,9 +203,11 @@ def test_a_recording_is_sent_to_a_live_trainer_more_than_once(recording, tmp_pat
                 (a.arrays[n] == b.arrays[n]).all() for a, b in zip(got, sent) for n in b.arrays
             )
             assert abs(got[-1].header.time_ns / 1e9 - time.time()) < 60
-        books = receiver.books()
-        assert len(books["epochs"]) == 2 and not books["rejected"]
-        assert all(e["lost"] == 0 and e["received"] == len(sent) for e in books["epochs"].values())
+        ledger = receiver.ledger()
+        assert len(ledger["sessions"]) == 2 and not ledger["rejected"]
+        assert all(
+            e["lost"] == 0 and e["received"] == len(sent) for e in ledger["sessions"].values()
+        )
     finally:
         receiver.close()
 
@@ -241,7 +245,7 @@ def test_record_writes_what_comes_and_goes_on_after_a_kill(models, recording, tm
     got = [m for _, m in read_messages(tmp_path / "out")]
     sent = [m for _, m in read_messages(recording)]
     assert [m.header.requests for m in got] == [m.header.requests for m in sent] * 2
-    assert len({m.header.epoch for m in got}) == 2 and len(recording_files(tmp_path / "out")) > 2
+    assert len({m.header.session for m in got}) == 2 and len(recording_files(tmp_path / "out")) > 2
     assert all(f.stat().st_mode & 0o77 == 0 for f in recording_files(tmp_path / "out"))
 
 

@@ -24,9 +24,9 @@ EVIL = "\x1b[2Jname\u202e\n"
 @pytest.fixture
 def recording(tmp_path):
     writer = Recording(tmp_path / "r", RecordConfig(file_bytes=50_000, max_bytes=1 << 30))
-    for epoch, domain in (("a", "code"), ("b", "")):
+    for session, domain in (("a", "code"), ("b", "")):
         for parts in messages(
-            target="t", vocab=64, features=96, requests=5, epoch=epoch, domain=domain
+            target="t", vocab=64, features=96, requests=5, session=session, domain=domain
         ):
             writer.write(parts)
     writer.close()
@@ -113,7 +113,7 @@ def test_tokens_are_named_by_the_tokenizer(recording, tmp_path):
 
 def test_what_came_over_the_wire_is_escaped(tmp_path):
     writer = Recording(tmp_path / "r", RecordConfig())
-    for parts in messages(target=EVIL, vocab=64, features=96, requests=1, epoch=EVIL):
+    for parts in messages(target=EVIL, vocab=64, features=96, requests=1, session=EVIL):
         writer.write(parts)
     writer.close()
     for arguments in ([], ["--message", "1"], ["--json"], ["--message", "1", "--json"]):

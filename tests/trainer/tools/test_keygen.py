@@ -74,7 +74,7 @@ def test_what_it_prints_is_a_link_that_works(tmp_path):
     assert receiver.get(10.0).arrays["committed_lens"][0] == 7
     publisher.close()
     receiver.close()
-    assert receiver.balanced(publisher.epoch) is True
+    assert receiver.balanced(publisher.session) is True
 
 
 def test_no_secret_is_printed(tmp_path):

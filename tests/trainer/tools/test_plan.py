@@ -68,7 +68,7 @@ def test_the_command(target, tmp_path):
     assert "neither a directory nor" in run("/nowhere")[1]
     assert "dtype int4" in run(tmp_path, "--dtype", "int4")[1]
     (tmp_path / "aurora.toml").write_text(
-        '[trainer.model]\ntarget="t"\ndraft="d"\n[trainer.batch]\nmax_slots=64\n'
+        '[trainer.model]\ntarget="t"\ndraft="d"\n[trainer.batch]\nmax_positions=64\n'
     )
     fewer = json.loads(run(tmp_path, "--json", "--config", tmp_path / "aurora.toml")[1])
     assert (

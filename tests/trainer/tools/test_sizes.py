@@ -59,7 +59,8 @@ def test_bytes_of_a_verify_message(load, target):
         )
         arrays[name] = (dtype, np.zeros([letters[letter] for letter in shape], wire.DTYPES[dtype]))
     header = wire.Header(
-        schema=1, kind="verify", epoch="0" * 32, captured_seq=70000, sent_seq=70000, heartbeats=3,
+        schema=wire.SCHEMA_VERSION, kind="verify", session="0" * 32, captured_seq=70000,
+        sent_seq=70000, heartbeats=3,
         dropped={}, queued=0,
         target="0" * 32, draft_version=3, extend_version=3, time_ns=1_700_000_000_000_000_000,
         requests=[f"{i:032d}" for i in range(b)], flags=[0] * b, num_steps=load.num_steps,
@@ -136,7 +137,7 @@ def test_bytes_of_a_sample(target):
     planned = sizes.sample_bytes(draft, load, 4, kept) * generated + prompt * (
         draft.feature_size * 4 + 20
     )
-    # tokens are one more than slots
+    # tokens are one more than positions
     assert sample.nbytes - planned == pytest.approx(8)
 
 
@@ -171,10 +172,10 @@ def test_what_a_step_keeps(shape, dtype, tmp_path):
         for i in range(4)
     ]
     batch = pack(samples, BatchConfig(rejected=False))
-    slots, rows = len(batch.tokens), len(batch.levels[0])
+    positions, rows = len(batch.tokens), len(batch.levels[0])
     # tree_loss' own, planned apart
     head = 4 * 200 * shape["hidden"]
-    planned = sizes.activation_bytes(draft.config, slots, rows, 4, dtype.itemsize)
+    planned = sizes.activation_bytes(draft.config, positions, rows, 4, dtype.itemsize)
     assert kept_bytes(draft, batch) - head == pytest.approx(planned, rel=0.2)
 
 
@@ -192,8 +193,9 @@ sys.path.insert(0, sys.argv[3])
 from random_sample import random_sample
 torch.set_num_threads(1)
 target, folder = open_target(sys.argv[1]), sys.argv[2]
-width, slots = Draft.load(folder, target.embedding()).config.feature_size, 512
-samples = [random_sample(i, prompt_len=1, verifies=60, num_steps=3, topk=1, features=width) for i in range(4)]
+width, positions = Draft.load(folder, target.embedding()).config.feature_size, 512
+about = dict(prompt_len=1, verifies=60, num_steps=3, topk=1, features=width)
+samples = [random_sample(i, **about) for i in range(4)]
 batch = pack(samples, BatchConfig(rejected=False))
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key)[1].split()[0]) * 1024
@@ -230,9 +232,9 @@ def test_memory_of_a_real_trainers_step(tmp_path):
         str(Path(__file__).parents[2] / "support"),
     ]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    measured, slots = map(int, output.split())
+    measured, positions = map(int, output.split())
     settings = TrainerFile.model_validate(
-        {"trainer": {"model": {"target": "t", "draft": "d"}, "batch": {"max_slots": slots}}}
+        {"trainer": {"model": {"target": "t", "draft": "d"}, "batch": {"max_positions": positions}}}
     )
     device = sizes.trainer_device_bytes(
         draft.config, open_target(target), settings.trainer, 4, sizes.Load(num_steps=3)

@@ -45,8 +45,9 @@ def trainer(tmp_path_factory):
         "weights.directory": site / "weights", "trainer.model.target": target,
         "trainer.model.draft": site / "draft",
         "trainer.checkpoint.directory": site / "checkpoints", "trainer.metrics.port": port,
-        "trainer.metrics.status_file": site / "status.json", "trainer.pace.new_slots_per_step": 20,
-        "trainer.pace.nice": 0, "trainer.batch.max_slots": 256,
+        "trainer.metrics.status_file": site / "status.json",
+        "trainer.pace.new_positions_per_step": 20,
+        "trainer.pace.nice": 0, "trainer.batch.max_positions": 256,
     }  # fmt: skip
     Daemon(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()])).run_recording(
         site / "trace"

@@ -29,7 +29,7 @@ CAUSES = (
 )
 
 
-def why_left_out(req: Any, sample_rate: float) -> str | None:
+def why_excluded(req: Any, sample_rate: float) -> str | None:
     """Why SGLang's request `req` is not captured, one of CAUSES; None if it is. Never raises.
 
     `sample_rate` is a share of the requests, by a hash of their ids.

@@ -7,13 +7,13 @@ import pytest
 from test_capture import make_capture, prefill_step, request, verify_step
 
 from aurora_sglang_plugin.link.rows import MAX_REQUEST_ID_CHARS, request_id_fits
-from aurora_sglang_plugin.serve.left_out import CAUSES, why_left_out
+from aurora_sglang_plugin.serve.excluded import CAUSES, why_excluded
 
 
 def cause(rid="r", **fields):
     req = request(rid, **fields.pop("params", {}))
     vars(req).update(fields)
-    return why_left_out(req, fields.get("rate", 1.0))
+    return why_excluded(req, fields.get("rate", 1.0))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_every_request_is_counted_once_whatever_happens_to_it():
         image.multimodal_inputs = None
     for req in (image, out, taken):
         capture.ended(req)
-    assert capture.left_out == {"multimodal": 1, "opt_out": 1} and capture.left_out.keys() <= {
+    assert capture.excluded == {"multimodal": 1, "opt_out": 1} and capture.excluded.keys() <= {
         *CAUSES
     }
     assert {rid for _, _, fields in capture.publisher.items for rid in fields["requests"]} == {
@@ -84,7 +84,7 @@ def test_a_bad_id_costs_its_own_request_only():
     ((_, _, fields),) = capture.publisher.items
     assert (
         fields["requests"] == ["good"]
-        and capture.left_out == {"request_id": 2}
+        and capture.excluded == {"request_id": 2}
         and capture.errors == 0
     )
 
@@ -92,4 +92,4 @@ def test_a_bad_id_costs_its_own_request_only():
 def test_a_share_of_the_requests_is_counted_too():
     capture = make_capture(sample_rate=0.25)
     taken = sum(capture.sampled(request(str(n))) for n in range(400))
-    assert 60 < taken < 140 and capture.left_out == {"sample_rate": 400 - taken}
+    assert 60 < taken < 140 and capture.excluded == {"sample_rate": 400 - taken}

@@ -43,7 +43,7 @@ def loop(target, taught, drafts, tmp_path_factory):
         f"plugin.publish.queue_messages={QUEUE_MESSAGES}",
         f"plugin.publish.queue_bytes={QUEUE_BYTES}",
     ]
-    folder = tmp_path_factory.mktemp("books")
+    folder = tmp_path_factory.mktemp("ledger")
     loop = Loop(
         folder, target, taught / "full", settings=settings, listening=False, versions=drafts[:3],
         encrypted=True,
@@ -87,11 +87,11 @@ def test_nobody_listens(loop, plain, batch):
 
 def test_somebody_comes(loop, batch):
     loop.listen()
-    books = loop.quiet()
-    sent = books["sent_seq"] - books["heartbeats"]
-    assert books["dropped"]["queue_full"] > 0 and books["lost"] == books["rejected"] == 0
-    assert books["captured"] == sent + sum(books["dropped"].values())
-    assert books["sent_seq"] == books["received"]
+    ledger = loop.quiet()
+    sent = ledger["sent_seq"] - ledger["heartbeats"]
+    assert ledger["dropped"]["queue_full"] > 0 and ledger["lost"] == ledger["rejected"] == 0
+    assert ledger["captured"] == sent + sum(ledger["dropped"].values())
+    assert ledger["sent_seq"] == ledger["received"]
     assert loop.metrics()["aurora_sent_messages"] == sent == len(loop.messages)
     result = replay(loop, [p[::-1] for p in batch], 3)
     assert result.same >= 0.999 * result.nodes > 0 and not result.unexplained, result.text()
@@ -104,10 +104,10 @@ def test_restart_of_the_receiver(loop, batch):
         done = len(rounds)
         wait_until(lambda: len(rounds) > done, "a round without a receiver", 60)
         loop.listen()
-    books = loop.quiet()
-    assert books["sent_seq"] == books["received"] + books["lost"]
-    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(
-        books["dropped"].values()
+    ledger = loop.quiet()
+    assert ledger["sent_seq"] == ledger["received"] + ledger["lost"]
+    assert ledger["captured"] == ledger["sent_seq"] - ledger["heartbeats"] + sum(
+        ledger["dropped"].values()
     )
 
 
@@ -143,20 +143,20 @@ def test_a_stopped_receiver(loop, batch):
 
         wait_until(sent, "an empty queue")
         assert loop.metrics()["aurora_captured_messages"] >= captured
-        # its last second of books is lost with it, and the messages are counted as lost
+        # the last second of its ledger is lost with it, and the messages are counted as lost
         process.terminate()
         process.wait()
         loop.listen()
-        books = loop.quiet()
+        ledger = loop.quiet()
     finally:
         process.kill()
         process.wait()
     assert (
-        books["sent_seq"] == books["received"] + books["lost"]
-        and books["sent_seq"] > before["sent_seq"]
+        ledger["sent_seq"] == ledger["received"] + ledger["lost"]
+        and ledger["sent_seq"] > before["sent_seq"]
     )
-    assert books["captured"] == books["sent_seq"] - books["heartbeats"] + sum(
-        books["dropped"].values()
+    assert ledger["captured"] == ledger["sent_seq"] - ledger["heartbeats"] + sum(
+        ledger["dropped"].values()
     )
 
 
@@ -166,7 +166,7 @@ def test_a_killed_server_starts_again(loop, plain, drafts, batch):
         loop.listen()
         loop.generate(batch, PARAMS)
     loop.quiet()
-    first = loop.epoch
+    first = loop.session
     loop.server.kill()
     version = loop.publish(drafts[3])
     loop.start()
@@ -179,6 +179,6 @@ def test_a_killed_server_starts_again(loop, plain, drafts, batch):
     assert result.same >= 0.999 * result.nodes > 0 and not result.unexplained, result.text()
     other = compare(loop.draft(version - 1), eligible(samples, version))
     assert other.same < 0.99 * other.nodes
-    books = loop.quiet()
-    assert loop.epoch != first and books["lost"] == books["rejected"] == 0
+    ledger = loop.quiet()
+    assert loop.session != first and ledger["lost"] == ledger["rejected"] == 0
     assert loop.receiver.balanced(first) is True
