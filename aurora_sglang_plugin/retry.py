@@ -48,14 +48,19 @@ class Retry:
             job()
         except Exception as error:
             # whatever it is, the loop around this job is worth going on with
-            self._fail(error, now_s)
+            self.failed(error, now_s)
             return False
+        self.succeeded()
+        return True
+
+    def succeeded(self) -> None:
+        """The job, which was done elsewhere, went well."""
         if self._wait_s:
             log.info("%s works again faults=%d", self.name, self.faults)
             self._wait_s = 0.0
-        return True
 
-    def _fail(self, error: Exception, now_s: float) -> None:
+    def failed(self, error: BaseException, now_s: float) -> None:
+        """The job, which was done elsewhere, raised."""
         self.faults += 1
         if not self._wait_s:
             log.error(

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
@@ -30,6 +30,7 @@ from aurora_sglang_plugin.weights.atomic_files import (
     remove_temporaries,
     write_directory,
 )
+from aurora_sglang_plugin.weights.tensor_bytes import safetensors_buffers, sha256
 
 log = logging.getLogger(__name__)
 
@@ -70,16 +71,16 @@ def save_checkpoint(
     disk refuses; what was there is there still.
     """
     directory = Path(directory)
-    files = {
-        "state.safetensors": save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}),
-        "state.json": json.dumps(state, sort_keys=True).encode(),
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    parts = {
+        "state.safetensors": safetensors_buffers(tensors),
+        "state.json": [memoryview(json.dumps(state, sort_keys=True).encode())],
     }
     described = {
-        n: {"nbytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()
+        n: {"nbytes": sum(p.nbytes for p in ps), "sha256": sha256(ps)} for n, ps in parts.items()
     }
-    files["manifest.json"] = json.dumps(
-        {"format": FORMAT, "step": step, "files": described}
-    ).encode()
+    about = {"format": FORMAT, "step": step, "files": described}
+    files = parts | {"manifest.json": json.dumps(about).encode()}
     name = f"step-{step:08d}"
     path = write_directory(directory, name, files, on_step)
     try:

@@ -17,6 +17,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,17 @@ import torch
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.receiver import Receiver
 from aurora_sglang_plugin.retry import Retry
+from aurora_trainer.background import Background
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
+from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.metric_families import UNRECORDED
 from aurora_trainer.metrics import Metrics
 from aurora_trainer.recordings.recording import CorruptionLog, Recording, read_messages
 from aurora_trainer.recordings.replay import on_one_clock, paced
 from aurora_trainer.schedule import Schedule
-from aurora_trainer.status import status_of
+from aurora_trainer.status import Lessons, status_of
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +52,7 @@ LEDGER = "ledger.json"
 QUIET_S = 60.0
 LINE = (
     "steps", "draft_version", "loss", "accept_length", "accept_length_traffic", "tokens_per_s",
-    "published", "buffer",
-    "dropped", "lost", "rejected",
+    "published", "buffer", "dropped", "lost", "rejected",
 )  # fmt: skip
 
 
@@ -86,13 +88,13 @@ class Daemon:
         # when, positions trained by then
         self._rate = (time.monotonic(), 0)
         self._taught = Schedule(QUIET_S, 0)
-        # samples, rows with a target by then
-        self._taught_at = (0, 0)
+        self._lessons = Lessons()
         self._saved_step = self.resumed.step if self.resumed else None
         self._jobs = {
             name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")
         }
         self._jobs["step"] = Retry("step", *STEP_WAITS_S)
+        self._background = Background(self._jobs)
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
         """Train on what servers send until a signal comes, or for `max_steps` more steps."""
@@ -140,6 +142,7 @@ class Daemon:
         Versions and checkpoints follow the recording's own clock, and its end offers the last
         version. Damage is logged, counted and passed over.
         """
+        self._background = Background(self._jobs, waits=True)
         training, cursor = self.training, 0
         replayed = self.resumed.step if self.resumed else 0
         if self.resumed:
@@ -244,27 +247,33 @@ class Daemon:
 
     def _offer(self, now: float, at_once: bool = False) -> None:
         """Publish, if the draft was trained and the gate lets it pass."""
+        started, training = time.monotonic(), self.training
+        offered: list[Offer] = []
 
-        def publish() -> None:
-            started = time.monotonic()
-            try:
-                version = self.training.publish()
-            except Exception:
-                self.training.published["failed"] += 1
-                raise
+        def offer() -> Callable[[], int | None] | None:
+            offered.extend(filter(None, [training.offer()]))
+            return offered[0].write if offered else None
+
+        def written(version: int | None) -> None:
+            training.written(offered[0], version)
             if version is not None:
                 self.metrics.published(time.monotonic() - started)
 
+        def failed() -> None:
+            training.published["failed"] += 1
+
         self.metrics.clock.turn_to("publish")
-        self._jobs["publish"].run(publish, now, at_once)
+        self._background.start("publish", offer, written, failed, now, at_once)
         self.metrics.clock.turn_to("other")
 
     def _keep_cadences(
         self, receiver: Receiver | None, now: float, cursor: int | None = None
     ) -> None:
         """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
-        training, jobs = self.training, self._jobs
-        if cursor is None and self._rejected.due(now, 0):
+        training, jobs, background = self.training, self._jobs, self._background
+        background.poll(now)
+        # A version that is being written has no parent but the one that it was trained from.
+        if cursor is None and not background.busy("publish") and self._rejected.due(now, 0):
             jobs["rejected"].run(training.apply_rollbacks, now)
         if self._publish.due(now, training.steps) or jobs["publish"].due(now):
             self._offer(now)
@@ -273,47 +282,31 @@ class Daemon:
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
         if self._taught.due(now, 0):
-            self._say_if_nothing_is_taught()
-
-    def _say_if_nothing_is_taught(self) -> None:
-        """Samples came, and none of them had a row to learn from."""
-        training = self.training
-        samples, rows = training.samples["assembled"], training.rows["with_target"]
-        if samples > self._taught_at[0] and rows == self._taught_at[1]:
-            unusable = {k: n for k, n in training.samples.items() if k != "assembled"}
-            log.warning(
-                "nothing to learn from: samples=%d unusable=%s rows=%s; see"
-                ' docs/troubleshooting.md, "Nothing is learned"',
-                samples - self._taught_at[0],
-                unusable,
-                dict(training.rows),
-            )
-        self._taught_at = (samples, rows)
+            self._lessons.look(self.training)
 
     def _save(self, cursor: int | None, now: float, at_once: bool = False) -> None:
-        def save() -> None:
-            started = time.monotonic()
-            try:
-                tensors, state = self.training.checkpoint()
-                keep = self.config.trainer.checkpoint.keep
-                save_checkpoint(
-                    self.checkpoints, self.training.steps, tensors, state | {"cursor": cursor}, keep
-                )
-            except Exception:
-                self.metrics.saved(time.monotonic() - started, False)
-                raise
-            seconds, self._saved_step = time.monotonic() - started, self.training.steps
+        started, step = time.monotonic(), self.training.steps
+        keep = self.config.trainer.checkpoint.keep
+
+        def snapshot() -> Callable[[], object]:
+            tensors, state = self.training.checkpoint()
+            state["cursor"] = cursor
+            return lambda: save_checkpoint(self.checkpoints, step, tensors, state, keep)
+
+        def saved(path: object) -> None:
+            seconds, self._saved_step = time.monotonic() - started, step
             self.metrics.saved(seconds, True)
-            log.info("checkpoint step=%d seconds=%.2f", self.training.steps, seconds)
+            log.info("checkpoint step=%d seconds=%.2f", step, seconds)
+
+        def failed() -> None:
+            self.metrics.saved(time.monotonic() - started, False)
 
         self.metrics.clock.turn_to("checkpoint")
-        self._jobs["checkpoint"].run(save, now, at_once)
+        self._background.start("checkpoint", snapshot, saved, failed, now, at_once)
         self.metrics.clock.turn_to("other")
 
     def _check_replay(self, path: Path, cursor: int) -> None:
-        """The buffer must stand where it stood, or the recording is another one than the
-        checkpoint's.
-        """
+        """The buffer must stand where it stood, or the recording is not the checkpoint's."""
         state, buffer = self.resumed.state, json.loads(json.dumps(self.training.buffer.state()))
         if state["cursor"] != cursor or state["buffer"] != buffer:
             raise ValueError(
@@ -327,9 +320,12 @@ class Daemon:
 
     def _end(self, receiver: Receiver | None) -> None:
         """The last checkpoint (live), the last status."""
+        self._background.wait(time.monotonic())
         if receiver is not None and self.training.steps != self._saved_step:
             self._save(None, time.monotonic(), at_once=True)
-        self._say_if_nothing_is_taught()
+            self._background.wait(time.monotonic())
+        self._background.close()
+        self._lessons.look(self.training)
         self.metrics.report(self.status(receiver), LINE)
         self.training.close()
         log.info(

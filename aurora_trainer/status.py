@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.metric_families import EVENTS
+
+log = logging.getLogger(__name__)
 
 
 def status_of(training: Training) -> dict[str, Any]:
@@ -39,3 +42,22 @@ def status_of(training: Training) -> dict[str, Any]:
         "buffer_dropped": dict(training.buffer.dropped),
         "skipped_updates": training.optimizer.skipped,
     }
+
+
+class Lessons:
+    """Says so if samples came and none of them had a row to learn from."""
+
+    def __init__(self):
+        # at the last look
+        self._samples = self._rows = 0
+
+    def look(self, training: Training) -> None:
+        samples, rows = training.samples["assembled"], training.rows["with_target"]
+        if samples > self._samples and rows == self._rows:
+            unusable = {k: n for k, n in training.samples.items() if k != "assembled"}
+            log.warning(
+                "nothing to learn from: samples=%d unusable=%s rows=%s; see"
+                ' docs/troubleshooting.md, "Nothing is learned"',
+                samples - self._samples, unusable, dict(training.rows),
+            )  # fmt: skip
+        self._samples, self._rows = samples, rows

@@ -20,7 +20,7 @@ import children
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 NUM_STEPS = 3
-CPU_PAUSE_S = 20.0
+CPU_PAUSE_S = 36.0
 # a longer prompt is left out
 PROMPT_TOKENS = 512
 

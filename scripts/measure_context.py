@@ -33,9 +33,8 @@ from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_batch import pack
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.sample import Sample
-from aurora_trainer.learn.gate import accept_length, difference
 from aurora_trainer.learn.objective import losses
-from aurora_trainer.learn.score import chains, measure
+from aurora_trainer.learn.score import accept_length, chains, difference, measure
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 

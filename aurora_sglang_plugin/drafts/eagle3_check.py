@@ -12,15 +12,16 @@ layers, A aux layers.
 
 from __future__ import annotations
 
-import array
 import re
-import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from aurora_sglang_plugin.drafts import aux_layers
 from aurora_sglang_plugin.drafts.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig, read_draft_config
+from aurora_sglang_plugin.drafts.eagle3_vocab import vocabulary_problem
 from aurora_sglang_plugin.drafts.tensor_files import Entry, read_entries, read_json, shown, some
 
 __all__ = ["aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", "read_entries"]
@@ -28,7 +29,7 @@ __all__ = ["aux_layer_ids", "check_draft", "draft_problems", "expected_shapes", 
 REMEDY = "`aurora-trainer init-draft` makes an untrained draft that fits any target."
 FLOATS = ("F32", "F16", "BF16", "F64")
 # Of d2t, which SGLang adds to int64 ids; the codes are array's.
-INTEGERS = {"I64": "q", "I32": "i", "I16": "h", "I8": "b", "U8": "B"}
+INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
 # What training leaves behind and no draft computes with, so that skipping it does no harm.
 LEFT_OVER = re.compile(
     r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|verifier_(norm|lm_head)\.weight"
@@ -236,17 +237,5 @@ def harmless(name: str, entry: Entry) -> bool:
 def _d2t_problems(entry: Entry, vocab: int) -> list[str]:
     if entry.dtype not in INTEGERS:
         return [f"d2t is {entry.dtype}, expected I64 offsets (target id minus draft id)."]
-    offsets = array.array(INTEGERS[entry.dtype])
-    offsets.frombytes(entry.read())
-    if sys.byteorder == "big":
-        offsets.byteswap()
-    ids = [draft_id + offset for draft_id, offset in enumerate(offsets)]
-    if len(set(ids)) != len(ids) or min(ids) < 0 or max(ids) >= vocab:
-        absolute = len(set(offsets)) == len(offsets) and min(offsets) >= 0 and max(offsets) < vocab
-        hint = (
-            " It seems to hold the target ids themselves; expected target id minus draft id."
-            if absolute
-            else ""
-        )
-        return [f"d2t maps draft ids outside 0..{vocab - 1} or two of them to one target id.{hint}"]
-    return []
+    problem = vocabulary_problem(np.frombuffer(entry.read(), INTEGERS[entry.dtype]), vocab)
+    return [problem] if problem else []

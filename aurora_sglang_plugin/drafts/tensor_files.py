@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+
 # as safetensors allows
 MAX_HEADER_BYTES = 100_000_000
 INDEX = "model.safetensors.index.json"
@@ -58,7 +60,7 @@ def canonical_name(name: str) -> str:
     """
     for old, new in LEGACY_NAMES.items():
         name = name.replace(old, new)
-    for vocabulary_map in ("d2t", "t2d"):
+    for vocabulary_map in MAPS:
         if vocabulary_map in name:
             return vocabulary_map
     bare = name.removeprefix("model.")

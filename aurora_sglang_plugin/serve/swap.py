@@ -1,12 +1,8 @@
-"""Load new weights into a running draft: staged beside it by the watcher, swapped in by the
-scheduler thread.
+"""Load new weights into a running draft: staged beside it, swapped in between two steps.
 
-    watcher thread     FREE -> STAGING -> READY      the staging copy is filled by the model's own
-                       load_weights
-    scheduler thread           READY -> APPLYING -> FREE      previous <- live, live <- staging
-                               copy, hot_token_id
-                   READY <-> OFFERED -> APPLYING              while tensor-parallel ranks agree on a
-                                                              step
+    watcher's thread     FREE -> STAGING -> READY         load_weights fills the staging copy
+    scheduler's thread   READY -> APPLYING -> FREE        previous <- live, live <- staging copy
+                         READY <-> OFFERED -> APPLYING    while tensor-parallel ranks agree
 
 The staging copy is the draft module once more, with parameters of its own in the very layout of the
 live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same
@@ -27,6 +23,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
 from aurora_sglang_plugin.serve.staging import expected_weights, make_staging_copy, trainable
@@ -66,8 +63,7 @@ class Reloader:
         self.version = 0
         self.previous_version: int | None = None
         self.swaps = 0
-        self.swap_seconds_sum = 0.0
-        self.swap_seconds_max = 0.0
+        self.swap_seconds_sum = self.swap_seconds_max = 0.0
         # of the scheduler's thread
         self.stalls = Tally(STALL_S)
         # from noticing a version to drafting with it
@@ -84,8 +80,7 @@ class Reloader:
             self._staging = make_staging_copy(model)
         staging_parameters = dict(trainable(self._staging))
         self._pairs = [(live, staging_parameters[name]) for name, live in trainable(model)]
-        # Made now, not at the first swap: memory that is missing must be missed before anything is
-        # served.
+        # Made now: memory that is missing must be missed before anything is served.
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
@@ -232,16 +227,15 @@ class Reloader:
         return self.version
 
     def _count_write(self) -> None:
-        """Writes through .data do not count a parameter's version up, by which copies of it are
-        known to be old.
-        """
+        """Writes through .data do not count up a parameter's version, which marks old copies."""
         torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
     def retarget(self, target: str) -> None:
         """On the scheduler thread: the server has another target.
 
-        What drafts stays; what is staged for
-        another target is not swapped in, and what was refused is looked at again."""
+        What drafts stays; what is staged for another target is not swapped in, and what was
+        refused is looked at again.
+        """
         self._target = target
         self.target_changes += 1
         self._watcher.look_again(self.version, target)
@@ -287,18 +281,14 @@ class Reloader:
         except Exception:
             self._state = FREE
             raise
-        self._staged_version, self._staged = (
-            weights.manifest.version,
-            (weights.manifest, weights.noticed_at),
-        )
+        self._staged = weights.manifest, weights.noticed_at
+        self._staged_version = weights.manifest.version
         self._in_staging = self._staged_version
         self._state = READY
         return True
 
     def counters(self) -> dict[str, float]:
-        """For metrics: current version, swaps, their time on the scheduler thread, refusals by
-        cause.
-        """
+        """For metrics: current version, swaps, their time on the scheduler, refusals by cause."""
         return {
             "draft_version": self.version,
             "swaps": self.swaps,
@@ -319,7 +309,7 @@ class Reloader:
             # what the loader leaves out is found below
             staged.data.fill_(float("nan"))
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
-        self._staging.load_weights([(n, t) for n, t in tensors.items() if n not in ("d2t", "t2d")])
+        self._staging.load_weights([(n, t) for n, t in tensors.items() if n not in MAPS])
         for name, staged in trainable(self._staging):
             if not bool(torch.isfinite(staged.data).all()):
                 raise ManifestError(

@@ -12,10 +12,12 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 Step = Callable[[str], None]
+# A file's content, as one object or as parts that follow each other.
+Content = bytes | Sequence[bytes | memoryview]
 
 
 def no_fault(name: str) -> None:
@@ -23,7 +25,7 @@ def no_fault(name: str) -> None:
 
 
 def write_directory(
-    parent: Path, name: str, files: dict[str, bytes], step: Step = no_fault
+    parent: Path, name: str, files: dict[str, Content], step: Step = no_fault
 ) -> Path:
     """Write parent/name/{files}: under a temporary name first, every file and directory synced,
     then renamed.
@@ -98,14 +100,17 @@ def _temporary(name: str) -> str:
     return f"{name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
-def _write_file(path: Path, data: bytes, step: Step) -> None:
+def _write_file(path: Path, content: Content, step: Step) -> None:
     step(f"open {path.name}")
+    if isinstance(content, bytes):
+        # in two parts, so that a test can end the process in the middle of a file
+        content = [content[: len(content) // 2], content[len(content) // 2 :]]
     with open(path, "wb") as file:
-        # Two writes, so that a test can end the process in the middle of a file.
-        file.write(data[: len(data) // 2])
-        file.flush()
-        step(f"write {path.name}")
-        file.write(data[len(data) // 2 :])
+        for number, part in enumerate(content):
+            file.write(part)
+            if number == 0:
+                file.flush()
+                step(f"write {path.name}")
         file.flush()
         step(f"fsync {path.name}")
         os.fsync(file.fileno())

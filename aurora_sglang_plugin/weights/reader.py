@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
+from aurora_sglang_plugin.drafts.eagle3_vocab import vocabulary_problem
 from aurora_sglang_plugin.drafts.tensor_files import canonical_name
 from aurora_sglang_plugin.weights.manifest import (
     CURRENT,
@@ -132,7 +133,9 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
             raise ManifestError("values", f"tensor {name} is not finite")
         tensors[canonical_name(name)] = (dtype, array)
     if "d2t" in tensors:
-        _check_d2t(tensors["d2t"][1], expected.target_vocab)
+        problem = vocabulary_problem(tensors["d2t"][1], expected.target_vocab)
+        if problem:
+            raise ManifestError("d2t", problem)
     config = _check_config(data["config.json"], expected.config)
     return Weights(manifest, config, tensors, noticed_at)
 
@@ -286,14 +289,6 @@ def _finite(dtype: str, array: np.ndarray) -> bool:
     if dtype == "BF16":
         return not ((array & 0x7F80) == 0x7F80).any()
     return dtype not in FLOATS or bool(np.isfinite(array).all())
-
-
-def _check_d2t(d2t: np.ndarray, target_vocab: int) -> None:
-    ids = d2t + np.arange(len(d2t))
-    if len(ids) and (ids.min() < 0 or ids.max() >= target_vocab or len(np.unique(ids)) != len(ids)):
-        raise ManifestError(
-            "d2t", f"target ids {ids.min()} to {ids.max()} of {target_vocab}, or one of them twice"
-        )
 
 
 def _check_config(data: bytes, expected: dict[str, object]) -> dict:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -21,7 +20,6 @@ from typing import Annotated, Literal, TextIO
 import msgspec
 import torch
 from pydantic import Field
-from safetensors.torch import save
 
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.weights import manifest as contract
@@ -33,17 +31,16 @@ from aurora_sglang_plugin.weights.atomic_files import (
     replace_file,
     write_directory,
 )
+from aurora_sglang_plugin.weights.tensor_bytes import (
+    DTYPE_NAMES,
+    buffer,
+    safetensors_buffers,
+    sha256,
+)
 
 log = logging.getLogger(__name__)
 
 LOCK = "LOCK"
-DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-}
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 
 
@@ -102,8 +99,8 @@ class WeightsWriter:
         tensors = {
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
         }
-        weights = save(tensors)
-        digest = hashlib.sha256(weights).hexdigest()
+        weights = safetensors_buffers(tensors)
+        digest = sha256(weights)
         if digest in self._digests:
             return None
         config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
@@ -112,26 +109,31 @@ class WeightsWriter:
         # written once, and never made CURRENT
         while (self.directory / contract.version_name(version)).exists():
             version += 1
-        data = {"config.json": config_bytes, "model.safetensors": weights}
+        nbytes = sum(part.nbytes for part in weights)
         record = contract.Manifest(
             format=contract.FORMAT,
             version=version,
             parent=parent,
             target=target,
-            d2t_sha256=_sha256(tensors["d2t"]) if "d2t" in tensors else "",
+            d2t_sha256=sha256([buffer(tensors["d2t"])]) if "d2t" in tensors else "",
             optimizer_step=optimizer_step,
             created_unix_s=time.time(),
             trained_until_ns=trained_until_ns,
             files={
-                n: contract.File(len(d), hashlib.sha256(d).hexdigest()) for n, d in data.items()
+                "config.json": contract.File(len(config_bytes), sha256([memoryview(config_bytes)])),
+                "model.safetensors": contract.File(nbytes, digest),
             },
             tensors={
-                n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), _sha256(t))
+                n: contract.Tensor(DTYPE_NAMES[t.dtype], tuple(t.shape), sha256([buffer(t)]))
                 for n, t in tensors.items()
             },
             gate=gate or {},
         )
-        data["manifest.json"] = msgspec.json.format(msgspec.json.encode(record))
+        data = {
+            "config.json": config_bytes,
+            "model.safetensors": weights,
+            "manifest.json": msgspec.json.format(msgspec.json.encode(record)),
+        }
         name = contract.version_name(version)
         try:
             write_directory(self.directory, name, data, self.step)
@@ -212,7 +214,3 @@ def manifests(directory: Path) -> list[contract.Manifest]:
         except contract.ManifestError as error:
             log.warning("version unreadable version=%d error=%s", version, error)
     return found
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from aurora_sglang_plugin.drafts import aux_layers
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.weights.atomic_files import remove_directory, write_directory
 from aurora_sglang_plugin.weights.manifest import (
     CURRENT,
@@ -44,7 +45,6 @@ from aurora_trainer.drafts.eagle3 import read_tensors
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-MAPS = ("d2t", "t2d")
 
 
 @dataclass(frozen=True)

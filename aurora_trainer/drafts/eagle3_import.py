@@ -20,6 +20,7 @@ from aurora_sglang_plugin.drafts.eagle3_check import (
     tensor_problems,
 )
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.drafts.tensor_files import Entry
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import tensor_of
@@ -139,7 +140,7 @@ def _value_problems(found: ExternalDraft, target: Target, notes: list[str]) -> l
             )
     if "embed_tokens.weight" in found.entries:
         notes.append(_embedding_note(found.entries["embed_tokens.weight"], target.embedding()))
-    v, d2t, t2d = (found.config.get("vocab_size"), *map(found.entries.get, ("d2t", "t2d")))
+    v, d2t, t2d = (found.config.get("vocab_size"), *map(found.entries.get, MAPS))
     if d2t and t2d and t2d.shape == (v,) and d2t.dtype in (*INTEGERS, *UNSIGNED):
         ids = vocab.target_ids(tensor_of(d2t).long())
         inside = ids[(ids >= 0) & (ids < v)]

@@ -1,13 +1,15 @@
 """The draft's vocabulary: which target tokens it can propose.
 
-Dimensions: V target vocabulary, VD draft vocabulary. `d2t` int64 [VD] holds offsets (target_id =
-draft_id + d2t[draft_id], ids ascending), `t2d` bool [V] marks the target ids that the draft has.
+Dimensions: V target vocabulary, VD draft vocabulary. d2t and t2d are those of the plugin's
+drafts/eagle3_vocab.py, d2t in int64 with ascending ids.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from aurora_sglang_plugin.drafts.eagle3_vocab import vocabulary_problem
 
 
 def most_frequent(counts: Tensor, size: int, keep: tuple[int, ...] = ()) -> Tensor:
@@ -48,8 +50,6 @@ def check(d2t: Tensor, draft_vocab_size: int, vocab_size: int) -> None:
         raise ValueError(
             f"d2t is {d2t.dtype} {tuple(d2t.shape)}, expected int64 ({draft_vocab_size},)"
         )
-    ids = target_ids(d2t)
-    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
-        raise ValueError(
-            f"d2t does not name {draft_vocab_size} different ids of a vocabulary of {vocab_size}"
-        )
+    problem = vocabulary_problem(d2t.cpu().numpy(), vocab_size)
+    if problem:
+        raise ValueError(problem)

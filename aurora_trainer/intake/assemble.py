@@ -35,10 +35,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.link import wire
+from aurora_trainer.intake.gaps import Gaps
 from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
 from aurora_trainer.intake.sample import Sample
 
-MAX_SESSIONS = 1 << 14
 # request ids that are remembered after they ended
 MAX_PAST = 1 << 16
 
@@ -85,12 +85,7 @@ class Assembler:
         # least recently extended first
         self._open: OrderedDict[Key, Segment] = OrderedDict()
         self._past: OrderedDict[Key, _Past] = OrderedDict()
-        self._sessions: OrderedDict[str, list[int]] = (
-            OrderedDict()
-        )  # [last captured_seq, gap_count]
-        # Losses of a session begin here: above all that one had that was forgotten, so that
-        # nothing is stitched to it.
-        self._first_gap_count = 0
+        self._gaps = Gaps(self.counters)
         # of each session with open segments: [segments, bytes]
         self._held: dict[str, list[int]] = {}
         self._nbytes = 0
@@ -110,7 +105,7 @@ class Assembler:
         header = message.header
         if header.kind == "heartbeat":
             return []
-        gap_count = self._enter(header)
+        gap_count = self._gaps.count(header)
         if gap_count is None:
             self.counters["duplicate"] += 1
             return []
@@ -240,26 +235,6 @@ class Assembler:
             self._remember(key).ended_at = gap_count
 
     # ---- segments
-
-    def _enter(self, header: wire.Header) -> int | None:
-        """How many holes captured_seq has had in this session; None for a message that repeats or
-        precedes one.
-        """
-        state = self._sessions.setdefault(
-            header.session, [header.captured_seq - 1, self._first_gap_count]
-        )
-        self._sessions.move_to_end(header.session)
-        if len(self._sessions) > MAX_SESSIONS:
-            _, (_, gap_count) = self._sessions.popitem(last=False)
-            self._first_gap_count = max(self._first_gap_count, gap_count + 1)
-        if header.captured_seq <= state[0]:
-            return None
-        if header.captured_seq != state[0] + 1:
-            state[1] += 1
-            self.counters["holes"] += 1
-        state[0] = header.captured_seq
-        self.counters["messages"] += 1
-        return state[1]
 
     def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
         """Whether the row must not be used; then its request's segment ends here."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from aurora_trainer.lab.evaluate import NO_DOMAIN, Evaluation, Request
 from aurora_trainer.learn.score import WALK
-from aurora_trainer.tools.terminal import columns, ranges
+from aurora_trainer.terminal import columns, ranges
 
 RESAMPLES = 1000
 # resamples at a time: counts of [CHUNK, n requests] are alive

@@ -38,6 +38,7 @@ from pydantic import Field, PositiveInt
 
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.score import accept_length, difference
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 ANCHOR = 1.96
 WORSE = 1.64
 # of one request: the parts of a longer one go to training at once
-HELD_SLOTS = 2048
+HELD_POSITIONS = 2048
 
 # session, request id
 Key = tuple[str, str]
@@ -129,7 +130,7 @@ class Gate:
             return [sample]
         key = (sample.session, sample.request)
         if key in self._held:
-            if self._held[key].positions + len(sample.features) > HELD_SLOTS:
+            if self._held[key].positions + len(sample.features) > HELD_POSITIONS:
                 return [sample]
             self._held[key].samples.append(sample)
             return []
@@ -231,23 +232,3 @@ class Gate:
                 held.scores[role] = (len(held.samples), found[at:end].sum(0))
                 at = end
         return np.stack([held.scores[role][1] for held in self._held.values()])
-
-
-def accept_length(scores: np.ndarray) -> float:
-    """Tokens over steps of scores [n, 2]; nan without a step."""
-    steps, tokens = scores.sum(0)
-    return float(tokens / steps) if steps else math.nan
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """(accept length of a - that of b, its standard error), scores [n, 2] of the same n requests.
-
-    Ratios of sums, the error by linearisation: request i contributes (tokens - A steps) / mean
-    steps, for a minus for b. nan where a draft has no step.
-    """
-    lengths = accept_length(a), accept_length(b)
-    if not all(map(math.isfinite, lengths)):
-        return math.nan, math.nan
-    parts = [(s[:, 1] - length * s[:, 0]) / s[:, 0].mean() for s, length in zip((a, b), lengths)]
-    stderr = float(np.std(parts[0] - parts[1], ddof=1)) / math.sqrt(len(a))
-    return lengths[0] - lengths[1], stderr

@@ -4,9 +4,8 @@ learning curves all measure this.
 
 Speculation is lossless, so the committed tokens of a request do not depend on the draft that served
 it: any draft can be walked along them. A step at a position proposes what the server would have
-    drawn
-there, a chain of the draft's first choices or with topk > 1 a tree (eagle3_growth.py); as much is
-accepted as its rule accepts, and the walk goes on behind the bonus token.
+drawn there, a chain of the draft's first choices or with topk > 1 a tree (eagle3_growth.py); as
+much is accepted as its rule accepts, and the walk goes on behind the bonus token.
 
     match      SGLang's default: a drafted token is accepted with the probability p that the judging
                distribution gives it, and a committed token is a draw from just that. Accepted is
@@ -21,6 +20,7 @@ Dimensions: R level-0 positions (of a batch, or of one of its samples), S draft 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -218,3 +218,23 @@ def live(sample: Sample, positions: Tensor, counted: Tensor) -> np.ndarray:
     lengths = torch.zeros(len(sample.tree_first), dtype=torch.int64).index_add(0, tree, accepted)
     take = torch.isin(sample.node_position[sample.tree_first], positions[counted])
     return np.array([float(take.sum()), float(lengths[take].sum())])
+
+
+def accept_length(scores: np.ndarray) -> float:
+    """Tokens over steps of scores [n, 2]; nan without a step."""
+    steps, tokens = scores.sum(0)
+    return float(tokens / steps) if steps else math.nan
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """(accept length of a - that of b, its standard error), scores [n, 2] of the same n requests.
+
+    Ratios of sums, the error by linearisation: request i contributes (tokens - A steps) / mean
+    steps, for a minus for b. nan where a draft has no step.
+    """
+    lengths = accept_length(a), accept_length(b)
+    if not all(map(math.isfinite, lengths)):
+        return math.nan, math.nan
+    parts = [(s[:, 1] - length * s[:, 0]) / s[:, 0].mean() for s, length in zip((a, b), lengths)]
+    stderr = float(np.std(parts[0] - parts[1], ddof=1)) / math.sqrt(len(a))
+    return lengths[0] - lengths[1], stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.weights.manifest import (
     ManifestError,
     current_version,
@@ -57,7 +58,7 @@ class Served:
             embed = self.initial.embed
             self.draft = copy.deepcopy(self.initial, {id(embed): embed})
         self.version = version
-        self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in ("d2t", "t2d")})
+        self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in MAPS})
 
     def to_train(self) -> Draft:
         """A draft of its own, in float32 on the CPU, with the weights as they were published."""

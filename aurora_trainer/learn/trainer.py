@@ -2,7 +2,7 @@
 
     feed(message)   assemble -> gate (which holds some back) -> buffer
     step()          buffer -> batch -> loss -> optimize
-    publish()       gate, on the requests that it held back -> publish_weights
+    offer()         gate, on the requests that it held back -> weights/writer.py -> written()
 
 What happens to the weights depends only on the messages and on the order of these calls, so that a
 recorded trace trains to the bit as it did. `step(replay=True)` draws a batch and leaves it: after a
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +32,10 @@ from aurora_trainer.drafts.target import open_target
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
+from aurora_trainer.intake.usable import unusable
 from aurora_trainer.learn.gate import Decision, Gate
 from aurora_trainer.learn.objective import losses, score
+from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
 from aurora_trainer.learn.score import chains, measure, walked
 from aurora_trainer.learn.served import Served
@@ -198,60 +201,65 @@ class Training:
         if self.config.trainer.model.device == "cuda":
             torch.cuda.empty_cache()
 
-    def publish(self) -> int | None:
-        """Publish the draft as it is, if it was trained and the gate lets it pass.
-
-        Returns the version, or None.
-        """
+    def offer(self) -> Offer | None:
+        """What to publish, if the draft was trained and the gate lets it pass: copies."""
         if self.updates == self._offered_at:
             return None
         tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
         if decision.reason == "initial":
-            return self._publish_initial(decision)
-        if not decision.passed:
-            self._offered_at = self.updates
-            self.published[f"refused_{decision.reason}"] += 1
-            if self.gate.gives_up:
-                log.warning(
-                    "candidate stayed worse, training goes back to version=%d", self.served.version
-                )
-                self.published["gone_back"] += 1
-                self._take_served()
-                self.gate.restart()
-            return None
-        return self._write(tensors, decision, "candidate")
-
-    def _publish_initial(self, decision: Decision) -> int | None:
-        """The initial draft is clearly better than what is served: serve it, train on from it."""
-        initial = self.served.initial.checkpoint(self.served.dtype)
-        version = self._write(initial, decision, "initial")
-        if version is not None:
+            # It is clearly better than what is served: serve it, and train on from it.
+            tensors = self.served.initial.checkpoint(self.served.dtype)
+            return self._offer(tensors, decision, "initial")
+        if decision.passed:
+            return self._offer(tensors, decision, "candidate")
+        self._offered_at = self.updates
+        self.published[f"refused_{decision.reason}"] += 1
+        if self.gate.gives_up:
+            log.warning(
+                "candidate stayed worse, training goes back to version=%d", self.served.version
+            )
+            self.published["gone_back"] += 1
             self._take_served()
+            self.gate.restart()
+        return None
+
+    def written(self, offer: Offer, version: int | None) -> None:
+        """The offer is what servers have now, as `version`; None: they had it before."""
+        # not before: what the disk refuses is offered again
+        self._offered_at = offer.updates
+        if version is None:
+            self.published["unchanged"] += 1
+            return
+        self.published["published"] += 1
+        self.parent = version
+        self.served.take(version, offer.tensors)
+        self.gate.serve(offer.role)
+        log.info("weights published version=%d optimizer_step=%d", version, offer.updates)
+        if offer.role == "initial":
+            self._take_served()
+
+    def publish(self) -> int | None:
+        """Offer, write and take it in, at once. Returns the version, or None."""
+        offer = self.offer()
+        if offer is None:
+            return None
+        version = offer.write()
+        self.written(offer, version)
         return version
 
-    def _write(self, tensors: dict[str, torch.Tensor], decision: Decision, role: str) -> int | None:
-        version = self.writer.publish(
-            tensors,
-            self.draft.config.to_json(str(self.served.dtype).removeprefix("torch.")),
+    def _offer(self, tensors: dict[str, torch.Tensor], decision: Decision, role: str) -> Offer:
+        config = self.draft.config.to_json(str(self.served.dtype).removeprefix("torch."))
+        about = dict(
             target=self.target,
             parent=self.parent,
             optimizer_step=self.updates,
             trained_until_ns=self.trained_until_ns,
             gate=decision.fields(),
         )
-        # not before: what the disk refuses is offered again
-        self._offered_at = self.updates
-        if version is None:
-            self.published["unchanged"] += 1
-            return None
-        self.published["published"] += 1
-        self.parent = version
-        self.served.take(version, tensors)
-        self.gate.serve(role)
-        log.info("weights published version=%d optimizer_step=%d", version, self.updates)
-        return version
+        write = partial(self.writer.publish, tensors, config, **about)
+        return Offer(role, self.updates, tensors, write)
 
     def apply_rollbacks(self) -> None:
         """If servers rolled the newest version back, go on from the one that they went back to."""
@@ -278,10 +286,7 @@ class Training:
         return state_of(self)
 
     def restore(self, found: Checkpoint, live: bool) -> None:
-        """Go on from a checkpoint; `live`: what was buffered is lost.
-
-        Raises ValueError for another target.
-        """
+        """As training_state.restore."""
         restore(self, found, live)
 
     def close(self) -> None:
@@ -305,28 +310,14 @@ class Training:
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
-        cause = self._unusable(sample)
+        config = self.draft.config
+        cause = unusable(sample, config.feature_size, config.vocab_size, self.rows)
         if cause:
             self.samples[cause] += 1
             return
         for given in self.gate.hold(sample):
             self._pending_tokens += int(given.has_target.sum())
             self.buffer.put(given)
-
-    def _unusable(self, sample: Sample) -> str | None:
-        """Why training cannot use the sample; too large an id would index out of the embedding."""
-        config = self.draft.config
-        if sample.features.shape[1] != config.feature_size:
-            return "wrong_feature_width"
-        ids = [t for t in (sample.tokens, sample.node_token, sample.topk_ids) if t.numel()]
-        if any(int(t.max()) >= config.vocab_size for t in ids):
-            return "token_out_of_vocabulary"
-        if sample.num_steps < 1 or not bool((sample.position_node >= 0).any()):
-            return "without_targets"
-        targets = int(sample.has_target.sum())
-        self.rows["with_target"] += targets
-        self.rows["altered"] += int((sample.position_node >= 0).sum()) - targets
-        return None if targets else "altered"
 
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
         """float64 [len(samples), 2]: steps and tokens of each sample's walk with a role's draft."""

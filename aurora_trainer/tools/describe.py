@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from aurora_sglang_plugin.weights import manifest as contract
 from aurora_trainer.recordings.recording import SUFFIX
 from aurora_trainer.recordings.trace import MAGIC
+from aurora_trainer.terminal import columns, escape, moment, size, value
 from aurora_trainer.tools.describe_recording import describe_recording, recording_text
-from aurora_trainer.tools.terminal import columns, escape, moment, size, value
 
 SHOWN_STATE = (
     "target", "parent", "served", "rolled_back", "steps", "positions", "earlier_updates", "traffic",

@@ -14,8 +14,8 @@ import numpy as np
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages, recording_files
 from aurora_trainer.recordings.trace import Record
+from aurora_trainer.terminal import columns, escape, moment, ranges, size
 from aurora_trainer.tools.draw_tree import draw_tree
-from aurora_trainer.tools.terminal import columns, escape, moment, ranges, size
 
 Name = Callable[[int], str]
 

@@ -39,7 +39,7 @@ def record(
     with report_user_errors():
         log_to_stderr()
         from aurora_trainer.config import load_trainer_config
-        from aurora_trainer.recordings.record import record
+        from aurora_trainer.tools.record import record
 
         record(load_trainer_config(config, overrides or ()), out, seconds)
 

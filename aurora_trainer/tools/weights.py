@@ -213,14 +213,16 @@ def plan(
         from aurora_trainer.tools.sizes import Load
 
         if config is None:
-            overrides = [f"trainer.model.target={model}", "trainer.model.draft=none",
-            "trainer.model.device=cuda",
-                         *(overrides or ())]  # fmt: skip
+            overrides = [
+                f"trainer.model.target={model}",
+                "trainer.model.draft=none",
+                "trainer.model.device=cuda",
+                *(overrides or ()),
+            ]
         settings = load_trainer_config(config, overrides or ())
         load = Load(
             tokens_per_s, requests_per_s, prompt_tokens, accept_length, running, num_steps, topk,
-            draft_tokens, tp,
-            servers,
+            draft_tokens, tp, servers,
         )  # fmt: skip
         found = planning.plan(read_config(model), settings, load, draft_vocab, dtype)
         typer.echo(
@@ -229,6 +231,8 @@ def plan(
 
 
 def _describe(weights, dtype: str) -> str:
-    size = sum(t.numel() for n, t in weights.tensors.items() if n not in ("d2t", "t2d"))
+    from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+
+    size = sum(t.numel() for n, t in weights.tensors.items() if n not in MAPS)
     kind = str(weights.dtype).removeprefix("torch.") if dtype == "same" else dtype
     return f"parameters={size} vocabulary={weights.config.draft_vocab_size} dtype={kind}"

@@ -359,7 +359,7 @@ def test_a_refused_messages_stand_in_ends_its_requests_only():
 
 
 def test_a_loss_while_its_session_was_forgotten_is_noticed(monkeypatch):
-    monkeypatch.setattr("aurora_trainer.intake.assemble.MAX_SESSIONS", 2)
+    monkeypatch.setattr("aurora_trainer.intake.gaps.MAX_SESSIONS", 2)
     server, messages = one_request()
     others = [
         m
@@ -373,7 +373,7 @@ def test_a_loss_while_its_session_was_forgotten_is_noticed(monkeypatch):
                 assembler.add(other)
         message.header.captured_seq += 5 * (number >= half)
         samples += assembler.add(message)
-    assert len(assembler._sessions) == 2
+    assert len(assembler._gaps._sessions) == 2
     assert [s.reason for s in samples][0] == "gap" and len(samples) == 2 and samples[1].attempt == 1
     for sample in samples:
         check(sample, server)

@@ -4,6 +4,8 @@ mutated are whole."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from aurora_trainer.daemon import Daemon
 from aurora_trainer.drafts.eagle3_batch import pack
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.buffer import Buffer, BufferConfig
+from aurora_trainer.intake.usable import unusable
 from aurora_trainer.learn.objective import losses
 
 MAX = 1 << 20
@@ -125,6 +128,11 @@ def mutated(parts, draw):
     return [msgspec.msgpack.encode(header), *new]
 
 
+def cause(training, sample):
+    config = training.draft.config
+    return unusable(sample, config.feature_size, config.vocab_size, Counter())
+
+
 @settings(max_examples=60, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 @given(st.data())
 def test_what_decodes_trains(training, stream, data):
@@ -148,7 +156,7 @@ def test_what_decodes_trains(training, stream, data):
         samples += assembler.add(message)
     samples += assembler.idle(0.0) + assembler.idle(1e9)
     assert assembler.open_requests == assembler.nbytes == 0 and not assembler._held
-    samples = [sample for sample in samples if training._unusable(sample) is None]
+    samples = [sample for sample in samples if cause(training, sample) is None]
     for sample in samples:
         buffer.put(sample)
     if samples:
@@ -169,4 +177,4 @@ def test_the_unmutated_stream_is_learnt(training, stream):
         s for _, _, parts in stream for s in assembler.add(wire.decode(parts, max_bytes=MAX))
     ]
     assert {s.request for s in samples} == {"e-0", "f-0"} and not assembler.bad_rows
-    assert all(training._unusable(s) is None for s in samples) and torch.is_grad_enabled()
+    assert all(cause(training, s) is None for s in samples) and torch.is_grad_enabled()

@@ -15,8 +15,8 @@ from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.cli import app
 from aurora_trainer.recordings.recording import RecordConfig, Recording
+from aurora_trainer.terminal import escape, ranges, size
 from aurora_trainer.tools.describe import describe, problems
-from aurora_trainer.tools.terminal import escape, ranges, size
 
 EVIL = "\x1b[2Jname\u202e\n"
 

@@ -1,0 +1,91 @@
+"""Versions and checkpoints are written beside training: by one thread, from snapshots.
+
+    start(name, prepare, finish)   the loop takes a snapshot and hands over the writing of it
+    poll()                         the loop learns what has ended, and takes it in
+
+A job is one of `jobs` (retry.py): at most one of a name is written at a time, and one that fails is
+counted, logged once for each episode and due again later, with a new snapshot. All but the writing
+happens on the loop's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from aurora_sglang_plugin.retry import Retry
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Write = Callable[[], T]
+
+
+class Background:
+    """`waits`: every job is written before `start` returns, as over a recording, whose versions
+    must not depend on the speed of a disk."""
+
+    def __init__(self, jobs: dict[str, Retry], waits: bool = False):
+        self._jobs, self._waits = jobs, waits
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aurora-write")
+        self._pending: dict[str, tuple[Future, Callable, Callable[[], None]]] = {}
+
+    def busy(self, name: str) -> bool:
+        return name in self._pending
+
+    def start(
+        self,
+        name: str,
+        prepare: Callable[[], Write | None],
+        finish: Callable[[T], None],
+        fail: Callable[[], None],
+        now_s: float,
+        at_once: bool = False,
+    ) -> None:
+        """Take a snapshot by `prepare`, write it by what that returns (None: nothing to write).
+
+        `finish` takes what the writing returned, on this thread, in `poll`; `fail` is called there
+        if anything of it raised. Nothing happens while the last one of the name is being written
+        or, unless `at_once`, has to wait after a fault.
+        """
+        job = self._jobs[name]
+        if self.busy(name) or job.waits(now_s) and not at_once:
+            return
+        try:
+            write = prepare()
+        except Exception as error:
+            fail()
+            job.failed(error, now_s)
+            return
+        if write is None:
+            job.succeeded()
+            return
+        self._pending[name] = self._thread.submit(write), finish, fail
+        if self._waits:
+            self.wait(now_s)
+
+    def poll(self, now_s: float) -> None:
+        """Take in what has ended."""
+        for name, (future, finish, fail) in list(self._pending.items()):
+            if not future.done():
+                continue
+            del self._pending[name]
+            job = self._jobs[name]
+            try:
+                finish(future.result())
+            except Exception as error:
+                fail()
+                job.failed(error, now_s)
+            else:
+                job.succeeded()
+
+    def wait(self, now_s: float) -> None:
+        """Until nothing is being written."""
+        for future, *_ in list(self._pending.values()):
+            future.exception()
+        self.poll(now_s)
+
+    def close(self) -> None:
+        self._thread.shutdown()

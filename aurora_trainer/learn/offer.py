@@ -1,0 +1,22 @@
+"""Weights that may be published, as the training hands them to whoever writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Copies: training goes on while they are written, and `write` needs nothing of it.
+
+    `role`: candidate or initial; `updates`: of the optimizer, by then; `write` returns the version,
+    or None if exactly these weights were published before.
+    """
+
+    role: str
+    updates: int
+    tensors: dict[str, Tensor]
+    write: Callable[[], int | None]
