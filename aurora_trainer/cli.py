@@ -17,7 +17,6 @@ from aurora_trainer.tools.report_user_errors import report_user_errors as _repor
 from aurora_trainer.tools.weights import app as weights_commands
 
 app = typer.Typer(
-    help="Train a server's speculative draft from what it verifies, and send it back.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -27,6 +26,26 @@ app = typer.Typer(
 class Kind(StrEnum):
     random = "random"
     target = "target"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("aurora-speculative"))
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train a server's speculative draft from what it verifies, and send it back."""
 
 
 @app.command()
