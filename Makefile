@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer-cpu learning-curves lint clean
+.PHONY: bench-trainer-cpu bench-background learning-curves house lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,6 +75,12 @@ bench-trainer-cpu: setup ## a training step on the CPU against dense PyTorch: to
 
 learning-curves: setup ## replay a recording with other settings: ARGS="RECORDING --config FILE --try ..."
 	$(BIN)/python scripts/learning_curve.py $(ARGS)
+
+bench-background: setup ## what writing versions and checkpoints costs the training loop
+	$(BIN)/python scripts/bench_background.py $(ARGS)
+
+house: setup ## the goals of the layout, and what they are now
+	$(BIN)/python scripts/house.py
 
 lint: setup ## check the style
 	$(BIN)/ruff check .

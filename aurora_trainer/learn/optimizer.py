@@ -145,11 +145,12 @@ class Optimizer:
             self.parameters[name].copy_(master)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, rest): copies of masters and moments on the CPU, for safetensors, and a
-        JSON-able dict.
-        """
-        tensors = {name: t.to("cpu", copy=True) for name, t in self._tensors().items()}
-        return tensors, {"kind": self.config.kind, "updates": self.updates, "skipped": self.skipped}
+        """(tensors, rest): masters and moments, as the next step changes them; a JSON-able dict."""
+        return self._tensors(), {
+            "kind": self.config.kind,
+            "updates": self.updates,
+            "skipped": self.skipped,
+        }
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = {"master": self.masters, "first": self._first, "second": self._second}

@@ -106,6 +106,8 @@ class Training:
         self._offered_at = 0
         # a version was rolled back, and training did not follow yet
         self._behind_served = False
+        # memory of the last checkpoint's tensors
+        self.snapshot: dict[str, torch.Tensor] = {}
         self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
         # after the modules above were made, which draw

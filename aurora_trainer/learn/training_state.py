@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `restore` goes on from: tensors, and JSON."""
+    """What `restore` goes on from: tensors, copied to training.snapshot, and JSON."""
     tensors = {
         f"draft/{n}": p.detach().to("cpu", copy=True) for n, p in training.draft.named_parameters()
     }
@@ -44,7 +44,21 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "failed_steps": list(training._failed_steps),
         "open_requests": training.assembler.open_requests,
     }
-    return tensors, state
+    return copied(training.snapshot, tensors), state
+
+
+def copied(held: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict:
+    """The tensors' values on the CPU, in the memory of the last snapshot: new memory would cost
+    several times as long. The last one must be written by then.
+    """
+    if held.keys() != tensors.keys():
+        held.clear()
+    for name, t in tensors.items():
+        if name in held and held[name].shape == t.shape and held[name].dtype == t.dtype:
+            held[name].copy_(t)
+        else:
+            held[name] = t.to("cpu", copy=True)
+    return held
 
 
 def restore(training: Training, found: Checkpoint, live: bool) -> None:

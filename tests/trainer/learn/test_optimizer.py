@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_skipped_and_counted(loss):
     draft = make(VARIANTS["plain"], torch.float32)
     optimizer = Optimizer(draft, OptimizerConfig())
     train(draft, optimizer, [0])
-    before, (state, _) = copy.deepcopy(draft.checkpoint()), optimizer.state_dict()
+    before, (state, _) = copy.deepcopy((draft.checkpoint(), optimizer.state_dict()))
     draft.norm.weight.grad = torch.full_like(draft.norm.weight, math.nan if loss == 1.0 else 1.0)
     update = optimizer.step(loss)
     assert not update.applied and (optimizer.skipped, optimizer.updates) == (1, 1)
