@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `restore` goes on from: tensors, copied to training.snapshot, and JSON."""
-    tensors = {
-        f"draft/{n}": p.detach().to("cpu", copy=True) for n, p in training.draft.named_parameters()
-    }
+    tensors = {f"draft/{n}": p.detach() for n, p in training.draft.named_parameters()}
     optimizer_tensors, optimizer_state = training.optimizer.state_dict()
     tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
     tensors["random/torch"] = torch.get_rng_state()
