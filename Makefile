@@ -82,9 +82,11 @@ bench-background: setup ## what writing versions and checkpoints costs the train
 house: setup ## the goals of the layout, and what they are now
 	$(BIN)/python scripts/house.py
 
-lint: setup ## check the style
+lint: setup ## check the style and the types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean: ## remove what was built and cached, the virtual environment included
-	rm -rf $(VENV) .cache build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .cache build .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

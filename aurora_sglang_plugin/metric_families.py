@@ -84,7 +84,8 @@ class Exported:
         self._last: dict[tuple[str, ...], Any] = {}
         for name, family in families.items():
             names = [*(constant or {}), *family.labels]
-            about = dict(labelnames=names, registry=registry or REGISTRY)
+            metric: Any
+            about: dict[str, Any] = dict(labelnames=names, registry=registry or REGISTRY)
             if family.kind == "gauge":
                 metric = Gauge(name, family.help, multiprocess_mode="mostrecent", **about)
             elif family.kind == "counter":
@@ -122,7 +123,7 @@ class Exported:
         """
         by_value: dict[tuple[str, ...], float] = {}
         for value, total in totals.items() if isinstance(totals, Mapping) else [(None, totals)]:
-            key = (name,) if value is None else (name, value)
+            key: tuple[str, ...] = (name,) if value is None else (name, value)
             key = key if key in self._children else (name, OTHER)
             by_value[key] = by_value.get(key, 0) + total
         for key, total in by_value.items():

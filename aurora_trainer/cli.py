@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# a default of a list that nobody can change
+HERE: Any = ("http://127.0.0.1:30000",)
 
 
 class Kind(StrEnum):
@@ -104,7 +107,7 @@ def top(
     server: Annotated[
         list[str],
         typer.Option(help="Address of a server started with --enable-metrics. Repeatable."),
-    ] = ("http://127.0.0.1:30000",),
+    ] = HERE,
     trainer: Annotated[str | None, typer.Option(help="Address of trainer.metrics.port.")] = None,
     status: Annotated[
         Path | None, typer.Option(help="The trainer's status file, where it has no port.")

@@ -111,7 +111,7 @@ class Daemon:
             trainer.receive,
             ledger,
             target=training.target,
-            record=recording and recording.write,
+            record=recording.write if recording else None,
         )
         self.metrics.begin(self.status(receiver))
         last = None if max_steps is None else training.steps + max_steps

@@ -114,9 +114,9 @@ class Metrics:
         now = time.monotonic()
         self._exported.set("aurora_trainer_publication_age_seconds", now - self._published_at)
         self._exported.set("aurora_trainer_checkpoint_age_seconds", now - self._saved_at)
-        if (path := self.config.status_file) is not None:
+        if (file := self.config.status_file) is not None:
             text = json.dumps(status, sort_keys=True).encode()
-            self.jobs["status"].run(lambda: replace_file(path, text), now)
+            self.jobs["status"].run(lambda: replace_file(file, text), now)
         if (board := self._board) is not None:
             self.jobs["tensorboard"].run(lambda: board.write(status), now)
 

@@ -20,6 +20,7 @@ import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def activate() -> None:
@@ -69,8 +70,9 @@ def _install_sgl_kernel(ops) -> None:
     # than some of them do.
     ops.decode_attention_cpu = attention.decode_attention_cpu
     ops.extend_attention_cpu = attention.extend_attention_cpu
-    ops.murmur_hash32_cpu = hashing.murmur_hash32_cpu
-    hashing.murmur_hash32_cpu.default = hashing.murmur_hash32_cpu
+    murmur: Any = hashing.murmur_hash32_cpu
+    ops.murmur_hash32_cpu = murmur
+    murmur.default = murmur
 
 
 def _install_torchvision() -> None:

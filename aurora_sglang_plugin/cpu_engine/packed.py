@@ -58,7 +58,8 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     state = (weight.data_ptr(), weight._version, _writes)
     kept = getattr(weight, "aurora_packed", None)
     if kept is None or kept[0] != state:
-        kept = weight.aurora_packed = (
+        holder: Any = weight
+        kept = holder.aurora_packed = (
             state,
             torch.ops.mkldnn._reorder_linear_weight(weight.data, ROWS),
         )

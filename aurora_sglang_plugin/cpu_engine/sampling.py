@@ -17,7 +17,9 @@ import logging
 import torch
 from aurora_kernels.topk_logprobs import topk
 from torch import Tensor
-from torch.nn.functional import threshold_
+
+# torch's stub of the module leaves it out
+from torch.nn.functional import threshold_  # type: ignore[attr-defined]
 
 from aurora_sglang_plugin.serve.snapshot import parents
 

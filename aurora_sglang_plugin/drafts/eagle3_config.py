@@ -82,7 +82,7 @@ class DraftConfig:
         """config.json as SGLang reads it; rope is written in the old and the new spelling of
         transformers."""
         rope = self.rope_scaling or {"rope_type": "default"}
-        raw = {
+        raw: dict[str, Any] = {
             "architectures": [ARCHITECTURE],
             "model_type": "llama",
             "hidden_size": self.hidden_size,

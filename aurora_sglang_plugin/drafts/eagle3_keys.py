@@ -63,6 +63,7 @@ INTEGER, SMALL = (
     "an integer or null",
     "a number above 0 written with a point or exponent, like 1e-06",
 )
+DTYPES = ("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16")
 KINDS: dict[str, Callable[[Any], bool]] = {
     COUNT: lambda v: type(v) is int and v > 0,
     COUNT_OR_NULL: lambda v: v is None or (type(v) is int and v > 0),
@@ -78,7 +79,6 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "an object": lambda v: isinstance(v, dict),
     "the name of a dtype": lambda v: v is None or (isinstance(v, str) and v in DTYPES),
 }
-DTYPES = ("float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16")
 # What a key must hold where it is there. The last lines are of keys that SGLang does not read and
 # transformers checks.
 TYPES = {

@@ -36,7 +36,7 @@ def served_shapes(
     `parameters`: its own, by name; `mapped`: draft ids of a reduced vocabulary. Raises ValueError
     if the draft shares its head with the target, or is quantized: such weights cannot be swapped.
     """
-    config = model.config
+    config: Any = model.config
     if getattr(model, "load_lm_head_from_target", False) or getattr(
         config, "tie_word_embeddings", False
     ):

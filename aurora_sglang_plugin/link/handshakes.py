@@ -25,7 +25,7 @@ import zmq
 HANDSHAKE_S = 5.0
 EVENTS_PER_TURN = 1000
 PAUSE_S = 1.0
-REFUSALS = {
+REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "protocol",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "unfinished",

@@ -217,7 +217,7 @@ class Publisher:
         # the last ledger
         try:
             while not self._send_heartbeat() and (left_s := self._close_at - time.monotonic()) > 0:
-                self._socket.poll(min(WRITABLE_POLL_MS, left_s * 1000), zmq.POLLOUT)
+                self._socket.poll(int(min(WRITABLE_POLL_MS, left_s * 1000)), zmq.POLLOUT)
         except Exception as error:
             self._log_once("publish", error)
         self._disconnect(max(0, int((self._close_at - time.monotonic()) * 1000)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -179,7 +179,7 @@ def _small(array: np.ndarray, dtype: str) -> np.ndarray:
     """bool [T]: rows of which all values are finite and at most MAX_FEATURE."""
     if dtype == "bfloat16":
         limit = np.array(MAX_FEATURE, np.float32).view(np.uint32) >> 16
-        return ((array & 0x7FFF) <= np.uint16(limit)).all(1)
+        return cast(np.ndarray, ((array & 0x7FFF) <= np.uint16(limit)).all(1))
     if dtype == "float16":
         return np.isfinite(array).all(1)
     return (np.abs(array) <= MAX_FEATURE).all(1)

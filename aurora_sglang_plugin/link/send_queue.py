@@ -192,7 +192,7 @@ class SendQueue:
         `target` is a heartbeat's: an item says itself which target it was captured of.
         """
         if item is None:
-            fields = {"draft_version": self._draft_version, "extend_version": 0}
+            fields: dict[str, Any] = {"draft_version": self._draft_version, "extend_version": 0}
         else:
             fields = item.fields
         with self._lock:

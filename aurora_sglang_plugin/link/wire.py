@@ -26,6 +26,7 @@ This module imports neither torch nor sglang, so that both sides can read it che
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -48,7 +49,7 @@ MAX_FEATURES = 1 << 20
 
 # dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its
 # bits.
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -65,7 +66,7 @@ EndReason = Literal["stop", "length", "abort", "retract"]
 # kind -> frame name -> (allowed dtypes, shape). A letter that repeats must be the same number in a
 # whole message.
 _FLOAT = ("float32", "float16", "bfloat16")
-FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str | int, ...]]]] = {
+FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "prefill": {
         # absolute position of the chunk's first token
         "positions": (("int32",), ("B",)),
@@ -197,14 +198,14 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
     `arrays` maps frame name to (wire dtype, C-contiguous array); frames are not copied.
     """
     header.frames = [Frame(name, dtype, array.shape) for name, (dtype, array) in arrays.items()]
-    views = []
+    views: list[bytes | memoryview] = []
     for name, (dtype, array) in arrays.items():
         assert array.dtype == DTYPES[dtype] and array.flags.c_contiguous, (name, dtype, array.dtype)
-        views.append(memoryview(array).cast("B") if array.size else b"")
+        views.append(array.data.cast("B") if array.size else b"")
     return [_encoder.encode(header), *views]
 
 
-def decode(parts: list[bytes | memoryview], *, max_bytes: int) -> Message:
+def decode(parts: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
     """Check and view a received message; nothing is allocated before it is checked, nothing is
     copied.
 
@@ -267,7 +268,7 @@ def missing(header: Header) -> list[bytes | memoryview]:
     return encode(msgspec.structs.replace(header, kind="prefill", **rest), arrays)
 
 
-def _decode(header: Header, parts: list[bytes | memoryview], max_bytes: int) -> Message:
+def _decode(header: Header, parts: Sequence[bytes | memoryview], max_bytes: int) -> Message:
     if sum(map(len, parts)) > max_bytes:
         raise WireError("size", f"{sum(map(len, parts))} bytes, at most {max_bytes}")
     spec = FRAMES[header.kind]
@@ -278,9 +279,9 @@ def _decode(header: Header, parts: list[bytes | memoryview], max_bytes: int) -> 
     sizes = {"B": len(header.requests)}
     arrays = {}
     for frame, part in zip(header.frames, parts[1:]):
-        dtypes, shape = spec[frame.name]
-        if frame.dtype not in dtypes:
-            raise WireError("dtype", f"{frame.name} is {frame.dtype}, expected one of {dtypes}")
+        allowed, shape = spec[frame.name]
+        if frame.dtype not in allowed:
+            raise WireError("dtype", f"{frame.name} is {frame.dtype}, expected one of {allowed}")
         if len(frame.shape) != len(shape) or any(
             not 0 <= n < 1 << 31 or sizes.setdefault(letter, n) != n
             for letter, n in zip(shape, frame.shape)

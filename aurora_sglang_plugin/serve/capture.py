@@ -19,7 +19,7 @@ import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 
 from aurora_sglang_plugin.config import CaptureConfig
-from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION
+from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.acceptance import Acceptance
 from aurora_sglang_plugin.serve.excluded import why_excluded
@@ -61,6 +61,7 @@ class Capture:
         self.topk = topk
         # --speculative-use-rejection-sampling
         self.rejection = rejection
+        self.transfer: PinnedBuffers | HostTensors
         if device.type == "cuda":
             self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
@@ -234,7 +235,7 @@ class Capture:
 
     def _offer(
         self,
-        kind: str,
+        kind: Kind,
         snapshot_type: type,
         tensors: dict,
         host: dict,
@@ -272,7 +273,8 @@ def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
     """The chunks in order, as many at a time as have `max_rows` features together: what fits a
     buffer and a message.
     """
-    group, rows = [], 0
+    group: list[tuple] = []
+    rows = 0
     for chunk in chunks:
         if group and rows + chunk[2] > max_rows:
             yield group
@@ -316,7 +318,7 @@ def _domains(reqs: list[Any]) -> list[str]:
     return labels if any(labels) else []
 
 
-def _reason(req: Any) -> str:
+def _reason(req: Any) -> EndReason:
     if not req.finished():
         return "retract"
     kind = req.finished_reason.to_json()["type"]

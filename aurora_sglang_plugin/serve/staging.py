@@ -7,6 +7,7 @@ This module imports torch but no sglang.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def make_staging_copy(model: nn.Module) -> nn.Module:
     staging copy: it writes to the parameter that it is given, and reads from the layer only its
     shard.
     """
-    memo: dict[int, object] = {}
+    memo: dict[int, Any] = {}
 
     def parameter(live: nn.Parameter | None) -> nn.Parameter | None:
         if live is not None and id(live) not in memo:
@@ -71,4 +72,5 @@ def expected_weights(model: nn.Module, hot_token_id: torch.Tensor | None, target
     """
     mapped = None if hot_token_id is None else len(hot_token_id)
     shapes = served_shapes(model, trainable(model), mapped)
-    return Expected(target, shapes, model.config.vocab_size, fixed_config(model.config))
+    config: Any = model.config
+    return Expected(target, shapes, config.vocab_size, fixed_config(config))

@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,16 +78,16 @@ class Reloader:
         # the watcher's thread must be able to write to what is made here
         with torch.inference_mode(False):
             self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
-            self._staging = make_staging_copy(model)
+            self._staging: Any = make_staging_copy(model)
         staging_parameters = dict(trainable(self._staging))
         self._pairs = [(live, staging_parameters[name]) for name, live in trainable(model)]
         # Made now: memory that is missing must be missed before anything is served.
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
             self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
-        # Which versions the two copies hold whole, for `restore`; None while the staging copy is
-        # filled.
-        self._in_previous, self._in_staging = 0, None
+        # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
+        self._in_previous = 0
+        self._in_staging: int | None = None
         # swaps that raised
         self._failed = 0
         self._target = target
@@ -110,11 +111,9 @@ class Reloader:
     def step(self) -> int | None:
         """Once per verify step of every rank, before draft-extend: swap if a version is ready.
 
-        Returns it, or None.
-
-        Starts the watcher at the first call: staging allocates, which the capture of CUDA graphs
-        forbids. With several tensor-parallel ranks the swap happens at the same step on all of them
-        (`rank_agreement.py`).
+        Returns it, or None. Starts the watcher at the first call: staging allocates, which the
+        capture of CUDA graphs forbids. With several tensor-parallel ranks the swap happens at the
+        same step on all of them (`rank_agreement.py`).
         """
         try:
             return self._step()
@@ -170,10 +169,8 @@ class Reloader:
     def apply_pending(self) -> int | None:
         """On the scheduler thread, between verify and draft-extend: swap in what is staged.
 
-        Returns the new version.
-
-        Never waits: where nothing is staged it costs one comparison. On CUDA the copies are queued
-        on the current stream, after the staging stream's.
+        Returns the new version. Never waits: where nothing is staged it costs one comparison. On
+        CUDA the copies are queued on the current stream, after the staging stream's.
         """
         return self._apply(READY) if self._state == READY else None
 
@@ -244,8 +241,7 @@ class Reloader:
         """On the scheduler thread, after something else may have written the draft: put back what
         drafts.
 
-        If no copy of it is left (a newer version is being staged, or failed), CURRENT is read
-        again.
+        If no copy of it is left (a newer one is being staged, or failed), CURRENT is read again.
         """
         if self._in_previous == self.version:
             return self._put_back(self._previous, self._previous_hot)

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 Step = Callable[[str], None]
@@ -25,7 +25,7 @@ def no_fault(name: str) -> None:
 
 
 def write_directory(
-    parent: Path, name: str, files: dict[str, Content], step: Step = no_fault
+    parent: Path, name: str, files: Mapping[str, Content], step: Step = no_fault
 ) -> Path:
     """Write parent/name/{files}: under a temporary name first, every file and directory synced,
     then renamed.

@@ -48,7 +48,7 @@ def safetensors_buffers(tensors: Mapping[str, torch.Tensor]) -> list[memoryview]
 
 def buffer(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def sha256(buffers: Iterable[memoryview]) -> str:

@@ -24,6 +24,7 @@ from pydantic import Field
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.weights import manifest as contract
 from aurora_sglang_plugin.weights.atomic_files import (
+    Content,
     Step,
     no_fault,
     remove_directory,
@@ -129,7 +130,7 @@ class WeightsWriter:
             },
             gate=gate or {},
         )
-        data = {
+        data: dict[str, Content] = {
             "config.json": config_bytes,
             "model.safetensors": weights,
             "manifest.json": msgspec.json.format(msgspec.json.encode(record)),

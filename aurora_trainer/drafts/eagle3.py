@@ -13,8 +13,9 @@ passed to the next level.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -54,11 +55,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: DraftConfig, size: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
         self.q_proj = nn.Linear(size, self.heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(size, self.kv_heads * self.head_dim, bias=False)
@@ -117,6 +115,14 @@ class Draft(nn.Module):
     `embed` is the target's [V, H]: read, never trained, never saved.
     """
 
+    embed: Tensor
+    d2t: Tensor
+    draft_ids: Tensor
+    inv_freq: Tensor
+    # ModuleLists, which cannot say of what
+    fc_norm: Sequence[RMSNorm]
+    layers: Sequence[Layer]
+
     def __init__(self, config: DraftConfig, embed: Tensor, d2t: Tensor | None = None):
         super().__init__()
         if embed.shape != (config.vocab_size, config.hidden_size):
@@ -143,11 +149,11 @@ class Draft(nn.Module):
         if config.norm_before_fc:
             self.input_norm = RMSNorm(config.feature_size, config.rms_norm_eps)
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(
-                RMSNorm(width, config.rms_norm_eps) for _ in range(config.num_aux)
-            )
+            norms = [RMSNorm(width, config.rms_norm_eps) for _ in range(config.num_aux)]
+            self.fc_norm = cast(Sequence[RMSNorm], nn.ModuleList(norms))
         self.fc = nn.Linear(config.feature_size, config.hidden_size, bias=config.bias)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = cast(Sequence[Layer], nn.ModuleList(layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
 
@@ -177,7 +183,8 @@ class Draft(nn.Module):
         values of all positions. Positions that are context only need no state, hence `rows`.
         """
         embeds, rope = self._embeds(tokens), self._rope(positions)
-        state, kv = self._project(features.to(self.fc.weight.dtype)), []
+        state = self._project(features.to(self.fc.weight.dtype))
+        kv: KV = []
         index = torch.arange(len(tokens), device=tokens.device)
         for n, layer in enumerate(self.layers):
             x = layer.attention_input(embeds, state)
@@ -207,12 +214,13 @@ class Draft(nn.Module):
         """
         embeds, rope = self._embeds(tokens), self._rope(positions)
         state = self.norm(parent_state) if self.config.norm_output else parent_state
-        extended = []
+        extended: KV = []
         for n, layer in enumerate(self.layers):
             x = layer.attention_input(embeds, state)
             kv = layer.self_attn.key_value(x, rope)
             if node_kv is not None:
-                kv = tuple(torch.cat([old, new]) for old, new in zip(node_kv[n], kv, strict=True))
+                k, v = (torch.cat([old, new]) for old, new in zip(node_kv[n], kv, strict=True))
+                kv = k, v
             extended.append(kv)
             o = self._attend(
                 layer, x, rope, context_kv[n], kv, context_start, context_end, ancestors
@@ -269,10 +277,8 @@ class Draft(nn.Module):
         """
         own = dict(self.named_parameters())
         unread = {n for n, p in own.items() if not p.requires_grad}
-        missing, unknown = (
-            sorted(own.keys() - unread - tensors.keys()),
-            sorted(tensors.keys() - own.keys()),
-        )
+        missing = sorted(own.keys() - unread - tensors.keys())
+        unknown = sorted(tensors.keys() - own.keys())
         if missing or unknown:
             raise ValueError(f"{whose}: tensors missing {missing}, not known {unknown}")
         for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, PositiveInt
@@ -127,7 +127,7 @@ class Batch:
         tensors = [getattr(self, name) for name in own]
         tensors += [getattr(level, f.name) for level in self.levels for f in fields(level)]
         moved = iter(_upload(tensors, device))
-        batch = {name: next(moved) for name in own}
+        batch: dict[str, Any] = {name: next(moved) for name in own}
         levels = [Level(**{f.name: next(moved) for f in fields(Level)}) for _ in self.levels]
         return Batch(levels=levels, packed=self.on_cpu, **batch)
 
@@ -136,7 +136,8 @@ def group(samples: Iterable[Sample], config: BatchConfig) -> Iterator[list[Sampl
     """Consecutive samples of at most max_positions positions together; a longer sample comes
     alone.
     """
-    held, positions = [], 0
+    held: list[Sample] = []
+    positions = 0
     for sample in samples:
         if held and positions + len(sample.features) > config.max_positions:
             yield held
@@ -173,7 +174,7 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
             own_node = torch.arange(before, before + len(level))[:, None]
             level.ancestors = torch.cat([levels[-1].ancestors[level.parent], own_node], 1)
         levels.append(level)
-    targets = _keep_used_targets(samples, levels)
+    targets: dict[str, Any] = _keep_used_targets(samples, levels)
     for level in levels:
         level.rows = (level.target >= 0).nonzero()[:, 0]
     return Batch(

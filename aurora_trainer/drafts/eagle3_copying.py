@@ -110,9 +110,9 @@ def copy_from_context(draft: Draft, target: Target, lowest: int, rows: Tensor, s
             k[turned, :h] = look
             v[:d, :h] = torch.randn(d, h, generator=random) / (h**0.5 * x.square().mean().sqrt())
             first = (head_of - copies) * d
-            part = own[first : first + d]
-            attention.o_proj.weight[:, query : query + len(part)] = (
-                OWN * part.T * (h / len(own)) ** 0.5
+            own_rows = own[first : first + d]
+            attention.o_proj.weight[:, query : query + len(own_rows)] = (
+                OWN * own_rows.T * (h / len(own)) ** 0.5
             )
 
 

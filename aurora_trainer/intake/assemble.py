@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -286,7 +286,7 @@ class Assembler:
     ) -> Segment:
         past = self._remember(key)
         past.prompt_len, past.ended_at = prompt_len, -1
-        about = {"dtype": dtype, "domain": past.domain}
+        about: dict[str, Any] = {"dtype": dtype, "domain": past.domain}
         segment = Segment(
             key[1], key[0], past.attempts, start, prompt_len, token, gap_count, **about
         )

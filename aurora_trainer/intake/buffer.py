@@ -251,7 +251,9 @@ class Buffer:
             return next(iter(waiting.values()))
         at = {share: iter(numbers) for share, numbers in waiting.items()}
         following = {share: next(numbers) for share, numbers in at.items()}
-        of_domain, of_share, order = Counter(), Counter(), []
+        of_domain: Counter[str] = Counter()
+        of_share: Counter[Share] = Counter()
+        order: list[int] = []
         while following:
             share = min(following, key=lambda s: (of_domain[s[0]], of_share[s], -following[s]))
             number = following[share]

@@ -260,7 +260,7 @@ def _forest(
     )
     logsumexp = np.concatenate([tree.logsumexp for tree in trees])[used.ravel()]
 
-    def per_tree(values: list) -> np.ndarray:
+    def per_tree(values: list | np.ndarray) -> np.ndarray:
         return np.repeat(values, used.sum(1))
 
     return {

@@ -144,8 +144,8 @@ def evaluate(
             said = time.monotonic()
             log.info("evaluating requests=%d", len(requests))
     take(assembler.idle(float("inf")), flush=True)
-    for key, request in requests.items():
-        request.domain = domains.get(key, NO_DOMAIN)
+    for key, found in requests.items():
+        found.domain = domains.get(key, NO_DOMAIN)
     result.requests = list(requests.values())[: max_requests or None]
     result.damaged_records = damage.count
     if not result.requests:

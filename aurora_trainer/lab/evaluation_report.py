@@ -185,9 +185,9 @@ def _domain(requests: list[Request], evaluation: Evaluation, seed: int) -> dict[
         chains[:, :, TOKENS].reshape(len(requests), -1),
         live[:, 1:],
     ]
-    over, under = np.concatenate(over, 1), np.concatenate(under, 1)
-    resampled = _resample(over, under, seed)  # [RESAMPLES, columns]
-    means = _ratio(over.sum(0), under.sum(0))
+    above, below = np.concatenate(over, 1), np.concatenate(under, 1)
+    resampled = _resample(above, below, seed)  # [RESAMPLES, columns]
+    means = _ratio(above.sum(0), below.sum(0))
     count, depth = len(evaluation.drafts), evaluation.depth
 
     def interval(column: int) -> dict[str, float | None]:

@@ -102,19 +102,19 @@ class Optimizer:
         for p in self.parameters.values():
             p.grad = None
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
-        norm = torch.stack(norms).norm() if norms else torch.zeros(())
-        loss, norm = torch.stack([torch.as_tensor(loss).detach().to(norm), norm]).tolist()
+        whole = torch.stack(norms).norm() if norms else torch.zeros(())
+        value, norm = torch.stack([torch.as_tensor(loss).detach().to(whole), whole]).tolist()
         lr = learning_rate(self.config, self.updates)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not (math.isfinite(value) and math.isfinite(norm)):
             self.skipped += 1
-            return Update(False, norm, lr, loss)
+            return Update(False, norm, lr, value)
         clip = min(1.0, self.config.clip_norm / (norm + 1e-6))
         self.updates += 1
         with torch.no_grad():
             # one float32 gradient at a time
             for name in list(gradients):
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
-        return Update(True, norm, lr, loss)
+        return Update(True, norm, lr, value)
 
     def _orthogonal(self, name: str) -> bool:
         matrix = self.masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))

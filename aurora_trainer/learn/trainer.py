@@ -253,7 +253,7 @@ class Training:
 
     def _offer(self, tensors: dict[str, torch.Tensor], decision: Decision, role: str) -> Offer:
         config = self.draft.config.to_json(str(self.served.dtype).removeprefix("torch."))
-        about = dict(
+        about: dict[str, Any] = dict(
             target=self.target,
             parent=self.parent,
             optimizer_step=self.updates,

@@ -87,7 +87,9 @@ def push(
     Waits for a trainer that is not there yet, until `stopping`. With keys it is the server of
     link.server_keys. Raises ValueError for a bad endpoint, recording or key.
     """
-    damage, counts, sessions = CorruptionLog(), Counter(), {}
+    damage = CorruptionLog()
+    counts: Counter[str] = Counter()
+    sessions: dict[str, str] = {}
     messages = on_one_clock(read_messages(path, damage))
     if original_pace:
         messages = paced(messages, stopping)
@@ -99,7 +101,7 @@ def push(
             parts = wire.encode(
                 header, {f.name: (f.dtype, message.arrays[f.name]) for f in header.frames}
             )
-            while not socket.poll(SLEEP_S * 1000, zmq.POLLOUT):
+            while not socket.poll(int(SLEEP_S * 1000), zmq.POLLOUT):
                 if stopping():
                     break
             else:

@@ -41,7 +41,8 @@ def describe_recording(path: Path) -> dict[str, Any]:
 
     Damage is in `damaged`, by position, and the rest is described.
     """
-    damage, servers = CorruptionLog(), {}
+    damage = CorruptionLog()
+    servers: dict[str, _Server] = {}
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     ends: Counter[str] = Counter()

@@ -95,7 +95,7 @@ def prefill_bytes(draft: DraftConfig, tokens: int, size: int) -> float:
     )
 
 
-def header_bytes(kind: str, load: Load, kept: int) -> int:
+def header_bytes(kind: wire.Kind, load: Load, kept: int) -> int:
     """Part 0 of a message, encoded with empty arrays under the names and ids of a real one."""
     b = load.running
     shapes = {"B": 0, "N": load.nodes, "P": load.num_steps + 1, "K": kept, "T": 0, "F": 0, "C": 0}

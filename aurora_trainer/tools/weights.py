@@ -8,7 +8,7 @@ As there, nothing heavy is imported before a command runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ TargetName = Annotated[
 ]
 Dtype = Annotated[str, typer.Option(help="same (bits as they are), float32, bfloat16 or float16.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+# typer's mark of an option that must be given
+REQUIRED: Any = ...
 DraftVocab = Annotated[
     int | None, typer.Option(min=1, help="Keep so many target tokens, the most frequent.")
 ]
@@ -79,7 +81,7 @@ def import_draft(
     out: Annotated[
         Path | None, typer.Argument(help="Directory to write it to; without one, only check it.")
     ] = None,
-    target: TargetName = ...,
+    target: TargetName = REQUIRED,
     dtype: Dtype = "same",
     force: Force = False,
 ) -> None:
