@@ -22,7 +22,7 @@ def vocabulary_problem(d2t: np.ndarray, target_vocab: int) -> str | None:
     hint = " It seems to hold the target ids themselves; expected target id minus draft id."
     return (
         f"d2t maps draft ids outside 0..{target_vocab - 1} or two of them to one target id."
-        + hint * absolute
+        + hint * bool(absolute)
     )
 
 
