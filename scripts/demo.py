@@ -2,9 +2,10 @@
 
     python scripts/demo.py [--init random] [--minutes 10]
 
-Makes the target if there is none, an untrained draft, starts the trainer and the server, sends code
-prompts, then prose prompts, and shows how the accept length climbs, dips and climbs again. A second
-pass serves the same requests with the frozen initial draft and the trainer off, a third one without
+The target is a small language model that lies beside this file. Makes an untrained draft, starts
+the trainer and the server, sends code prompts, then prose prompts, and shows how the accept length
+climbs, dips and climbs again. A second pass serves the same requests with the frozen initial draft
+and the trainer off, a third one new requests with the last version, a fourth one without
 speculation. Ends with a summary and a picture. Ctrl-C leaves no process behind.
 """
 
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import children
 
+# The target, as make_target.py made it, in bfloat16.
+MADE = Path(__file__).resolve().parent / "target"
 NUM_STEPS = 4
 PROMPT_TOKENS, TOKENS = 48, 128
 # the third pass serves 1 in so many requests of the second
@@ -46,11 +49,12 @@ def main(options: argparse.Namespace, home: Path) -> None:
     from passes import Site, write_config
     from summary import report
 
-    target = options.home.resolve() / ("target-quick" if options.quick else "target")
-    recipe = make_target.QUICK if options.quick else make_target.Recipe()
-    if not make_target.is_ready(recipe, target):
-        make_target.make(recipe, target)
-    # what was learned before; the target stays
+    target = MADE
+    if options.quick:
+        target = options.home.resolve() / "target-quick"
+        if not make_target.is_ready(make_target.QUICK, target):
+            make_target.make(make_target.QUICK, target)
+    # what was learned before
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     draft = home / "draft"

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -342,7 +343,7 @@ class Reloader:
         )
 
 
-def _as_torch(dtype: str, array) -> torch.Tensor:
-    if dtype == "BF16":
-        return torch.from_numpy(array.copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def _as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:
+    """A view: the file was read into memory of its own."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor

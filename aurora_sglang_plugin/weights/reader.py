@@ -118,16 +118,16 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
     data = {}
     for name, file in manifest.files.items():
         try:
-            data[name] = (Path(version_dir) / name).read_bytes()
+            data[name] = _read(Path(version_dir) / name)
         except FileNotFoundError as error:
             raise ManifestError("missing", str(error)) from None
-        if hashlib.sha256(data[name]).hexdigest() != file.sha256:
+        if hashlib.sha256(data[name].data).hexdigest() != file.sha256:
             raise ManifestError(
                 "hash", f"{version_dir}/{name} is not the file that the manifest describes"
             )
     tensors = {}
     for name, (dtype, array) in _parse_safetensors(data["model.safetensors"], manifest).items():
-        if hashlib.sha256(array.tobytes()).hexdigest() != manifest.tensors[name].sha256:
+        if hashlib.sha256(array.data).hexdigest() != manifest.tensors[name].sha256:
             raise ManifestError("hash", f"tensor {name} is not what the manifest describes")
         if not _finite(dtype, array):
             raise ManifestError("values", f"tensor {name} is not finite")
@@ -136,7 +136,7 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
         problem = vocabulary_problem(tensors["d2t"][1], expected.target_vocab)
         if problem:
             raise ManifestError("d2t", problem)
-    config = _check_config(data["config.json"], expected.config)
+    config = _check_config(data["config.json"].tobytes(), expected.config)
     return Weights(manifest, config, tensors, noticed_at)
 
 
@@ -249,15 +249,24 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
-def _parse_safetensors(data: bytes, manifest: Manifest) -> dict[str, tuple[str, np.ndarray]]:
+def _read(path: Path) -> np.ndarray:
+    """uint8, the file. Reading and hashing it leaves the interpreter's lock to others."""
+    with open(path, "rb") as file:
+        data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+        read = file.readinto(data.data)
+        # a file that shrank meanwhile: its hash will differ
+        return data[:read]
+
+
+def _parse_safetensors(data: np.ndarray, manifest: Manifest) -> dict[str, tuple[str, np.ndarray]]:
     """Views of the tensors of a safetensors file, which must hold exactly what the manifest
     lists.
     """
-    header_bytes = int.from_bytes(data[:8], "little")
+    header_bytes = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
         raise ManifestError("header", f"a header of {header_bytes} bytes in a file of {len(data)}")
     try:
-        header = json.loads(data[8 : 8 + header_bytes])
+        header = json.loads(data[8 : 8 + header_bytes].tobytes())
         header.pop("__metadata__", None)
         described = {
             n: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for n, e in header.items()
@@ -268,7 +277,7 @@ def _parse_safetensors(data: bytes, manifest: Manifest) -> dict[str, tuple[str, 
         n: (t.dtype, t.shape) for n, t in manifest.tensors.items()
     }:
         raise ManifestError("header", "names, dtypes or shapes in the file are not the manifest's")
-    body = memoryview(data)[8 + header_bytes :]
+    body = data[8 + header_bytes :]
     views = {}
     for name, (dtype, shape, begin, end) in described.items():
         numpy = np.dtype(NUMPY.get(dtype, "V1"))
@@ -281,7 +290,7 @@ def _parse_safetensors(data: bytes, manifest: Manifest) -> dict[str, tuple[str, 
             raise ManifestError(
                 "header", f"{name}: {dtype} {shape} does not fit bytes {begin} to {end}"
             )
-        views[name] = (dtype, np.frombuffer(body[begin:end], numpy).reshape(shape))
+        views[name] = (dtype, np.frombuffer(body[begin:end].data, numpy).reshape(shape))
     return views
 
 

@@ -134,7 +134,10 @@ def test_names_of_other_trainers_load(tmp_path):
         (lambda t: t.update({"surprise.weight": torch.zeros(1)}), "not known.*surprise"),
         (lambda t: t.update({"fc.weight": torch.zeros(2, 2)}), r"fc.weight is \(2, 2\)"),
         (lambda t: t.update({"norm.weight": torch.full((16,), math.nan)}), "not finite"),
-        (lambda t: t.update({"d2t": torch.zeros(20, dtype=torch.int64) + 40}), "d2t maps draft ids"),
+        (
+            lambda t: t.update({"d2t": torch.zeros(20, dtype=torch.int64) + 40}),
+            "d2t maps draft ids",
+        ),
         (lambda t: t.pop("d2t"), "needs d2t"),
     ],
 )
