@@ -4,7 +4,7 @@ from bench_gil import measure
 
 
 def test_no_other_thread_waits_while_a_version_is_read_checked_and_staged():
-    found = measure(96)
+    found = measure(128)
     noise_ms = found["longest_gap_of_another_process_ms"]
-    # one copy that holds the lock would take 100 ms or more
-    assert found["longest_gap_ms"] < 20 + 2 * noise_ms, found
+    # one copy that holds the lock would take 150 ms or more
+    assert found["longest_gap_ms"] < 60 + 2 * noise_ms, found
