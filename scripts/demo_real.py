@@ -36,6 +36,7 @@ max_positions = 1024
 max_uses = 16
 [trainer.optimizer]
 lr = 5e-4
+average = 0.98
 [trainer.gate]
 requests = 16
 [trainer.publish]

@@ -45,6 +45,8 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     # of the whole gradient
     clip_norm: Positive = 1.0
+    # what is published is a running mean of about 1 / (1 - average) updates; 0: the weights
+    average: Fraction = 0.0
     warmup_updates: Annotated[int, Field(ge=0)] = 10
     schedule: Literal["constant", "cosine"] = "constant"
     # to the end of the cosine

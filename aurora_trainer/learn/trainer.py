@@ -37,6 +37,7 @@ from aurora_trainer.learn.gate import Decision, Gate
 from aurora_trainer.learn.objective import losses, score
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
+from aurora_trainer.learn.running_mean import RunningMean
 from aurora_trainer.learn.score import chains, measure, walked
 from aurora_trainer.learn.served import Served
 from aurora_trainer.learn.step_record import Step
@@ -88,7 +89,7 @@ class Training:
         self.steps = 0
         # trained on, repetitions included
         self.positions = 0
-        # when the newest step that the draft was trained on was captured
+        # capture of the newest step that the draft was trained on
         self.trained_until_ns = 0
         # by what became of them before the buffer
         self.samples: Counter[str] = Counter()
@@ -106,7 +107,7 @@ class Training:
         self._offered_at = 0
         # a version was rolled back, and training did not follow yet
         self._behind_served = False
-        # memory of the last checkpoint's tensors
+        # the last checkpoint's tensors
         self.snapshot: dict[str, torch.Tensor] = {}
         self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
@@ -172,6 +173,7 @@ class Training:
             before = self._walk_batch(batch, samples, unseen, result)
         update = self.optimizer.step(result.loss_sum)
         if update.applied:
+            self.mean.update(self.optimizer.masters, self.optimizer.updates)
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         else:
             self._failed()
@@ -207,7 +209,8 @@ class Training:
         """What to publish, if the draft was trained and the gate lets it pass: copies."""
         if self.updates == self._offered_at:
             return None
-        tensors = self.draft.checkpoint(self.served.dtype, self.optimizer.masters)
+        weights = self.mean.weights or self.optimizer.masters
+        tensors = self.draft.checkpoint(self.served.dtype, weights)
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
         if decision.reason == "initial":
@@ -308,7 +311,9 @@ class Training:
         model = self.config.trainer.model
         masters = {n: p.detach() for n, p in draft.named_parameters()}
         self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
-        self.optimizer = Optimizer(self.draft, self.config.trainer.optimizer, masters)
+        config = self.config.trainer.optimizer
+        self.optimizer = Optimizer(self.draft, config, masters)
+        self.mean = RunningMean(config.average, self.optimizer.masters)
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
@@ -324,7 +329,9 @@ class Training:
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
         """float64 [len(samples), 2]: steps and tokens of each sample's walk with a role's draft."""
         trainer, served = self.config.trainer, self.served
-        draft = {"candidate": self.draft, "served": served.draft, "initial": served.initial}[role]
+        draft = served.draft if role == "served" else served.initial
+        if role == "candidate":
+            draft = self.mean.draft(self.draft)
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
     tensors = {f"draft/{n}": p.detach() for n, p in training.draft.named_parameters()}
     optimizer_tensors, optimizer_state = training.optimizer.state_dict()
     tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
+    tensors |= {f"average/{n}": t for n, t in training.mean.weights.items()}
     tensors["random/torch"] = torch.get_rng_state()
     state = {
         "target": training.target,
@@ -78,6 +79,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
         {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
         state["optimizer"],
     )
+    mean = {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
+    training.mean.load(mean or training.optimizer.masters)
     torch.set_rng_state(tensors["random/torch"])
     training.parent, training.positions = state["parent"], state["positions"]
     training.earlier_updates = state["earlier_updates"]

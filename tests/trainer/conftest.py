@@ -4,8 +4,10 @@ and a random draft.
 
 import pytest
 from models import make_random_target
-from traffic import HIDDEN, VOCAB
+from traffic import HIDDEN, VOCAB, messages
 
+from aurora_sglang_plugin.link.wire import decode
+from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.drafts.eagle3_init import init_draft
 
 
@@ -19,3 +21,10 @@ def models(tmp_path_factory):
         "random",
     )
     return directory
+
+
+@pytest.fixture(scope="module")
+def stream(models):
+    target = target_fingerprint(models / "target")
+    parts = messages(target=target, vocab=VOCAB, features=3 * HIDDEN, requests=60)
+    return [decode(p, max_bytes=1 << 20) for p in parts]

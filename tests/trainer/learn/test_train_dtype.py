@@ -5,48 +5,11 @@ rounds.
 import pytest
 import torch
 from safetensors.torch import load_file
-from traffic import HIDDEN, VOCAB, messages
+from small_training import open_training, train
 
-from aurora_sglang_plugin.link.wire import decode
-from aurora_sglang_plugin.weights.manifest import target_fingerprint, version_name
+from aurora_sglang_plugin.weights.manifest import version_name
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
-from aurora_trainer.config import ModelConfig, load_trainer_config
-from aurora_trainer.learn.trainer import Training
-
-
-@pytest.fixture(scope="module")
-def stream(models):
-    target = target_fingerprint(models / "target")
-    parts = messages(target=target, vocab=VOCAB, features=3 * HIDDEN, requests=60)
-    return [decode(p, max_bytes=1 << 20) for p in parts]
-
-
-def open_training(models, site, dtype: str) -> Training:
-    settings = {
-        "weights.directory": site / "weights",
-        "trainer.model.target": models / "target",
-        "trainer.model.draft": models / "draft",
-        "trainer.model.dtype": dtype,
-        "trainer.pace.new_positions_per_step": 20,
-        "trainer.batch.max_positions": 256,
-        "trainer.optimizer.lr": 4e-3,
-        "trainer.assemble.eos_token_ids": [VOCAB - 1],
-        "trainer.gate.enabled": False,
-    }
-    return Training(load_trainer_config(None, [f"{k}={v}" for k, v in settings.items()]))
-
-
-def train(training: Training, stream, steps: int, replayed: int = 0) -> list[float]:
-    """Train until `steps` steps were taken, the first `replayed` only drawn; each step's loss."""
-    losses, step = [], training.optimizer.step
-    training.optimizer.step = lambda loss: losses.append(float(loss.detach())) or step(loss)
-    for number, message in enumerate(stream):
-        training.feed(message, number)
-        while training.due() and training.steps < steps:
-            training.step(replay=training.steps < replayed)
-    assert training.steps == steps
-    del training.optimizer.step
-    return losses
+from aurora_trainer.config import ModelConfig
 
 
 def test_bfloat16_learns_as_float32_does(models, stream, tmp_path):

@@ -1,0 +1,52 @@
+"""The running mean of the weights: what is published in their stead, where it is switched on.
+
+At a constant learning rate the weights wander around what they would settle at; their mean over the
+last updates wanders less (Polyak and Juditsky, 1992; as an exponential mean in most training of
+large models). With decay a it is over about 1 / (1 - a) updates. Memory: the draft in float32 once
+more, and in the trainer's dtype while it is scored.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from aurora_trainer.drafts.eagle3 import Draft
+
+
+class RunningMean:
+    """`weights` by name, float32; empty at decay 0."""
+
+    def __init__(self, decay: float, masters: Mapping[str, Tensor]):
+        self._decay = decay
+        self.weights = {n: m.detach().clone() for n, m in masters.items()} if decay else {}
+        self._draft: Draft | None = None
+
+    @torch.no_grad()
+    def update(self, masters: Mapping[str, Tensor], updates: int) -> None:
+        """After `updates` updates in all: shorter at first, that the start may not stay in it."""
+        if self.weights:
+            keep = min(self._decay, (updates + 1) / (updates + 10))
+            torch._foreach_lerp_(list(self.weights.values()), list(masters.values()), 1 - keep)
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        for name, held in self.weights.items():
+            held.copy_(weights[name])
+
+    @torch.no_grad()
+    def draft(self, trained: Draft) -> Draft:
+        """A draft that holds the mean, to be scored; `trained` itself at decay 0."""
+        if not self.weights:
+            return trained
+        if self._draft is None:
+            # one copy of the largest matrix for all drafts
+            embed = trained.embed
+            self._draft = copy.deepcopy(trained, {id(embed): embed}).requires_grad_(False)
+        for name, weight in self._draft.named_parameters():
+            weight.copy_(self.weights[name])
+        return self._draft
