@@ -20,7 +20,6 @@ import children
 MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 MODEL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]
 NUM_STEPS = 3
-CPU_PAUSE_S = 36.0
 # a longer prompt is left out
 PROMPT_TOKENS = 512
 
@@ -90,9 +89,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
     print(
         f"live: AURORA and the trainer, {len(prompts)} chat requests (logs in {home})", flush=True
     )
-    pause_s = options.pause if options.pause is not None else 0.0 if on_gpu else CPU_PAUSE_S
     live = site.live(
-        lambda server: chat(server, prompts, **traffic, pause_s=pause_s), str(len(prompts))
+        lambda server: chat(server, prompts, **traffic, pause_s=options.pause), str(len(prompts))
     )
     every, frozen, learned, plain = options.frozen_every, None, None, None
     if not options.no_frozen:
@@ -194,9 +192,8 @@ def arguments() -> argparse.Namespace:
         "--turns", type=int, default=1, help="of a conversation: each repeats what was said before"
     )
     parser.add_argument(
-        "--pause", type=float,
-        help="seconds that a user of the live pass reads an answer before the next question; on a"
-        f" CPU {CPU_PAUSE_S:.0f}, so that the trainer has a share of it",
+        "--pause", type=float, default=0.0,
+        help="seconds that a user of the live pass reads an answer before the next question",
     )  # fmt: skip
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer")
     parser.add_argument(
