@@ -3,9 +3,7 @@ compared with the reference's in float64.
 """
 
 import torch
-from aurora_kernels.tree_attention import (
-    tree_attention,
-)
+from aurora_kernels.tree_attention import tree_attention
 from aurora_kernels.tree_attention_ref import tree_attention_ref
 
 NAMES = ("q", "context_k", "context_v", "node_k", "node_v")
