@@ -4,21 +4,21 @@ in the tree.
 Dimensions: Q queries, T positions (packed sequences), M nodes, A ancestors, Hq query heads, Hkv key
     heads, D head.
 
-On a GPU, Triton kernels (tree_attention_kernels.py) over queries that are sorted by what they see.
-The indices are built on the device and never read from it; every sum has one order, so that the
-same inputs give the same bits.
+On a GPU, Triton kernels (tree_attention_kernels.py, tree_attention_bwd_kernels.py) over queries
+that are sorted by what they see. The indices are built on the device and never read from it; every
+sum has one order, so that the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
 import torch
 from aurora_kernels.dispatch import use_kernels
-from aurora_kernels.tree_attention_kernels import (
+from aurora_kernels.tree_attention_bwd_kernels import (
     tree_attention_bwd_nodes_kernel,
     tree_attention_bwd_positions_kernel,
     tree_attention_bwd_q_kernel,
-    tree_attention_fwd_kernel,
 )
+from aurora_kernels.tree_attention_kernels import tree_attention_fwd_kernel
 from aurora_kernels.tree_attention_launch import constants, launch
 from aurora_kernels.tree_attention_ref import tree_attention_ref
 from torch import Tensor

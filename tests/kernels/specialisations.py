@@ -16,12 +16,19 @@ tables that the launcher uses, so that what is compiled here is what would run t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
-from aurora_kernels import tree_attention_kernels, tree_loss_kernels
+from aurora_kernels import tree_loss_kernels
 from aurora_kernels.dispatch import DTYPES
 from aurora_kernels.topk_logprobs import _launches
+from aurora_kernels.tree_attention_bwd_kernels import (
+    tree_attention_bwd_nodes_kernel,
+    tree_attention_bwd_positions_kernel,
+    tree_attention_bwd_q_kernel,
+)
+from aurora_kernels.tree_attention_kernels import tree_attention_fwd_kernel
 from aurora_kernels.tree_attention_launch import arguments
 from aurora_kernels.tree_loss_kernels import blocks
 from triton.runtime.jit import JITFunction
@@ -47,15 +54,11 @@ def topk_logprobs(capability: tuple[int, int]) -> Iterator[tuple]:
 
 
 def tree_attention(
-    capability: tuple[int, int],
+    kernels: Sequence[JITFunction], capability: tuple[int, int]
 ) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
-    """(name, kernel, arguments, constexprs, options) of what is launched on a device of
-    `capability`, to compile it without one: four query heads for each key head, head sizes 64, 96,
-    128, 256. 16 bits compile alike, whichever."""
-    kernels = [
-        getattr(tree_attention_kernels, f"tree_attention_{part}_kernel")
-        for part in ("fwd", "bwd_q", "bwd_positions", "bwd_nodes")
-    ]
+    """(name, kernel, arguments, constexprs, options) of what is launched of `kernels` on a device
+    of `capability`, to compile it without one: four query heads for each key head, head sizes 64,
+    96, 128, 256. 16 bits compile alike, whichever."""
     head_dims = {
         torch.bfloat16: (64, 96, 128, 256),
         torch.float16: (128,),
@@ -146,6 +149,14 @@ def tree_loss(
 
 SPECIALISATIONS = {
     "topk_logprobs": topk_logprobs,
-    "tree_attention_kernels": tree_attention,
+    "tree_attention_bwd_kernels": partial(
+        tree_attention,
+        (
+            tree_attention_bwd_q_kernel,
+            tree_attention_bwd_positions_kernel,
+            tree_attention_bwd_nodes_kernel,
+        ),
+    ),
+    "tree_attention_kernels": partial(tree_attention, (tree_attention_fwd_kernel,)),
     "tree_loss_kernels": tree_loss,
 }

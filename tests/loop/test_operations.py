@@ -3,7 +3,7 @@ version, a changed target says so and only its own versions are loaded, and the 
 
 One server with trees of one draft step and pages of 16 tokens, in the order of this file. What
 needs CUDA (memory that is really given back, updates over CUDA IPC) is tested at the seam:
-tests/plugin/serve/test_target_updates.py and test_swap.py.
+tests/plugin/serve/test_target_updates.py and test_swap_recovery.py.
 """
 
 from __future__ import annotations

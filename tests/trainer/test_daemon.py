@@ -1,24 +1,17 @@
-"""The loop: it learns, survives kills to the bit on a trace, carries on live, and never falls over
-bad input.
+"""The loop on a trace: it learns, survives kills to the bit, goes on from what is there, and leaves
+out what does not fit.
 """
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-import zmq
-from metric_pages import values
 from safetensors.torch import load_file
-from serve import free_port
 from traffic import HIDDEN, VOCAB, messages, write_trace
+from trainer_process import command, config
 
 from aurora_sglang_plugin.weights.manifest import (
     current_version,
@@ -27,9 +20,7 @@ from aurora_sglang_plugin.weights.manifest import (
     version_name,
 )
 from aurora_trainer.checkpoint import steps
-from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon, Schedule
-from aurora_trainer.recordings.recording import read_messages
 
 
 @pytest.fixture(scope="module")
@@ -43,39 +34,6 @@ def trace(models, tmp_path_factory):
         requests=40,
     )
     return path
-
-
-def overrides(models, site: Path, **more) -> list[str]:
-    settings = {
-        "link.endpoint": f"ipc://{site}/link",
-        "weights.directory": site / "weights",
-        "trainer.model.target": models / "target",
-        "trainer.model.draft": models / "draft",
-        "trainer.checkpoint.directory": site / "checkpoints",
-        "trainer.checkpoint.every_s": 0,
-        "trainer.checkpoint.every_steps": 7,
-        "trainer.metrics.status_file": site / "status.json",
-        "trainer.metrics.every_s": 0.2,
-        "trainer.publish.every_s": 0,
-        "trainer.publish.every_steps": 10,
-        "trainer.pace.new_positions_per_step": 20,
-        "trainer.pace.nice": 0,
-        "trainer.batch.max_positions": 256,
-        "trainer.optimizer.lr": 4e-3,
-        "trainer.gate.requests": 6,
-        "trainer.gate.min_requests": 3,
-        "trainer.assemble.eos_token_ids": [VOCAB - 1],
-    } | {k.replace("__", "."): v for k, v in more.items()}
-    return [f"{k}={v}" for k, v in settings.items()]
-
-
-def command(models, site: Path, name: str, *arguments: str, **more) -> list[str]:
-    sets = [a for o in overrides(models, site, **more) for a in ("--set", o)]
-    return [sys.executable, "-m", "aurora_trainer.cli", name, *sets, *arguments]
-
-
-def config(models, site: Path, **more):
-    return load_trainer_config(None, overrides(models, site, **more))
 
 
 def last_checkpoint(site: Path):
@@ -176,116 +134,6 @@ def test_another_trace_than_the_checkpoints_is_refused(models, trace, tmp_path):
         daemon.training.close()
 
 
-class Server:
-    """The sending end of a live link."""
-
-    def __init__(self, site: Path):
-        self.socket = zmq.Context.instance().socket(zmq.PUSH)
-        self.socket.linger = 0
-        self.socket.connect(f"ipc://{site}/link")
-
-    def send(self, parts_of_all) -> int:
-        count = 0
-        for parts in parts_of_all:
-            assert self.socket.poll(10_000, zmq.POLLOUT), "the trainer stopped taking messages"
-            self.socket.send_multipart(parts)
-            count += 1
-        return count
-
-
-@contextlib.contextmanager
-def live(models, site: Path, *arguments: str, **more):
-    process = subprocess.Popen(
-        command(models, site, "run", *arguments, **more), stderr=subprocess.PIPE, text=True
-    )
-    server = Server(site)
-    try:
-        yield process, server
-    finally:
-        process.kill()
-        process.wait()
-        server.socket.close()
-
-
-def status_when(site: Path, condition, timeout_s: float = 60.0) -> dict:
-    deadline, status = time.monotonic() + timeout_s, {}
-    while time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError):
-            status = json.loads((site / "status.json").read_text())
-            if condition(status):
-                return status
-        time.sleep(0.05)
-    raise AssertionError(f"not within {timeout_s} s: {status}")
-
-
-def traffic(models, requests: int, session: str):
-    target = target_fingerprint(models / "target")
-    return messages(
-        target=target, vocab=VOCAB, features=3 * HIDDEN, requests=requests, session=session
-    )
-
-
-def test_live_bad_input_kill_and_a_clean_end(models, tmp_path):
-    with live(models, tmp_path, trainer__buffer__max_uses=1000) as (process, server):
-        sent = server.send(traffic(models, 10, "first"))
-        for garbage in ([b""], [b"\xff" * 99], [b"x"] * 40, [b"y" * 1000, b"z"]):
-            server.socket.send_multipart(garbage)
-        bad = list(traffic(models, 1, "bad"))
-        server.send([[parts[0].replace(b"verify", b"verifi"), *parts[1:]] for parts in bad[1:3]])
-        sent += server.send(traffic(models, 15, "second"))
-        status = status_when(tmp_path, lambda s: s.get("received", 0) >= sent and s["steps"] > 8)
-        assert sum(status["rejected"].values()) == 6
-        status_when(tmp_path, lambda s: s["draft_version"] >= 1)
-        process.kill()
-    before = steps(tmp_path / "checkpoints")[-1]
-    with live(models, tmp_path, trainer__buffer__max_uses=1000) as (process, server):
-        server.send(traffic(models, 10, "third"))
-        status = status_when(
-            tmp_path, lambda s: s["pid"] == process.pid and s["steps"] > before + 2
-        )
-        assert status["buffer_dropped"]["lost"] > 0
-        process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
-        assert process.returncode == 0, log
-        assert f"resumed step={before}" in log and "trainer ended" in log
-    assert (
-        steps(tmp_path / "checkpoints")[-1]
-        == json.loads((tmp_path / "status.json").read_text())["steps"]
-    )
-
-
-def test_receiving_without_training(models, tmp_path):
-    port, recorded = free_port(), ("--record", str(tmp_path / "recording"))
-    settings = dict(trainer__pace__enabled="false", trainer__metrics__port=port)
-    with live(models, tmp_path, *recorded, **settings) as (process, server):
-        sent = server.send(traffic(models, 5, "e"))
-        server.send([[b"garbage"], [b""]])
-        status = status_when(
-            tmp_path, lambda s: s.get("received", 0) >= sent and sum(s["rejected"].values()) == 2
-        )
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
-            found = values(response.read().decode())
-        assert (
-            found["aurora_trainer_received_messages_total"] == sent
-            and found["aurora_trainer_servers"] == 1
-        )
-        assert found['aurora_trainer_rejected_messages_total{cause="header"}'] == 2
-        recording = list(read_messages(tmp_path / "recording"))
-        assert found["aurora_trainer_recorded_messages_total"] == sent == len(recording)
-        assert found['aurora_trainer_unrecorded_messages_total{cause="disk"}'] == 0
-        assert (
-            found["aurora_trainer_recording_bytes"] > found["aurora_trainer_received_bytes_total"]
-        )
-        assert (
-            found["aurora_trainer_received_bytes_total"] > 1000
-            and found["aurora_trainer_message_age_seconds"] < 10
-        )
-        assert found['aurora_trainer_time_seconds_total{activity="wait"}'] > 0
-        assert status["steps"] == 0 and status["buffer"]["samples"] + status["gate_held"] == 5
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
-
-
 def test_traffic_that_teaches_nothing_says_so_and_moves_nothing(models, tmp_path, caplog):
     """Every row under a grammar: no step, no drift of momentum, and a counter, a cause and a line
     of log.
@@ -371,18 +219,3 @@ def test_cadence():
         and by_both.due(19.0, 9)
     )
     assert not Schedule(0, 0).due(1e9, 10**9)
-
-
-def test_nice_is_set_once(models, tmp_path):
-    if os.nice(0) > 10:
-        pytest.skip("already nicer")
-    code = (
-        "import os, sys; from aurora_trainer.config import load_trainer_config; "
-        "from aurora_trainer.daemon import open_daemon; "
-        "open_daemon(load_trainer_config(None, sys.argv[1:])); print(os.nice(0))"
-    )
-    arguments = overrides(models, tmp_path, trainer__pace__nice=13)
-    run = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
-    assert run.stdout.strip() == "13"

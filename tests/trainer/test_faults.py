@@ -18,7 +18,7 @@ import pytest
 import torch
 from published import FIELDS, read_current, tensors
 from test_checkpoint import assert_content, content
-from test_daemon import config, live, status_when, traffic
+from trainer_process import config, live, status_when, traffic
 
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.retry import Retry

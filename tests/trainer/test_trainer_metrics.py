@@ -71,7 +71,7 @@ def test_documentation_is_what_is_exported(first):
 def test_every_family_is_filled_from_somewhere(first):
     observed = set(FAMILIES) - set(COUNTED) - set(SHOWN)
     found = values(first[2])
-    # test_daemon.py
+    # test_daemon_live.py
     live = ("received", "lost", "rejected", "reported", "receive_queue", "servers", "message_age")
     # the same
     live += ("refused_peers", "recorded", "unrecorded", "recording")

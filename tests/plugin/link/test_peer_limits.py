@@ -6,31 +6,30 @@ delay.
 """
 
 import contextlib
-import os
-import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 import zmq
+from deadline import until
+from strangers import (
+    CURVE_GREETING,
+    NULL_GREETING,
+    NULL_READY,
+    SIGNATURE,
+    Traffic,
+    client,
+    connect,
+    keyed_link,
+    offer,
+)
 
-from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.link import handshakes
 from aurora_sglang_plugin.link import peer_limits as guard
 from aurora_sglang_plugin.link.curve import load_server_keys, load_trainer_keys, make_keys
-from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
-
-# of a legitimate message: strangers cost processor time on a machine of two cores, never a wait
-SLOWEST_S = 1.0
-SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-CURVE_GREETING = SIGNATURE + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
-NULL_GREETING = SIGNATURE + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-NULL_READY = b"\x04\x1a\x05READY\x0bSocket-Type\0\0\0\x04PUSH"
 
 
 @pytest.fixture(autouse=True)
@@ -40,94 +39,7 @@ def quick_handshakes(monkeypatch):
 
 @pytest.fixture
 def link(tmp_path):
-    make_keys(tmp_path / "keys", ["server", "unlisted"])
-    (tmp_path / "keys/trainer/servers/unlisted.public").unlink()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    return LinkConfig(
-        endpoint=endpoint,
-        trainer_keys=tmp_path / "keys/trainer",
-        server_keys=tmp_path / "keys/server",
-    )
-
-
-def until(condition, timeout_s=10.0):
-    end = time.monotonic() + timeout_s
-    while not (value := condition()) or isinstance(value, str):
-        assert time.monotonic() < end, value
-        time.sleep(0.01)
-
-
-class End:
-    nbytes = 64
-
-    def __init__(self, value):
-        self.value = value
-
-    def unload(self):
-        pass
-
-    def build(self):
-        return {"committed_lens": ("int32", np.full(1, self.value, np.int32))}
-
-
-def offer(publisher, value, name="r"):
-    publisher.offer("end", End(value), requests=[name], reasons=["stop"])
-
-
-class Traffic:
-    """A server that sends a message every few milliseconds, and the trainer that gets them."""
-
-    def __init__(self, link):
-        self.receiver = Receiver(link, ReceiveConfig(), None)
-        self.publisher = Publisher(link, PublishConfig(heartbeat_s=0.05), "target")
-        self.offered, self.got = [], []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=run) for run in (self._offer, self._get)]
-        for thread in self._threads:
-            thread.start()
-        until(lambda: self.got)
-
-    def _offer(self):
-        while not self._stop.is_set():
-            self.offered.append(time.monotonic())
-            offer(self.publisher, len(self.offered) - 1)
-            time.sleep(0.003)
-
-    def _get(self):
-        while not self._stop.is_set() or len(self.got) < len(self.offered):
-            message = self.receiver.get(2.0)
-            if message is None:
-                return
-            self.got.append((int(message.arrays["committed_lens"][0]), time.monotonic()))
-
-    def check(self) -> float:
-        """End it; nothing was lost, nothing came late. Returns the slowest message's seconds."""
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        assert [value for value, _ in self.got] == list(range(len(self.offered)))
-        until(lambda: self.receiver.balanced(self.publisher.session))
-        ledger = self.receiver.ledger()
-        assert list(ledger["sessions"]) == [self.publisher.session] and ledger["rejected"] == {}
-        assert (
-            ledger["sessions"][self.publisher.session]["lost"] == 0
-            and not self.publisher.counters()["dropped"]
-        )
-        slowest = max(at - self.offered[value] for value, at in self.got)
-        assert slowest < SLOWEST_S
-        return slowest
-
-    def refused(self):
-        return self.receiver.ledger()["refused_peers"]
-
-    def close(self):
-        self._stop.set()
-        self.publisher.close(0.0)
-        self.receiver.close()
-        for thread in self._threads:
-            thread.join()
+    return keyed_link(tmp_path)
 
 
 @pytest.fixture
@@ -135,12 +47,6 @@ def traffic(link):
     traffic = Traffic(link)
     yield traffic
     traffic.close()
-
-
-def connect(link):
-    stranger = socket.create_connection(("127.0.0.1", int(link.endpoint.rpartition(":")[2])))
-    stranger.settimeout(5.0)
-    return stranger
 
 
 def read_to_end(stranger) -> bytes:
@@ -200,18 +106,6 @@ def test_raw_strangers_are_cut_off_and_counted(link, traffic):
     traffic.check()
 
 
-def client(link, keys=None, *, trainer=None, kind=zmq.PUSH):
-    """A ZeroMQ socket that tries to join, and its context. `keys` None: plaintext."""
-    context = zmq.Context()
-    sock = context.socket(kind)
-    sock.linger, sock.immediate = 0, 1
-    if keys is not None:
-        sock.curve_secretkey, sock.curve_publickey = keys.secret, keys.public
-        sock.curve_serverkey = trainer or keys.trainer
-    sock.connect(link.endpoint)
-    return context, sock
-
-
 @pytest.mark.parametrize("who", ["plaintext", "unlisted key", "another trainer's key"])
 def test_zeromq_strangers_never_get_a_message_in(link, traffic, tmp_path, who):
     listed, unlisted = (
@@ -229,130 +123,6 @@ def test_zeromq_strangers_never_get_a_message_in(link, traffic, tmp_path, who):
     # attempt was broken off.
     assert set(traffic.refused()) <= {cause, "unfinished"}
     assert who == "plaintext" or traffic.refused()[cause] >= 1
-    traffic.check()
-
-
-def test_a_crowd_with_unlisted_keys(link, traffic, tmp_path):
-    """More at once than are answered in a turn; each costs the trainer a key exchange."""
-    crowd = 3 * guard.ANSWERS_PER_TURN
-    context, push = client(link, load_server_keys(tmp_path / "keys/unlisted"))
-    for _ in range(crowd - 1):
-        push.connect(link.endpoint)
-    until(lambda: sum(traffic.refused().values()) >= crowd or str(traffic.refused()))
-    assert not push.poll(0, zmq.POLLOUT) and traffic.refused()["key"] > guard.ANSWERS_PER_TURN
-    context.destroy(linger=0)
-    traffic.check()
-
-
-FLOOD = """
-import socket, sys, time
-port, seconds, data = int(sys.argv[1]), float(sys.argv[2]), bytes.fromhex(sys.argv[3])
-end, sent, connections = time.monotonic() + seconds, 0, 0
-while time.monotonic() < end:
-    with socket.create_connection(("127.0.0.1", port)) as stranger:
-        connections += 1
-        try:
-            while time.monotonic() < end:
-                sent += stranger.send(data)
-        except OSError:
-            pass
-print(connections, sent)
-"""
-
-
-def test_a_flood_of_plaintext_messages(link, traffic):
-    data = NULL_GREETING + NULL_READY + b"\x00\xf0" + bytes(240) + (b"\x00\xf0" + bytes(240)) * 200
-    port = link.endpoint.rpartition(":")[2]
-    flood = [
-        subprocess.Popen(
-            [sys.executable, "-c", FLOOD, port, "2", data.hex()], stdout=subprocess.PIPE
-        )
-    ]
-    connections, sent = map(int, flood[0].communicate(timeout=20)[0].split())
-    assert connections > 100 and sent > 1 << 20
-    until(
-        lambda: (
-            sum(traffic.refused().values()) >= 0.9 * connections
-            or str((connections, traffic.refused()))
-        )
-    )
-    assert traffic.publisher.counters()["refused"] == {}
-    traffic.check()
-
-
-WAVES = """
-import resource, socket, sys, time
-port, total, wave, hold_s = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-greeting = bytes.fromhex(sys.argv[5])
-soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-for begun in range(0, total, wave):
-    strangers = []
-    for i in range(wave):
-        stranger = socket.create_connection(("127.0.0.1", port))
-        strangers.append(stranger)
-        if i % 2:
-            stranger.sendall(greeting)
-    time.sleep(hold_s)
-    for stranger in strangers:
-        stranger.close()
-print("done")
-"""
-
-
-def resident_bytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def open_files():
-    return len(os.listdir("/proc/self/fd"))
-
-
-def test_ten_thousand_connections(link, traffic):
-    files, resident = open_files(), resident_bytes()
-    arguments = [link.endpoint.rpartition(":")[2], "10000", "500", "0.05", CURVE_GREETING.hex()]
-    waves = subprocess.Popen([sys.executable, "-c", WAVES, *arguments], stdout=subprocess.PIPE)
-    most = 0
-    while waves.poll() is None:
-        most = max(most, open_files())
-        time.sleep(0.01)
-    assert waves.communicate()[0] == b"done\n" and waves.returncode == 0
-    # they were really there
-    assert most > files + 100
-    until(lambda: open_files() <= files + 2 or f"{open_files()} files, {files} before")
-    until(lambda: sum(traffic.refused().values()) == 10_000 or str(traffic.refused()))
-    assert resident_bytes() - resident < 100 << 20
-    traffic.check()
-
-
-def test_too_many_to_count_are_not_counted_and_nothing_stalls(link, monkeypatch):
-    monkeypatch.setattr(handshakes, "EVENTS_PER_TURN", 20)
-    monkeypatch.setattr(handshakes, "PAUSE_S", 0.1)
-    traffic = Traffic(link)
-    try:
-        for _ in range(10):
-            strangers = [connect(link) for _ in range(50)]
-            for stranger in strangers:
-                stranger.sendall(NULL_GREETING)
-                stranger.close()
-        until(lambda: traffic.refused().get("unwatched"))
-        traffic.check()
-    finally:
-        traffic.close()
-
-
-def test_half_open_connections_do_not_use_up_the_files(link, traffic):
-    """Cut off after the handshake's time, also where they stay: what a stranger holds is bounded by
-    its rate.
-    """
-    files = open_files()
-    strangers = [connect(link) for _ in range(200)]
-    # both ends are in this process
-    until(lambda: open_files() >= files + 400)
-    until(lambda: open_files() <= files + 202, 3.0)
-    for stranger in strangers:
-        stranger.close()
     traffic.check()
 
 

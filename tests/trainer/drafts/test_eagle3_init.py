@@ -1,9 +1,14 @@
+"""A new draft: what it takes from its target, which layers it is given, and that it guesses no
+worse than uniformly.
+"""
+
 import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from small_target import write_target
 
 from aurora_sglang_plugin.drafts.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft
@@ -12,57 +17,6 @@ from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_copying import low_features
 from aurora_trainer.drafts.eagle3_init import default_aux_layer_ids, init_draft
 from aurora_trainer.drafts.target import open_target
-
-
-def write_target(directory, *, model_type="qwen3", layers=4, tied=False, sharded=False, h=16, v=60):
-    """A random target as Hugging Face would save it; Qwen3's q_norm and k_norm have no place in the
-    draft.
-    """
-    i, heads, kv, d = 24, 4, 2, 8
-    g = torch.Generator().manual_seed(0)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": model_type, "hidden_size": h,
-        "intermediate_size": i,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
-        "vocab_size": v,
-        "hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
-        "rope_theta": 5e4,
-        "tie_word_embeddings": tied, "eos_token_id": 59,
-    }  # fmt: skip
-    if model_type == "qwen3":
-        config["head_dim"] = d
-    else:
-        d = h // heads
-    shapes = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,)}
-    if not tied:
-        shapes["lm_head.weight"] = (v, h)
-    for n in range(layers):
-        at = f"model.layers.{n}."
-        shapes |= {
-            at + "input_layernorm.weight": (h,), at + "post_attention_layernorm.weight": (h,),
-            at + "mlp.gate_proj.weight": (i, h), at + "mlp.up_proj.weight": (i, h),
-            at + "mlp.down_proj.weight": (h, i),
-            at + "self_attn.q_proj.weight": (heads * d, h),
-            at + "self_attn.o_proj.weight": (h, heads * d),
-            at + "self_attn.k_proj.weight": (kv * d, h),
-            at + "self_attn.v_proj.weight": (kv * d, h),
-        }  # fmt: skip
-        if model_type == "qwen3":
-            shapes |= {at + "self_attn.q_norm.weight": (d,), at + "self_attn.k_norm.weight": (d,)}
-    tensors = {n: torch.randn(s, generator=g) for n, s in shapes.items()}
-    (directory / "config.json").write_text(json.dumps(config))
-    if sharded:
-        names = list(tensors)
-        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, part in parts.items():
-            save_file({n: tensors[n] for n in part}, directory / file)
-        weight_map = {n: file for file, part in parts.items() for n in part}
-        (directory / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": weight_map})
-        )
-    else:
-        save_file(tensors, directory / "model.safetensors")
-    return tensors
 
 
 @pytest.mark.parametrize(
@@ -188,158 +142,11 @@ def test_eagle_3_1_and_fewer_key_heads(kind, tmp_path):
         init_draft(tmp_path, tmp_path / "e", kind, kv_heads=3)
 
 
-def quantize(directory, how):
-    """Rewrite a target as a quantizer would: codes with scales for the linear layers of every
-    layer.
-    """
-    tensors, config = (
-        load_file(directory / "model.safetensors"),
-        json.loads((directory / "config.json").read_text()),
-    )
-    for name in [n for n in tensors if n.endswith("_proj.weight")]:
-        weight = tensors.pop(name)
-        if how == "blocks of 8":
-            rows, columns = -(-weight.shape[0] // 8), -(-weight.shape[1] // 8)
-            scale = torch.rand(rows, columns) + 0.5
-            whole = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)[
-                : weight.shape[0], : weight.shape[1]
-            ]
-            tensors[f"{name}_scale_inv"] = scale
-            config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
-        elif how in ("one scale", "int8, a scale for each row"):
-            whole = (
-                torch.tensor(0.01)
-                if how == "one scale"
-                else torch.rand(len(weight), 1) * 0.01 + 0.03
-            )
-            tensors[f"{name}_scale"] = whole
-        elif how == "a scale for each row":
-            whole = torch.rand(len(weight), 1) * 0.1
-            tensors[f"{name}_scale"] = whole[:, 0]
-        elif how == "without a scale":
-            whole = torch.tensor(1.0)
-        else:
-            # packed
-            tensors[name.replace("weight", how)] = torch.zeros(2, 2, dtype=torch.int32)
-            continue
-        codes = weight / whole
-        codes = (
-            codes.round().clamp(-127, 127).to(torch.int8)
-            if "int8" in how
-            else codes.to(torch.float8_e4m3fn)
-        )
-        tensors[name] = codes
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-    "how", ["blocks of 8", "one scale", "a scale for each row", "int8, a scale for each row"]
-)
-def test_codes_of_a_quantized_target_are_multiplied_by_their_scales(how, tmp_path):
-    # of the scales: one near 0 would leave a row to rounding
-    torch.manual_seed(0)
-    write_target(tmp_path)
-    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    meant = low_features(open_target(tmp_path), 2, x, 1e-6) - x
-    quantize(tmp_path, how)
-    own = low_features(open_target(tmp_path), 2, x, 1e-6) - x
-    assert torch.corrcoef(torch.stack([own.flatten(), meant.flatten()]))[0, 1] > 0.95
-    assert float(own.norm() / meant.norm()) == pytest.approx(1, abs=0.1)
-    init_draft(tmp_path, tmp_path / "d", "target")
-
-
-def test_codes_without_a_scale_are_refused_and_packed_ones_left_out(tmp_path):
-    write_target(tmp_path)
-    quantize(tmp_path, "without a scale")
-    with pytest.raises(ValueError, match="float8_e4m3fn without scales") as error:
-        init_draft(tmp_path, tmp_path / "d", "target")
-    assert "--kind random" in str(error.value)
-    init_draft(tmp_path, tmp_path / "e", "random")
-    write_target(tmp_path)
-    quantize(tmp_path, "weight_packed")
-    x = torch.randn(40, 16)
-    assert torch.equal(low_features(open_target(tmp_path), 2, x, 1e-6), x)
-    init_draft(tmp_path, tmp_path / "f", "target")
-
-
-@pytest.mark.parametrize("part", ["qweight", "weight_packed"])
-def test_a_packed_head_is_not_taken_for_a_tied_one(part, tmp_path):
-    tensors = write_target(tmp_path)
-    head = tensors.pop("lm_head.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
-    # tie_word_embeddings is false
-    with pytest.raises(ValueError, match="no tensor lm_head.weight"):
-        open_target(tmp_path).head()
-    save_file({**tensors, f"lm_head.{part}": head.int()}, tmp_path / "model.safetensors")
-    config = json.loads((tmp_path / "config.json").read_text())
-    for tied in (False, None):
-        (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
-        with pytest.raises(ValueError, match="a quantized target"):
-            open_target(tmp_path).head()
-    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    assert torch.equal(open_target(tmp_path).head(), tensors["model.embed_tokens.weight"])
-
-
 def test_default_aux_layers():
     # SGLang's, named as outputs
     assert default_aux_layer_ids(36) == (1, 17, 32)
     assert default_aux_layer_ids(4) == (0, 1, 2)
     assert default_aux_layer_ids(6) == (0, 2, 4)
-
-
-def test_a_directory_without_safetensors_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="safetensors"):
-        open_target(tmp_path)
-
-
-def nest(target, **more):
-    """Rewrite a target as the language model of a larger one, as Kimi K2.5 and others are saved."""
-    raw = json.loads((target / "config.json").read_text())
-    eos = raw.pop("eos_token_id")
-    config = {
-        "architectures": ["Other"],
-        "eos_token_id": eos,
-        "text_config": raw | more,
-        "vision_config": {"x": 1},
-    }
-    (target / "config.json").write_text(json.dumps(config))
-    tensors = load_file(target / "model.safetensors")
-    save_file({f"language_model.{n}": t for n, t in tensors.items()}, target / "model.safetensors")
-    return tensors
-
-
-def test_the_language_model_of_a_larger_model(tmp_path):
-    write_target(tmp_path)
-    tensors = nest(tmp_path)
-    target = open_target(tmp_path)
-    assert target.eos_token_ids == (59,) and torch.equal(target.head(), tensors["lm_head.weight"])
-    draft = init_draft(tmp_path, tmp_path / "d", "target")
-    alike = torch.nn.functional.cosine_similarity(
-        draft.norm.weight, tensors["model.norm.weight"], 0
-    )
-    assert alike.item() == pytest.approx(1.0)
-
-
-def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
-    """As in Kimi K2.5: what the target has none of is chosen, and its sparse layers are left
-    out.
-    """
-    write_target(tmp_path)
-    tensors = nest(
-        tmp_path, kv_lora_rank=4, v_head_dim=6, n_routed_experts=8, num_key_value_heads=4,
-        num_attention_heads=4,
-        rope_scaling={"type": "yarn", "factor": 64.0}, intermediate_size=8,
-    )  # fmt: skip
-    draft = init_draft(tmp_path, tmp_path / "d", "random")
-    config = draft.config
-    assert (config.head_dim, config.num_key_value_heads, config.intermediate_size) == (6, 4, 48)
-    assert config.rope_scaling["rope_type"] == "yarn" and config.rope_theta == 5e4
-    kept = {f"language_model.{n}": t for n, t in tensors.items() if "layers.3.mlp" not in n}
-    save_file(kept, tmp_path / "model.safetensors")
-    started = init_draft(tmp_path, tmp_path / "e", "target")
-    assert torch.equal(started.lm_head.weight, tensors["lm_head.weight"])
 
 
 @pytest.mark.parametrize("massive", [1.0, 300.0])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from test_daemon import config
 from traffic import HIDDEN, VOCAB, messages
+from trainer_process import config
 
 from aurora_sglang_plugin.link import rows, wire
 from aurora_trainer.daemon import Daemon
