@@ -64,9 +64,8 @@ class Training:
         self.config, trainer = config, config.trainer
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
-        embed = target.embedding().to(
-            trainer.model.device, getattr(torch, trainer.model.compute_dtype)
-        )
+        dtype = getattr(torch, trainer.model.compute_dtype)
+        embed = target.embedding().to(trainer.model.device, dtype)
         for note in check_draft(trainer.model.draft, target.config):
             log.warning("draft directory=%s note=%r", trainer.model.draft, note)
         self._train(Draft.load(trainer.model.draft, embed))
