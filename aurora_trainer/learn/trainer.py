@@ -92,7 +92,6 @@ class Training:
         self.trained_until_ns = 0
         # by what became of them before the buffer
         self.samples: Counter[str] = Counter()
-        # by outcome
         self.published: Counter[str] = Counter()
         # verify steps of requests, and tokens that they committed
         self.traffic = {"steps": 0, "tokens": 0}
