@@ -48,7 +48,8 @@ demo-real: setup ## the same on a real model and real chat: ARGS="--model DIRECT
 test: setup ## run the tests, in two processes side by side
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-dashboards: ## say how to load the dashboard and the rules into Grafana and Prometheus
+dashboards: setup ## print the dashboard from its source, and say how to load it and the rules
+	$(BIN)/python scripts/dashboard.py
 	@cat docs/dashboards/README.md
 
 test-dashboards: setup ## every panel, rule and alert against a real Prometheus that scrapes a real server and trainer

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import dashboard
 import pytest
 import yaml
 from metric_pages import DOCS, documented
@@ -78,6 +79,10 @@ def test_the_runbook_names_what_exists():
     text = re.sub(r"^```.*?^```", "", (DOCS / "runbook.md").read_text(), flags=re.M | re.S)
     names = set(re.findall(r"`(aurora_\w+)", text))
     assert len(names) > 10 and names <= set(documented("Server") | documented("Trainer")), names
+
+
+def test_the_dashboard_is_what_its_source_says():
+    assert dashboard.PRINTED.read_text() == dashboard.text(), "run `make dashboards`"
 
 
 def test_panels_are_whole():
