@@ -1,6 +1,6 @@
 """What a draft loses where it sees less of a request than the server's draft does, on a recording.
 
-    python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60]
+    python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60] [--keep 24]
 
 Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not
 trained on:
@@ -77,9 +77,14 @@ def with_prefix(sample: Sample, first: Sample) -> Sample:
     )
 
 
-def without_prefix(sample: Sample, positions: int) -> Sample:
-    """The sample as a cache hit of the prompt's first `positions` leaves it."""
-    cut = min(positions, sample.prompt_len - 1)
+def cached(sample: Sample, options: argparse.Namespace) -> int:
+    """Positions of the prompt that the prefix cache holds."""
+    at_most = sample.prompt_len - 1
+    return min(options.cut, at_most) if options.keep is None else max(0, at_most - options.keep)
+
+
+def without_prefix(sample: Sample, cut: int) -> Sample:
+    """The sample as a cache hit of the prompt's first `cut` positions leaves it."""
     return replace(
         sample,
         start=sample.start + cut,
@@ -130,12 +135,12 @@ class OldPrefix:
 
 
 def old_prefix(
-    draft: Draft, old: Draft, samples: Sequence[Sample], positions: int, config: TrainerFile
+    draft: Draft, old: Draft, samples: Sequence[tuple[Sample, int]], config: TrainerFile
 ) -> np.ndarray:
-    """As score.measure, one sample at a time."""
+    """As score.measure, of (sample, its positions from `old`), one at a time."""
     trainer, found = config.trainer, []
-    for sample in samples:
-        prompt = torch.arange(len(sample.features)) < min(positions, sample.prompt_len - 1)
+    for sample, positions in samples:
+        prompt = torch.arange(len(sample.features)) < positions
         mixed = OldPrefix(draft, old, prompt)
         found.append(measure(mixed, [sample], trainer.batch, trainer.loss, "cpu")[0])
     return np.stack(found)
@@ -167,6 +172,9 @@ def main() -> None:
     parser.add_argument(
         "--cut", type=int, default=64, help="first positions of a prompt that are cached"
     )
+    parser.add_argument(
+        "--keep", type=int, help="or all but the last so many, as in a conversation"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as weights:
@@ -187,10 +195,12 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
             f"{options.recording} has {len(samples)} whole requests; expected more than --train"
             f" {options.train}"
         )
-    cut = [without_prefix(s, options.cut) for s in judged]
+    cut = [without_prefix(s, cached(s, options)) for s in judged]
     drafts, trainer, half = {}, config.trainer, {}
     drafts["whole prompts"], half = train(config, taught)
-    drafts["cut prompts"], _ = train(config, [without_prefix(s, options.cut) for s in taught])
+    drafts["cut prompts"], _ = train(
+        config, [without_prefix(s, cached(s, options)) for s in taught]
+    )
     initial = Draft.load(trainer.model.draft, drafts["whole prompts"].embed.float())
     walked = {
         f"trained on {name}, walked with {context}": measure(
@@ -205,11 +215,12 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
     for name, old in (("the initial draft", initial), ("half of the training", halfway)):
         old.compute_in("cpu", whole.fc.weight.dtype).requires_grad_(False)
         walked[f"trained on whole prompts, prefix' KV of {name}"] = old_prefix(
-            whole, old, judged, options.cut, config
+            whole, old, [(s, cached(s, options)) for s in judged], config
         )
     base = walked["trained on whole prompts, walked with whole prompts"]
     return {
         "requests": {"trained": len(taught), "judged": len(judged)},
+        "cached_mean": float(np.mean([cached(s, options) for s in judged])),
         "prompt_tokens_mean": float(np.mean([s.prompt_len for s in judged])),
         "generated_mean": float(np.mean([len(s.tokens) - s.prompt_len for s in judged])),
         "accept_length": {name: round(accept_length(scores), 4) for name, scores in walked.items()},
