@@ -208,7 +208,7 @@ def arguments() -> argparse.Namespace:
         help="how the untrained draft starts",
     )
     parser.add_argument(
-        "--draft-vocab", type=int, default=8192, help="tokens that the draft can propose"
+        "--draft-vocab", type=int, default=16384, help="tokens that the draft can propose"
     )
     parser.add_argument(
         "--frozen-every", type=int, default=4, help="the other passes serve 1 in so many requests"
