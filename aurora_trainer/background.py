@@ -1,4 +1,4 @@
-"""Versions and checkpoints are written beside training: by one thread, from snapshots.
+"""Versions and checkpoints are written beside training: by a thread each, from snapshots.
 
     start(name, prepare, finish)   the loop takes a snapshot and hands over the writing of it
     poll()                         the loop learns what has ended, and takes it in
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from aurora_sglang_plugin.retry import Retry
 
 log = logging.getLogger(__name__)
+
+SAY_AFTER_S = 10.0
 
 T = TypeVar("T")
 Write = Callable[[], T]
@@ -29,7 +31,8 @@ class Background:
 
     def __init__(self, jobs: dict[str, Retry], waits: bool = False):
         self._jobs, self._waits = jobs, waits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aurora-write")
+        # a disk that does not answer to one of them keeps the other going
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="aurora-write")
         self._pending: dict[str, tuple[Future, Callable, Callable[[], None]]] = {}
 
     def busy(self, name: str) -> bool:
@@ -62,7 +65,7 @@ class Background:
         if write is None:
             job.succeeded()
             return
-        self._pending[name] = self._thread.submit(write), finish, fail
+        self._pending[name] = self._threads.submit(write), finish, fail
         if self._waits:
             self.wait(now_s)
 
@@ -73,19 +76,27 @@ class Background:
                 continue
             del self._pending[name]
             job = self._jobs[name]
-            try:
-                finish(future.result())
-            except Exception as error:
-                fail()
-                job.failed(error, now_s)
-            else:
+            error = future.exception()
+            if error is None:
+                try:
+                    finish(future.result())
+                except Exception as raised:
+                    error = raised
+            if error is None:
                 job.succeeded()
+            else:
+                fail()
+                # without the frames that hold what was to be written
+                job.failed(error.with_traceback(None), now_s)
+            del future, finish, fail, error
 
     def wait(self, now_s: float) -> None:
-        """Until nothing is being written."""
-        for future, *_ in list(self._pending.values()):
-            future.exception()
-        self.poll(now_s)
+        """Until nothing is being written; says what it waits for, if that takes long."""
+        while self._pending:
+            wait([future for future, *_ in self._pending.values()], SAY_AFTER_S)
+            self.poll(now_s)
+            if self._pending:
+                log.warning("still being written: %s", ", ".join(self._pending))
 
     def close(self) -> None:
-        self._thread.shutdown()
+        self._threads.shutdown()

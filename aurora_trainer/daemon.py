@@ -68,7 +68,7 @@ def open_daemon(config: TrainerFile) -> Daemon:
 
 
 class Daemon:
-    """Owns the training, the cadences and the signals."""
+    """Owns the training, the schedules and the signals."""
 
     def __init__(self, config: TrainerFile):
         self.config = config
@@ -77,7 +77,6 @@ class Daemon:
         self.checkpoints = config.trainer.checkpoint.directory
         self.resumed = load_newest(self.checkpoints)
         self.metrics = Metrics(config.trainer.metrics)
-        # of a recording
         self.damage = CorruptionLog()
         self._recording: Recording | None = None
         publish, checkpoint = config.trainer.publish, config.trainer.checkpoint
@@ -85,7 +84,6 @@ class Daemon:
         self._checkpoint = Schedule(checkpoint.every_s, checkpoint.every_steps)
         self._status = Schedule(config.trainer.metrics.every_s, 0)
         self._rejected = Schedule(REJECTED_EVERY_S, 0)
-        # when, positions trained by then
         self._rate = (time.monotonic(), 0)
         self._taught = Schedule(QUIET_S, 0)
         self._lessons = Lessons()
@@ -197,9 +195,8 @@ class Daemon:
             "tokens_per_s": (training.positions - positions) / max(now - then, 1e-9),
             **status_of(training),
         }
-        status["faults"] = {
-            name: job.faults for name, job in (self._jobs | self.metrics.jobs).items()
-        }
+        jobs = self._jobs | self.metrics.jobs
+        status["faults"] = {name: job.faults for name, job in jobs.items()}
         if self.damage.count:
             status["damaged_records"] = self.damage.count
         if (recording := self._recording) is not None:
@@ -257,6 +254,8 @@ class Daemon:
         def written(version: int | None) -> None:
             training.written(offered[0], version)
             if version is not None:
+                # a checkpoint that was taken meanwhile knows nothing of it
+                self._saved_step = None
                 self.metrics.published(time.monotonic() - started)
 
         def failed() -> None:
@@ -272,13 +271,17 @@ class Daemon:
         """`now`: this machine's clock, or over a recording (`cursor`: the message) that one's."""
         training, jobs, background = self.training, self._jobs, self._background
         background.poll(now)
-        # A version that is being written has no parent but the one that it was trained from.
+        # not while a version is written: it names its parent
         if cursor is None and not background.busy("publish") and self._rejected.due(now, 0):
             jobs["rejected"].run(training.apply_rollbacks, now)
-        if self._publish.due(now, training.steps) or jobs["publish"].due(now):
-            self._offer(now)
-        if self._checkpoint.due(now, training.steps) or jobs["checkpoint"].due(now):
-            self._save(cursor, now)
+        for name, schedule, start in (
+            ("publish", self._publish, lambda: self._offer(now)),
+            ("checkpoint", self._checkpoint, lambda: self._save(cursor, now)),
+        ):
+            # what is still being written keeps its turn
+            if not background.busy(name):
+                if schedule.due(now, training.steps) or jobs[name].due(now):
+                    start()
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
         if self._taught.due(now, 0):

@@ -98,8 +98,9 @@ def main(options: argparse.Namespace, home: Path) -> None:
         which = f"{len(some)} of the same requests"
         print(f"\nfrozen: {which}, the initial draft, no trainer", flush=True)
         frozen = site.frozen(lambda server: chat(server, some, **traffic), str(len(some)))
-        print(f"\nlearned: {len(fresh)} new requests, the last version, no trainer", flush=True)
-        learned = site.learned(lambda server: chat(server, fresh, **traffic), str(len(fresh)))
+        if fresh:
+            print(f"\nlearned: {len(fresh)} new requests, the last version, no trainer", flush=True)
+            learned = site.learned(lambda server: chat(server, fresh, **traffic), str(len(fresh)))
         print(f"\nplain: {which}, no speculation", flush=True)
         plain = site.plain(lambda server: chat(server, some, **traffic), str(len(some)))
     how = "greedy" if options.greedy else "the server's defaults"
@@ -150,8 +151,7 @@ def make_prompts(options: argparse.Namespace, target: Path) -> tuple[list, list,
     live, fresh = choose(
         known, options.requests, more, lambda text: len(tokenizer.encode(text).ids) <= PROMPT_TOKENS
     )
-    # with few prompts nothing is new
-    return known, live, fresh or live[:: options.frozen_every]
+    return known, live, fresh
 
 
 def make_draft(options: argparse.Namespace, target: Path, known: list, home: Path) -> Path:

@@ -169,7 +169,7 @@ class Ledger:
 
     def write(self, at_once: bool = False) -> None:
         """Atomic against a kill, not against a power failure: a damaged ledger is replaced by a new
-        ones.
+        one.
         """
         self._written_at, self._unwritten = time.monotonic(), False
         if self._path is not None and not self._retry.run(self._write, time.monotonic(), at_once):
@@ -192,5 +192,5 @@ def _load(path: Path | None) -> _File:
     try:
         return msgspec.json.decode(path.read_bytes(), type=_File)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.warning("ledger are damaged, starting new ones path=%s error=%s", path, error)
+        log.warning("the ledger is damaged, starting a new one path=%s error=%s", path, error)
         return _File()

@@ -271,7 +271,7 @@ class Publisher:
         """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
         bound.
 
-        `item` None is a heartbeat. The header is made anew for each attempt, so that its ledger are
+        `item` None is a heartbeat. The header is made anew for each attempt, so that its ledger is
         those of sending.
         """
         parts = wire.encode(self._send_queue.header(item, self.session, self._target), arrays)

@@ -254,6 +254,8 @@ def _read_checkpoint(source: Path, draft: Path | None) -> Weights:
     # what the draft's own are the rounding of, where it computes in less than float32
     masters = "optimizer/master."
     own |= {n.removeprefix(masters): t for n, t in tensors.items() if n.startswith(masters)}
+    # what is published in their stead, where it was switched on
+    own |= {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
     expected = {n: tuple(t.shape) for n, t in initial.tensors.items() if n not in MAPS}
     got = {n: tuple(t.shape) for n, t in own.items()}
     if any(got.get(n) != shape for n, shape in expected.items()):

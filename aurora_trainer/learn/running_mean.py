@@ -3,7 +3,7 @@
 At a constant learning rate the weights wander around what they would settle at; their mean over the
 last updates wanders less (Polyak and Juditsky, 1992; as an exponential mean in most training of
 large models). With decay a it is over about 1 / (1 - a) updates. Memory: the draft in float32 once
-more, and in the trainer's dtype while it is scored.
+more, and in the trainer's dtype to be scored.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class RunningMean:
             # one copy of the largest matrix for all drafts
             embed = trained.embed
             self._draft = copy.deepcopy(trained, {id(embed): embed}).requires_grad_(False)
-        for name, weight in self._draft.named_parameters():
-            weight.copy_(self.weights[name])
+        own = dict(self._draft.named_parameters())
+        for name, weight in self.weights.items():
+            own[name].copy_(weight)
         return self._draft

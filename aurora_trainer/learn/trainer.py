@@ -95,7 +95,6 @@ class Training:
         self.published: Counter[str] = Counter()
         # verify steps of requests, and tokens that they committed
         self.traffic = {"steps": 0, "tokens": 0}
-        # Generated positions by whether there is something to learn at them.
         self.rows: Counter[str] = Counter(with_target=0, altered=0)
         # smoothed figures for the status
         self.shown: dict[str, float] = {}
@@ -242,6 +241,7 @@ class Training:
         log.info("weights published version=%d optimizer_step=%d", version, offer.updates)
         if offer.role == "initial":
             self._take_served()
+            self._offered_at = self.updates
 
     def publish(self) -> int | None:
         """Offer, write and take it in, at once. Returns the version, or None."""

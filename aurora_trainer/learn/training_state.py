@@ -33,7 +33,7 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "pending_tokens": training._pending_tokens,
         "samples": dict(training.samples),
         "published": dict(training.published),
-        "traffic": training.traffic,
+        "traffic": dict(training.traffic),
         "rows": dict(training.rows),
         "earlier_updates": training.earlier_updates,
         "trained_until_ns": training.trained_until_ns,

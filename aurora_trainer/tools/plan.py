@@ -57,6 +57,7 @@ def plan(
     version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)
     every_s = trainer.publish.every_s
     compute = SIZES[trainer.model.compute_dtype]
+    checkpoint = checkpoint_bytes(draft, target, compute, bool(trainer.optimizer.average))
     device = trainer_device_bytes(draft, target, trainer, compute, load)
     position = sample_bytes(draft, load, size, capture.topk_logits)
     return {
@@ -88,6 +89,8 @@ def plan(
             "receive_queue_bytes": trainer.receive.queue_bytes,
             "assemble_bytes": trainer.assemble.max_bytes,
             "buffer_bytes": trainer.buffer.max_bytes,
+            # of the last checkpoint, and a version while it is written
+            "snapshot_bytes": checkpoint + version,
             "bytes_per_buffered_token": position,
             "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (position * positions)
             if positions
@@ -109,9 +112,8 @@ def plan(
             "write_bytes_per_s": version / every_s if every_s else 0.0,
             "read_bytes_per_s": load.servers * version / every_s if every_s else 0.0,
             "disk_bytes": version * trainer.publish.keep,
-            "checkpoint_bytes": checkpoint_bytes(draft, target, compute),
-            "checkpoints_disk_bytes": trainer.checkpoint.keep
-            * checkpoint_bytes(draft, target, compute),
+            "checkpoint_bytes": checkpoint,
+            "checkpoints_disk_bytes": trainer.checkpoint.keep * checkpoint,
         },
     }
 

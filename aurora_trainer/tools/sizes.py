@@ -153,11 +153,15 @@ def version_bytes(draft: DraftConfig, target: Target, size: int) -> int:
     return parameter_count(draft, target) * size + maps
 
 
-def checkpoint_bytes(draft: DraftConfig, target: Target, compute: int) -> int:
+def checkpoint_bytes(
+    draft: DraftConfig, target: Target, compute: int, average: bool = False
+) -> int:
     """state.safetensors: the draft as it computes, masters and AdamW's moments
-    (optimize.Optimizer.state_dict).
+    (optimizer.Optimizer.state_dict), and the running mean.
+
+    The host holds as much: the memory of the last snapshot (training_state.copied).
     """
-    return parameter_count(draft, target) * (compute + MASTER + MOMENTS)
+    return parameter_count(draft, target) * (compute + MASTER + MOMENTS + MASTER * average)
 
 
 def rank_bytes(draft: DraftConfig, target: Target, tp: int, size: int) -> int:
@@ -184,6 +188,7 @@ def trainer_device_bytes(
     weights     c P#, and 4 P# of float32 masters where c < 4 (otherwise the weights are the
                 masters)
     moments     8 P# (AdamW)
+    average     4 P# of the running mean, where it is on, and c P# of the draft that it is scored in
     gradients   c P#, and 4 P# for their float32 copies where c < 4 (Optimizer.step)
     served      2 c P#: the frozen copies that the gate scores, of the served and of the initial
                 weights (served.Served; one and the same until the first version)
@@ -200,6 +205,7 @@ def trainer_device_bytes(
     return {
         "weights_bytes": count * (c + (MASTER if c < 4 else 0)),
         "moments_bytes": count * MOMENTS,
+        "average_bytes": count * (MASTER + c) if trainer.optimizer.average else 0,
         "gradients_bytes": count * (c + (4 if c < 4 else 0)),
         "served_bytes": 2 * count * c,
         "embedding_bytes": c * draft.vocab_size * (draft.target_hidden_size or draft.hidden_size),

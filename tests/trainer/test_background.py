@@ -2,10 +2,13 @@
 loop's.
 """
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
+import torch
 
 from aurora_sglang_plugin.retry import Retry
 from aurora_trainer.background import Background
@@ -86,4 +89,45 @@ def test_over_a_recording_a_job_ends_before_the_next_step():
     done = []
     background.start("publish", lambda: lambda: time.sleep(0.05) or 3, done.append, nothing, 0.0)
     assert done == [3]
+    background.close()
+
+
+def test_what_failed_is_not_kept_in_memory():
+    _, background = made()
+    gc.disable()
+    try:
+        for number in range(3):
+            snapshot = torch.zeros(1000)
+            alive = weakref.ref(snapshot)
+
+            def write(held=snapshot):
+                raise OSError("full")
+
+            def prepare(job=write):
+                return job
+
+            background.start("publish", prepare, nothing, nothing, 100.0 * number)
+            background.wait(100.0 * number)
+            del snapshot, write, prepare
+            assert alive() is None
+    finally:
+        gc.enable()
+    background.close()
+
+
+def test_a_disk_that_does_not_answer_keeps_the_other_job_going(caplog, monkeypatch):
+    monkeypatch.setattr("aurora_trainer.background.SAY_AFTER_S", 0.05)
+    _, background = made()
+    go, done = threading.Event(), []
+    background.start("checkpoint", lambda: lambda: go.wait(10), done.append, nothing, 0.0)
+    background.start("publish", lambda: lambda: 5, done.append, nothing, 0.0)
+    for _ in range(200):
+        background.poll(0.0)
+        if done:
+            break
+        time.sleep(0.01)
+    assert done == [5] and background.busy("checkpoint")
+    threading.Timer(0.3, go.set).start()
+    background.wait(0.0)
+    assert "still being written: checkpoint" in caplog.text and done == [5, True]
     background.close()

@@ -2,14 +2,17 @@
 resumed run goes on with it.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from naive_draft import VARIANTS, make
+from naive_draft import CONFIG, VARIANTS, make
 from safetensors.torch import load_file
 from small_training import open_training, train
 
 from aurora_sglang_plugin.weights.manifest import version_name
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
+from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
 from aurora_trainer.learn.running_mean import RunningMean
 
 AVERAGE = "trainer.optimizer.average=0.9"
@@ -33,6 +36,19 @@ def test_switched_off_it_is_the_draft_itself():
     draft = make(VARIANTS["plain"], torch.float32)
     mean = RunningMean(0.0, dict(draft.named_parameters()))
     assert not mean.weights and mean.draft(draft) is draft
+
+
+def test_a_draft_of_two_layers_has_one_that_is_not_trained():
+    draft = make(replace(CONFIG, num_hidden_layers=2), torch.float32)
+    optimizer = Optimizer(draft, OptimizerConfig())
+    assert len(optimizer.masters) < len(dict(draft.named_parameters()))
+    mean = RunningMean(0.9, optimizer.masters)
+    with torch.no_grad():
+        for master in optimizer.masters.values():
+            master.add_(1.0)
+    mean.update(optimizer.masters, 1)
+    scored = dict(mean.draft(draft).named_parameters())
+    assert all(torch.equal(scored[name], weight) for name, weight in mean.weights.items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
