@@ -2,11 +2,11 @@
 
     python scripts/demo.py [--init random] [--minutes 10]
 
-The target is a small language model that lies beside this file. Makes an untrained draft, starts
-the trainer and the server, sends code prompts, then prose prompts, and shows how the accept length
-climbs, dips and climbs again. A second pass serves the same requests with the frozen initial draft
-and the trainer off, a third one new requests with the last version, a fourth one without
-speculation. Ends with a summary and a picture. Ctrl-C leaves no process behind.
+Makes the target if there is none, an untrained draft, starts the trainer and the server, sends code
+prompts, then prose prompts, and shows how the accept length climbs, dips and climbs again. A second
+pass serves the same requests with the frozen initial draft and the trainer off, a third one new
+requests with the last version, a fourth one without speculation. Ends with a summary and a picture.
+Ctrl-C leaves no process behind.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from pathlib import Path
 
 import children
 
-# The target, as make_target.py made it, in bfloat16.
-MADE = Path(__file__).resolve().parent / "target"
 NUM_STEPS = 4
 PROMPT_TOKENS, TOKENS = 48, 128
 # the third pass serves 1 in so many requests of the second
@@ -49,12 +47,11 @@ def main(options: argparse.Namespace, home: Path) -> None:
     from passes import Site, write_config
     from summary import report
 
-    target = MADE
-    if options.quick:
-        target = options.home.resolve() / "target-quick"
-        if not make_target.is_ready(make_target.QUICK, target):
-            make_target.make(make_target.QUICK, target)
-    # what was learned before
+    target = options.home.resolve() / ("target-quick" if options.quick else "target")
+    recipe = make_target.QUICK if options.quick else make_target.Recipe()
+    if not make_target.is_ready(recipe, target):
+        make_target.make(recipe, target)
+    # what was learned before; the target stays
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     draft = home / "draft"

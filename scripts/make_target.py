@@ -1,11 +1,11 @@
 """Makes the demo's target: a small Qwen3 language model, trained from nothing on the text of
 `text.py`.
 
-    python scripts/make_target.py [--minutes 6] [--quick] [--out scripts/target]
+    python scripts/make_target.py [--minutes 6] [--quick] [--out .cache/target]
 
 The clock is the budget: reading the text, training the tokenizer and the model, and the report all
-fit in it. The result is a directory that SGLang and transformers load as they load any other. The
-one of the demo lies in scripts/target; the tests make a smaller one, once.
+fit in it. The result is a directory that SGLang and transformers load as they load any other; it is
+made once and then reused.
 """
 
 from __future__ import annotations
@@ -71,8 +71,6 @@ class Recipe:
     text_bytes: int = 1 << 30
     # kept for saving and measuring
     report_s: float = 20.0
-    # half the size, to lie beside this file
-    stored: str = "bfloat16"
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -90,7 +88,6 @@ QUICK = replace(
     heads=2,
     text_bytes=1_500_000,
     report_s=10.0,
-    stored="float32",
 )
 
 
@@ -172,16 +169,14 @@ def train(recipe: Recipe, config: Qwen3Config, stream: torch.Tensor, until_s: fl
     return model
 
 
-def save(
-    model: TargetModel, tokenizer: PreTrainedTokenizerFast, directory: Path, stored: str
-) -> None:
+def save(model: TargetModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     exported = AutoModelForCausalLM.from_config(model.config)
     missing, unexpected = exported.load_state_dict(
         {name: weight.detach() for name, weight in model.weights.items()}, strict=False
     )
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     exported.tie_weights()
-    exported.to(getattr(torch, stored)).save_pretrained(directory)
+    exported.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
@@ -240,7 +235,7 @@ def _make(recipe: Recipe, directory: Path) -> None:
     temporary = directory.with_name(f"{directory.name}.tmp{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save(model, tokenizer, temporary, recipe.stored)
+    save(model, tokenizer, temporary)
     report = {"parameters": sum(weight.numel() for weight in model.weights.values())}
     for domain in text.DOMAINS:
         prompts = text.prompts(domain, 40, 48, tokenizer, seed=1)
@@ -283,7 +278,7 @@ def main() -> None:
         "--quick", action="store_true", help="a small target within a minute, for tests"
     )
     parser.add_argument(
-        "--out", type=Path, help="scripts/target, or .cache/target-quick with --quick"
+        "--out", type=Path, help=".cache/target, or .cache/target-quick with --quick"
     )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="a field of the recipe"
@@ -295,8 +290,7 @@ def main() -> None:
     for assignment in options.set:
         name, value = assignment.split("=")
         recipe = replace(recipe, **{name: json.loads(value)})
-    usual = Path(".cache/target-quick") if options.quick else Path(__file__).parent / "target"
-    directory = options.out or usual
+    directory = options.out or Path(".cache") / ("target-quick" if options.quick else "target")
     if is_ready(recipe, directory):
         print(f"target: {directory} is there already")
     else:

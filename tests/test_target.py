@@ -185,12 +185,3 @@ def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
         report["code"]["perplexity"] < math.exp(unigram)
         and 0 < report["prose"]["distinct_4grams"] <= 1
     )
-
-
-def test_the_demos_target_is_the_recipes_and_small():
-    """It lies in the repository, so that `make demo` begins at once."""
-    made = Path(__file__).parents[1] / "scripts" / "target"
-    assert make_target.is_ready(make_target.Recipe(), made), "run scripts/make_target.py again"
-    assert sum(p.stat().st_size for p in made.iterdir()) < 8e6
-    config = json.loads((made / "config.json").read_text())
-    assert config["vocab_size"] == make_target.Recipe().vocab_size
