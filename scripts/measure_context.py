@@ -119,7 +119,7 @@ class OldPrefix:
         return getattr(self._draft, name)
 
     @torch.no_grad()
-    def positions(self, tokens, features, positions, context_start, rows):
+    def context(self, tokens, features, positions, context_start, rows):
         draft = self._draft
         (new,), (old,) = (
             d.context(tokens, features, positions, context_start)[1] for d in (draft, self._old)
