@@ -86,8 +86,9 @@ class Background:
                 job.succeeded()
             else:
                 fail()
-                # without the frames that hold what was to be written
-                job.failed(error.with_traceback(None), now_s)
+                job.failed(error, now_s)
+                # its frames hold what was to be written
+                error.__traceback__ = None
             del future, finish, fail, error
 
     def wait(self, now_s: float) -> None:

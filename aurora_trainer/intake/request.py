@@ -21,7 +21,7 @@ import torch
 from aurora_sglang_plugin.link.rows import UNUSED, to_float32
 from aurora_trainer.intake.sample import Sample
 
-MIN_SLOTS = 2
+MIN_POSITIONS = 2
 _TORCH_BITS = {"bfloat16": (np.int16, torch.bfloat16)}
 
 
@@ -197,7 +197,7 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
         first = max(segment.prompt_len - segment.start, 0)
         hits = np.flatnonzero(np.isin(tokens[first:], eos))
         length = min(length, first + int(hits[0])) if len(hits) else length
-    if length < MIN_SLOTS:
+    if length < MIN_POSITIONS:
         raise Quarantine("short")
     start, last = segment.start, segment.start + length
     steps = [

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 NO_DOMAIN = "(none)"
 # requests are walked whole up to here
-PART_SLOTS = 1 << 14
+PART_POSITIONS = 1 << 14
 PROGRESS_S = 5.0
 
 
@@ -105,7 +105,7 @@ def evaluate(
     fingerprint = target_fingerprint(target)
     result = Evaluation(Path(recording), _names(directories), fingerprint, depth)
     assembler = Assembler(
-        AssembleConfig(part_positions=PART_SLOTS, eos_token_ids=files.eos_token_ids)
+        AssembleConfig(part_positions=PART_POSITIONS, eos_token_ids=files.eos_token_ids)
     )
     requests: dict[tuple[str, str], Request] = {}
     domains: dict[tuple[str, str], str] = {}

@@ -229,7 +229,7 @@ def test_it_survives_a_killed_server(flywheel):
     assert flywheel.outputs(prompts) == outputs
 
 
-def test_the_ledger_add_up_after_all_that(flywheel):
+def test_the_ledger_adds_up_after_all_that(flywheel):
     """Every session of the trainer's ledger: sent = received + lost + rejected, and what the
     publisher counted itself.
     """

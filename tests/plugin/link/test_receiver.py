@@ -57,7 +57,7 @@ def both_sides(publisher, receiver):
     )
 
 
-def test_every_message_arrives_in_order_and_the_ledger_balance(publish, receive, tmp_path):
+def test_every_message_arrives_in_order_and_the_ledger_balances(publish, receive, tmp_path):
     recording = Recording(tmp_path / "recording", RecordConfig())
     receiver, publisher = receive(target="target", record=recording.write), publish()
     for value in range(200):
@@ -136,7 +136,7 @@ def run_trainer(link, ledger_path):
 
 
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
-def test_ledger_balance_after_the_trainer_was_killed_or_stopped(
+def test_the_ledger_balances_after_the_trainer_was_killed_or_stopped(
     link, publish, receive, tmp_path, harm
 ):
     ledger_path = tmp_path / "ledger.json"

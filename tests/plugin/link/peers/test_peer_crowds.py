@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 import zmq
 from deadline import until
 from strangers import (
@@ -20,39 +19,20 @@ from strangers import (
     Traffic,
     client,
     connect,
-    keyed_link,
 )
 
-from aurora_sglang_plugin.link import handshakes
-from aurora_sglang_plugin.link import peer_limits as guard
+from aurora_sglang_plugin.link import handshakes, peer_limits
 from aurora_sglang_plugin.link.curve import load_server_keys
-
-
-@pytest.fixture(autouse=True)
-def quick_handshakes(monkeypatch):
-    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 0.5)
-
-
-@pytest.fixture
-def link(tmp_path):
-    return keyed_link(tmp_path)
-
-
-@pytest.fixture
-def traffic(link):
-    traffic = Traffic(link)
-    yield traffic
-    traffic.close()
 
 
 def test_a_crowd_with_unlisted_keys(link, traffic, tmp_path):
     """More at once than are answered in a turn; each costs the trainer a key exchange."""
-    crowd = 3 * guard.ANSWERS_PER_TURN
+    crowd = 3 * peer_limits.ANSWERS_PER_TURN
     context, push = client(link, load_server_keys(tmp_path / "keys/unlisted"))
     for _ in range(crowd - 1):
         push.connect(link.endpoint)
     until(lambda: sum(traffic.refused().values()) >= crowd or str(traffic.refused()))
-    assert not push.poll(0, zmq.POLLOUT) and traffic.refused()["key"] > guard.ANSWERS_PER_TURN
+    assert not push.poll(0, zmq.POLLOUT) and traffic.refused()["key"] > peer_limits.ANSWERS_PER_TURN
     context.destroy(linger=0)
     traffic.check()
 

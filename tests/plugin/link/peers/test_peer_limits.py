@@ -22,31 +22,12 @@ from strangers import (
     Traffic,
     client,
     connect,
-    keyed_link,
     offer,
 )
 
-from aurora_sglang_plugin.link import handshakes
-from aurora_sglang_plugin.link import peer_limits as guard
+from aurora_sglang_plugin.link import peer_limits
 from aurora_sglang_plugin.link.curve import load_server_keys, load_trainer_keys, make_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
-
-
-@pytest.fixture(autouse=True)
-def quick_handshakes(monkeypatch):
-    monkeypatch.setattr(handshakes, "HANDSHAKE_S", 0.5)
-
-
-@pytest.fixture
-def link(tmp_path):
-    return keyed_link(tmp_path)
-
-
-@pytest.fixture
-def traffic(link):
-    traffic = Traffic(link)
-    yield traffic
-    traffic.close()
 
 
 def read_to_end(stranger) -> bytes:
@@ -142,9 +123,9 @@ def test_without_a_guard_libzmq_lets_every_key_in(link, tmp_path):
 @pytest.mark.parametrize("how", ["silent", "absent"])
 def test_a_guard_that_does_not_answer_lets_nobody_in(link, monkeypatch, how):
     if how == "silent":
-        monkeypatch.setattr(guard.PeerLimits, "turn", lambda self: None)
+        monkeypatch.setattr(peer_limits.PeerLimits, "turn", lambda self: None)
     else:
-        monkeypatch.setattr(guard, "ZAP_ENDPOINT", "inproc://elsewhere")
+        monkeypatch.setattr(peer_limits, "ZAP_ENDPOINT", "inproc://elsewhere")
     receiver = Receiver(link, ReceiveConfig(), None)
     context, push = client(link, load_server_keys(link.server_keys))
     assert not push.poll(700, zmq.POLLOUT)
