@@ -1,6 +1,7 @@
 """A file as buffers is a safetensors file, and nothing of it is copied."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -30,6 +31,9 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
     assert sha256(parts) == hashlib.sha256(data).hexdigest()
     # every tensor begins where its type may be read
     assert len(parts[0]) % 8 == 0
+    header = json.loads(bytes(parts[0][8:]))
+    for name, tensor in TENSORS.items():
+        assert header[name]["data_offsets"][0] % tensor.itemsize == 0, name
 
 
 def test_the_same_tensors_in_any_order_are_the_same_bytes():
