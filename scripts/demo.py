@@ -47,10 +47,12 @@ def main(options: argparse.Namespace, home: Path) -> None:
     from passes import Site, write_config
     from summary import report
 
-    target = options.home.resolve() / ("target-quick" if options.quick else "target")
-    recipe = make_target.QUICK if options.quick else make_target.Recipe()
-    if not make_target.is_ready(recipe, target):
-        make_target.make(recipe, target)
+    target = options.target
+    if target is None:
+        target = options.home.resolve() / ("target-quick" if options.quick else "target")
+        recipe = make_target.QUICK if options.quick else make_target.Recipe()
+        if not make_target.is_ready(recipe, target):
+            make_target.make(recipe, target)
     # what was learned before; the target stays
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
@@ -138,6 +140,9 @@ def arguments() -> argparse.Namespace:
         "--home", type=Path, default=Path(".cache"), help="where everything is kept"
     )
     parser.add_argument("--quick", action="store_true", help="a target that trains in a minute")
+    parser.add_argument(
+        "--target", type=Path, help="a target that is there, such as one of make_target.py"
+    )
     parser.add_argument(
         "--frozen-every",
         type=int,

@@ -24,7 +24,6 @@ NUM_STEPS = 3
 PROMPT_TOKENS = 512
 
 LEARNING = """\
-device = "{device}"
 dtype = "bfloat16"
 [trainer.pace]
 new_positions_per_step = 64  # few requests: a step for each of them
@@ -75,7 +74,7 @@ def main(options: argparse.Namespace, home: Path) -> None:
     home.mkdir(parents=True)
     draft = make_draft(options, target, known, home)
     on_gpu = has_gpu()
-    config = write_config(home, target, draft, LEARNING.format(device="cuda" if on_gpu else "cpu"))
+    config = write_config(home, target, draft, LEARNING)
     servers = {} if on_gpu else dict(args=CPU_ARGS, env=CPU_ENV)
     name = target.name if Path(options.model).is_dir() else options.model
     site = Site(name, home, target, draft, config, NUM_STEPS, clients=options.clients, **servers)

@@ -30,7 +30,7 @@ def held_out(
     width = model.config.max_position_embeddings // 2
     rows = stream[: (len(stream) - 1) // width * width].view(-1, width)
     total = 0.0
-    for batch in rows.split(8):
+    for batch in rows.to(model.head.device).split(8):
         hidden = model(batch[:, :-1]).flatten(0, 1)
         total += NextTokenLoss.apply(hidden, model.head, batch[:, 1:].flatten()).item() * len(
             hidden
@@ -54,8 +54,9 @@ def distinct_fraction(generated: list[list[int]], n: int = 4) -> float:
 @torch.no_grad()
 def greedy(directory: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """Greedy continuations, as the server gives them, of prompts of one length."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.tensor(prompts)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+    ids = torch.tensor(prompts, device=device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

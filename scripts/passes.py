@@ -16,7 +16,7 @@ from typing import Any
 
 from children import Trainer
 from clients import CLIENTS, Reply, tokens_per_s
-from serve import Server, free_port
+from serve import Server, free_port, has_gpu
 
 # requests in a mean
 WINDOW = 40
@@ -32,6 +32,7 @@ directory = "{home}/weights"
 [trainer.model]
 target = "{target}"
 draft = "{draft}"
+device = "{device}"
 {learning}\
 [trainer.checkpoint]
 directory = "{home}/checkpoints"
@@ -51,6 +52,7 @@ def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
             home=home,
             target=target,
             draft=draft,
+            device="cuda" if has_gpu() else "cpu",
             learning=learning,
             status=STATUS,
         )

@@ -1,5 +1,5 @@
-"""A Qwen3 language model for training on a CPU: parameters under Hugging Face's names, arithmetic
-in few passes.
+"""A Qwen3 language model for training on a CPU, or on a GPU: parameters under Hugging Face's names,
+arithmetic in few passes.
 
 Dimension letters: B rows, T tokens of a row, H hidden, D head, V vocabulary.
 """
@@ -65,7 +65,7 @@ class TargetModel(nn.Module):
             if "embed" not in name
         }
         x = F.embedding(ids, self.weights["model.embed_tokens.weight"]).to(self.compute_dtype)
-        rotary = _rotary(ids.size(1), self.config, self.compute_dtype)
+        rotary = [part.to(ids.device) for part in self._rotary(ids.size(1))]
         hidden, epsilon = (self.config.hidden_size,), self.config.rms_norm_eps
         for layer in range(self.config.num_hidden_layers):
             prefix = f"model.layers.{layer}."
@@ -112,6 +112,12 @@ class TargetModel(nn.Module):
         mixed = mixed.view(rows, q_heads, tokens, head).transpose(1, 2).reshape(rows, tokens, -1)
         return F.linear(mixed, part["self_attn.o_proj.weight"])
 
+    def _rotary(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        theta, head = self.config.rope_parameters["rope_theta"], self.config.head_dim
+        angles = torch.arange(tokens)[:, None] * theta ** (-torch.arange(0, head, 2) / head)
+        mask = torch.full((tokens, tokens), -1e9).triu(1)
+        return tuple(part.to(self.compute_dtype) for part in (angles.cos(), angles.sin(), mask))
+
 
 def _initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if len(shape) == 1:
@@ -120,16 +126,6 @@ def _initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         # every layer starts as the identity
         return torch.zeros(shape)
     return torch.randn(shape) * (0.02 if "embed" in name or "lm_head" in name else shape[1] ** -0.5)
-
-
-def _rotary(
-    tokens: int, config: Qwen3Config, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    theta = config.rope_parameters["rope_theta"]
-    frequencies = theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    angles = torch.arange(tokens)[:, None] * frequencies  # [T, D/2]
-    mask = torch.full((tokens, tokens), -1e9).triu(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype), mask.to(dtype)
 
 
 class NextTokenLoss(torch.autograd.Function):

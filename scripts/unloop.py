@@ -29,7 +29,7 @@ def repeats(ids: torch.Tensor, start: int, n: int = 4) -> torch.Tensor:
             gram = tuple(tokens[end - n : end])
             mask[row, end - 1] = gram in seen and end > start
             seen.add(gram)
-    return mask
+    return mask.to(ids.device)
 
 
 class Unloop:
@@ -39,7 +39,7 @@ class Unloop:
         self.model, self.stream, self.generator = model, stream, generator
         self.uses = 0
         # Hugging Face's has a KV cache
-        self.decoder = AutoModelForCausalLM.from_config(model.config).eval()
+        self.decoder = AutoModelForCausalLM.from_config(model.config).eval().to(model.head.device)
 
     @torch.no_grad()
     def _write(self) -> None:
@@ -50,7 +50,7 @@ class Unloop:
         starts = torch.randint(
             len(self.stream) - PROMPT_TOKENS, (ROWS, 1), generator=self.generator
         )
-        prompts = self.stream[starts + torch.arange(PROMPT_TOKENS)]
+        prompts = self.stream[starts + torch.arange(PROMPT_TOKENS)].to(self.model.head.device)
         length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
         ids = self.decoder.generate(
             prompts, attention_mask=torch.ones_like(prompts), do_sample=False, **length
