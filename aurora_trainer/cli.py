@@ -208,6 +208,3 @@ def init_draft(
 
 app.add_typer(recording_commands)
 app.add_typer(weights_commands)
-
-if __name__ == "__main__":
-    app()

@@ -17,7 +17,7 @@ from subprocess import Popen
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
-TRAINER = [str(Path(sys.executable).with_name("aurora-trainer"))]
+TRAINER = [sys.executable, "-m", "aurora_trainer"]
 
 
 def start(

@@ -41,6 +41,8 @@ CPU_ARGS = (
     " --max-running-requests 8 --skip-server-warmup --sleep-on-idle"
 ).split()
 GPU_ARGS = "--mem-fraction-static 0.5 --max-running-requests 32 --skip-server-warmup".split()
+# More words for every server's command, such as an attention backend that this machine has.
+MORE_ARGS = "AURORA_SERVER_ARGS"
 
 
 class Server:
@@ -93,7 +95,7 @@ class Server:
             command += [str(num_draft_tokens or 1 + num_steps * topk)]
         if draft:
             command += ["--speculative-draft-model-path", str(draft)]
-        command += map(str, args)
+        command += [*map(str, args), *os.environ.get(MORE_ARGS, "").split()]
         environment = {
             **os.environ,
             "PYTHONUNBUFFERED": "1",

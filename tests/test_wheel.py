@@ -56,8 +56,8 @@ def test_it_runs_from_another_directory(wheel, tmp_path):
     for package in ("aurora_sglang_plugin", "aurora_trainer", "aurora_kernels"):
         where = python("-c", f"import {package}; print(list({package}.__path__)[0])")
         assert Path(where).parent == site
-    assert python("-m", "aurora_trainer.cli", "--version") == version("aurora-speculative")
-    assert "init-draft" in python("-m", "aurora_trainer.cli", "--help")
+    assert python("-m", "aurora_trainer", "--version") == version("aurora-speculative")
+    assert "init-draft" in python("-m", "aurora_trainer", "--help")
     names = python(
         "-c",
         "from importlib.metadata import distributions as d;"

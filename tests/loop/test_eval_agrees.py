@@ -6,17 +6,16 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import TRAINER
 from rig import wait_until
 from test_replay import cut
 
 from aurora_sglang_plugin.weights.manifest import version_name
 from aurora_trainer.recordings.recording import read_messages
 
-TRAINER = Path(sys.executable).with_name("aurora-trainer")
 REQUESTS, TOKENS = 12, 96
 
 
@@ -25,7 +24,7 @@ def recorder(loop, out: Path) -> subprocess.Popen:
         f"link.endpoint={loop.link.endpoint}", f"trainer.model.target={loop.target}",
         f"trainer.model.draft={loop.initial_draft}",
     ]  # fmt: skip
-    command = [TRAINER, "record", "--out", str(out), *(a for s in sets for a in ("--set", s))]
+    command = [*TRAINER, "record", "--out", str(out), *(a for s in sets for a in ("--set", s))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert "recorder ready" in process.stderr.readline()
     return process
@@ -66,7 +65,7 @@ def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
 
     draft = loop.weights / version_name(version) if version else loop.initial_draft
     command = [
-        TRAINER,
+        *TRAINER,
         "eval",
         str(draft),
         str(out),

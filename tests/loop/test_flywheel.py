@@ -13,14 +13,13 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from children import die_with_parent
+from children import TRAINER, die_with_parent
 from rig import checksums, generate, metrics, wait_until
 from safetensors.torch import load_file
 from serve import Server, free_port
@@ -33,7 +32,6 @@ from aurora_sglang_plugin.weights.manifest import (
 )
 from aurora_trainer.drafts.eagle3_init import init_draft
 
-TRAINER = Path(sys.executable).with_name("aurora-trainer")
 TOKENS = 48
 CONFIG = """\
 [link]
@@ -78,7 +76,7 @@ class Flywheel:
 
     def start_trainer(self) -> None:
         with open(self.home / "trainer.log", "ab") as log:
-            command = [TRAINER, "run", "--config", self.config]
+            command = [*TRAINER, "run", "--config", self.config]
             self.trainer = subprocess.Popen(
                 command, stdout=log, stderr=log, preexec_fn=die_with_parent
             )

@@ -42,7 +42,7 @@ def overrides(models, site: Path, **more) -> list[str]:
 
 def command(models, site: Path, name: str, *arguments: str, **more) -> list[str]:
     sets = [a for o in overrides(models, site, **more) for a in ("--set", o)]
-    return [sys.executable, "-m", "aurora_trainer.cli", name, *sets, *arguments]
+    return [sys.executable, "-m", "aurora_trainer", name, *sets, *arguments]
 
 
 def config(models, site: Path, **more):

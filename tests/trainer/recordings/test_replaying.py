@@ -219,7 +219,7 @@ def recorder(models, out: Path, link: LinkConfig, **how) -> subprocess.Popen:
         "trainer.model.draft=unused",
     ]
     sets += ["trainer.record.file_bytes=100000", "trainer.metrics.every_s=0.05"]
-    command = [sys.executable, "-m", "aurora_trainer.cli", "record", "--out", str(out)]
+    command = [sys.executable, "-m", "aurora_trainer", "record", "--out", str(out)]
     command += [a for s in sets for a in ("--set", s)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **how)
     assert "recorder ready" in process.stderr.readline()

@@ -28,7 +28,7 @@ VOCAB, HIDDEN = 64, 32
 
 def top(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "aurora_trainer.cli", "top", "--once", "--every", "0.3", *arguments],
+        [sys.executable, "-m", "aurora_trainer", "top", "--once", "--every", "0.3", *arguments],
         capture_output=True, text=True,
     )  # fmt: skip
 

@@ -1,0 +1,5 @@
+"""`python -m aurora_trainer` is `aurora-trainer`, where scripts are not on the path."""
+
+from aurora_trainer.cli import app
+
+app(prog_name="aurora-trainer")
