@@ -187,7 +187,9 @@ class Bench:
         self.endpoint = f"tcp://127.0.0.1:{free_port()}"
         logs.mkdir(parents=True, exist_ok=True)
         args = ["--skip-tokenizer-init", "--enable-metrics", "--random-seed", "1"]
-        args += ["--dtype", "bfloat16", "--context-length", "2048", "--max-total-tokens", "20000"]
+        args += ["--context-length", "2048"]
+        # three of them in one memory
+        args += ["--mem-fraction-static", "0.9", "--max-total-tokens", "20000"]
 
         def server(name: str, algorithm: str, settings: str = "") -> Server:
             env = {"AURORA_SET": f"link.endpoint={self.endpoint} {settings}"}

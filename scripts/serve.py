@@ -40,7 +40,10 @@ CPU_ARGS = (
     "--device cpu --dtype float32 --mem-fraction-static 0.1 --max-total-tokens 16384"
     " --max-running-requests 8 --skip-server-warmup --sleep-on-idle"
 ).split()
-GPU_ARGS = "--mem-fraction-static 0.5 --max-running-requests 32 --skip-server-warmup".split()
+# SGLang's CUDA kernels compute in 16 bits
+GPU_ARGS = (
+    "--dtype bfloat16 --mem-fraction-static 0.5 --max-running-requests 32 --skip-server-warmup"
+).split()
 # More words for every server's command, such as an attention backend that this machine has.
 MORE_ARGS = "AURORA_SERVER_ARGS"
 

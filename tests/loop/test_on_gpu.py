@@ -13,13 +13,12 @@ from serve import Server
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 SHAPE = {"topk": 1, "num_steps": 4}
-HALF = ["--dtype", "bfloat16"]
 PARAMS = {"max_new_tokens": 64}
 
 
 @pytest.fixture(scope="module")
 def loop(target, taught, tmp_path_factory):
-    loop = Loop(tmp_path_factory.mktemp("gpu"), target, taught / "full", args=HALF, **SHAPE)
+    loop = Loop(tmp_path_factory.mktemp("gpu"), target, taught / "full", **SHAPE)
     yield loop
     loop.stop()
 
@@ -29,7 +28,7 @@ def eagle3(target, taught, tmp_path_factory):
     log = tmp_path_factory.mktemp("eagle3") / "server.log"
     draft = taught / "full"
     with Server(
-        target, draft=draft, algorithm="EAGLE3", args=HALF, log=log, timeout_s=START_S, **SHAPE
+        target, draft=draft, algorithm="EAGLE3", log=log, timeout_s=START_S, **SHAPE
     ) as server:
         yield server
 
