@@ -37,8 +37,9 @@ from torch import Tensor
 
 __all__ = ["DISTANCES", "TreeLoss", "tree_loss", "tree_loss_exact"]
 
-# logits alive at a time, the draft's and an exact target's together
-CHUNK_LOGITS = 1 << 27
+# Logits alive at a time, the draft's and an exact target's together: with fewer, adding up the
+# head's gradient chunk by chunk costs more (README, "Chunks and products").
+CHUNK_LOGITS = 1 << 29
 # partial sums of the norm weight's gradient
 WEIGHT_GROUPS = 64
 
@@ -145,13 +146,13 @@ def _fused(
     rows `part` from logits z [r, VD], and dz with weight * d(loss) / dz."""
     inputs = state, norm_weight, head_weight
     grads = tuple(torch.is_grad_enabled() and x.requires_grad for x in inputs)
-    loss_sum, loss, acceptance, argmax = _Fused.apply(
+    loss_sum, loss, acceptance, argmax = _FusedTreeLoss.apply(
         *inputs, weight, eps, grads, score, logits_per_row
     )
     return TreeLoss(loss_sum, loss, None, acceptance, argmax)
 
 
-class _Fused(torch.autograd.Function):
+class _FusedTreeLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, state, norm_weight, head_weight, weight, eps, grads, score, logits_per_row):
         with torch.cuda.device_of(state):

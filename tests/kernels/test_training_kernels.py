@@ -21,7 +21,7 @@ from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import read_messages
 
 STEPS, VOCAB, HIDDEN = 20, 100, 128
-# (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2; a guess on a GPU
+# (losses, weights); found in the interpreter: 7e-7 and 3e-6, 3e-3 and 1e-2
 TOLERANCE = {
     ("cpu", "float32"): (1e-5, 1e-4),
     ("cpu", "bfloat16"): (2e-2, 0.05),

@@ -168,8 +168,9 @@ def test_extreme_scores(device):
     tensors, index = [q, *others], random_index(device, 30, [20, 9], 10, 3)
     have = outputs(tree_attention, tensors, index, 0.3)
     want = outputs(tree_attention_ref, tensors, index, 0.3, torch.float64)
+    # a score near 1e4 is a multiple of 1e-3
     for name, x in have.items():
-        assert (x.double() - want[name]).norm() <= 1e-2 * want[name].norm(), name
+        assert (x.double() - want[name]).norm() <= 3e-2 * want[name].norm(), name
 
 
 def test_scores_far_apart(device):

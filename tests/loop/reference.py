@@ -10,11 +10,12 @@ import torch
 from serve import has_gpu
 
 from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link.rows import to_float32
 from aurora_trainer.intake.sample import Sample
 
 # Float32 in another order; features are of size 1 to 10. A GPU's server computes in bfloat16.
-FEATURE_ATOL = 0.1 if has_gpu() else 2e-4
-LOGIT_ATOL = 0.1 if has_gpu() else 2e-3
+FEATURE_ATOL = 0.2 if has_gpu() else 2e-4
+LOGIT_ATOL = 0.2 if has_gpu() else 2e-3
 ROWS = 32
 
 
@@ -105,7 +106,8 @@ class Reference:
         if first + count < len(tokens):
             assert a["next_tokens"][row] == tokens[first + count]
         features, _ = self.run(tokens[: first + count])
-        hidden = torch.from_numpy(a["aux_hidden_states"][begin : begin + count].copy())
+        hidden = a["aux_hidden_states"][begin : begin + count]
+        hidden = torch.from_numpy(to_float32(hidden, message.dtype("aux_hidden_states")))
         _near(
             hidden,
             features[first:],
