@@ -17,6 +17,7 @@ EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes",
     "rootless_trees",
 )  # fmt: skip
+PREFIX_POSITIONS = ("found", "missing")
 UNUSABLE = (
     "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered",
     "wrong_target_messages", "lost_open", "lost_held",
@@ -84,6 +85,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together", event=EVENTS
+    ),
+    "aurora_trainer_prefix_positions": counter(
+        "Positions of prefixes that the server had cached, wanted as context of a sample",
+        outcome=PREFIX_POSITIONS,
     ),
     "aurora_trainer_bad_rows": counter(
         "Requests' rows in received messages that could not be used", cause=ROW_CAUSES
@@ -188,6 +193,7 @@ COUNTED = {
     "aurora_trainer_unusable_samples": "unusable",
     "aurora_trainer_rows": "rows",
     "aurora_trainer_assembly_events": "assembly_events",
+    "aurora_trainer_prefix_positions": "prefix_positions",
     "aurora_trainer_bad_rows": "bad_rows",
     "aurora_trainer_buffer_left_samples": "buffer_dropped",
     "aurora_trainer_steps": "steps",

@@ -22,6 +22,7 @@ Rules, in order:
                                           once more
 
 A segment that begins at a verify's root loses that one tree, which has no position to hang from.
+One that begins behind a cached prefix gets what an earlier request knows of it (prefixes.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.gaps import Gaps
+from aurora_trainer.intake.prefixes import Prefixes
 from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
 from aurora_trainer.intake.sample import Sample
 
@@ -57,8 +59,11 @@ class AssembleConfig(Section):
     max_positions: PositiveInt = 8192
     # generated positions after which a part of a long request is taken
     part_positions: Annotated[int, Field(ge=2)] = 512
-    # positions of the last part that the next one repeats, as context only
-    context_positions: NonNegativeInt = 128
+    # Positions before a sample's own, as context only: those of a long request's last part, or of
+    # a prefix that the server had cached and an earlier request computed.
+    context_positions: NonNegativeInt = 512
+    # features of earlier requests that are kept for that
+    prefix_bytes: PositiveInt = 512 << 20
     # after which a request whose `end` was lost is taken
     idle_s: Annotated[float, Field(gt=0)] = 60.0
     # where to cut when `end` was lost
@@ -82,10 +87,13 @@ class Assembler:
         self.counters: Counter[str] = Counter()
         # by the causes of rows.py
         self.bad_rows: Counter[str] = Counter()
+        # positions of cached prefixes that a sample should have as context: found, missing
+        self.prefix_positions: Counter[str] = Counter()
         # least recently extended first
         self._open: OrderedDict[Key, Segment] = OrderedDict()
         self._past: OrderedDict[Key, _Past] = OrderedDict()
         self._gaps = Gaps(self.counters)
+        self._prefixes = Prefixes(config.prefix_bytes)
         # of each session with open segments: [segments, bytes]
         self._held: dict[str, list[int]] = {}
         self._nbytes = 0
@@ -146,9 +154,8 @@ class Assembler:
             key, prompt_len = (header.session, request), int(a["prompt_lens"][row])
             if self._is_bad(message, row, key):
                 continue
-            known = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])[
-                length - count :
-            ]
+            ids = np.append(a["input_ids"][token - length : token], a["next_tokens"][row])
+            known = ids[length - count :]
             features = hidden[feature - count : feature].copy()
             # of the chunk's features
             first = int(a["positions"][row]) + length - count
@@ -156,7 +163,15 @@ class Assembler:
             if segment is None or segment.prompt_len != prompt_len or not count:
                 self._close(key, "gap")
                 self._remember(key).domain = header.domains[row] if header.domains else ""
-                segment = self._begin(key, first, int(known[0]), gap_count, dtype, prompt_len)
+                before = self._before(first, ids[: length - count + 1], dtype, hidden.shape[1])
+                context = len(before.tokens) if before else 0
+                token_there = int(ids[length - count - context])
+                segment = self._begin(
+                    key, first - context, token_there, gap_count, dtype, prompt_len
+                )
+                if before:
+                    segment.carried = context
+                    self._extend(key, segment, before, header)
             if count:
                 versions = np.full(count, header.extend_version, np.int32)
                 self._extend(key, segment, Step(first, known[1:], features, versions), header)
@@ -235,6 +250,15 @@ class Assembler:
             self._remember(key).ended_at = gap_count
 
     # ---- segments
+
+    def _before(self, position: int, tokens: np.ndarray, dtype: str, width: int) -> Step | None:
+        """What an earlier request computed of the cached prefix that ends before `position`."""
+        most = min(self.config.context_positions, position)
+        found = self._prefixes.before(position, tokens, dtype, width, most)
+        positions = len(found.features) if found else 0
+        self.prefix_positions["found"] += positions
+        self.prefix_positions["missing"] += most - positions
+        return found
 
     def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
         """Whether the row must not be used; then its request's segment ends here."""
@@ -328,6 +352,7 @@ class Assembler:
         self.counters["positions"] += len(sample.features)
         self.counters["trees"] += len(sample.tree_first)
         self.counters["nodes"] += len(sample.node_token)
+        self._prefixes.put(sample)
         self._done.append(sample)
 
     def _remember(self, key: Key) -> _Past:

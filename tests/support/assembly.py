@@ -6,7 +6,7 @@ from simulator import S, Server, token
 
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 
-WHOLE = AssembleConfig(part_positions=10_000)
+WHOLE = AssembleConfig(part_positions=10_000, context_positions=0)
 
 
 def assemble(server, config=WHOLE):
