@@ -70,7 +70,7 @@ FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "prefill": {
         # absolute position of the chunk's first token
         "positions": (("int32",), ("B",)),
-        # tokens of the chunk
+        # tokens of the chunk; the first ones have no features where the prefix cache held them
         "extend_lens": (("int32",), ("B",)),
         # features sent, of the LAST feature_lens tokens of the chunk
         "feature_lens": (("int32",), ("B",)),

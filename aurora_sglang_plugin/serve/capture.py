@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ class Capture:
                 if not self.transfer.has_room():
                     self.publisher.drop("no_buffer")
                     continue
-                take = partial(_take, spans=[(end - n, end) for _, _, n, end in group])
+                take = partial(_take, spans=[(end - n, end) for _, _, n, end, _ in group])
                 tensors = {
                     "hidden": take(hidden),
                     "input_ids": take(input_ids),
@@ -114,16 +114,17 @@ class Capture:
                 }
                 host = dict(
                     rows=[row for row, *_ in group],
-                    lens=[n for _, _, n, _ in group],
-                    prompt_lens=[len(req.origin_input_ids) for _, req, _, _ in group],
+                    lens=[n for _, _, n, _, _ in group],
+                    prompt_lens=[len(req.origin_input_ids) for _, req, _, _, _ in group],
+                    before=[ids for *_, ids in group],
                 )
-                reqs = [req for _, req, _, _ in group]
+                reqs = [req for _, req, *_ in group]
                 about = dict(domains=_domains(reqs), draft_version=version, extend_version=version)
                 self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
 
-    def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int]]:
-        """(row, request, features to take, end of its rows in the batch) of every chunk that is
-        taken.
+    def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int, Sequence[int]]]:
+        """(row, request, features to take, end of its rows in the batch, ids before them) of every
+        chunk that is taken.
         """
         chunks, end = [], 0
         for row, (req, prefix, extend) in enumerate(
@@ -135,8 +136,21 @@ class Capture:
                 taken = max(0, min(extend, prefix + extend - first))
                 self.prompt_tokens_skipped += extend - taken
                 if taken:
-                    chunks.append((row, req, taken, end))
+                    before = self._cached_ids(req, prefix, prefix + extend - taken)
+                    chunks.append((row, req, taken, end, before))
+                req.aurora_prefilled = prefix + extend
         return chunks
+
+    def _cached_ids(self, req: Any, prefix: int, first: int) -> Sequence[int]:
+        """The last ids before the first feature of a request, `first`, where the prefix before it
+        was cached: the trainer may know it from an earlier request. Of a prompt no more ids travel
+        than `max_prompt_features`."""
+        prompt = req.origin_input_ids
+        # a chunk that follows another one, or features that are left out
+        if not 0 < first == prefix != getattr(req, "aurora_prefilled", -1) or first > len(prompt):
+            return ()
+        count = self.config.max_prompt_features - (len(prompt) - first)
+        return prompt[max(0, first - count) : first] if count > 0 else ()
 
     def before_verify(self, batch: Any) -> None:
         self._rows = []

@@ -8,6 +8,7 @@ Dimensions: b sampled requests, N tree nodes, P = S + 1 path columns, K kept tar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,8 @@ class Prefill:
     # features taken of each
     lens: list[int]
     prompt_lens: list[int]
+    # ids before them, which travel without features
+    before: list[Sequence[int]]
 
     @property
     def nbytes(self) -> int:
@@ -41,17 +44,25 @@ class Prefill:
         t = self.staged.fetch()
         lens = torch.tensor(self.lens)
         ends = lens.cumsum(0)
+        extend = lens + torch.tensor([len(ids) for ids in self.before])
         arrays = {
-            "positions": _int32(t["seq_lens"][self.rows].cpu() - lens),
-            "extend_lens": _int32(lens),
+            "positions": _int32(t["seq_lens"][self.rows].cpu() - extend),
+            "extend_lens": _int32(extend),
             "feature_lens": _int32(lens),
             "prompt_lens": _int32(torch.tensor(self.prompt_lens)),
-            "input_ids": _int32(t["input_ids"]),
+            "input_ids": _int32(self._input_ids(t["input_ids"])),
             "next_tokens": _int32(t["rotated_ids"][ends - 1]),
             "aux_hidden_states": _raw(t["hidden"], private=self.staged.buffer is None),
         }
         self.staged.release()
         return arrays
+
+    def _input_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of each request: those before its features, then theirs."""
+        if not any(map(len, self.before)):
+            return ids
+        own = ids.split(self.lens)
+        return torch.cat([p for b, o in zip(self.before, own) for p in (torch.tensor(b), o)])
 
 
 @dataclass(slots=True)

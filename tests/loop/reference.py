@@ -99,10 +99,12 @@ class Reference:
         Returns its positions, first to past the last.
         """
         a = message.arrays
-        assert (a["extend_lens"] == a["feature_lens"]).all()
-        begin, count = int(a["extend_lens"][:row].sum()), int(a["extend_lens"][row])
+        begin, length = int(a["extend_lens"][:row].sum()), int(a["extend_lens"][row])
         first = int(a["positions"][row])
-        assert a["input_ids"][begin : begin + count].tolist() == tokens[first : first + count]
+        assert a["input_ids"][begin : begin + length].tolist() == tokens[first : first + length]
+        # ids of a cached prefix come before those with features
+        begin, count = int(a["feature_lens"][:row].sum()), int(a["feature_lens"][row])
+        first += length - count
         if first + count < len(tokens):
             assert a["next_tokens"][row] == tokens[first + count]
         features, _ = self.run(tokens[: first + count])

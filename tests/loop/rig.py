@@ -83,7 +83,7 @@ class Loop:
         self.embed = open_target(target).embedding()
         self.fingerprint = target_fingerprint(str(target))
         self.receiver: Receiver | None = None
-        self.assembler = Assembler(AssembleConfig(part_positions=1 << 16))
+        self.assembler = Assembler(AssembleConfig(part_positions=1 << 16, context_positions=0))
         self.messages: list[wire.Message] = []
         self.samples: dict[str, list[Sample]] = defaultdict(list)
         self._final: set[str] = set()

@@ -17,6 +17,7 @@ from serve import has_gpu
 
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies
+from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 
 # A GPU's server drafts in bfloat16, and one choice decides what follows it.
 PARITY = 0.9 if has_gpu() else 0.999
@@ -140,8 +141,9 @@ def test_across_swaps(name, request, stream):
     assert late.same < 0.99 * late.nodes
 
 
-def test_cache_hits_are_aligned_and_excluded(chain, stream):
-    """Positions of a cached prefix are not known, so these cannot be replayed; where they stand
+def test_cache_hits(chain, stream):
+    """Positions of a cached prefix are known from the request that computed them: then the draft
+    proposes what the server's did. Without them such requests cannot be replayed; where they stand
     must be right.
     """
     version = chain.version()
@@ -159,4 +161,11 @@ def test_cache_hits_are_aligned_and_excluded(chain, stream):
         assert sample.node_token[sample.tree_first].tolist() == [tokens[i] for i in roots]
         # every generated position has a target
         assert (sample.position_node[len(prompt) - cached - 1 : -1] >= 0).all()
-    print(f"chain: {len(samples)} samples with cache hits excluded, all aligned")
+    assembler = Assembler(AssembleConfig(part_positions=1 << 16))
+    rids = {answer["rid"] for answer in answers}
+    whole = [s for m in chain.messages for s in assembler.add(m) if s.request in rids]
+    assert [s.start for s in whole] == [0] * len(hits)
+    for prompt, answer, sample in zip(hits, answers, sorted(whole, key=lambda s: s.prompt_len)):
+        assert sample.tokens.tolist() == prompt + answer["output_ids"]
+    check(chain, whole, version, "cache hits", trees=20)
+    print(f"chain: {len(samples)} samples with cache hits, all aligned")

@@ -192,11 +192,13 @@ def test_prefill_of_a_batch():
     assert (kind, fields["requests"], fields["extend_version"]) == ("prefill", ["a", "c"], 2)
     arrays = {name: array.tolist() for name, (_, array) in snapshot.build().items()}
     assert (
-        arrays["positions"] == [0, 10]
-        and arrays["extend_lens"] == [4, 5]
+        arrays["positions"] == [0, 0]
+        and arrays["extend_lens"] == [4, 15]
+        and arrays["feature_lens"] == [4, 5]
         and arrays["prompt_lens"] == [4, 30]
     )
-    assert arrays["input_ids"] == [100, 101, 102, 103, 107, 108, 109, 110, 111]
+    # the ids of the cached prefix, as the request has them
+    assert arrays["input_ids"] == [100, 101, 102, 103, *range(10), 107, 108, 109, 110, 111]
     assert arrays["next_tokens"] == [104, 112]
     assert [row[0] // F for row in arrays["aux_hidden_states"]] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
 
@@ -216,8 +218,32 @@ def test_max_prompt_features(prefix, extend, taken):
     arrays = {
         name: array.tolist() for name, (_, array) in capture.publisher.items[0][1].build().items()
     }
-    assert arrays["positions"] == [prefix + extend - taken] and arrays["feature_lens"] == [taken]
-    assert arrays["input_ids"] == list(range(100 + extend - taken, 100 + extend))
+    # ids of a cached prefix as far as the bound allows
+    cached = {40: 8, 60: 28}.get(prefix, 0)
+    first = prefix + extend - taken
+    assert arrays["positions"] == [first - cached] and arrays["feature_lens"] == [taken]
+    expected = [*range(first - cached, first), *range(100 + extend - taken, 100 + extend)]
+    assert arrays["input_ids"] == expected
+
+
+def test_ids_of_a_cached_prefix_travel_once():
+    """With the first chunk of a request, and again after it was retracted; never what was left out
+    on purpose, or generated."""
+    capture, req = make_capture(max_prompt_features=40), request("a", range(60), range(9))
+
+    def sent(prefix, extend):
+        capture.publisher.items.clear()
+        prefill_step(capture, [req], [prefix], [extend])
+        arrays = capture.publisher.items[0][1].build()
+        lens = (arrays[n][1].tolist()[0] for n in ("extend_lens", "feature_lens"))
+        return [arrays["positions"][1][0], *lens]
+
+    assert sent(30, 10) == [20, 20, 10]
+    assert sent(40, 20) == [40, 20, 20]
+    # a step of a mixed chunk
+    assert sent(60, 1) == [60, 1, 1]
+    assert sent(50, 10) == [20, 40, 10]
+    assert sent(62, 3) == [62, 3, 3] and not capture.errors
 
 
 @pytest.mark.parametrize(

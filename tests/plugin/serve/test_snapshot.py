@@ -186,14 +186,19 @@ def test_prefill():
         "rotated_ids": torch.tensor([11, 12, 13, 21, 22]),
         "seq_lens": torch.tensor([3, 99, 40]),
     }
-    snapshot = Prefill(HostTensors().stage(tensors), rows=[0, 2], lens=[3, 2], prompt_lens=[3, 64])
-    a = decoded(header("prefill", ["a", "c"]), snapshot.build()).arrays
-    assert a["positions"].tolist() == [0, 38]
-    assert a["extend_lens"].tolist() == a["feature_lens"].tolist() == [3, 2]
-    assert a["next_tokens"].tolist() == [13, 22]
-    assert a["input_ids"].tolist() == [10, 11, 12, 20, 21]
-    assert a["prompt_lens"].tolist() == [3, 64]
-    np.testing.assert_array_equal(a["aux_hidden_states"], hidden.numpy())
+    for before in ([], [17, 18, 19]):
+        snapshot = Prefill(
+            HostTensors().stage(dict(tensors)), [0, 2], lens=[3, 2], prompt_lens=[3, 64],
+            before=[(), before],
+        )  # fmt: skip
+        a = decoded(header("prefill", ["a", "c"]), snapshot.build()).arrays
+        assert a["positions"].tolist() == [0, 38 - len(before)]
+        assert a["extend_lens"].tolist() == [3, 2 + len(before)]
+        assert a["feature_lens"].tolist() == [3, 2]
+        assert a["next_tokens"].tolist() == [13, 22]
+        assert a["input_ids"].tolist() == [10, 11, 12, *before, 20, 21]
+        assert a["prompt_lens"].tolist() == [3, 64]
+        np.testing.assert_array_equal(a["aux_hidden_states"], hidden.numpy())
 
 
 def test_end():
