@@ -129,6 +129,11 @@ def test_what_is_asked_for_beside_the_output(loop, plain, stream):
             [t[0] for t in a["meta_info"]["output_token_logprobs"]] for a in (mine, other)
         )
         assert found == pytest.approx(expected, abs=1e-3)
+    body["sampling_params"] = greedy | {"temperature": 0.9, "top_p": 0.9}
+    for answer in loop.server.post("/generate", body):
+        said = answer["meta_info"]["output_token_logprobs"]
+        assert [t[1] for t in said] == answer["output_ids"] and len(said) == 20
+        assert all(-50 < t[0] <= 1e-5 for t in said)
     body = {"input_ids": batch, "sampling_params": greedy, "return_hidden_states": True}
     for mine, other in zip(loop.server.post("/generate", body), theirs):
         assert mine["output_ids"] == other["output_ids"] and mine["meta_info"]["hidden_states"]

@@ -76,6 +76,10 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
 
         wait_until(both_draft_with, lambda: f"both ranks to swap: {loop.metrics()}", 40)
     check_output(loop)
+    # ranks that drew otherwise would wait for each other, or say what no model says
+    sampled = loop.generate(PROMPTS * 3, {"max_new_tokens": NEW, "temperature": 0.8, "top_p": 0.9})
+    assert all(len(answer["output_ids"]) == NEW for answer in sampled)
+    check_output(loop)
     assert (
         by_rank(loop, "aurora_swaps_total")
         == by_rank(loop, "aurora_swap_stall_seconds_count")
