@@ -100,10 +100,14 @@ class PublishConfig(Section):
 
 
 class SwapConfig(Section):
-    """How new weights are noticed."""
+    """How new weights are noticed, and what they change for cached prefixes."""
 
     enabled: bool = True
     poll_s: Annotated[float, Field(gt=0)] = 0.25
+    # gain in accept length, a factor, after which cached prefixes are computed again; 0: never
+    renew_prefixes_at: Annotated[float, Field(ge=0)] = 1.1
+    # those of prompts of at most so many tokens
+    renew_prompt_tokens: Annotated[int, Field(ge=0)] = 2048
 
 
 class PluginConfig(Section):

@@ -49,6 +49,9 @@ OF_RANK: dict[str, Family] = {
         "Time since the weights that draft now were published, or the server started"
     ),
     "aurora_swaps": counter("Swaps of the draft's weights, rollbacks included"),
+    "aurora_prefix_renewals": counter(
+        "Times that cached prefixes were given up because the draft had learned much since"
+    ),
     "aurora_swap_stall_seconds": histogram(
         "Time that the scheduler's thread spent on a swap", STALL_S
     ),
@@ -168,6 +171,7 @@ class ServerMetrics:
         exported.load("aurora_swap_seconds", reloader.durations)
         exported.load("aurora_freshness_seconds", reloader.freshness)
         exported.count_to("aurora_target_changes", swaps["target_changes"])
+        exported.count_to("aurora_prefix_renewals", swaps["prefix_renewals"])
         refused = {
             n.removeprefix("refused_"): count
             for n, count in swaps.items()

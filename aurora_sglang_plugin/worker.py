@@ -93,6 +93,7 @@ class AuroraWorker(EAGLEWorkerV2):
             model, draft.hot_token_id, config.weights, config.plugin.swap, target, group
         )
         self.reloader.apply_at_start()
+        self.reloader.renewal.attach()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
             device = model.lm_head.weight.device

@@ -20,11 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import make_target
 import psutil
 from children import TRAINER, Trainer, run_to_end
 from clients import send
-from demo import LEARNING, NUM_STEPS, make_prompts
+from demo import LEARNING, NUM_STEPS, TARGET, make_prompts
 from passes import write_config
 from serve import Server
 
@@ -81,14 +80,11 @@ def main() -> None:
     parser.add_argument(
         "--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.topk_logits=32"
     )
-    parser.add_argument("--home", type=Path, default=Path(".cache"))
+    parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    target = options.home.resolve() / "target"
-    if not make_target.is_ready(make_target.Recipe(), target):
-        make_target.make(make_target.Recipe(), target)
     with tempfile.TemporaryDirectory() as scratch:
-        figures = run(options, target, Path(scratch))
+        figures = run(options, options.target.resolve(), Path(scratch))
     show(figures)
     if options.out:
         options.out.write_text(json.dumps(figures, indent=1))

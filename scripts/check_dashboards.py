@@ -29,11 +29,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import make_target
 import yaml
 from children import TRAINER, Trainer, run_to_end, start
 from clients import send
-from demo import LEARNING, NUM_STEPS, make_prompts
+from demo import LEARNING, NUM_STEPS, TARGET, make_prompts
 from passes import write_config
 from serve import Server, free_port
 
@@ -95,11 +94,8 @@ def main() -> None:
             "check_dashboards: no prometheus on the PATH or in $PROMETHEUS (Debian: apt-get install"
             " prometheus)"
         )
-    target = options.target or Path(".cache/target-quick").resolve()
-    if options.target is None and not make_target.is_ready(make_target.QUICK, target):
-        make_target.make(make_target.QUICK, target)
     with tempfile.TemporaryDirectory() as scratch:
-        failures = check(executable, target, Path(scratch), options)
+        failures = check(executable, options.target.resolve(), Path(scratch), options)
     sys.exit(f"check_dashboards: {failures} of the checks failed" if failures else 0)
 
 
@@ -237,7 +233,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--target",
         type=Path,
-        help="a target that is there; default: the quick one, made if it is not",
+        default=TARGET,
+        help="such as one of make_target.py; default: the demo's",
     )
     parser.add_argument(
         "--outage",

@@ -2,8 +2,8 @@
 
     python scripts/demo.py [--init random] [--minutes 10]
 
-Makes the target if there is none, an untrained draft, starts the trainer and the server, sends code
-prompts, then prose prompts, and shows how the accept length climbs, dips and climbs again. A second
+Makes an untrained draft, starts the trainer and the server, sends code prompts, then prose prompts,
+and shows how the accept length climbs, dips and climbs again. A second
 pass serves the same requests with the frozen initial draft and the trainer off, a third one new
 requests with the last version, a fourth one without speculation. Ends with a summary and a picture.
 Ctrl-C leaves no process behind.
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import children
 
+# what `make_target.py --out scripts/target` makes
+TARGET = Path(__file__).with_name("target")
 NUM_STEPS = 4
 PROMPT_TOKENS, TOKENS = 48, 128
 # the third pass serves 1 in so many requests of the second
@@ -42,18 +44,12 @@ every_s = 5.0
 
 def main(options: argparse.Namespace, home: Path) -> None:
     # Seconds of imports, which Ctrl-C may interrupt.
-    import make_target
     from clients import send
     from passes import Site, write_config
     from summary import report
 
-    target = options.target
-    if target is None:
-        target = options.home.resolve() / ("target-quick" if options.quick else "target")
-        recipe = make_target.QUICK if options.quick else make_target.Recipe()
-        if not make_target.is_ready(recipe, target):
-            make_target.make(recipe, target)
-    # what was learned before; the target stays
+    target = options.target.resolve()
+    # what was learned before
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     draft = home / "draft"
@@ -139,9 +135,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--home", type=Path, default=Path(".cache"), help="where everything is kept"
     )
-    parser.add_argument("--quick", action="store_true", help="a target that trains in a minute")
     parser.add_argument(
-        "--target", type=Path, help="a target that is there, such as one of make_target.py"
+        "--target", type=Path, default=TARGET, help="such as one of make_target.py; default: ours"
     )
     parser.add_argument(
         "--frozen-every",

@@ -11,8 +11,8 @@ trained on:
                 positions; both are walked with whole prompts (as the server drafts) and with cut
                 ones (as the gate scores such samples).
     old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is
-                walked with the keys and values of these positions from the initial draft, and from
-                itself after half of the training.
+                walked with the keys and values of these positions from itself at EARLIER stages of
+                its training.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ from aurora_trainer.learn.score import accept_length, chains, difference, measur
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
+# shares of the training, after which a draft may have written what is cached
+EARLIER = (0, 0.05, 0.1, 0.2, 0.3, 0.55, 0.8)
 # of generated tokens
 POSITIONS = (0, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -96,17 +98,20 @@ def without_prefix(sample: Sample, cut: int) -> Sample:
     )
 
 
-def train(config: TrainerFile, samples: Sequence[Sample]) -> tuple[Draft, dict[str, Tensor]]:
-    """The draft after `samples`, and its weights after half of them."""
-    training, half = Training(config), {}
+def train(
+    config: TrainerFile, samples: Sequence[Sample]
+) -> tuple[Draft, dict[int, dict[str, Tensor]]]:
+    """The draft after `samples`, and its weights after so many of them as EARLIER says."""
+    training, earlier = Training(config), {}
+    marks = {int(share * len(samples)) for share in EARLIER}
     for number, sample in enumerate(samples):
+        if number in marks:
+            earlier[number] = training.draft.checkpoint()
         training._keep(sample)
         while training.due():
             training.step()
-        if number == len(samples) // 2:
-            half = training.draft.checkpoint()
     training.close()
-    return training.draft.requires_grad_(False), half
+    return training.draft.requires_grad_(False), earlier
 
 
 class OldPrefix:
@@ -196,12 +201,11 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
             f" {options.train}"
         )
     cut = [without_prefix(s, cached(s, options)) for s in judged]
-    drafts, trainer, half = {}, config.trainer, {}
-    drafts["whole prompts"], half = train(config, taught)
+    drafts, trainer = {}, config.trainer
+    drafts["whole prompts"], earlier = train(config, taught)
     drafts["cut prompts"], _ = train(
         config, [without_prefix(s, cached(s, options)) for s in taught]
     )
-    initial = Draft.load(trainer.model.draft, drafts["whole prompts"].embed.float())
     walked = {
         f"trained on {name}, walked with {context}": measure(
             draft, of, trainer.batch, trainer.loss, "cpu"
@@ -209,14 +213,16 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
         for name, draft in drafts.items()
         for context, of in (("whole prompts", judged), ("cut prompts", cut))
     }
-    halfway = Draft.load(trainer.model.draft, initial.embed)
-    halfway.load_checkpoint({n: t for n, t in half.items() if n not in ("d2t", "t2d")})
-    whole = drafts["whole prompts"]
-    for name, old in (("the initial draft", initial), ("half of the training", halfway)):
+    whole, writers = drafts["whole prompts"], {}
+    for number, weights in earlier.items():
+        old = Draft.load(trainer.model.draft, whole.embed.float())
+        old.load_checkpoint({n: t for n, t in weights.items() if n not in ("d2t", "t2d")})
         old.compute_in("cpu", whole.fc.weight.dtype).requires_grad_(False)
-        walked[f"trained on whole prompts, prefix' KV of {name}"] = old_prefix(
+        walked[f"trained on whole prompts, prefix' KV after {number} requests"] = old_prefix(
             whole, old, [(s, cached(s, options)) for s in judged], config
         )
+        scores = measure(old, judged, trainer.batch, trainer.loss, "cpu")
+        writers[f"after {number} requests"] = round(accept_length(scores), 4)
     base = walked["trained on whole prompts, walked with whole prompts"]
     return {
         "requests": {"trained": len(taught), "judged": len(judged)},
@@ -224,6 +230,7 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
         "prompt_tokens_mean": float(np.mean([s.prompt_len for s in judged])),
         "generated_mean": float(np.mean([len(s.tokens) - s.prompt_len for s in judged])),
         "accept_length": {name: round(accept_length(scores), 4) for name, scores in walked.items()},
+        "accept_length_of_writers": writers,
         "minus_the_first_and_its_standard_error": {
             name: [round(x, 4) for x in difference(scores, base)]
             for name, scores in walked.items()

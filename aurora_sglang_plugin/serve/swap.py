@@ -28,6 +28,7 @@ from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
 from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
+from aurora_sglang_plugin.serve.renewal import Renewal
 from aurora_sglang_plugin.serve.staging import expected_weights, make_staging_copy, trainable
 from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
 from aurora_sglang_plugin.weights.reader import Watcher, Weights
@@ -108,6 +109,7 @@ class Reloader:
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
         self._agreement = Agreement(group) if group is not None else None
+        self.renewal = Renewal(swap)
 
     def step(self) -> int | None:
         """Once per verify step of every rank, before draft-extend: swap if a version is ready.
@@ -200,6 +202,7 @@ class Reloader:
         self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._measure(started)
+        self.renewal.serve(manifest.gate, cached=self._watching)
         # a version that lay there when the server started says nothing about either
         if self._watching:
             took_s = time.monotonic() - noticed_at
@@ -292,6 +295,7 @@ class Reloader:
             "swap_seconds_sum": self.swap_seconds_sum,
             "swap_seconds_max": self.swap_seconds_max,
             "target_changes": self.target_changes,
+            "prefix_renewals": self.renewal.count,
             **{
                 f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())
             },

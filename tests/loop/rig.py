@@ -206,13 +206,15 @@ class Loop:
 
     # ---- weights
 
-    def publish(self, draft: Draft) -> int:
+    def publish(self, draft: Draft, gate: dict | None = None) -> int:
+        """`gate`: what the trainer's would have said of it."""
         return self.writer.publish(
             draft.checkpoint(),
             draft.config.to_json(),
             target=self.fingerprint,
             parent=0,
             optimizer_step=0,
+            gate=gate,
         )
 
     def draft(self, version: int) -> Draft:

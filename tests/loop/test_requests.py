@@ -13,6 +13,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from drafts import disturb
 from rig import Loop, generate
 from test_capture_reference import check_whole, reference  # noqa: F401
 from transformers import AutoTokenizer
@@ -187,3 +188,24 @@ def test_conversations_whose_cached_prefix_grows(chain, plain, stream, reference
             talks[i] = told + stream[37500 + 60 * turn + 20 * i : 37520 + 60 * turn + 20 * i]
     ledger = chain.quiet()
     assert (ledger["lost"], ledger["rejected"]) == (before["lost"], before["rejected"])
+
+
+def test_a_better_draft_has_cached_prefixes_computed_again(chain, plain, stream):
+    """Once, for new requests, with the same output; a version that is hardly better changes
+    nothing."""
+    prompt = stream[39000:39150]
+    expected = generate(plain, [prompt], {"max_new_tokens": 24}, None)[0]["output_ids"]
+
+    def cached():
+        answer = chain.generate([prompt], {"max_new_tokens": 24})[0]
+        assert answer["output_ids"] == expected
+        return answer["meta_info"]["cached_tokens"]
+
+    assert cached() == 0 and cached() > 100
+    for served, better in ((1.3, 1.31), (1.31, 1.6), (1.6, 1.65)):
+        draft = disturb(chain.draft(0), seed=int(1000 * better), size=0.02)
+        gate = {"reason": "better", "served": served, "candidate": better}
+        before = chain.metrics()["aurora_prefix_renewals"]
+        chain.wait_for_version(chain.publish(draft, gate))
+        assert chain.metrics()["aurora_prefix_renewals"] - before == (better == 1.6)
+        assert (cached() == 0) == (better == 1.6) and cached() > 100, better

@@ -75,7 +75,9 @@ def test_every_family_is_filled_from_somewhere(first):
     live = ("received", "lost", "rejected", "reported", "receive_queue", "servers", "message_age")
     # the same
     live += ("refused_peers", "recorded", "unrecorded", "recording")
+    # intake/test_prefixes.py, and assembly's own tests
     faults = (
+        "prefix_positions",
         "skipped_steps",
         "checkpoint_errors",
         "unusable_samples",

@@ -1,0 +1,70 @@
+"""When cached prefixes are computed again: the draft's KV of a cached prefix stays what the draft
+of that time wrote, and a draft that has learned much since guesses worse behind it
+(docs/learning.md, "What a draft does not see").
+
+SGLang's prefix cache finds only what bears a request's `extra_key`. Each renewal gives new requests
+another one, so that they find nothing of before, compute their prompts once, and what was cached
+before goes as it is not asked for. Long prompts keep what they have: computing them again costs
+more than it brings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from aurora_sglang_plugin.config import SwapConfig
+
+logger = logging.getLogger(__name__)
+
+SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+class Renewal:
+    """Counts renewals. All methods are the scheduler's thread's, at the same step on every rank."""
+
+    def __init__(self, config: SwapConfig):
+        self._factor, self._most_tokens = config.renew_prefixes_at, config.renew_prompt_tokens
+        self.count = 0
+        # accept length of the draft that wrote what is cached; None: not known yet
+        self._written_at: float | None = None
+
+    def serve(self, gate: Mapping[str, Any], cached: bool = True) -> None:
+        """Another draft serves now. `gate` is what its manifest says of it and of the one before;
+        `cached` False: nothing was served yet."""
+        role = "initial" if gate.get("reason") == "initial" else "candidate"
+        now, before = gate.get(role), gate.get("served")
+        if not isinstance(now, float) or not self._factor:
+            return
+        if self._written_at is None:
+            self._written_at = before if cached and isinstance(before, float) else now
+        if now >= self._factor * self._written_at:
+            self.count += 1
+            logger.info(
+                "prefixes renewed count=%d accept_length=%.2f written_at=%.2f: prompts of at most"
+                " %d tokens are computed again",
+                self.count, now, self._written_at, self._most_tokens,
+            )  # fmt: skip
+            self._written_at = now
+
+    def mark(self, req: Any) -> None:
+        """A new request."""
+        if self.count and len(req.origin_input_ids) <= self._most_tokens:
+            req.extra_key = f"{req.extra_key or ''}|aurora{self.count}"
+
+    def attach(self) -> None:
+        """Hear of every request that the scheduler makes."""
+
+        def made(req: Any, *args: Any, **kwargs: Any) -> None:
+            self.mark(req)
+
+        from sglang.srt.managers.scheduler import Scheduler
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        name = "_create_generation_req"
+        if not hasattr(Scheduler, name):
+            logger.warning("aurora cannot renew cached prefixes in this SGLang")
+            return
+        HookRegistry.register(f"{SCHEDULER}.{name}", made, HookType.AFTER)
+        HookRegistry.apply_hooks()
