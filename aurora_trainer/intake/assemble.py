@@ -62,8 +62,9 @@ class AssembleConfig(Section):
     # Positions before a sample's own, as context only: those of a long request's last part, or of
     # a prefix that the server had cached and an earlier request computed.
     context_positions: NonNegativeInt = 512
-    # features of earlier requests that are kept for that
-    prefix_bytes: PositiveInt = 512 << 20
+    # Features of earlier requests that are kept for that: a user may take a minute for the next
+    # turn.
+    prefix_bytes: PositiveInt = 2 << 30
     # after which a request whose `end` was lost is taken
     idle_s: Annotated[float, Field(gt=0)] = 60.0
     # where to cut when `end` was lost

@@ -89,10 +89,16 @@ def plan(
             "receive_queue_bytes": trainer.receive.queue_bytes,
             "assemble_bytes": trainer.assemble.max_bytes,
             "buffer_bytes": trainer.buffer.max_bytes,
+            # while a sample is in the buffer as well, its memory is the buffer's
+            "prefix_bytes": trainer.assemble.prefix_bytes,
             # of the last checkpoint, and a version while it is written
             "snapshot_bytes": checkpoint + version,
             "bytes_per_buffered_token": position,
             "seconds_of_traffic_in_the_buffer": trainer.buffer.max_bytes / (position * positions)
+            if positions
+            else math.inf,
+            "seconds_of_traffic_in_the_prefixes": trainer.assemble.prefix_bytes
+            / (draft.feature_size * size * positions)
             if positions
             else math.inf,
         },
