@@ -29,17 +29,18 @@ class Acceptance:
 
     def add(self, version: int, accept_lens: Any) -> None:
         """accept_lens: integers [b]; `version` drafted the trees."""
-        counts = np.bincount(np.asarray(accept_lens), minlength=len(self.by_length))[
-            : len(self.by_length)
-        ]
         if version != self._version["current"]:
             # rolled back: what it had accepted before still counts
             back = version == self._version["previous"]
             fresh = self.of_role["previous"] if back else np.zeros_like(self.by_length)
             self.of_role = {"current": fresh, "previous": self.of_role["current"]}
             self._version = {"current": version, "previous": self._version["current"]}
-        self.of_role["current"] += counts
-        self.by_length += counts
+        lens = accept_lens.tolist()
+        for length in set(lens):
+            if 0 <= length < len(self.by_length):
+                steps = lens.count(length)
+                self.of_role["current"][length] += steps
+                self.by_length[length] += steps
 
     def lengths(self) -> Tally:
         """All of it as a histogram over 1 to S + 1 tokens."""
