@@ -124,8 +124,8 @@ def test_a_version_that_comes_back_keeps_what_it_had():
     a.add(1, np.array([1, 1]))
     assert mean_length(a.of_role["current"]) == 2 and mean_length(a.of_role["previous"]) == 1
     a.add(5, np.array([2]))
-    assert mean_length(a.of_role["previous"]) == 2 and a.of_role["current"].sum() == 1
-    assert a.by_length.sum() == 6 and accepted(a.by_length) == [3, 2]
+    assert mean_length(a.of_role["previous"]) == 2 and sum(a.of_role["current"]) == 1
+    assert sum(a.by_length) == 6 and accepted(a.by_length) == [3, 2]
 
 
 def test_a_tally_is_the_histogram_that_prometheus_would_have_made():
