@@ -148,9 +148,9 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]:
     """
     layout, parts, offset = [], [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        layout.append((name, numpy_dtype(tensor.dtype), tuple(tensor.shape), offset))
+        layout.append((name, numpy_dtype(tensor.dtype), tensor.shape, offset))
         parts.append(tensor.reshape(-1).view(torch.uint8))
-        offset += len(parts[-1])
+        offset += tensor.nbytes
     return torch.cat(parts), layout
 
 
