@@ -149,7 +149,9 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]:
     layout, parts, offset = [], [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         layout.append((name, numpy_dtype(tensor.dtype), tensor.shape, offset))
-        parts.append(tensor.reshape(-1).view(torch.uint8))
+        # not view(-1): it keeps the stride of a single element
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+        parts.append(flat.view(torch.uint8))
         offset += tensor.nbytes
     return torch.cat(parts), layout
 

@@ -25,6 +25,7 @@ def tensors(device, rows=7):
         "ids": torch.randint(1 << 40, (rows, 3), generator=generator).to(device),
         "odd": torch.ones(rows * 3 + 1, dtype=torch.uint8, device=device),
         "empty": torch.empty(0, 5, device=device),
+        "column": torch.arange(rows * 4, device=device).view(rows, 4)[:, 1],
         "columns": torch.randn(rows, 8, generator=generator).to(device)[:, :3],
     }
 
@@ -50,7 +51,7 @@ def test_what_is_staged_arrives(device):
     staged.release()
 
 
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("rows", [0, 1, 7])
 def test_what_is_packed_is_a_copy_of_all(rows):
     sent = tensors("cpu", rows)
     packed, layout = pack(sent)
