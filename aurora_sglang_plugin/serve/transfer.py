@@ -146,7 +146,8 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]:
 
     The widest elements come first, so that each is aligned.
     """
-    layout, parts, offset = [], [], 0
+    layout: Layout = []
+    parts, offset = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         layout.append((name, numpy_dtype(tensor.dtype), tensor.shape, offset))
         # not view(-1): it keeps the stride of a single element
