@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer-cpu bench-background bench-gil learning-curves house lint clean
+.PHONY: bench-trainer-cpu bench-background bench-gil bench-publish learning-curves house lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -82,6 +82,9 @@ bench-background: setup ## what writing versions and checkpoints costs the train
 
 bench-gil: setup ## how long a new version keeps the scheduler's thread from running
 	$(BIN)/python scripts/bench_gil.py $(ARGS)
+
+bench-publish: setup ## what publishing a verify step takes of the interpreter's lock
+	$(BIN)/python scripts/bench_publish.py $(ARGS)
 
 house: setup ## the goals of the layout, and what they are now
 	$(BIN)/python scripts/house.py

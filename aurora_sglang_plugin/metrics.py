@@ -203,7 +203,7 @@ class ServerMetrics:
         by_position = {str(n): count for n, count in enumerate(accepted(acceptance.by_length), 1)}
         exported.count_to("aurora_accepted_drafts", by_position)
         for role, by_length in acceptance.of_role.items():
-            steps = int(by_length.sum())
+            steps = sum(by_length)
             exported.set("aurora_version_verify_steps", steps, role)
             exported.set("aurora_version_accept_length_tokens", mean_length(by_length), role)
             for position, count in enumerate(accepted(by_length), 1):

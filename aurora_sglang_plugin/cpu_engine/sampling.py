@@ -134,7 +134,7 @@ def tree_speculative_sampling_target_only(
     `accept_token_num` [B], which excludes the bonus token. Coins are in [0, 1): `uniform_samples`
     [B, N] and `uniform_samples_for_final_sampling` [B].
     """
-    parent = parents(retrive_next_token, retrive_next_sibling)
+    parent = torch.from_numpy(parents(retrive_next_token.numpy(), retrive_next_sibling.numpy()))
     p, coin = (
         _of_parent(target_probs, parent, candidates),
         uniform_samples.gather(1, parent.clamp(min=0)),

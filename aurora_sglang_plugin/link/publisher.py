@@ -31,6 +31,12 @@ from aurora_sglang_plugin.link.send_queue import Arrays, Item, SendQueue, Snapsh
 log = logging.getLogger(__name__)
 
 SEND_QUEUE_MESSAGES = 4
+# Smaller parts are copied, without the interpreter's lock. One that is not costs a turn of pyzmq's
+# own Python thread, when ZeroMQ is done with it.
+COPIED_BYTES = 1 << 18
+# plain numbers: combining zmq's own, which are an enum, takes longer than sending a part
+LAST, MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
+POLLOUT = int(zmq.POLLOUT)
 # while nobody takes messages: how soon a new one is unloaded, or closing is noticed
 WRITABLE_POLL_MS = 10
 REOPEN_S = 1.0
@@ -257,7 +263,8 @@ class Publisher:
         Where it does not at once, what is queued gives back its pinned buffers:
         else the few buffers would hold the oldest messages, and the newest would be the ones that
         are dropped."""
-        if self._socket.poll(0, zmq.POLLOUT):
+        # as self._socket.poll(0), which makes a poller first
+        if zmq.zmq_poll([(self._socket, POLLOUT)], 0):
             return True
         try:
             self._send_queue.unload()
@@ -278,10 +285,10 @@ class Publisher:
         nbytes = sum(map(len, parts))
         if nbytes > self._link.max_message_bytes or len(parts[0]) > wire.MAX_HEADER_BYTES:
             return -1
+        last = len(parts) - 1
         for i, part in enumerate(parts):
-            more = zmq.SNDMORE if i + 1 < len(parts) else 0
             try:
-                self._socket.send(part, zmq.DONTWAIT | more, copy=False)
+                self._socket.send(part, MORE if i < last else LAST, copy=len(part) < COPIED_BYTES)
             except zmq.Again:
                 # the peer went away within a message: a fresh socket is the way to be rid of the
                 # rest

@@ -197,10 +197,12 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
 
     `arrays` maps frame name to (wire dtype, C-contiguous array); frames are not copied.
     """
-    header.frames = [Frame(name, dtype, array.shape) for name, (dtype, array) in arrays.items()]
+    header.frames = []
     views: list[bytes | memoryview] = []
     for name, (dtype, array) in arrays.items():
-        assert array.dtype == DTYPES[dtype] and array.flags.c_contiguous, (name, dtype, array.dtype)
+        assert array.dtype == DTYPES[dtype], (name, dtype, array.dtype)
+        header.frames.append(Frame(name, dtype, array.shape))
+        # TypeError where it is not contiguous
         views.append(array.data.cast("B") if array.size else b"")
     return [_encoder.encode(header), *views]
 

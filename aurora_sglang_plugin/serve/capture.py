@@ -80,7 +80,7 @@ class Capture:
         self._size = 0
         # of the verify step that is running: which of its requests are sampled
         self._rows: list[int] = []
-        # the same on the device
+        # the same on the device, where they are not all
         self._index: torch.Tensor | None = None
 
     def sampled(self, req: Any) -> bool:
@@ -104,13 +104,13 @@ class Capture:
                 if not self.transfer.has_room():
                     self.publisher.drop("no_buffer")
                     continue
-                take = partial(_take, spans=[(end - n, end) for _, _, n, end, _ in group])
+                take = partial(self._take, spans=[(end - n, end) for _, _, n, end, _ in group])
                 tensors = {
                     "hidden": take(hidden),
                     "input_ids": take(input_ids),
                     # the last one of a chunk is the token after it
                     "rotated_ids": take(batch.input_ids),
-                    "seq_lens": _copy(batch.seq_lens),
+                    "seq_lens": self.transfer.private(batch.seq_lens),
                 }
                 host = dict(
                     rows=[row for row, *_ in group],
@@ -161,10 +161,10 @@ class Capture:
             if rows and not self.transfer.has_room():
                 self.publisher.drop("no_buffer")
                 return
-            cuda = batch.seq_lens.is_cuda
-            self._index = torch.tensor(rows, pin_memory=cuda).to(
-                batch.seq_lens.device, non_blocking=True
-            )
+            if len(rows) < self._size:
+                device = batch.seq_lens.device
+                index = torch.tensor(rows, pin_memory=device.type == "cuda")
+                self._index = index.to(device, non_blocking=True)
             self._rows = rows
 
     def verify(
@@ -185,13 +185,15 @@ class Capture:
                     result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]
                 ),
                 "draft_tokens": select(tree.draft_token.view(size, nodes)),
-                "next_token": select(tree.retrieve_next_token),
-                "next_sibling": select(tree.retrieve_next_sibling),
                 "positions": select(tree.positions.view(size, nodes)[:, 0]),
                 "accept_index": select(result.accept_index),
                 "accept_lens": select(result.accept_lens),
                 "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
             }
+            # one candidate a level is a chain
+            if self.topk > 1:
+                tensors["next_token"] = select(tree.retrieve_next_token)
+                tensors["next_sibling"] = select(tree.retrieve_next_sibling)
             reqs = [batch.reqs[row] for row in self._rows]
             self._offer(
                 "verify",
@@ -230,10 +232,15 @@ class Capture:
         return {"logits": self._select(rows).flatten(0, 1)}
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A private copy of the sampled rows of [B, ...]."""
-        return (
-            _copy(tensor) if len(self._rows) == self._size else tensor.index_select(0, self._index)
-        )
+        """The sampled rows of [B, ...], fit to be staged."""
+        if len(self._rows) == self._size:
+            return self.transfer.private(tensor)
+        return tensor.index_select(0, self._index)
+
+    def _take(self, tensor: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
+        """Some spans of rows, fit to be staged."""
+        parts = [tensor[start:end] for start, end in spans]
+        return torch.cat(parts) if len(parts) > 1 else self.transfer.private(parts[0])
 
     def _node_rows(self, rows: int) -> torch.Tensor | None:
         """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are.
@@ -296,15 +303,6 @@ def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:
         group.append(chunk)
         rows += chunk[2]
     yield group
-
-
-def _take(tensor: torch.Tensor, spans: list[tuple[int, int]]) -> torch.Tensor:
-    """A private copy of some spans of rows."""
-    return torch.cat([tensor[start:end] for start, end in spans])
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _flags(batch: Any, rows: list[int]) -> list[int]:

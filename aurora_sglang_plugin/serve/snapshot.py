@@ -10,21 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 
+from aurora_sglang_plugin.link.rows import to_float32
 from aurora_sglang_plugin.serve.acceptance import Acceptance
-from aurora_sglang_plugin.serve.transfer import Staged
+from aurora_sglang_plugin.serve.transfer import Pinned, Staged, as_array
 
-WIRE_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# what carries it -> dtype on the wire
+WIRE_DTYPES = {np.float32: "float32", np.float16: "float16", np.uint16: "bfloat16"}
 Arrays = dict[str, tuple[str, np.ndarray]]
 
 
 @dataclass(slots=True)
 class Prefill:
-    staged: Staged
+    staged: Staged | Pinned
     # of the sampled requests in the batch
     rows: list[int]
     # features taken of each
@@ -42,32 +45,32 @@ class Prefill:
 
     def build(self) -> Arrays:
         t = self.staged.fetch()
-        lens = torch.tensor(self.lens)
-        ends = lens.cumsum(0)
-        extend = lens + torch.tensor([len(ids) for ids in self.before])
+        lens = np.array(self.lens)
+        extend = lens + [len(ids) for ids in self.before]
         arrays = {
-            "positions": _int32(t["seq_lens"][self.rows].cpu() - extend),
+            "positions": _int32(t["seq_lens"][self.rows] - extend),
             "extend_lens": _int32(extend),
             "feature_lens": _int32(lens),
-            "prompt_lens": _int32(torch.tensor(self.prompt_lens)),
+            "prompt_lens": _int32(np.array(self.prompt_lens)),
             "input_ids": _int32(self._input_ids(t["input_ids"])),
-            "next_tokens": _int32(t["rotated_ids"][ends - 1]),
-            "aux_hidden_states": _raw(t["hidden"], private=self.staged.buffer is None),
+            "next_tokens": _int32(t["rotated_ids"][lens.cumsum() - 1]),
+            "aux_hidden_states": _floats(t["hidden"].copy()),
         }
         self.staged.release()
         return arrays
 
-    def _input_ids(self, ids: torch.Tensor) -> torch.Tensor:
+    def _input_ids(self, ids: np.ndarray) -> np.ndarray:
         """Of each request: those before its features, then theirs."""
         if not any(map(len, self.before)):
             return ids
-        own = ids.split(self.lens)
-        return torch.cat([p for b, o in zip(self.before, own) for p in (torch.tensor(b), o)])
+        own = np.split(ids, np.cumsum(self.lens)[:-1])
+        return np.concatenate([p for b, o in zip(self.before, own) for p in (np.array(b, int), o)])
 
 
 @dataclass(slots=True)
 class Verify:
-    staged: Staged
+    # without next_token and next_sibling where every tree is a chain
+    staged: Staged | Pinned
     # kept target logits
     k: int
     # that drew the trees
@@ -81,40 +84,49 @@ class Verify:
 
     def unload(self) -> None:
         self.staged.unload()
-        self._count(self.staged.tensors)
+        self._count(self.staged.fetch())
 
     def build(self) -> Arrays:
         t = self.staged.fetch()
         self._count(t)
         size, nodes = t["draft_tokens"].shape
         if "logits" in t:
-            k = min(self.k, t["logits"].shape[1])
-            t["topk_ids"], t["topk_logits"], t["logsumexp"] = topk_logprobs(t["logits"], k)
+            t |= self._top(t["logits"])
         path, lens = t["accept_index"], t["accept_lens"]
-        on_path = torch.arange(path.shape[1]) < lens[:, None]
+        on_path = np.arange(path.shape[1], dtype=lens.dtype) < lens[:, None]
+        logits = t["topk_logits"]
         arrays = {
             "positions": _int32(t["positions"]),
             "draft_tokens": _int32(t["draft_tokens"]),
-            "parents": _int32(parents(t["next_token"], t["next_sibling"])),
+            "parents": (
+                _int32(parents(t["next_token"], t["next_sibling"]))
+                if "next_token" in t
+                else chains(size, nodes)
+            ),
             # SGLang's ids are global: row * N + node
-            "accept_path": _int32(torch.where(on_path, path % nodes, -1)),
+            "accept_path": _int32(np.where(on_path, path % nodes, -1)),
             "feature_lens": _int32(lens),
             "next_tokens": _int32(t["next_tokens"]),
-            "aux_hidden_states": _raw(t["hidden"][on_path], private=True),
-            "topk_ids": _int32(t["topk_ids"].view(size, nodes, -1)),
-            "topk_logits": _raw(
-                t["topk_logits"].float().view(size, nodes, -1), private=self.staged.buffer is None
+            "aux_hidden_states": _floats(t["hidden"][on_path]),
+            "topk_ids": _int32(t["topk_ids"].reshape(size, nodes, -1)),
+            "topk_logits": _floats(
+                to_float32(logits, WIRE_DTYPES[logits.dtype.type]).reshape(size, nodes, -1)
             ),
-            "logsumexp": _raw(
-                t["logsumexp"].float().view(size, nodes), private=self.staged.buffer is None
-            ),
+            "logsumexp": _floats(t["logsumexp"].astype(np.float32).reshape(size, nodes)),
         }
         self.staged.release()
         return arrays
 
-    def _count(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _top(self, logits: np.ndarray) -> dict[str, np.ndarray]:
+        """On the CPU, where all of the logits are staged."""
+        tensor = torch.from_numpy(logits)
+        tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+        top = topk_logprobs(tensor, min(self.k, tensor.shape[1]))
+        return dict(zip(("topk_ids", "topk_logits", "logsumexp"), map(as_array, top)))
+
+    def _count(self, arrays: dict[str, np.ndarray]) -> None:
         if self.acceptance is not None:
-            self.acceptance.add(self.version, tensors["accept_lens"])
+            self.acceptance.add(self.version, arrays["accept_lens"])
             self.acceptance = None
 
 
@@ -127,38 +139,41 @@ class End:
         pass
 
     def build(self) -> Arrays:
-        return {"committed_lens": _int32(torch.tensor([self.committed_len]))}
+        return {"committed_lens": _int32(np.array([self.committed_len]))}
 
 
-def parents(next_token: torch.Tensor, next_sibling: torch.Tensor) -> torch.Tensor:
+def parents(next_token: np.ndarray, next_sibling: np.ndarray) -> np.ndarray:
     """SGLang's first-child and next-sibling links, [b, N] of node ids or -1, as parents [b, N]: -1
     root, -2 unused.
     """
     size, nodes = next_token.shape
     # column N takes the writes of absent links
-    result = torch.full((size, nodes + 1), -2, dtype=torch.int64)
+    result = np.full((size, nodes + 1), -2)
     result[:, 0] = -1
-    rows = torch.arange(size)
+    rows = np.arange(size)
+    child = np.where(next_token >= 0, next_token, nodes)
+    sibling = np.where(next_sibling >= 0, next_sibling, nodes)
     # chains: nobody's parent has to be known first
-    if not (next_sibling >= 0).any():
-        child = torch.where(next_token >= 0, next_token, nodes).long()
-        result[rows[:, None], child] = torch.arange(nodes)
+    if (sibling == nodes).all():
+        result[rows[:, None], child] = np.arange(nodes)
         return result[:, :nodes]
     # links point forward, so a node's parent is known when it is visited
     for node in range(nodes):
-        child, sibling = next_token[:, node].long(), next_sibling[:, node].long()
-        result[rows, torch.where(child >= 0, child, nodes)] = node
-        result[rows, torch.where(sibling >= 0, sibling, nodes)] = result[rows, node]
+        result[rows, child[:, node]] = node
+        result[rows, sibling[:, node]] = result[:, node]
     return result[:, :nodes]
 
 
-def _int32(tensor: torch.Tensor) -> tuple[str, np.ndarray]:
-    copied = tensor.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
-    return "int32", copied.numpy()
+@cache
+def chains(size: int, nodes: int) -> tuple[str, np.ndarray]:
+    """Parents [b, N] where every node has one child."""
+    return _int32(np.tile(np.arange(-1, nodes - 1), (size, 1)))
 
 
-def _raw(tensor: torch.Tensor, private: bool) -> tuple[str, np.ndarray]:
-    """The tensor's bytes; copied out of a pinned buffer, which is about to be given back."""
-    tensor = tensor.contiguous() if private else tensor.clone(memory_format=torch.contiguous_format)
-    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-    return WIRE_DTYPES[tensor.dtype], bits.numpy()
+def _int32(array: np.ndarray) -> tuple[str, np.ndarray]:
+    # copied: out of a pinned buffer, which is about to be given back
+    return "int32", array.astype(np.int32, "C")
+
+
+def _floats(array: np.ndarray) -> tuple[str, np.ndarray]:
+    return WIRE_DTYPES[array.dtype.type], np.ascontiguousarray(array)

@@ -76,15 +76,15 @@ def queued_row_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> in
     capture.Capture.verify stages it.
 
     Not packed yet: features of all P rows. topk_ids (int32) and topk_logits (the server's dtype) N
-    K each, logsumexp, draft_tokens and two links (int64) N each, accept_index and next_tokens
-    (int32) P each, position and length (int64). On the CPU the raw logits (V a node) wait instead
-    of the kept ones.
+    K each, logsumexp, draft_tokens and a tree's two links (int64) N each, accept_index and
+    next_tokens (int32) P each, position and length (int64). On the CPU the raw logits (V a node)
+    wait instead of the kept ones.
     """
     n, p = load.nodes, load.num_steps + 1
     kept = min(kept, draft.vocab_size)
-    return (
-        p * draft.feature_size * size + n * kept * (4 + size) + n * (4 + 3 * 8) + p * 2 * 4 + 2 * 8
-    )
+    ids = 1 if load.topk == 1 else 3
+    features, logits = p * draft.feature_size * size, n * kept * (4 + size)
+    return features + logits + n * (4 + ids * 8) + p * 2 * 4 + 2 * 8
 
 
 def prefill_bytes(draft: DraftConfig, tokens: int, size: int) -> float:

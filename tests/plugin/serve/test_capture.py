@@ -10,6 +10,7 @@ import torch
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
 from aurora_sglang_plugin.serve.capture import Capture
+from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
 V, F, N, P = 50, 6, 4, 3
 CPU = torch.device("cpu")
@@ -128,6 +129,38 @@ def test_verify_takes_the_sampled_rows():
     assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
 
 
+class Packs(HostTensors):
+    """Stages as PinnedBuffers does: what it is given is not private until it is packed."""
+
+    def private(self, tensor):
+        return tensor
+
+    def stage(self, tensors):
+        packed, layout = pack(tensors)
+        return Pinned(packed.numpy(), layout, packed.nbytes, None, None)
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["all", "one of two"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_what_is_packed_is_what_was_there(topk, sampled):
+    """Steps that overwrite their tensors right afterwards; chains without their links."""
+    built = []
+    for transfer in (HostTensors(), Packs()):
+        torch.manual_seed(0)
+        capture = make_capture(topk_logits=5)
+        capture.transfer, capture.topk = transfer, topk
+        verify_step(
+            capture, [request("a"), request("b", custom_params={"aurora_capture": sampled})]
+        )
+        prefill_step(capture, [request("a", range(4)), request("b", range(9))], [0, 0], [4, 3])
+        built.append([snapshot.build() for _, snapshot, _ in capture.publisher.items])
+        assert not capture.errors
+    assert built[0][0]["parents"][1].tolist() == [[-1, 0, 1, 2]] * (1 + sampled)
+    for one, other in zip(*built, strict=True):
+        for name, (dtype, array) in one.items():
+            assert dtype == other[name][0] and array.tobytes() == other[name][1].tobytes(), name
+
+
 def test_on_a_gpu_the_logits_of_sampled_rows_are_read_where_they_lie():
     out, capture = {"aurora_capture": False}, make_capture()
     reqs = [request("a"), request("b", custom_params=out), request("c")]
@@ -151,7 +184,10 @@ def prefill_step(capture, reqs, prefixes, extends, version=2):
     )  # fmt: skip
     hidden = torch.arange(total * F).view(total, F).float()
     result = SimpleNamespace(logits_output=SimpleNamespace(hidden_states=hidden))
-    capture.prefill(batch, torch.arange(total) + 100, result, version)
+    input_ids = torch.arange(total) + 100
+    capture.prefill(batch, input_ids, result, version)
+    for tensor in (hidden, input_ids, batch.input_ids, batch.seq_lens):
+        tensor.zero_()
 
 
 def test_a_prefill_that_fits_no_buffer_is_sent_in_several_messages():

@@ -10,7 +10,7 @@ from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.send_queue import SendQueue
 from aurora_sglang_plugin.serve.acceptance import Acceptance
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify, parents
-from aurora_sglang_plugin.serve.transfer import HostTensors
+from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
 F, V, P = 6, 40, 5
 
@@ -38,15 +38,16 @@ def batch_links(trees):
 def test_parents_of_named_trees():
     # of different sizes in one batch
     trees = list(NAMED_TREES.values())
-    found = parents(*batch_links(trees))
+    found = parents(*(part.numpy() for part in batch_links(trees)))
     for row, tree in zip(found.tolist(), trees):
         assert row == tree + [-2] * (len(row) - len(tree))
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_parents_take_sglang_s_dtypes(dtype):
     child, sibling = batch_links([NAMED_TREES["ragged"]])
-    assert parents(child.to(dtype), sibling.to(dtype)).tolist() == [NAMED_TREES["ragged"]]
+    found = parents(child.numpy().astype(dtype), sibling.numpy().astype(dtype))
+    assert found.tolist() == [NAMED_TREES["ragged"]]
 
 
 def header(kind, requests, **fields):
@@ -61,6 +62,10 @@ def header(kind, requests, **fields):
 
 def decoded(head, arrays):
     return wire.decode([bytes(p) for p in wire.encode(head, arrays)], max_bytes=1 << 20)
+
+
+def parts_of(arrays):
+    return [bytes(part) for part in wire.encode(header("verify", ["a", "b"]), arrays)]
 
 
 def verify_tensors(logits=True, dtype=torch.float32):
@@ -115,6 +120,30 @@ def test_verify(logits):
     np.testing.assert_array_equal(a["topk_ids"].reshape(-1, 4), top.indices.numpy())
     np.testing.assert_array_equal(a["topk_logits"].reshape(-1, 4), top.values.numpy())
     np.testing.assert_allclose(a["logsumexp"].ravel(), raw.logsumexp(-1).numpy(), rtol=1e-6)
+
+
+def test_a_chain_needs_no_links():
+    tensors, _ = verify_tensors()
+    nodes = tensors["draft_tokens"].shape[1]
+    chain = list(range(-1, nodes - 1))
+    tensors["next_token"], tensors["next_sibling"] = batch_links([chain, chain])
+    linked = Verify(HostTensors().stage(dict(tensors)), k=4).build()
+    del tensors["next_token"], tensors["next_sibling"]
+    unlinked = Verify(HostTensors().stage(tensors), k=4).build()
+    assert unlinked["parents"][1].tolist() == [chain, chain]
+    assert parts_of(unlinked) == parts_of(linked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_pinned_builds_the_same_message_of_its_own(dtype):
+    """Of arrays that outlive the buffer."""
+    tensors, _ = verify_tensors(False, dtype)
+    tensors["topk_logits"] = tensors["topk_logits"].to(dtype)
+    expected = parts_of(Verify(HostTensors().stage(tensors), k=4).build())
+    packed, layout = pack(tensors)
+    built = Verify(Pinned(packed.numpy(), layout, packed.nbytes, None, None), k=4).build()
+    packed.fill_(255)
+    assert parts_of(built) == expected
 
 
 def test_k_larger_than_the_vocabulary():
@@ -216,10 +245,6 @@ def test_accept_lengths_are_counted_once(waits):
     if waits:
         snapshot.unload()
         # though it may never be sent
-        assert acceptance.by_length.tolist() == [0, 1, 0, 1, 0, 0]
+        assert acceptance.by_length == [0, 1, 0, 1, 0, 0]
     snapshot.build()
-    assert (
-        acceptance.by_length.tolist()
-        == acceptance.of_role["current"].tolist()
-        == [0, 1, 0, 1, 0, 0]
-    )
+    assert acceptance.by_length == acceptance.of_role["current"] == [0, 1, 0, 1, 0, 0]

@@ -2,10 +2,18 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers, Staged
+from aurora_sglang_plugin.serve.transfer import (
+    HostTensors,
+    Pinned,
+    PinnedBuffers,
+    as_array,
+    pack,
+    unpack,
+)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -17,7 +25,16 @@ def tensors(device, rows=7):
         "ids": torch.randint(1 << 40, (rows, 3), generator=generator).to(device),
         "odd": torch.ones(rows * 3 + 1, dtype=torch.uint8, device=device),
         "empty": torch.empty(0, 5, device=device),
+        "column": torch.arange(rows * 4, device=device).view(rows, 4)[:, 1],
+        "columns": torch.randn(rows, 8, generator=generator).to(device)[:, :3],
     }
+
+
+def check(found, sent):
+    assert set(found) == set(sent)
+    for name, tensor in sent.items():
+        np.testing.assert_array_equal(found[name], as_array(tensor.cpu()), err_msg=name)
+        assert found[name].flags.aligned, name
 
 
 def transfer(device):
@@ -30,11 +47,19 @@ def test_what_is_staged_arrives(device):
     staged = transfer(device).stage(sent)
     found = staged.fetch()
     assert staged.nbytes >= sum(t.nbytes for t in sent.values())
-    assert list(found) == list(sent)
-    for name, tensor in sent.items():
-        assert found[name].device.type == "cpu" and torch.equal(found[name], tensor.cpu()), name
+    check(found, sent)
     staged.release()
-    assert staged.tensors == {}
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_what_is_packed_is_a_copy_of_all(rows):
+    sent = tensors("cpu", rows)
+    packed, layout = pack(sent)
+    kept = {name: tensor.clone() for name, tensor in sent.items()}
+    for tensor in sent.values():
+        tensor.zero_()
+    assert packed.nbytes == sum(tensor.nbytes for tensor in sent.values())
+    check(unpack(packed.numpy(), layout), kept)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -53,16 +78,19 @@ def test_release_twice_and_when_forgotten(device):
 
 
 def test_unloaded_tensors_outlive_their_buffer():
-    buffer, free = torch.arange(6), []
-    staged = Staged({"x": buffer[:4]}, 32, None, "buffer", SimpleNamespace(free=free))
+    sent, waits = tensors("cpu"), []
+    packed, layout = pack(sent)
+    buffer = SimpleNamespace(done=SimpleNamespace(synchronize=lambda: waits.append(1)))
+    pool = SimpleNamespace(free=[])
+    staged = Pinned(packed.numpy(), layout, packed.nbytes, buffer, pool)
     staged.unload()
     staged.unload()
-    assert free == ["buffer"]
+    assert pool.free == [buffer] and waits == [1]
     # the next step is written there
-    buffer.zero_()
-    assert staged.fetch()["x"].tolist() == [0, 1, 2, 3] and staged.buffer is None
+    packed.zero_()
+    check(staged.fetch(), sent)
     staged.release()
-    assert staged.tensors == {} and free == ["buffer"]
+    assert pool.free == [buffer] and waits == [1]
 
 
 if "cuda" in DEVICES:
@@ -83,6 +111,6 @@ if "cuda" in DEVICES:
     def test_the_source_may_be_overwritten_at_once():
         pool = transfer("cuda")
         source = torch.arange(1 << 12, device="cuda")
-        staged = pool.stage({"x": source.clone()})
+        staged = pool.stage({"x": source})
         source.zero_()
-        assert torch.equal(staged.fetch()["x"], torch.arange(1 << 12))
+        np.testing.assert_array_equal(staged.fetch()["x"], np.arange(1 << 12))
