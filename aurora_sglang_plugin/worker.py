@@ -93,7 +93,7 @@ class AuroraWorker(EAGLEWorkerV2):
             model, draft.hot_token_id, config.weights, config.plugin.swap, target, group
         )
         self.reloader.apply_at_start()
-        self.reloader.renewal.attach()
+        self._mark_new_requests()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
             device = model.lm_head.weight.device
@@ -117,6 +117,20 @@ class AuroraWorker(EAGLEWorkerV2):
             self.reloader.version,
             target,
         )
+
+    def _mark_new_requests(self) -> None:
+        from sglang.srt.managers.scheduler import Scheduler
+
+        def made(req: Any, *args: Any, **kwargs: Any) -> None:
+            self.reloader.renewal.mark(req)
+
+        name = "_create_generation_req"
+        if not hasattr(Scheduler, name):
+            logger.warning("aurora cannot renew cached prefixes in this SGLang")
+            return
+        scheduler = f"{Scheduler.__module__}.{Scheduler.__name__}"
+        HookRegistry.register(f"{scheduler}.{name}", made, HookType.AFTER)
+        HookRegistry.apply_hooks()
 
     def _keep_the_draft(self, draft: Any) -> None:
         """Weight updates of the operator reach the target alone, and Aurora hears of them."""

@@ -36,7 +36,7 @@ def status_of(training: Training) -> dict[str, Any]:
         "assembler": dict(training.assembler.counters),
         "bad_rows": dict(training.assembler.bad_rows),
         "assembly_events": {event: training.assembler.counters[event] for event in EVENTS},
-        "prefix_positions": dict(training.assembler.prefix_positions),
+        "prefix_positions": dict(training.assembler.prefixes.positions),
         "open_requests": training.assembler.open_requests,
         "open_bytes": training.assembler.nbytes,
         "buffer": training.buffer.stats(),

@@ -18,8 +18,6 @@ from aurora_sglang_plugin.config import SwapConfig
 
 logger = logging.getLogger(__name__)
 
-SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-
 
 class Renewal:
     """Counts renewals. All methods are the scheduler's thread's, at the same step on every rank."""
@@ -52,19 +50,3 @@ class Renewal:
         """A new request."""
         if self.count and len(req.origin_input_ids) <= self._most_tokens:
             req.extra_key = f"{req.extra_key or ''}|aurora{self.count}"
-
-    def attach(self) -> None:
-        """Hear of every request that the scheduler makes."""
-
-        def made(req: Any, *args: Any, **kwargs: Any) -> None:
-            self.mark(req)
-
-        from sglang.srt.managers.scheduler import Scheduler
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-        name = "_create_generation_req"
-        if not hasattr(Scheduler, name):
-            logger.warning("aurora cannot renew cached prefixes in this SGLang")
-            return
-        HookRegistry.register(f"{SCHEDULER}.{name}", made, HookType.AFTER)
-        HookRegistry.apply_hooks()

@@ -296,9 +296,7 @@ class Reloader:
             "swap_seconds_max": self.swap_seconds_max,
             "target_changes": self.target_changes,
             "prefix_renewals": self.renewal.count,
-            **{
-                f"refused_{cause}": count for cause, count in sorted(self._watcher.failures.items())
-            },
+            **{f"refused_{cause}": n for cause, n in sorted(self._watcher.failures.items())},
             **({"refused_swap": self._failed} if self._failed else {}),
         }
 
@@ -341,10 +339,8 @@ class Reloader:
         self.stalls.observe(seconds)
         log.info(
             "draft swapped version=%d previous=%s seconds=%.4f",
-            self.version,
-            self.previous_version,
-            seconds,
-        )
+            self.version, self.previous_version, seconds,
+        )  # fmt: skip
 
 
 def _as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:

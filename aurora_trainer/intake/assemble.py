@@ -88,13 +88,11 @@ class Assembler:
         self.counters: Counter[str] = Counter()
         # by the causes of rows.py
         self.bad_rows: Counter[str] = Counter()
-        # positions of cached prefixes that a sample should have as context: found, missing
-        self.prefix_positions: Counter[str] = Counter()
         # least recently extended first
         self._open: OrderedDict[Key, Segment] = OrderedDict()
         self._past: OrderedDict[Key, _Past] = OrderedDict()
         self._gaps = Gaps(self.counters)
-        self._prefixes = Prefixes(config.prefix_bytes)
+        self.prefixes = Prefixes(config.prefix_bytes, config.context_positions)
         # of each session with open segments: [segments, bytes]
         self._held: dict[str, list[int]] = {}
         self._nbytes = 0
@@ -164,14 +162,13 @@ class Assembler:
             if segment is None or segment.prompt_len != prompt_len or not count:
                 self._close(key, "gap")
                 self._remember(key).domain = header.domains[row] if header.domains else ""
-                before = self._before(first, ids[: length - count + 1], dtype, hidden.shape[1])
-                context = len(before.tokens) if before else 0
-                token_there = int(ids[length - count - context])
-                segment = self._begin(
-                    key, first - context, token_there, gap_count, dtype, prompt_len
-                )
+                prefix = ids[: length - count + 1]
+                before = self.prefixes.before(first, prefix, dtype, hidden.shape[1])
+                start = before.position if before else first
+                token_there = int(prefix[start - first - 1])
+                segment = self._begin(key, start, token_there, gap_count, dtype, prompt_len)
                 if before:
-                    segment.carried = context
+                    segment.carried = len(before.tokens)
                     self._extend(key, segment, before, header)
             if count:
                 versions = np.full(count, header.extend_version, np.int32)
@@ -181,22 +178,15 @@ class Assembler:
         header, a = message.header, message.arrays
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         shape = (
-            header.num_steps,
-            header.topk,
-            message.dtype("topk_logits"),
-            *a["accept_path"].shape[1:],
-        )
-        shape += (*a["topk_ids"].shape[1:], header.rejection)
+            header.num_steps, header.topk, message.dtype("topk_logits"),
+            *a["accept_path"].shape[1:], *a["topk_ids"].shape[1:], header.rejection,
+        )  # fmt: skip
         lens, path = a["feature_lens"], a["accept_path"]
         on_path = np.arange(path.shape[1]) < lens[:, None]
         ends = lens.cumsum(dtype=np.int64)
         for row, request in enumerate(header.requests):
-            key, root, count, end = (
-                (header.session, request),
-                int(a["positions"][row]),
-                int(lens[row]),
-                int(ends[row]),
-            )
+            key, root = (header.session, request), int(a["positions"][row])
+            count, end = int(lens[row]), int(ends[row])
             if self._is_bad(message, row, key):
                 continue
             past = self._past.get(key)
@@ -251,15 +241,6 @@ class Assembler:
             self._remember(key).ended_at = gap_count
 
     # ---- segments
-
-    def _before(self, position: int, tokens: np.ndarray, dtype: str, width: int) -> Step | None:
-        """What an earlier request computed of the cached prefix that ends before `position`."""
-        most = min(self.config.context_positions, position)
-        found = self._prefixes.before(position, tokens, dtype, width, most)
-        positions = len(found.features) if found else 0
-        self.prefix_positions["found"] += positions
-        self.prefix_positions["missing"] += most - positions
-        return found
 
     def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
         """Whether the row must not be used; then its request's segment ends here."""
@@ -353,7 +334,7 @@ class Assembler:
         self.counters["positions"] += len(sample.features)
         self.counters["trees"] += len(sample.tree_first)
         self.counters["nodes"] += len(sample.node_token)
-        self._prefixes.put(sample)
+        self.prefixes.put(sample)
         self._done.append(sample)
 
     def _remember(self, key: Key) -> _Past:

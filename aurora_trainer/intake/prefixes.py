@@ -10,7 +10,7 @@ Dimensions: L positions of a run, n tokens of a prefix, F feature width.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,8 +47,11 @@ class Prefixes:
     """The runs of the last requests, at most `max_bytes` of features; those that nobody asked for
     go first."""
 
-    def __init__(self, max_bytes: int):
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, most: int):
+        """most: positions that a sample wants as context."""
+        self._max_bytes, self._most = max_bytes, most
+        # positions that samples wanted: found, missing
+        self.positions: Counter[str] = Counter()
         self._nbytes = 0
         self._count = 0
         # least recently used first
@@ -74,14 +77,22 @@ class Prefixes:
                 if self._at.get(key) == number:
                     del self._at[key]
 
-    def before(
-        self, position: int, tokens: np.ndarray, dtype: str, width: int, most: int
-    ) -> Step | None:
-        """What is known of at most `most` positions that end before `position`; None: nothing.
+    def before(self, position: int, tokens: np.ndarray, dtype: str, width: int) -> Step | None:
+        """What is known of the positions that end before `position`; None: nothing.
 
         tokens: int32 [n + 1], x[position - n] to x[position]; a run must agree with all but the
             last.
         """
+        most = min(self._most, position)
+        found = self._before(position, tokens, dtype, width, most)
+        known = len(found.tokens) if found else 0
+        self.positions["found"] += known
+        self.positions["missing"] += most - known
+        return found
+
+    def _before(
+        self, position: int, tokens: np.ndarray, dtype: str, width: int, most: int
+    ) -> Step | None:
         n = len(tokens) - 1
         at = position // BLOCK * BLOCK
         # of the block, in `tokens`

@@ -94,7 +94,7 @@ def test_a_turn_knows_the_turns_before_it():
     assert samples[1].prompt_len == 110 and samples[1].position_version[:88].tolist() == [1] * 88
     # what was computed before proposes nothing
     assert (samples[1].position_node[:first] < 0).all() and samples[1].has_target[first:-1].all()
-    assert assembler.prefix_positions == {"found": 88 + 137, "missing": 0}
+    assert assembler.prefixes.positions == {"found": 88 + 137, "missing": 0}
 
 
 def test_what_many_requests_begin_with():
@@ -129,7 +129,7 @@ def test_only_as_much_as_is_wanted_and_as_the_server_sent():
         request("a", text[:200], 150), request("b", text, 250, cached=190, sent=70)
     )
     check(samples[1], text, 120)
-    assert assembler.prefix_positions == {"found": 70, "missing": 120}
+    assert assembler.prefixes.positions == {"found": 70, "missing": 120}
     samples, _ = assemble(request("a", text[:200], 150), request("b", text, 250, 190, 190),
                           context_positions=0)  # fmt: skip
     check(samples[1], text, 190)
@@ -145,7 +145,7 @@ def test_another_text_is_not_taken_for_it():
             request("a", earlier[:110], 80), request("b", text, 130, cached=100, sent=sent)
         )
         check(samples[1], text, 100)
-        assert assembler.prefix_positions == {"found": 0, "missing": 100}
+        assert assembler.prefixes.positions == {"found": 0, "missing": 100}
     # a run that begins behind what differs agrees in all that it knows
     samples, _ = assemble(
         request("a", other[:140], 80, cached=20, sent=0), request("b", text, 130, 120, 120)
@@ -163,7 +163,7 @@ def test_what_is_kept_is_bounded():
     samples, assembler = assemble(*requests, prefix_bytes=4 * size)
     for sample, text in zip(samples, texts):
         check(sample, text, 0)
-    kept = assembler._prefixes
+    kept = assembler.prefixes
     assert kept._nbytes == sum(run.features.nbytes for run in kept._runs.values()) <= 4 * size
     assert set(kept._at.values()) <= set(kept._runs) and len(kept._runs) <= 4
     nothing, _ = assemble(
