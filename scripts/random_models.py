@@ -1,4 +1,4 @@
-"""A target and a draft of a real model's shape with random weights, where none can be fetched.
+"""A target and a draft of a real model's shape with random weights, where none can be fetched."""
 
 from __future__ import annotations
 
