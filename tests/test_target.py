@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -170,7 +170,7 @@ def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
     assert make_target.is_ready(TINY, directory)
     assert not make_target.is_ready(replace(TINY, seed=1), directory)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["target", "target.lock"]
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     stream = token_stream(tokenizer, text.documents("code", "heldout", 30_000))[:4096].view(8, 512)
     with torch.no_grad():
@@ -185,3 +185,21 @@ def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
         report["code"]["perplexity"] < math.exp(unigram)
         and 0 < report["prose"]["distinct_4grams"] <= 1
     )
+
+
+def test_the_demos_target_is_what_the_script_makes():
+    """Of the default recipe, but for the time that it was given, and a few megabytes."""
+    directory = Path(make_target.__file__).with_name("target")
+    report = json.loads((directory / "target.json").read_text())
+    made = asdict(replace(make_target.Recipe(), minutes=report["recipe"]["minutes"]))
+    assert report["recipe"] == made
+    assert sum(file.stat().st_size for file in directory.iterdir()) < 7 << 20
+    assert math.exp(held_out_loss(directory)) < 1.5 * report["code"]["perplexity"]
+
+
+def held_out_loss(directory: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    stream = token_stream(tokenizer, text.documents("code", "heldout", 30_000))[:4096].view(8, 512)
+    with torch.no_grad():
+        return model(stream, labels=stream).loss.item()
