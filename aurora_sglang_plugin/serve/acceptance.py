@@ -26,7 +26,7 @@ class Acceptance:
         self._version: dict[str, int] = {role: -1 for role in ROLES}
 
     def add(self, version: int, accept_lens: Any) -> None:
-        """accept_lens: integers [b]; `version` drafted the trees."""
+        """accept_lens: an array of integers [b]; `version` drafted the trees."""
         if version != self._version["current"]:
             # rolled back: what it had accepted before still counts
             back = version == self._version["previous"]

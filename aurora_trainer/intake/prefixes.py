@@ -22,7 +22,7 @@ from aurora_trainer.intake.sample import Sample
 # Tokens before a multiple of it find a run; a prefix of fewer has none.
 BLOCK = 16
 # Tokens that must be the same, where the server sent so many.
-AT_LEAST = 64
+AT_LEAST = 32
 
 # a multiple of BLOCK, and the bytes of the tokens before it
 Key = tuple[int, bytes]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from models import make_random_target
 from prometheus_client import CollectorRegistry, start_http_server
@@ -60,7 +61,7 @@ def server(length: int = 3) -> int:
     registry, port = CollectorRegistry(), free_port()
     exported = Exported(OF_RANK | of_capture(length), registry, {"tp_rank": "0", "dp_rank": "0"})
     acceptance = Acceptance(length)
-    acceptance.add(7, [1, 4, 4])
+    acceptance.add(7, np.array([1, 4, 4]))
     exported.set("aurora_attached", 1)
     exported.set("aurora_mode", 1, "live")
     exported.set("aurora_draft_version", 7)
@@ -151,7 +152,7 @@ def test_live_in_a_terminal_until_ctrl_c(trainer):
     command = [
         sys.executable,
         "-m",
-        "aurora_trainer.cli",
+        "aurora_trainer",
         "top",
         "--every",
         "0.1",
