@@ -190,19 +190,6 @@ def prefill_step(capture, reqs, prefixes, extends, version=2):
         tensor.zero_()
 
 
-def test_a_prefill_that_fits_no_buffer_is_sent_in_several_messages():
-    capture = make_capture(pinned_buffer_bytes=6 * (F * 4 + 64))
-    reqs = [request(str(i), prompt=range(4)) for i in range(3)] + [request("long", prompt=range(9))]
-    prefill_step(capture, reqs, [0] * 4, [4, 2, 3, 9])
-    assert [fields["requests"] for _, _, fields in capture.publisher.items] == [
-        ["0", "1"],
-        ["2"],
-        ["long"],
-    ]
-    positions = [s.build()["positions"][1].tolist() for _, s, _ in capture.publisher.items]
-    assert positions == [[0, 0], [0], [0]] and not capture.errors
-
-
 def test_without_a_buffer_nothing_is_computed():
     capture = make_capture()
     capture.transfer.has_room = lambda: False
@@ -213,73 +200,6 @@ def test_without_a_buffer_nothing_is_computed():
         and not capture.publisher.items
         and not capture.errors
     )
-
-
-def test_prefill_of_a_batch():
-    out = {"aurora_capture": False}
-    reqs = [
-        request("a", range(4)),
-        request("b", range(9), custom_params=out),
-        request("c", range(30)),
-    ]
-    capture = make_capture()
-    prefill_step(capture, reqs, [0, 2, 10], [4, 3, 5])
-    ((kind, snapshot, fields),) = capture.publisher.items
-    assert (kind, fields["requests"], fields["extend_version"]) == ("prefill", ["a", "c"], 2)
-    arrays = {name: array.tolist() for name, (_, array) in snapshot.build().items()}
-    assert (
-        arrays["positions"] == [0, 0]
-        and arrays["extend_lens"] == [4, 15]
-        and arrays["feature_lens"] == [4, 5]
-        and arrays["prompt_lens"] == [4, 30]
-    )
-    # the ids of the cached prefix, as the request has them
-    assert arrays["input_ids"] == [100, 101, 102, 103, *range(10), 107, 108, 109, 110, 111]
-    assert arrays["next_tokens"] == [104, 112]
-    assert [row[0] // F for row in arrays["aux_hidden_states"]] == [0, 1, 2, 3, 7, 8, 9, 10, 11]
-
-
-@pytest.mark.parametrize(
-    ("prefix", "extend", "taken"),
-    [(0, 20, 0), (20, 20, 8), (40, 20, 20), (0, 60, 28), (32, 1, 1), (31, 1, 0), (60, 3, 3)],
-)
-def test_max_prompt_features(prefix, extend, taken):
-    """Of a prompt of 60 tokens the last 28; what was generated is always taken."""
-    capture = make_capture(max_prompt_features=28)
-    prefill_step(capture, [request("a", range(60))], [prefix], [extend])
-    assert capture.prompt_tokens_skipped == extend - taken
-    if not taken:
-        assert capture.publisher.items == []
-        return
-    arrays = {
-        name: array.tolist() for name, (_, array) in capture.publisher.items[0][1].build().items()
-    }
-    # ids of a cached prefix as far as the bound allows
-    cached = {40: 8, 60: 28}.get(prefix, 0)
-    first = prefix + extend - taken
-    assert arrays["positions"] == [first - cached] and arrays["feature_lens"] == [taken]
-    expected = [*range(first - cached, first), *range(100 + extend - taken, 100 + extend)]
-    assert arrays["input_ids"] == expected
-
-
-def test_ids_of_a_cached_prefix_travel_once():
-    """With the first chunk of a request, and again after it was retracted; never what was left out
-    on purpose, or generated."""
-    capture, req = make_capture(max_prompt_features=40), request("a", range(60), range(9))
-
-    def sent(prefix, extend):
-        capture.publisher.items.clear()
-        prefill_step(capture, [req], [prefix], [extend])
-        arrays = capture.publisher.items[0][1].build()
-        lens = (arrays[n][1].tolist()[0] for n in ("extend_lens", "feature_lens"))
-        return [arrays["positions"][1][0], *lens]
-
-    assert sent(30, 10) == [20, 20, 10]
-    assert sent(40, 20) == [40, 20, 20]
-    # a step of a mixed chunk
-    assert sent(60, 1) == [60, 1, 1]
-    assert sent(50, 10) == [20, 40, 10]
-    assert sent(62, 3) == [62, 3, 3] and not capture.errors
 
 
 @pytest.mark.parametrize(
