@@ -1,4 +1,4 @@
-"""What capture takes of a prompt's chunks: features of the last ones, and ids of a cached prefix."""
+"""What capture takes of a prompt: features of its last tokens, and ids of a cached prefix."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import torch
 
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
+from aurora_trainer.intake.prefixes import Prefixes
 
 SENT = iter(range(1, 1 << 30))
 F = 3
@@ -151,6 +152,11 @@ def test_another_text_is_not_taken_for_it():
         request("a", other[:140], 80, cached=20, sent=0), request("b", text, 130, 120, 120)
     )
     check(samples[1], text, 20)
+    # too short a run to tell
+    samples, _ = assemble(
+        request("a", other[:130], 110, cached=90, sent=0), request("b", text, 130, 112, 112)
+    )
+    check(samples[1], text, 112)
 
 
 def test_what_is_kept_is_bounded():
@@ -170,3 +176,18 @@ def test_what_is_kept_is_bounded():
         request("a", texts[0], 80), request("b", texts[1], 80, cached=64, sent=64), prefix_bytes=1
     )
     check(nothing[1], texts[1], 64)
+
+
+def test_what_was_asked_for_stays_longer():
+    texts = [words(20 + i, 80) for i in range(3)]
+    first, second, third = assemble(*(request(f"{t[0]}", t, 60) for t in texts))[0]
+    prefixes = Prefixes(2 * first.features.nbytes, most=100)
+
+    def known(text):
+        return prefixes.before(64, np.array(text[:65], np.int32), "float32", F) is not None
+
+    prefixes.put(first)
+    prefixes.put(second)
+    assert known(texts[0])
+    prefixes.put(third)
+    assert [known(text) for text in texts] == [True, False, True]
