@@ -87,6 +87,8 @@ class Loop:
         self.messages: list[wire.Message] = []
         self.samples: dict[str, list[Sample]] = defaultdict(list)
         self._final: set[str] = set()
+        # the newest version that `publish` made
+        self.published = 0
         if listening:
             self.listen()
         for version in versions:
@@ -208,7 +210,7 @@ class Loop:
 
     def publish(self, draft: Draft, gate: dict | None = None) -> int:
         """`gate`: what the trainer's would have said of it."""
-        return self.writer.publish(
+        self.published = self.writer.publish(
             draft.checkpoint(),
             draft.config.to_json(),
             target=self.fingerprint,
@@ -216,6 +218,7 @@ class Loop:
             optimizer_step=0,
             gate=gate,
         )
+        return self.published
 
     def draft(self, version: int) -> Draft:
         """The draft of a version as the trainer's own code reads it; 0 is the one that the server
@@ -239,6 +242,12 @@ class Loop:
 
     def version(self) -> int:
         return int(self.metrics()["aurora_draft_version"])
+
+    def settled_version(self) -> int:
+        """What drafts requests from now on: an earlier test may have left a version on its way."""
+        if self.published:
+            self.wait_for_version(self.published)
+        return self.version()
 
     def metrics(self) -> dict[str, float]:
         return metrics(self.server)

@@ -120,7 +120,7 @@ def refused(loop, cause):
 @pytest.mark.parametrize("cause", list(BAD))
 def test_refused(cause, chain, stream, tmp_path):
     prompt = stream[33000:33040]
-    served = chain.version()
+    served = chain.settled_version()
     expected = chain.generate([prompt], PARAMS)[0]
     before = refused(chain, cause)
     version, path = BAD[cause](chain, tmp_path / "elsewhere")
@@ -139,7 +139,7 @@ def test_refused(cause, chain, stream, tmp_path):
     "text", ["v1", "", "../../etc/passwd", "v000000000000000000000000000000000000000"]
 )
 def test_garbage_for_current(text, chain, stream):
-    served = chain.version()
+    served = chain.settled_version()
     before = refused(chain, "current")
     name_current(chain, text)
     wait_until(lambda: refused(chain, "current") > before, f"refusal: {chain.metrics()}", 10)

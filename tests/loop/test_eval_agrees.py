@@ -33,7 +33,7 @@ def recorder(loop, out: Path) -> subprocess.Popen:
 @pytest.mark.parametrize("name", ["chain", "tree"])
 def test_eval_of_the_draft_that_serves(name, request, stream, tmp_path):
     loop = request.getfixturevalue(name)
-    version, out = loop.version(), tmp_path / "recording"
+    version, out = loop.settled_version(), tmp_path / "recording"
     loop.deafen()
     try:
         process = recorder(loop, out)

@@ -46,7 +46,7 @@ def check(loop, samples, version, what, trees=50):
 
 
 def test_chain(chain, stream):
-    version = chain.version()
+    version = chain.settled_version()
     lengths = [3, 40, 63, 64, 65, 100, 128, 129, 200, 257]
     answers, samples = serve(chain, cut(stream, 0, lengths), {"max_new_tokens": 64})
     chunks = [r for m in chain.messages if m.header.kind == "prefill" for r in m.header.requests]
@@ -61,7 +61,7 @@ def test_chain(chain, stream):
 
 
 def test_tree(tree, stream):
-    version = tree.version()
+    version = tree.settled_version()
     lengths = [3, 40, 64, 65, 129, 200]
     _, samples = serve(tree, cut(stream, 0, lengths), {"max_new_tokens": 64})
     result = check(tree, samples, version, "tree")
@@ -73,7 +73,7 @@ def test_a_draft_as_others_publish_it(modern, stream):
     """EAGLE 3.1's norms, yarn, a bias and another family's config: as served so trained, after a
     swap too.
     """
-    version = modern.version()
+    version = modern.settled_version()
     _, samples = serve(modern, cut(stream, 20000, [3, 40, 100, 200, 257]), {"max_new_tokens": 64})
     check(modern, samples, version, "modern")
     taught, fit = modern.draft(version), eligible(samples, version)
@@ -97,7 +97,7 @@ def test_after_a_swap(tree, stream, target, tmp_path):
     """Requests that started since are the new version's in every level, another draft vocabulary
     included.
     """
-    old = tree.version()
+    old = tree.settled_version()
     new = Draft.load(
         make_draft(tmp_path / "draft", target, draft_vocab=DRAFT_VOCAB, seed=5), tree.embed
     )
@@ -146,7 +146,7 @@ def test_cache_hits(chain, stream):
     proposes what the server's did. Without them such requests cannot be replayed; where they stand
     must be right.
     """
-    version = chain.version()
+    version = chain.settled_version()
     # its first tokens are nobody else's: else they would be cached, and unknown
     first = [1011, 998, 1003, *stream[8000:8177]]
     hits = [first[:n] + stream[8500 : 8500 + 20 * i] for i, n in enumerate((60, 100, 150, 180))]
