@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-real dashboards test test-dashboards test-ranks test-gpu bench-kernels bench-serving
+.PHONY: help setup demo demo-real dashboards docs test test-dashboards test-ranks test-gpu bench-kernels bench-serving
 .PHONY: bench-trainer-cpu bench-background bench-gil bench-publish learning-curves house lint clean
 
 VENV := .venv
@@ -51,6 +51,9 @@ test: setup ## run the tests, in two processes side by side
 dashboards: setup ## print the dashboard from its source, and say how to load it and the rules
 	$(BIN)/python scripts/dashboard.py
 	@cat docs/dashboards/README.md
+
+docs: setup ## print the tables of docs/ from the declarations that they repeat
+	$(BIN)/python scripts/print_docs.py
 
 test-dashboards: setup ## every panel, rule and alert against a real Prometheus that scrapes a real server and trainer
 	$(BIN)/python -m pytest tests/test_dashboards.py

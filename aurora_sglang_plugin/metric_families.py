@@ -1,15 +1,16 @@
-"""Metric families as tables: what is exported, under which name, with which labels, in plain words.
+"""What a metric is: one declaration of its name, help, labels, what to look for, and how its value
+is read.
 
-Both sides have one (`metrics.FAMILIES`); docs/metrics.md explains them and a test compares it with
-what is exported. A label has a bounded list of values, each exported from the start, so that a rate
-over a first event is right; a value that is not in the list counts as "other", because causes also
-come from other processes.
+`metrics.py` declares the server's, `aurora_trainer/metric_families/` the trainer's. `make docs`
+prints the tables of docs/metrics.md from them. A label has a bounded list of values, each exported
+from the start, so that a rate over a first event is right; a value that is not in the list counts
+as "other", because causes also come from other processes.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import nan
@@ -20,27 +21,59 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class Family:
-    """`labels` maps each label to its values. A counter's name gets `_total`.
+    """`help` says what it is (it is exported), `look` when to look at it (docs/metrics.md alone).
 
-    `bounds` are a histogram's buckets.
+    `read` takes the state that `Exported.report` is given and returns a value, or one for each
+    value of the label ({cause: value}; of two labels {(role, position): value}); None: not known
+    yet. The value is a counter's total, a gauge's value, or a histogram's `Tally`.
+
+    A family with `on` is not read at every report: `read` takes the event that `Exported.happened`
+    is given under that name, and returns a counter's growth, a gauge's value, or the list of what
+    a histogram observes.
+
+    `labels` maps each label to its values. A counter's name gets `_total`. `bounds` are a
+    histogram's buckets.
     """
 
     kind: Literal["counter", "gauge", "histogram"]
     help: str
+    look: str = "-"
+    read: Callable[[Any], Any] | None = None
+    on: str | None = None
     labels: Mapping[str, Sequence[str]] = field(default_factory=dict)
     bounds: Sequence[float] = ()
 
 
-def counter(help: str, **labels: Sequence[str]) -> Family:
-    return Family("counter", help, labels)
+def counter(
+    help: str,
+    look: str = "-",
+    read: Callable[[Any], Any] | None = None,
+    on: str | None = None,
+    **labels: Sequence[str],
+) -> Family:
+    return Family("counter", help, look, read, on, labels)
 
 
-def gauge(help: str, **labels: Sequence[str]) -> Family:
-    return Family("gauge", help, labels)
+def gauge(
+    help: str,
+    look: str = "-",
+    read: Callable[[Any], Any] | None = None,
+    on: str | None = None,
+    **labels: Sequence[str],
+) -> Family:
+    return Family("gauge", help, look, read, on, labels)
 
 
-def histogram(help: str, bounds: Sequence[float], **labels: Sequence[str]) -> Family:
-    return Family("histogram", help, labels, bounds)
+def histogram(
+    help: str,
+    look: str = "-",
+    read: Callable[[Any], Any] | None = None,
+    on: str | None = None,
+    *,
+    bounds: Sequence[float],
+    **labels: Sequence[str],
+) -> Family:
+    return Family("histogram", help, look, read, on, labels, bounds)
 
 
 class Tally:
@@ -77,6 +110,7 @@ class Exported:
         # late: see metrics.py
         from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+        self._families = dict(families)
         self._constant = tuple((constant or {}).values())
         self._metrics: dict[str, Any] = {}
         # by name and values
@@ -100,6 +134,39 @@ class Exported:
                     # not known yet
                     child.set(nan)
             self._metrics[name] = metric
+
+    def report(self, state: Any, before: bool = False) -> None:
+        """Read every family without `on` from `state`.
+
+        `before`: only counters, whose totals were reached before this process began.
+        """
+        for name, family in self._families.items():
+            if family.read is None or family.on is not None:
+                continue
+            found = family.read(state)
+            if family.kind == "counter":
+                if found is not None:
+                    self.count_to(name, found, before)
+                continue
+            for values, value in () if before else _series(found):
+                if family.kind == "gauge":
+                    self.set(name, value, *values)
+                else:
+                    self.load(name, value, *values)
+
+    def happened(self, on: str, event: Any) -> None:
+        """Let every family of this `on` take what it reads from `event`."""
+        for name, family in self._families.items():
+            if family.on != on:
+                continue
+            for values, value in _series(family.read(event)):
+                if family.kind == "counter":
+                    self.child(name, *values).inc(value)
+                elif family.kind == "gauge":
+                    self.set(name, value, *values)
+                else:
+                    for observed in value:
+                        self.child(name, *values).observe(observed)
 
     def child(self, name: str, *values: str) -> Any:
         """prometheus_client's own object of one series."""
@@ -142,3 +209,11 @@ class Exported:
                 bucket.inc(new - old)
         child._sum.inc(total - old_total)
         self._last[key] = counts, total
+
+
+def _series(found: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(label values, value) of what a reader returned; nothing of None."""
+    pairs = found.items() if isinstance(found, Mapping) else [((), found)]
+    for values, value in pairs:
+        if value is not None:
+            yield values if isinstance(values, tuple) else (values,), value

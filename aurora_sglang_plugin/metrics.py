@@ -1,27 +1,24 @@
-"""The server's figures in SGLang's own /metrics (`--enable-metrics`), refreshed from the ledger by
-a thread of its own.
+"""Every metric of the server, declared once: name, help, what to look for (`make docs` prints all
+three into docs/metrics.md), how its value is read, and its labels.
 
-SGLang gathers the metrics of its processes through prometheus_client's multiprocess directory,
-which it names in the environment before it starts them: hence the late import in
-metric_families.py, and nothing else to set up here. Scheduler and publisher only count in plain
-attributes, as they do without metrics.
+To add one, write its declaration here. What it reads is counted in a plain attribute of who knows
+it: scheduler and publisher count the same without metrics.
 
 Every series has the labels tp_rank and dp_rank of its scheduler. Each tensor-parallel rank exports
-what each rank does (attached, version, swaps); capture is rank 0's alone, so its sums count nothing
-twice. docs/metrics.md explains all.
+what each rank does (attached, version, swaps); only rank 0 captures, so sums over ranks count
+nothing twice.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from aurora_sglang_plugin.link.reasons import DROPS, REFUSED_BY_TRAINER, REFUSED_WEIGHTS
 from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
-from aurora_sglang_plugin.metric_families import Exported, Family, counter, gauge, histogram
+from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
 from aurora_sglang_plugin.serve.capture import KINDS, SECONDS
 from aurora_sglang_plugin.serve.excluded import CAUSES
@@ -29,199 +26,244 @@ from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.capture import Capture
-    from aurora_sglang_plugin.serve.excluded import CAUSES
-from aurora_sglang_plugin.serve.swap import Reloader
+    from aurora_sglang_plugin.serve.swap import Reloader
 
-log = logging.getLogger(__name__)
-
-REFRESH_S = 1.0
 MODES = ("live", "shadow")
-# Of every tensor-parallel rank.
+
+
+@dataclass(frozen=True)
+class State:
+    """What the readers below read, taken once for each refresh."""
+
+    mode: str
+    reloader: Reloader
+    # Reloader.counters()
+    swaps: Mapping[str, Any]
+    # None: off, or another rank's
+    capture: Capture | None
+    # Publisher.counters()
+    link: Mapping[str, Any]
+
+
+def starting_with(prefix: str, counters: Mapping[str, Any]) -> dict[str, Any]:
+    """Those counters, without the prefix."""
+    return {n.removeprefix(prefix): c for n, c in counters.items() if n.startswith(prefix)}
+
+
+def by_position(counts: list[int]) -> dict[str, int]:
+    return {str(position): count for position, count in enumerate(counts, 1)}
+
+
+def each_role(s: State, figure: Callable[[list[int]], float]) -> dict[str, float]:
+    """A figure of the current version's accept lengths, and of the previous one's."""
+    return {role: figure(lengths) for role, lengths in s.capture.acceptance.of_role.items()}
+
+
+def acceptance_ratios(s: State) -> dict[tuple[str, str], float]:
+    return {
+        (role, position): count / max(sum(lengths), 1)
+        for role, lengths in s.capture.acceptance.of_role.items()
+        for position, count in by_position(accepted(lengths)).items()
+    }
+
+
+# What every tensor-parallel rank exports.
 OF_RANK: dict[str, Family] = {
-    "aurora_attached": gauge("1 where AURORA runs in this scheduler process"),
+    "aurora_attached": gauge(
+        "1 where AURORA runs in this scheduler process",
+        look="First of all. Absent or 0: the server runs without Aurora; see its log for `aurora`.",
+        read=lambda s: 1,
+    ),
     "aurora_mode": gauge(
-        "1 for the present mode: live drafts, shadow only collects and follows", mode=MODES
+        "1 for the present mode: live drafts, shadow only collects and follows",
+        look="`live`: the draft speculates. `shadow`: zero draft steps, the server only collects"
+        " and follows versions.",
+        read=lambda s: {mode: mode == s.mode for mode in MODES},
+        mode=MODES,
     ),
     "aurora_draft_version": gauge(
-        "Version of the draft's weights that drafts now, 0: those the server started with"
+        "Version of the draft's weights that drafts now, 0: those the server started with",
+        look="Ranks that differ for longer than a step are a defect. Compare with"
+        " `aurora_trainer_draft_version`: lasting difference means that swaps fail.",
+        read=lambda s: s.swaps["draft_version"],
     ),
     "aurora_weights_age_seconds": gauge(
-        "Time since the weights that draft now were published, or the server started"
+        "Time since the weights that draft now were published, or the server started",
+        look="Stale weights: it grows while the trainer publishes, or because it does not.",
+        read=lambda s: max(0.0, time.time() - s.reloader.created_unix_s),
     ),
-    "aurora_swaps": counter("Swaps of the draft's weights, rollbacks included"),
+    "aurora_swaps": counter(
+        "Swaps of the draft's weights, rollbacks included",
+        look="How often weights change.",
+        read=lambda s: s.swaps["swaps"],
+    ),
     "aurora_prefix_renewals": counter(
-        "Times that cached prefixes were given up because the draft had learned much since"
+        "Times that cached prefixes were given up because the draft had learned much since",
+        look="After each, prompts of at most `plugin.swap.renew_prompt_tokens` are computed once"
+        " more: a dip of the cache's hit rate.",
+        read=lambda s: s.swaps["prefix_renewals"],
     ),
     "aurora_swap_stall_seconds": histogram(
-        "Time that the scheduler's thread spent on a swap", STALL_S
+        "Time that the scheduler's thread spent on a swap",
+        look="What a swap costs running requests. Host time: on a GPU the copies themselves run"
+        " on the stream after it.",
+        read=lambda s: s.reloader.stalls,
+        bounds=STALL_S,
     ),
     "aurora_swap_seconds": histogram(
-        "Time from noticing a new version to drafting with it", SWAP_S
+        "Time from noticing a new version to drafting with it",
+        look="Reading, checking and staging a version, and waiting for the next verify step. An"
+        " idle server swaps when it next works, so long tails at night are no fault. Versions"
+        " found at the start are not counted.",
+        read=lambda s: s.reloader.durations,
+        bounds=SWAP_S,
     ),
     "aurora_freshness_seconds": histogram(
         "At each swap: age of the newest verify step that the new weights were trained on",
-        FRESHNESS_S,
+        look="How far weights lag behind traffic, the whole way round: verify, capture, link,"
+        " sample, batch, gate, publication, swap. By the trainer's clock up to the publication,"
+        " and the server's own from noticing it; the time between the two is left out. Its best"
+        " case: older steps were trained on too.",
+        read=lambda s: s.reloader.freshness,
+        bounds=FRESHNESS_S,
     ),
-    "aurora_target_changes": counter("Operator's calls that gave the server another target"),
+    "aurora_target_changes": counter(
+        "Operator's calls that gave the server another target",
+        look="Above 0: only a trainer of the new target learns from this server"
+        " ([algorithm.md](algorithm.md)).",
+        read=lambda s: s.swaps["target_changes"],
+    ),
     "aurora_weights_refused": counter(
-        "Published versions that were not loaded, or not swapped in", cause=REFUSED_WEIGHTS
+        "Published versions that were not loaded, or not swapped in",
+        look="Any growth. `missing` is a race and is tried again; everything else names what is"
+        " wrong with the files.",
+        read=lambda s: starting_with("refused_", s.swaps),
+        cause=REFUSED_WEIGHTS,
     ),
 }
 
 
 def of_capture(num_steps: int) -> dict[str, Family]:
-    """Of the first tensor-parallel rank, which captures; trees have `num_steps` levels."""
+    """What the first tensor-parallel rank, which captures, exports; trees have that many levels."""
     positions = [str(position) for position in range(1, num_steps + 1)]
     return {
-        "aurora_captured_messages": counter("Messages captured: sent, dropped or still queued"),
-        "aurora_sent_messages": counter("Captured messages sent to the trainer"),
-        "aurora_sent_bytes": counter("Bytes sent to the trainer, heartbeats included"),
-        "aurora_dropped_messages": counter("Captured messages dropped, never sent", cause=DROPS),
-        "aurora_excluded_rows": counter(
-            "Requests left out of a captured message: unfit to be used", cause=ROW_CAUSES
+        "aurora_captured_messages": counter(
+            "Messages captured: sent, dropped or still queued",
+            look="Captured = sent + dropped + queued, always.",
+            read=lambda s: s.link["captured"],
         ),
-        "aurora_queued_messages": gauge("Captured messages that wait for the trainer"),
-        "aurora_queued_bytes": gauge("Memory of the captured messages that wait for the trainer"),
+        "aurora_sent_messages": counter(
+            "Captured messages sent to the trainer",
+            look="Flat while messages are captured: no trainer takes them.",
+            read=lambda s: s.link["sent"],
+        ),
+        "aurora_sent_bytes": counter(
+            "Bytes sent to the trainer, heartbeats included",
+            look="Bandwidth of the link.",
+            read=lambda s: s.link["bytes_sent"],
+        ),
+        "aurora_dropped_messages": counter(
+            "Captured messages dropped, never sent",
+            look="Data that training will never see; serving does not notice. `queue_full`: the"
+            " trainer is slower than traffic or away. `no_buffer`: more steps in flight than"
+            " `plugin.capture.pinned_buffers`. `too_large`: above `link.max_message_bytes` or a"
+            " pinned buffer. `build`, `publish`: faults, see the log. `closed`: at the end of the"
+            " server.",
+            read=lambda s: s.link["dropped"],
+            cause=DROPS,
+        ),
+        "aurora_excluded_rows": counter(
+            "Requests left out of a captured message: unfit to be used",
+            look="The rest of the message goes. `not_finite`: NaN or infinite features or logits,"
+            " a broken target or token. `request`: a client's id of more than 256 characters."
+            " Others: a fault, report it.",
+            read=lambda s: s.link["excluded"],
+            cause=ROW_CAUSES,
+        ),
+        "aurora_queued_messages": gauge(
+            "Captured messages that wait for the trainer",
+            look="Near `plugin.publish.queue_messages`: drops follow.",
+            read=lambda s: s.link["queued"],
+        ),
+        "aurora_queued_bytes": gauge(
+            "Memory of the captured messages that wait for the trainer",
+            look="Near `plugin.publish.queue_bytes`: drops follow.",
+            read=lambda s: s.link["queued_bytes"],
+        ),
         "aurora_link_blocked_seconds": gauge(
-            "Time since the link to the trainer took a message or a heartbeat"
+            "Time since the link to the trainer took a message or a heartbeat",
+            look="More than a few heartbeats (`plugin.publish.heartbeat_s`): the trainer is away,"
+            " stopped or full.",
+            read=lambda s: s.link["blocked_s"],
         ),
         "aurora_link_refused": counter(
-            "Attempts to connect that failed at the trainer's handshake", cause=REFUSED_BY_TRAINER
+            "Attempts to connect that failed at the trainer's handshake",
+            look="`key`: this server is not on the trainer's list. `protocol`: one side has keys"
+            " and the other has not, or the wrong ones. `unfinished`: no trainer answers there.",
+            read=lambda s: s.link["refused"],
+            cause=REFUSED_BY_TRAINER,
         ),
         "aurora_capture_seconds": histogram(
-            "Time that the scheduler's thread spent on capturing a message", SECONDS, kind=KINDS
+            "Time that the scheduler's thread spent on capturing a message",
+            look="What capture costs serving; one verify step is one `verify`. Compare with the"
+            " time of a step.",
+            read=lambda s: s.capture.seconds,
+            bounds=SECONDS,
+            kind=KINDS,
         ),
-        "aurora_capture_errors": counter("Steps whose capture failed; they were served as usual"),
-        "aurora_excluded_requests": counter("Requests that are not captured, by why", cause=CAUSES),
+        "aurora_capture_errors": counter(
+            "Steps whose capture failed; they were served as usual",
+            look="Must be 0. The first one is in the log.",
+            read=lambda s: s.capture.errors,
+        ),
+        "aurora_excluded_requests": counter(
+            "Requests that are not captured, by why",
+            look="Each is counted once. `opt_out`: the client's own wish, written in any way."
+            " `sample_rate`: `plugin.capture.sample_rate`. `multimodal`, `embeddings`: what no"
+            " token id says. `request_id`: an id that no message may carry. `scoring`, `lora`:"
+            " another attention or another target. `health_check`: SGLang's own.",
+            read=lambda s: dict(s.capture.excluded),
+            cause=CAUSES,
+        ),
         "aurora_skipped_prompt_tokens": counter(
-            "Prompt tokens left out by plugin.capture.max_prompt_features"
+            "Prompt tokens left out by plugin.capture.max_prompt_features",
+            look="Long prompts: features of their beginnings do not travel.",
+            read=lambda s: s.capture.prompt_tokens_skipped,
         ),
         "aurora_accept_length_tokens": histogram(
             "Tokens committed by a verify step of a captured request, bonus included",
-            range(1, num_steps + 2),
+            look="The figure that speculation is for. Rates of `_sum` and `_count` give the mean"
+            " over any window; of all captured requests, sent or not.",
+            read=lambda s: s.capture.acceptance.lengths(),
+            bounds=range(1, num_steps + 2),
         ),
         "aurora_accepted_drafts": counter(
-            "Draft tokens accepted, by position in the draft", position=positions
+            "Draft tokens accepted, by position in the draft",
+            look="Divided by `aurora_accept_length_tokens_count`: the acceptance at each position."
+            " In a tree the position is the depth.",
+            read=lambda s: by_position(accepted(s.capture.acceptance.by_length)),
+            position=positions,
         ),
         "aurora_version_accept_length_tokens": gauge(
             "Mean accept length of all steps drafted by the current and by the previous version",
+            look="Did the last version help? Each role counts since its version began to draft;"
+            " after a swap `current` starts anew and is noise until its verify steps are many."
+            " Traffic differs between the two, so this is a hint and the gate's paired scores are"
+            " the proof.",
+            read=lambda s: each_role(s, mean_length),
             role=ROLES,
         ),
         "aurora_version_acceptance_ratio": gauge(
             "Share of the version's verify steps that accepted this position",
+            look="The same, at each position.",
+            read=acceptance_ratios,
             role=ROLES,
             position=positions,
         ),
         "aurora_version_verify_steps": gauge(
-            "Verify steps that the two figures above rest on", role=ROLES
+            "Verify steps that the two figures above rest on",
+            look="Below a few hundred, do not believe the two above.",
+            read=lambda s: each_role(s, sum),
+            role=ROLES,
         ),
     }
-
-
-class ServerMetrics:
-    """Copies the counters of capture (None: off, or another rank's) and reloader to prometheus once
-    a second.
-    """
-
-    def __init__(
-        self,
-        capture: Capture | None,
-        reloader: Reloader,
-        mode: Callable[[], str] = lambda: "live",
-        tp_rank: int = 0,
-        dp_rank: int = 0,
-    ):
-        self._capture, self._reloader, self._mode = capture, reloader, mode
-        self._labels = {"tp_rank": str(tp_rank), "dp_rank": str(dp_rank)}
-        self._stop = threading.Event()
-        self._failed = False
-        self._thread = threading.Thread(target=self._run, name="aurora-metrics", daemon=True)
-
-    def start(self) -> None:
-        families = dict(OF_RANK)
-        if self._capture is not None:
-            families |= of_capture(self._capture.num_steps)
-        self._exported = Exported(families, constant=self._labels)
-        self.refresh()
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-
-    def refresh(self) -> None:
-        """Bring every family up to date."""
-        self._refresh_rank()
-        if self._capture is not None:
-            self._refresh_link()
-            self._refresh_acceptance()
-
-    def _refresh_rank(self) -> None:
-        exported, reloader = self._exported, self._reloader
-        swaps = reloader.counters()
-        exported.set("aurora_attached", 1)
-        mode = self._mode()
-        for name in MODES:
-            exported.set("aurora_mode", name == mode, name)
-        exported.set("aurora_draft_version", swaps["draft_version"])
-        exported.set("aurora_weights_age_seconds", max(0.0, time.time() - reloader.created_unix_s))
-        exported.count_to("aurora_swaps", swaps["swaps"])
-        exported.load("aurora_swap_stall_seconds", reloader.stalls)
-        exported.load("aurora_swap_seconds", reloader.durations)
-        exported.load("aurora_freshness_seconds", reloader.freshness)
-        exported.count_to("aurora_target_changes", swaps["target_changes"])
-        exported.count_to("aurora_prefix_renewals", swaps["prefix_renewals"])
-        refused = {
-            n.removeprefix("refused_"): count
-            for n, count in swaps.items()
-            if n.startswith("refused_")
-        }
-        exported.count_to("aurora_weights_refused", refused)
-
-    def _refresh_link(self) -> None:
-        exported, capture = self._exported, self._capture
-        ledger = capture.publisher.counters()
-        exported.count_to("aurora_captured_messages", ledger["captured"])
-        exported.count_to("aurora_sent_messages", ledger["sent"])
-        exported.count_to("aurora_sent_bytes", ledger["bytes_sent"])
-        exported.count_to("aurora_dropped_messages", ledger["dropped"])
-        exported.count_to("aurora_excluded_rows", ledger["excluded"])
-        exported.set("aurora_queued_messages", ledger["queued"])
-        exported.set("aurora_queued_bytes", ledger["queued_bytes"])
-        exported.set("aurora_link_blocked_seconds", ledger["blocked_s"])
-        exported.count_to("aurora_link_refused", ledger["refused"])
-        for kind, tally in capture.seconds.items():
-            exported.load("aurora_capture_seconds", tally, kind)
-        exported.count_to("aurora_capture_errors", capture.errors)
-        exported.count_to("aurora_excluded_requests", dict(capture.excluded))
-        exported.count_to("aurora_skipped_prompt_tokens", capture.prompt_tokens_skipped)
-
-    def _refresh_acceptance(self) -> None:
-        exported, acceptance = self._exported, self._capture.acceptance
-        exported.load("aurora_accept_length_tokens", acceptance.lengths())
-        by_position = {str(n): count for n, count in enumerate(accepted(acceptance.by_length), 1)}
-        exported.count_to("aurora_accepted_drafts", by_position)
-        for role, by_length in acceptance.of_role.items():
-            steps = sum(by_length)
-            exported.set("aurora_version_verify_steps", steps, role)
-            exported.set("aurora_version_accept_length_tokens", mean_length(by_length), role)
-            for position, count in enumerate(accepted(by_length), 1):
-                exported.set(
-                    "aurora_version_acceptance_ratio",
-                    count / steps if steps else 0.0,
-                    role,
-                    str(position),
-                )
-
-    def _run(self) -> None:
-        while not self._stop.wait(REFRESH_S):
-            try:
-                self.refresh()
-            except Exception:
-                # a full disk under the multiprocess directory must not end anything
-                if not self._failed:
-                    log.exception(
-                        "aurora metrics failed: serving goes on, further failures are not logged"
-                    )
-                self._failed = True

@@ -26,7 +26,7 @@ from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.link.publisher import Publisher
-from aurora_sglang_plugin.metrics import ServerMetrics
+from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.serve.staging import reserve_staging_memory
 from aurora_sglang_plugin.serve.swap import Reloader

@@ -106,10 +106,11 @@ FAMILIES: dict[str, Family] = {
         "Share of the buffer's bytes that one domain and server hold at most"
     ),
     "aurora_trainer_sample_age_seconds": histogram(
-        "Age of a sample when it is trained on, since its capture", _AGE_S
+        "Age of a sample when it is trained on, since its capture", bounds=_AGE_S
     ),
     "aurora_trainer_staleness_versions": histogram(
-        "Newest version minus the one that drafted a sample, when it is trained on", _VERSIONS
+        "Newest version minus the one that drafted a sample, when it is trained on",
+        bounds=_VERSIONS,
     ),
     # training
     "aurora_trainer_steps": counter("Batches taken for training, skipped ones included"),
@@ -117,7 +118,7 @@ FAMILIES: dict[str, Family] = {
         "Steps that changed nothing: this was not finite", cause=("loss", "gradient")
     ),
     "aurora_trainer_trained_tokens": counter("Tokens trained on, repetitions included"),
-    "aurora_trainer_step_seconds": histogram("Duration of a training step", _STEP_S),
+    "aurora_trainer_step_seconds": histogram("Duration of a training step", bounds=_STEP_S),
     "aurora_trainer_time_seconds": counter("Where the trainer's time goes", activity=ACTIVITIES),
     "aurora_trainer_optimizer_step": gauge("Updates of the draft so far, over restarts"),
     "aurora_trainer_loss": gauge("Objective of the last step"),
@@ -127,7 +128,7 @@ FAMILIES: dict[str, Family] = {
     "aurora_trainer_learning_rate": gauge("Learning rate of the last step"),
     "aurora_trainer_batch_accept_length_tokens": histogram(
         "Mean accept length of a batch's unseen samples, before and after training on it",
-        _LENGTH,
+        bounds=_LENGTH,
         when=WHEN,
     ),
     "aurora_trainer_scored_nodes": counter(
@@ -163,11 +164,13 @@ FAMILIES: dict[str, Family] = {
         "Accept length of the initial draft, at the gate's last answer"
     ),
     "aurora_trainer_gate_requests": gauge("Requests that the gate's last answer rests on"),
-    "aurora_trainer_publish_seconds": histogram("Time to write and publish a version", _WRITE_S),
+    "aurora_trainer_publish_seconds": histogram(
+        "Time to write and publish a version", bounds=_WRITE_S
+    ),
     "aurora_trainer_publication_age_seconds": gauge(
         "Time since a version was published, or since the start"
     ),
-    "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", _WRITE_S),
+    "aurora_trainer_checkpoint_seconds": histogram("Time to write a checkpoint", bounds=_WRITE_S),
     "aurora_trainer_checkpoint_age_seconds": gauge(
         "Time since a checkpoint was written, or since the start"
     ),

@@ -24,7 +24,7 @@ ROOMS = {
         "drafts",
         "link weights",
         "serve",
-        "cpu_engine metrics",
+        "cpu_engine metrics metrics_thread",
         "worker algorithm plugin",
     ),
     "aurora_trainer": (

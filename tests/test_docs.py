@@ -15,6 +15,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import print_docs
 import pytest
 import torch
 from models import make_random_draft, make_random_target
@@ -274,3 +275,13 @@ def test_toml_and_json_blocks_are_whole():
                 json.loads(text)
             if language == "toml":
                 ServerConfig.model_validate(tomllib.loads(text))
+
+
+def test_the_tables_are_what_their_sources_say():
+    pages = print_docs.pages()
+    assert pages
+    for page, text in pages.items():
+        assert page.read_text() == text, f"{page.name}: run `make docs`"
+    tables = "".join(page.read_text() for page in pages)
+    unused = [name for name in print_docs.TABLES if f"<!-- make docs: {name} -->" not in tables]
+    assert not unused

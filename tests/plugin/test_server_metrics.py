@@ -23,7 +23,7 @@ import torch
 from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.config import CaptureConfig, PublishConfig
 from aurora_sglang_plugin.metric_families import Tally
-from aurora_sglang_plugin.metrics import ServerMetrics
+from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.link.send_queue import SendQueue
 from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 from aurora_sglang_plugin.serve.snapshot import End
@@ -132,7 +132,7 @@ def test_a_tally_is_the_histogram_that_prometheus_would_have_made():
     bounds, seen = (0.5, 1, 2), [0.5, 0.500001, 1, 2, 2.5, 0]
     registry = CollectorRegistry()
     exported = Exported(
-        {"ours": histogram("h", bounds), "theirs": histogram("h", bounds)}, registry
+        {"ours": histogram("h", bounds=bounds), "theirs": histogram("h", bounds=bounds)}, registry
     )
     tally = Tally(bounds)
     for value in seen:
