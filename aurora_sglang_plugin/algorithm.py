@@ -6,9 +6,12 @@ What SGLang decides by comparing the name itself is listed in docs/algorithm.md.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import json
 import logging
+import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,10 @@ from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from aurora_sglang_plugin.config import load_server_config
+from aurora_sglang_plugin.config import SpeculationConfig, load_server_config
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft
 from aurora_sglang_plugin.link.wire import MAX_NODES, MAX_STEPS
+from aurora_sglang_plugin.serve.speculation import candidate_steps
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +101,7 @@ class AuroraAlgorithm(CustomSpecAlgo):
         check_dtype(
             server_args.dtype, json.loads((draft / "config.json").read_text()), target_config
         )
-        _resolve_as_eagle3(record)
+        _resolve_as_eagle3(record, load_server_config().plugin.speculation)
 
 
 def register() -> None:
@@ -223,7 +227,7 @@ def _record(server_args: Any) -> Any:
     return object.__getattribute__(view, "_server_args")
 
 
-def _resolve_as_eagle3(record: Any) -> None:
+def _resolve_as_eagle3(record: Any, speculation: SpeculationConfig) -> None:
     """Run SGLang's resolution of an EAGLE3 server.
 
     It reads the algorithm's name, so the name is EAGLE3 meanwhile.
@@ -231,8 +235,44 @@ def _resolve_as_eagle3(record: Any) -> None:
     _write_name(record, SpeculativeAlgorithm.EAGLE3.name)
     try:
         SpeculativeAlgorithm.EAGLE3.handle_server_args(record)
+        _let_steps_change(record, speculation)
     finally:
         _write_name(record, NAME)
+
+
+def _let_steps_change(record: Any, speculation: SpeculationConfig) -> None:
+    """Have SGLang prepare every step count from 0 to the most, as for its own adaptive mode; which
+    one a round has is decided in serve/speculation.py."""
+    try:
+        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+        from sglang.srt.speculative.adaptive_spec_params import adaptive_unsupported_reason
+    except ImportError:
+        logger.warning("aurora drafts a fixed number of steps: this SGLang cannot change it")
+        return
+    args = resolving_view(record)
+    reason = adaptive_unsupported_reason(record)
+    if args.speculative_use_rejection_sampling:
+        reason = "speculative_use_rejection_sampling (a round without a draft leaves no q)"
+    if args.disaggregation_mode != "null":
+        reason = f"disaggregation_mode={args.disaggregation_mode}"
+    if not speculation.adaptive or not args.speculative_num_steps or reason:
+        if reason and speculation.adaptive:
+            logger.warning("aurora drafts a fixed number of steps: %s", reason)
+        return
+    steps = candidate_steps(args.speculative_num_steps)
+    handle, path = tempfile.mkstemp(prefix="aurora-steps-", suffix=".json")
+    with os.fdopen(handle, "w") as file:
+        json.dump({"1": {"candidate_steps": steps}}, file)
+    # the scheduler's processes read it while they start
+    atexit.register(Path(path).unlink, missing_ok=True)
+    declare_resolution(
+        record, "aurora", speculative_adaptive=True, speculative_adaptive_config=path
+    )
+    if args.device == "cpu":
+        # a CPU has no graphs, and SGLang would capture one of each step count
+        graphs = with_phase(args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
+        declare_resolution(record, "aurora", cuda_graph_config=graphs)
 
 
 def _write_name(record: Any, name: str) -> None:

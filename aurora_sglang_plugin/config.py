@@ -110,10 +110,38 @@ class SwapConfig(Section):
     renew_prompt_tokens: Annotated[int, Field(ge=0)] = 2048
 
 
+class SpeculationConfig(Section):
+    """How many tokens are drafted at a time."""
+
+    # false: always --speculative-num-steps, as EAGLE3 does
+    adaptive: bool = True
+    # of decode rounds, spent on measuring what other counts cost
+    explore: Annotated[float, Field(ge=0, le=0.1)] = 0.005
+    # gain in tokens a second below which no more steps are taken
+    margin: Annotated[float, Field(ge=0)] = 0.02
+
+
+class CanaryConfig(Section):
+    """How a version that was swapped in is judged by what it accepts."""
+
+    # false: what was published stays
+    enabled: bool = True
+    # probability that a version that is as good as the one before is suspected
+    error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    # loss in accept length that is never rolled back
+    margin: Annotated[float, Field(ge=0)] = 0.02
+    # of servers, by a hash of each one's name, that take a version at once
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # how long the others wait for a rejection
+    wait_s: Annotated[float, Field(ge=0)] = 60.0
+
+
 class PluginConfig(Section):
     capture: CaptureConfig = CaptureConfig()
     publish: PublishConfig = PublishConfig()
     swap: SwapConfig = SwapConfig()
+    speculation: SpeculationConfig = SpeculationConfig()
+    canary: CanaryConfig = CanaryConfig()
 
 
 class ServerConfig(Section):

@@ -14,10 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import nan
 from typing import TYPE_CHECKING, Any
 
 from aurora_sglang_plugin.link.reasons import DROPS, REFUSED_BY_TRAINER, REFUSED_WEIGHTS
 from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
+from aurora_sglang_plugin.link.wire import MAX_STEPS
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
 from aurora_sglang_plugin.serve.capture import KINDS, SECONDS
@@ -26,16 +28,18 @@ from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.capture import Capture
+    from aurora_sglang_plugin.serve.control import Control
     from aurora_sglang_plugin.serve.swap import Reloader
 
-MODES = ("live", "shadow")
+MODES = ("live", "warm", "cold")
+ROUNDS = ("cold", *(str(steps) for steps in range(MAX_STEPS + 1)))
 
 
 @dataclass(frozen=True)
 class State:
     """What the readers below read, taken once for each refresh."""
 
-    mode: str
+    control: Control
     reloader: Reloader
     # Reloader.counters()
     swaps: Mapping[str, Any]
@@ -75,11 +79,43 @@ OF_RANK: dict[str, Family] = {
         read=lambda s: 1,
     ),
     "aurora_mode": gauge(
-        "1 for the present mode: live drafts, shadow only collects and follows",
-        look="`live`: the draft speculates. `shadow`: zero draft steps, the server only collects"
-        " and follows versions.",
-        read=lambda s: {mode: mode == s.mode for mode in MODES},
+        "1 for the present mode: live drafts, warm and cold decode plainly",
+        look="`live`: the draft speculates. `warm`: plain decoding is faster for this many"
+        " requests, the draft's KV is written all the same. `cold`: plain decoding is faster, and"
+        " no pass of the draft runs; a better version or 20,000 rounds end it.",
+        read=lambda s: {mode: mode == s.control.mode for mode in MODES},
         mode=MODES,
+    ),
+    "aurora_decode_rounds": counter(
+        "Decode rounds by the draft steps that they had",
+        look="What the server found fastest: `0` are plain rounds, `cold` those that left out the"
+        " draft's passes as well. All at `--speculative-num-steps`: `plugin.speculation.adaptive`"
+        " is off, or the log says why the count is fixed.",
+        read=lambda s: s.control.rounds(),
+        steps=ROUNDS,
+    ),
+    "aurora_explored_rounds": counter(
+        "Decode rounds spent on measuring what other draft steps cost",
+        look="At most `plugin.speculation.explore` of all, and a few bursts for each new batch"
+        " size.",
+        read=lambda s: s.control.speculation.explored if s.control.speculation else 0,
+    ),
+    "aurora_speculation_gain_ratio": gauge(
+        "Tokens a second over those of plain decoding, as measured, at the present batch size",
+        look="What speculation saves (above 1); 1 while plain decoding is chosen. NaN until the"
+        " costs are measured, or if the step count is fixed.",
+        read=lambda s: s.control.speculation.gain() if s.control.speculation else nan,
+    ),
+    "aurora_versions_suspected": counter(
+        "Versions that accepted clearly less than the one before, which went back for a trial",
+        look="Each costs a trial of 16 blocks of verify steps. Many without a rejection: traffic"
+        " changes often.",
+        read=lambda s: s.control.canary.suspected,
+    ),
+    "aurora_versions_rejected": counter(
+        "Versions that were rolled back and written to REJECTED",
+        look="Any: the trainer's gate let a bad version pass; see both logs.",
+        read=lambda s: s.control.canary.rejected,
     ),
     "aurora_draft_version": gauge(
         "Version of the draft's weights that drafts now, 0: those the server started with",
@@ -231,9 +267,9 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             read=lambda s: s.capture.prompt_tokens_skipped,
         ),
         "aurora_accept_length_tokens": histogram(
-            "Tokens committed by a verify step of a captured request, bonus included",
+            "Tokens committed by a verify step that drafted, of a captured request, bonus included",
             look="The figure that speculation is for. Rates of `_sum` and `_count` give the mean"
-            " over any window; of all captured requests, sent or not.",
+            " over any window; of all captured requests, sent or not. Plain rounds are left out.",
             read=lambda s: s.capture.acceptance.lengths(),
             bounds=range(1, num_steps + 2),
         ),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from aurora_sglang_plugin.metric_families import Exported
@@ -18,6 +17,7 @@ from aurora_sglang_plugin.metrics import OF_RANK, State, of_capture
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.capture import Capture
+    from aurora_sglang_plugin.serve.control import Control
     from aurora_sglang_plugin.serve.swap import Reloader
 
 log = logging.getLogger(__name__)
@@ -34,11 +34,11 @@ class ServerMetrics:
         self,
         capture: Capture | None,
         reloader: Reloader,
-        mode: Callable[[], str] = lambda: "live",
+        control: Control,
         tp_rank: int = 0,
         dp_rank: int = 0,
     ):
-        self._capture, self._reloader, self._mode = capture, reloader, mode
+        self._capture, self._reloader, self._control = capture, reloader, control
         self._labels = {"tp_rank": str(tp_rank), "dp_rank": str(dp_rank)}
         self._stop = threading.Event()
         self._failed = False
@@ -61,7 +61,7 @@ class ServerMetrics:
         """Bring every family up to date."""
         reloader, capture = self._reloader, self._capture
         link = capture.publisher.counters() if capture is not None else {}
-        self._exported.report(State(self._mode(), reloader, reloader.counters(), capture, link))
+        self._exported.report(State(self._control, reloader, reloader.counters(), capture, link))
 
     def _run(self) -> None:
         while not self._stop.wait(REFRESH_S):

@@ -3,6 +3,7 @@ between two steps.
 
 One decode step, in SGLang's order, with ours marked:
 
+  > control.begin    how many steps this round drafts; none is plain decoding
     draft            levels 1..S of every tree (level 1 was proposed by the previous step's
                      draft-extend)
     verify           the target's forward, sampling (which edits the logits in place), acceptance,
@@ -10,27 +11,36 @@ One decode step, in SGLang's order, with ours marked:
   > swap             every tree of the next step, level 1 included, comes from one version
   > capture.verify   trees, accepted path, features, the logits that judged
     draft-extend     writes the draft's KV for the accepted path, proposes level 1
+  > control.judged   rounds later, when the accepted lengths are on the host
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache import common
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
+from sglang.srt.speculative.eagle_info import EagleDraftInput
+from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.serve.capture import Capture
+from aurora_sglang_plugin.serve.control import Control
+from aurora_sglang_plugin.serve.speculation import Speculation
 from aurora_sglang_plugin.serve.staging import reserve_staging_memory
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.serve.target_updates import DraftUpdater, TargetUpdater
+from aurora_sglang_plugin.serve.worth import COLD
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -57,11 +67,19 @@ class AuroraWorker(EAGLEWorkerV2):
     capture: Capture | None = None
     # once attached
     reloader: Reloader | None = None
+    # once attached
+    control: Control | None = None
     # fingerprint of the target as it is now
     target = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._most_steps = self.speculative_num_steps
+        self._speculation: Speculation | None = None
+        if self.adaptive_controller is not None:
+            config = load_server_config().plugin.speculation
+            self._speculation = Speculation(config, self._most_steps)
+            self.adaptive_controller.params = self._speculation
         # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of
         # what is made there.
         self._room = (
@@ -90,8 +108,13 @@ class AuroraWorker(EAGLEWorkerV2):
         group = tp.cpu_group if tp.world_size > 1 else None
         self._room = None
         self.reloader = Reloader(
-            model, draft.hot_token_id, config.weights, config.plugin.swap, target, group
-        )
+            model, draft.hot_token_id, config.weights, config.plugin.swap, target, group,
+            writes=tp.rank_in_group == 0,
+        )  # fmt: skip
+        self.control = Control(
+            config.plugin, self._most_steps, self.reloader, self._speculation,
+            decides=tp.rank_in_group == 0,
+        )  # fmt: skip
         self.reloader.apply_at_start()
         self._mark_new_requests()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
@@ -101,14 +124,14 @@ class AuroraWorker(EAGLEWorkerV2):
                 config.plugin.capture,
                 publisher,
                 device,
-                self.speculative_num_steps,
+                self._most_steps,
                 self.topk,
                 rejection=bool(self.server_args.speculative_use_rejection_sampling),
             )
             _capture = self.capture
         self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
-        ServerMetrics(self.capture, self.reloader, self._mode, **ranks).start()
+        ServerMetrics(self.capture, self.reloader, self.control, **ranks).start()
         logger.info(
             "aurora attached capture=%s endpoint=%s weights=%s draft_version=%d target=%s",
             self.capture is not None,
@@ -190,8 +213,24 @@ class AuroraWorker(EAGLEWorkerV2):
             target, directory, self.reloader.version,
         )  # fmt: skip
 
-    def _mode(self) -> str:
-        return "live" if self.speculative_num_steps else "shadow"
+    def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        control = self.control
+        if control is not None:
+            if batch.forward_mode.is_idle():
+                control.idle()
+            elif batch.forward_mode.is_extend() or batch.is_extend_in_batch:
+                control.prefill(batch.reqs)
+            else:
+                control.begin(batch.reqs)
+        return super().forward_batch_generation(batch, *args, **kwargs)
+
+    def activate_step_by_batch(self, batch_size: int) -> None:
+        super().activate_step_by_batch(batch_size)
+        if self._speculation is not None:
+            # read by SGLang in this round
+            skip = envs.SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND
+            if skip.get() != (cold := self._speculation.steps == COLD):
+                skip.set(cold)
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # an SGLang whose scheduler does not allocate through the worker
@@ -200,6 +239,7 @@ class AuroraWorker(EAGLEWorkerV2):
         if batch.forward_mode.is_idle():
             result = super().verify(batch, *args, **kwargs)
             # every rank counts every step
+            self.control.step()
             self.reloader.step()
             return result
         tree = batch.spec_info
@@ -207,18 +247,48 @@ class AuroraWorker(EAGLEWorkerV2):
             self.capture.before_verify(batch)
         result = super().verify(batch, *args, **kwargs)
         drafted_by = self.reloader.version
+        self.control.verified(batch.reqs, self.speculative_num_steps)
+        self.control.step()
         self.reloader.step()
         if self.capture is not None:
             self.capture.verify(batch, tree, result, drafted_by, self.reloader.version)
         return result
 
+    def on_verify_complete_cpu(self, accepted: list[int], batch_size: int = 0) -> None:
+        """Called for each verify step in their order, when its accepted drafts are known."""
+        if self.control is not None:
+            self.control.judged(accepted, batch_size)
+
     def _forward_prefill_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # the draft's extend rebinds it to the rotated ids
         input_ids = batch.input_ids
+        draft = self._draft_worker
+        if draft is not None and self._speculation is not None:
+            cold = self._speculation.cold and not batch.forward_mode.is_idle()
+            draft.__dict__.pop("_draft_extend_for_prefill", None)
+            if cold:
+                draft._draft_extend_for_prefill = self._no_draft_extend_for_prefill
         result = super()._forward_prefill_batch(batch, *args, **kwargs)
         if self.capture is not None and not batch.forward_mode.is_idle():
             self.capture.prefill(batch, input_ids, result, self.reloader.version)
         return result
+
+    def _no_draft_extend_for_prefill(
+        self, batch: Any, hidden: torch.Tensor, next_tokens: torch.Tensor, *_: Any, **__: Any
+    ) -> Any:
+        """What the draft's extend leaves behind, without its pass over the prompt."""
+        ends = torch.tensor(batch.extend_lens).cumsum(0).to(batch.input_ids.device) - 1
+        batch.input_ids = batch.input_ids.roll(-1)
+        batch.input_ids[ends] = _eagle_prefill_tail_tokens(batch, next_tokens).to(
+            batch.input_ids.dtype
+        )
+        output = SimpleNamespace(
+            next_draft_input=EagleDraftInput(
+                bonus_tokens=next_tokens, num_tokens_per_req=1, num_tokens_for_logprob_per_req=1
+            )
+        )
+        self._stub_skipped_draft_extend(batch, output)
+        return output.next_draft_input
 
 
 def _check_hook() -> None:

@@ -55,6 +55,7 @@ class Capture:
         topk: int,
         rejection: bool = False,
     ):
+        """`num_steps`: the most draft steps that a round has."""
         self.config = config
         self.publisher = publisher
         self.num_steps = num_steps
@@ -199,7 +200,12 @@ class Capture:
                 "verify",
                 Verify,
                 tensors,
-                dict(k=self.config.topk_logits, version=draft_version, acceptance=self.acceptance),
+                dict(
+                    k=self.config.topk_logits,
+                    version=draft_version,
+                    # a plain round accepts nothing, whatever the draft is worth
+                    acceptance=self.acceptance if nodes > 1 else None,
+                ),
                 [req.rid for req in reqs],
                 flags=_flags(batch, self._rows),
                 draft_version=draft_version,

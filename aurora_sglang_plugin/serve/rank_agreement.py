@@ -1,8 +1,8 @@
 """Tensor-parallel ranks agree on the step of a swap, by a reduction that is started early and read
 late.
 
-    step k      every rank offers the version that it has staged (0: none)
-    step k + m  every rank reads the answer: the version, where all offered the same, else 0
+    step k      every rank offers the version that it has staged (0: none), and one of them a plan
+    step k + m  every rank reads the answer: the version, if all offered the same, else 0; the plan
 
 All ranks count the same steps, so they swap at the same one. Reading m steps later makes the wait
 empty in practice; it is kept, because a rank that went on without the answer would draft with other
@@ -11,6 +11,8 @@ weights than its peers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -18,32 +20,39 @@ INTERVAL_STEPS = 8
 
 
 class Agreement:
-    """`group` is the ranks' CPU (gloo) group; calls are made in the same order on every rank."""
+    """`group` is the ranks' CPU (gloo) group; calls are made in the same order on every rank.
 
-    def __init__(self, group: dist.ProcessGroup):
+    A plan is `plan_size` numbers; ranks that have none offer NOTHING in each place.
+    """
+
+    NOTHING = 1 << 30
+
+    def __init__(self, group: dist.ProcessGroup, plan_size: int = 0):
         self._group = group
         self._steps = 0
         self._work: dist.Work | None = None
-        self._extremes = torch.zeros(2, dtype=torch.int64)
+        self._extremes = torch.zeros(2 + plan_size, dtype=torch.int64)
 
     def due(self) -> bool:
         """Count a step; True where this one offers."""
         self._steps += 1
         return self._steps % INTERVAL_STEPS == 1
 
-    def offer(self, version: int) -> None:
+    def offer(self, version: int, plan: Sequence[int] = ()) -> None:
         assert self._work is None
-        self._extremes[0], self._extremes[1] = version, -version
+        plan = plan or [self.NOTHING] * (len(self._extremes) - 2)
+        self._extremes.copy_(torch.tensor([version, -version, *plan]))
         self._work = dist.all_reduce(self._extremes, dist.ReduceOp.MIN, self._group, async_op=True)
 
-    def answer(self) -> int | None:
-        """At the last step before the next offer: the agreed version, 0 for none.
-
-        At other steps None.
+    def answer(self) -> tuple[int, list[int]] | None:
+        """At the last step before the next offer: the agreed version, 0 for none, and the plan,
+        empty for none. At other steps None.
         """
         if self._work is None or self._steps % INTERVAL_STEPS:
             return None
-        return self._read()
+        version = self._read()
+        plan = self._extremes[2:].tolist()
+        return version, plan if all(number < self.NOTHING for number in plan) else []
 
     def ask(self, version: int) -> bool:
         """Offer and wait: whether all ranks have the same version (before serving)."""

@@ -38,13 +38,18 @@ class Renewal:
         if self._written_at is None:
             self._written_at = before if cached and isinstance(before, float) else now
         if now >= self._factor * self._written_at:
-            self.count += 1
+            self.renew()
             logger.info(
                 "prefixes renewed count=%d accept_length=%.2f written_at=%.2f: prompts of at most"
                 " %d tokens are computed again",
                 self.count, now, self._written_at, self._most_tokens,
             )  # fmt: skip
             self._written_at = now
+
+    def renew(self) -> None:
+        """New requests find nothing that was cached before."""
+        if self._factor:
+            self.count += 1
 
     def mark(self, req: Any) -> None:
         """A new request."""

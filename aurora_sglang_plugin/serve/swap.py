@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,10 +33,16 @@ from aurora_sglang_plugin.serve.staging import expected_weights, make_staging_co
 from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
 from aurora_sglang_plugin.weights.reader import Watcher, Weights
 
+if TYPE_CHECKING:
+    from aurora_sglang_plugin.serve.control import Control
+
 log = logging.getLogger(__name__)
 
 FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
 START_TRIES = 5
+# of the ranks' plan: steps by bucket, and whether the server is cold
+PLAN_SIZE = 17
+SCRATCH_BYTES = 16 << 20
 
 # buckets, in seconds
 STALL_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -61,7 +67,13 @@ class Reloader:
         swap: SwapConfig,
         target: str,
         group: ProcessGroup | None = None,
+        has_draft: bool = True,
+        writes: bool = True,
     ):
+        # whether the server was started with a draft
+        self.has_draft = has_draft
+        # whether this rank tells others of a rejected version
+        self.writes = writes
         # 0: the draft that the server was started with
         self.version = 0
         self.previous_version: int | None = None
@@ -108,8 +120,12 @@ class Reloader:
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
-        self._agreement = Agreement(group) if group is not None else None
+        self.agreement = Agreement(group, PLAN_SIZE) if group is not None else None
         self.renewal = Renewal(swap)
+        # Decides on versions and steps; set by whoever has one.
+        self.control: Control | None = None
+        # parts of a parameter change places by way of it
+        self._scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
 
     def step(self) -> int | None:
         """Once per verify step of every rank, before draft-extend: swap if a version is ready.
@@ -132,21 +148,30 @@ class Reloader:
         if not self._watching:
             self._watching = True
             self._watcher.start()
-        if self._agreement is None:
-            return None if self._failed else self.apply_pending()
-        if self._agreement.due():
+        # the same on every rank
+        held = self.control is not None and self.control.holds
+        if self.agreement is None:
+            return None if self._failed or held else self.apply_pending()
+        if self.agreement.due():
             if not self._failed:
                 # what is offered stays staged until the ranks have answered
                 self._hand_over(READY, OFFERED)
-            self._agreement.offer(
-                self._staged_version if self._state == OFFERED and not self._failed else 0
+            offered = self._state == OFFERED and not self._failed and not held
+            self.agreement.offer(
+                self._staged_version if offered else 0,
+                self.control.propose() if self.control is not None else (),
             )
-        agreed = self._agreement.answer()
-        if self._state != OFFERED or agreed is None:
+        answer = self.agreement.answer()
+        if answer is None:
+            return None
+        agreed, plan = answer
+        if plan and self.control is not None:
+            self.control.take(plan)
+        if self._state != OFFERED:
             return None
         # not by way of READY, from where this rank's watcher could take it back after all had
         # agreed
-        if agreed:
+        if agreed and not held:
             return self._apply(OFFERED)
         self._hand_over(OFFERED, READY)
         return None
@@ -161,7 +186,7 @@ class Reloader:
         for _ in range(START_TRIES):
             self._watcher.poll()
             ready = self._staged_version if self._state == READY else 0
-            if self._agreement is None or self._agreement.ask(ready):
+            if self.agreement is None or self.agreement.ask(ready):
                 return self.apply_pending()
         # the ranks saw different versions: they will agree while they serve
         return None
@@ -189,17 +214,20 @@ class Reloader:
         if self._stream:
             torch.cuda.current_stream().wait_event(self._staged_event)
         live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
-        torch._foreach_copy_(self._previous, live)
+        first = not self._watching or (self.version == 0 and not self.has_draft)
+        if self.control is None or self.control.swapped(manifest, first):
+            torch._foreach_copy_(self._previous, live)
+            if self._hot is not None:
+                self._previous_hot.copy_(self._hot)
+            self.previous_version = self._in_previous = self.version
+            self._previous_created = self.created_unix_s
         torch._foreach_copy_(live, staged)
         self._count_write()
         if self._hot is not None:
-            self._previous_hot.copy_(self._hot)
             self._hot.copy_(self._staged_hot)
         if self._stream:
             self._applied_event.record()
-        self.previous_version, self.version = self.version, self._staged_version
-        self._in_previous = self.previous_version
-        self._previous_created, self.created_unix_s = self.created_unix_s, manifest.created_unix_s
+        self.version, self.created_unix_s = self._staged_version, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._measure(started)
         self.renewal.serve(manifest.gate, cached=self._watching)
@@ -213,19 +241,38 @@ class Reloader:
                 self.freshness.observe(max(0.0, trained_s + took_s))
         return self.version
 
-    def rollback(self) -> int | None:
-        """On the scheduler thread: put the previous version back.
-
-        Returns it, or None where there is none.
-        """
-        if self.previous_version is None:
-            return None
+    def exchange(self) -> None:
+        """On the scheduler thread, where `step` is called: the version that drafts and the one
+        before change places. No memory is allocated."""
         started = time.perf_counter()
-        self._put_back(self._previous, self._previous_hot)
-        self.version, self.previous_version = self.previous_version, None
-        self.created_unix_s = self._previous_created
+        pairs = [(live.data, held) for (live, _), held in zip(self._pairs, self._previous)]
+        if self._hot is not None:
+            pairs.append((self._hot, self._previous_hot))
+        for live, held in pairs:
+            scratch = self._scratch.view(live.dtype)
+            flat, other = live.view(-1), held.view(-1)
+            for at in range(0, len(flat), len(scratch)):
+                part, back = flat[at : at + len(scratch)], other[at : at + len(scratch)]
+                aside = scratch[: len(part)].copy_(part)
+                part.copy_(back)
+                back.copy_(aside)
+        self._count_write()
+        assert self.previous_version is not None
+        self.version, self.previous_version = self.previous_version, self.version
+        self._in_previous = self.previous_version
+        self.created_unix_s, self._previous_created = self._previous_created, self.created_unix_s
         self._measure(started)
-        return self.version
+
+    def reject(self) -> None:
+        """The version that was exchanged for the one that drafts is bad: no server shall load
+        it."""
+        version, self.previous_version = self.previous_version, None
+        log.warning(
+            "draft rolled back version=%s rejected=%s: the trainer goes on from its parent",
+            self.version, version,
+        )  # fmt: skip
+        if version:
+            self._watcher.reject(version, self.version, write=self.writes)
 
     def _count_write(self) -> None:
         """Writes through .data do not count up a parameter's version, which marks old copies."""

@@ -19,7 +19,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,6 +165,8 @@ class Watcher:
         self._asked: tuple[int] | None = None
         self._heeded: tuple[int] | None = None
         self._logged: tuple[int, str] | None = None
+        # versions to be written to REJECTED
+        self._rejects: deque[int] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aurora-watch", daemon=True)
 
@@ -185,6 +187,13 @@ class Watcher:
             self.expected = replace(self.expected, target=target)
         self._asked = (version,)
 
+    def reject(self, version: int, served: int, write: bool) -> None:
+        """From another thread: `version` was rolled back, and `served` drafts. At the next poll it
+        is written to REJECTED (`write`: on one rank of a server), and CURRENT is read again."""
+        if write:
+            self._rejects.append(version)
+        self.look_again(served)
+
     def _run(self) -> None:
         while not self._stop.wait(self.poll_s):
             self.poll()
@@ -195,6 +204,7 @@ class Watcher:
         Never raises: this is the serving boundary, a bad file must not end the server's thread.
         """
         version = 0
+        self._write_rejected()
         if (asked := self._asked) is not self._heeded:
             self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
         try:
@@ -215,6 +225,18 @@ class Watcher:
         except Exception as error:
             self._fail(version, "stage", error)
             self.seen_version = version
+
+    def _write_rejected(self) -> None:
+        while self._rejects:
+            line = json.dumps({"version": self._rejects[0], "unix_s": round(time.time(), 3)}) + "\n"
+            try:
+                # one write of one line: other servers append to the same file
+                with open(self.directory / REJECTED, "ab", buffering=0) as file:
+                    file.write(line.encode())
+            except OSError as error:
+                self._fail(self._rejects[0], "rejected", error)
+                return
+            self._rejects.popleft()
 
     def _wanted(self) -> int:
         """CURRENT's version, or its first ancestor that no server rolled back; 0 where that is the

@@ -179,7 +179,7 @@ class Assembler:
         dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
         shape = (
             header.num_steps, header.topk, message.dtype("topk_logits"),
-            *a["accept_path"].shape[1:], *a["topk_ids"].shape[1:], header.rejection,
+            a["topk_ids"].shape[2], header.rejection,
         )  # fmt: skip
         lens, path = a["feature_lens"], a["accept_path"]
         on_path = np.arange(path.shape[1]) < lens[:, None]

@@ -90,7 +90,8 @@ class Segment:
     last_token: int = -1
     # first positions that an earlier sample has too: context only
     carried: int = 0
-    # (num_steps, topk, logits dtype, P, N, K, rejection) of its trees
+    # (num_steps, topk, logits dtype, K, rejection) of its trees; N and P may differ from one to
+    # the next, since a server drafts fewer steps where that is faster
     shape: tuple | None = None
     # of its features
     dtype: str = ""
@@ -233,8 +234,8 @@ def _forest(
     """All trees of a sample as flat arrays without the unused nodes; `positions` [G] are those that
     they hang from.
     """
-    parents = np.stack([tree.parents for tree in trees])  # [G, N]
-    path = np.stack([tree.path for tree in trees])  # [G, P]
+    parents = _stack([tree.parents for tree in trees], UNUSED)  # [G, N]
+    path = _stack([tree.path for tree in trees], -1)  # [G, P]
     used = parents != UNUSED
     # number of a used node among all used ones
     index = used.ravel().cumsum().reshape(used.shape) - 1
@@ -254,11 +255,10 @@ def _forest(
     # a later tree's root replaces an earlier tree's last node
     position_node[positions[g] + k] = index[g, path[g, k]]
 
-    ids = np.concatenate([tree.topk_ids for tree in trees])[used.ravel()]
-    logits = to_float32(
-        np.concatenate([tree.topk_logits for tree in trees])[used.ravel()], logits_dtype
-    )
-    logsumexp = np.concatenate([tree.logsumexp for tree in trees])[used.ravel()]
+    is_node = np.concatenate([tree.parents != UNUSED for tree in trees])
+    ids = np.concatenate([tree.topk_ids for tree in trees])[is_node]
+    logits = to_float32(np.concatenate([tree.topk_logits for tree in trees])[is_node], logits_dtype)
+    logsumexp = np.concatenate([tree.logsumexp for tree in trees])[is_node]
 
     def per_tree(values: list | np.ndarray) -> np.ndarray:
         return np.repeat(values, used.sum(1))
@@ -266,7 +266,7 @@ def _forest(
     return {
         "position_node": torch.from_numpy(position_node),
         "node_token": torch.from_numpy(
-            np.stack([tree.tokens for tree in trees])[used].astype(np.int64)
+            np.concatenate([tree.tokens for tree in trees])[is_node].astype(np.int64)
         ),
         "node_parent": torch.from_numpy(
             np.where(parents < 0, -1, index[rows, above])[used].astype(np.int64)
@@ -281,6 +281,14 @@ def _forest(
         "tree_first": torch.from_numpy(index[:, 0].astype(np.int64)),
         "tree_version": torch.tensor([tree.version for tree in trees], dtype=torch.int32),
     }
+
+
+def _stack(rows: list[np.ndarray], fill: int) -> np.ndarray:
+    """[len(rows), length of the longest], the others filled up."""
+    out = np.full((len(rows), max(map(len, rows))), fill, rows[0].dtype)
+    for n, row in enumerate(rows):
+        out[n, : len(row)] = row
+    return out
 
 
 def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:

@@ -96,6 +96,9 @@ class Loop:
         set_ = [
             f"link.endpoint={self.link.endpoint}",
             f"weights.directory={self.weights}",
+            # drafting costs a tiny target more than it brings, and tests publish bad drafts
+            "plugin.speculation.adaptive=false",
+            "plugin.canary.enabled=false",
             *settings,
         ]
         set_ += [f"link.{name}={path}" for name, path in keys.items()]

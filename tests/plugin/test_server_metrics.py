@@ -47,7 +47,11 @@ if rank == 0:
     capture.acceptance.add(2, np.array([1, 1, 4]))
     capture.acceptance.add(3, np.array([4, 3]))
     capture.publisher = send_queue
-metrics = ServerMetrics(capture, reloader, lambda: "live", tp_rank=rank)
+control = SimpleNamespace(
+    mode="live", rounds=lambda: {"cold": 4, "3": 5}, canary=SimpleNamespace(suspected=2, rejected=1),
+    speculation=SimpleNamespace(explored=8, gain=lambda: 1.5),
+)
+metrics = ServerMetrics(capture, reloader, control, tp_rank=rank)
 metrics.start()
 counts["swaps"] += 1
 reloader.stalls.observe(0.004)
@@ -87,6 +91,8 @@ def test_every_rank_is_right_and_nothing_counts_twice(page):
     assert found['aurora_link_refused_total{cause="key",dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_queued_messages{dp_rank="0",tp_rank="0"}'] == 2
     assert found['aurora_mode{dp_rank="0",mode="live",tp_rank="1"}'] == 1
+    assert found['aurora_decode_rounds_total{dp_rank="0",steps="cold",tp_rank="0"}'] == 4
+    assert found['aurora_versions_rejected_total{dp_rank="0",tp_rank="0"}'] == 1
     assert found['aurora_weights_refused_total{cause="other",dp_rank="0",tp_rank="1"}'] == 4
     for n in (0, 1):
         rank = f'dp_rank="0",le="0.005",tp_rank="{n}"'

@@ -68,17 +68,21 @@ def test_staging_copy_is_not_written_while_a_swap_reads_it(site):
     assert site.step() == 2 and not site.reloader._watcher.failures
 
 
-def test_rollback(site):
+def test_exchange(site):
+    """The version that drafts and the one before change places, there and back."""
     written = [site.count_writes()]
     for seed in (1, 2):
         site.publish(checkpoint(seed))
         site.step()
         written.append(site.count_writes())
-    assert site.reloader.rollback() == 1
+    site.reloader.exchange()
+    assert (site.reloader.version, site.reloader.previous_version) == (1, 2)
     # Who keeps a copy of a parameter sees each write.
     assert written == [written[0] + n for n in range(3)] and site.count_writes() == written[0] + 3
     site.assert_whole(1)
-    assert site.reloader.rollback() is None
+    site.reloader.exchange()
+    assert (site.reloader.version, site.reloader.previous_version) == (2, 1)
+    site.assert_whole(2)
     site.publish(checkpoint(3))
     assert site.step() == 3
     site.assert_whole(3)
@@ -200,7 +204,7 @@ def test_staging_copy_shares_the_embedding_and_keeps_loaders():
     assert dict(staged.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
-def test_rollback_is_exact_after_many_swaps(site):
+def test_an_exchange_is_exact_after_many_swaps(site):
     rng = np.random.default_rng(0)
     tensors = checkpoint(1)
     for _ in range(3):
@@ -210,7 +214,7 @@ def test_rollback_is_exact_after_many_swaps(site):
         before = [p.detach().clone() for p in site.model.parameters()]
         site.publish(tensors)
         assert site.step()
-        site.reloader.rollback()
+        site.reloader.exchange()
         assert all(torch.equal(a, b) for a, b in zip(before, site.model.parameters(), strict=True))
 
 
@@ -239,5 +243,5 @@ def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     assert 20 <= site.reloader.freshness.sum < 45 and 0 < site.reloader.durations.sum < 25
     created = [read_manifest(tmp_path / version_name(version)).created_unix_s for version in (1, 2)]
     assert site.reloader.created_unix_s == created[1]
-    site.reloader.rollback()
+    site.reloader.exchange()
     assert site.reloader.created_unix_s == created[0]

@@ -44,7 +44,8 @@ def spoil(site):
 
 
 def test_what_drafts_is_put_back(site):
-    """The draft that the server began with, a version, what a rollback left: each from its copy."""
+    """The draft that the server began with and a version from their copies; after an exchange there
+    is none of what drafts, and CURRENT is read."""
     initial = {n: p.detach().clone() for n, p in site.model.named_parameters()}
     spoil(site)
     site.reloader.restore()
@@ -56,11 +57,12 @@ def test_what_drafts_is_put_back(site):
         spoil(site)
         site.reloader.restore()
         site.assert_whole(seed)
-    site.reloader.rollback()
+    site.reloader.exchange()
     spoil(site)
     site.reloader.restore()
-    site.assert_whole(1)
-    assert site.reloader.counters()["swaps"] == 3
+    assert site.step() == 2
+    site.assert_whole(2)
+    assert site.reloader.counters()["swaps"] == 4
 
 
 def test_what_no_copy_holds_is_read_again(site):
