@@ -15,6 +15,7 @@ from pathlib import Path
 
 from aurora_sglang_plugin import metrics as server
 from aurora_sglang_plugin.metric_families import Family
+from aurora_trainer.metric_families import intake, learning
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^(<!-- make docs: (.+?) -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
@@ -35,6 +36,11 @@ def metrics(families: Mapping[str, Family]) -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "metrics of every rank": lambda: metrics(server.OF_RANK),
     "metrics of capture": lambda: metrics(server.of_capture(3)),
+    "metrics of the stream": lambda: metrics(intake.STREAM),
+    "metrics of the recording": lambda: metrics(intake.RECORDING),
+    "metrics of samples": lambda: metrics(intake.SAMPLES),
+    "metrics of training": lambda: metrics(learning.TRAINING),
+    "metrics of versions": lambda: metrics(learning.VERSIONS),
 }
 
 
