@@ -40,11 +40,13 @@ FORMAT = 2
 class CheckpointConfig(Section):
     """Where the trainer keeps what it resumes from."""
 
+    # one for each target; also holds the receiver's ledger
     directory: Path = Path("aurora-checkpoints")
     # 0: not by time
     every_s: Annotated[float, Field(ge=0)] = 60.0
     # optimizer steps; 0: not by steps
     every_steps: Annotated[int, Field(ge=0)] = 0
+    # checkpoints that stay on disk
     keep: Annotated[int, Field(ge=2)] = 3
 
 

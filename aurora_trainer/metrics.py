@@ -51,10 +51,12 @@ class MetricsConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     # JSON, replaced whole
     status_file: Path | None = None
-    # directory of event files; needs the package
+    # directory of TensorBoard's event files, every number of the status; needs `pip install
+    # tensorboard`. `wandb sync DIRECTORY` takes them to Weights & Biases
     tensorboard: Path | None = None
+    # how often the status is logged, written and exported
     every_s: Annotated[float, Field(gt=0)] = 2.0
-    # score every n-th batch once more after training; 0: never
+    # score every n-th batch after training too, one more forward; 0: never
     rescore_every_steps: Annotated[int, Field(ge=0)] = 16
 
 

@@ -4,17 +4,24 @@
     python scripts/print_docs.py --check    says whether the pages are what would be written
 
 A table stands between `<!-- make docs: NAME -->` and `<!-- end -->`; `TABLES` says what makes it.
+A metric's row is its declaration; a setting's is its field and the comment above it.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
 
 from aurora_sglang_plugin import metrics as server
 from aurora_sglang_plugin.metric_families import Family
+from aurora_trainer.config import TrainerFile
 from aurora_trainer.metric_families import intake, learning
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,6 +40,59 @@ def metrics(families: Mapping[str, Family]) -> list[str]:
     return rows
 
 
+def settings() -> list[str]:
+    """A table for each section of the configuration, in the order of the file."""
+    rows = []
+    for path, section in sections(TrainerFile):
+        about = " ".join(inspect.getdoc(section).split("\n\n")[0].split())
+        rows += [f"### [{path}]", "", about, "", "| setting | default | meaning |", "|---|---|---|"]
+        comments = comments_above(section)
+        for name, field in section.model_fields.items():
+            default = None if field.is_required() else field.default
+            rows.append(f"| `{path}.{name}` | {as_toml(default)} | {comments[name]} |")
+        rows.append("")
+    return rows[:-1]
+
+
+def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """(path, section) of every section that has settings; one holds settings or sections."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            yield path, model
+            return
+        yield from sections(inner, f"{path}.{name}".strip("."))
+
+
+def comments_above(section: type[BaseModel]) -> dict[str, str]:
+    """The comment above each field of a class."""
+    source = inspect.getsource(section)
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            first = last = node.lineno - 1
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            text = (line.lstrip().removeprefix("#").strip() for line in lines[first:last])
+            found[node.target.id] = " ".join(text)
+    return found
+
+
+def as_toml(default: Any) -> str:
+    """A default as a file would say it, - for none."""
+    if default is None:
+        return "-"
+    if isinstance(default, str | Path):
+        return f'`"{default}"`'
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, dict):
+        return "`{ " + ", ".join(f"{k} = {v}" for k, v in default.items()) + " }`"
+    if isinstance(default, tuple):
+        return f"`{list(default)}`"
+    return f"`{default}`"
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "metrics of every rank": lambda: metrics(server.OF_RANK),
     "metrics of capture": lambda: metrics(server.of_capture(3)),
@@ -41,6 +101,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "metrics of samples": lambda: metrics(intake.SAMPLES),
     "metrics of training": lambda: metrics(learning.TRAINING),
     "metrics of versions": lambda: metrics(learning.VERSIONS),
+    "settings": settings,
 }
 
 

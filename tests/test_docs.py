@@ -284,6 +284,7 @@ def test_the_tables_are_what_their_sources_say():
     assert pages
     for page, text in pages.items():
         assert page.read_text() == text, f"{page.name}: run `make docs`"
+        assert "|  |" not in text, f"{page.name}: a setting without a comment above it"
     tables = "".join(page.read_text() for page in pages)
     unused = [name for name in print_docs.TABLES if f"<!-- make docs: {name} -->" not in tables]
     assert not unused

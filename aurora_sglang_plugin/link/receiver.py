@@ -42,6 +42,7 @@ HEARD_S = 10.0
 class ReceiveConfig(Section):
     """The bound of received messages that wait for the trainer."""
 
+    # then receiving stops and the publishers' queues drop their oldest, counted
     queue_bytes: PositiveInt = 256 << 20
 
 

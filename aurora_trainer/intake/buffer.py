@@ -39,15 +39,17 @@ Share = tuple[str, str]
 class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
+    # of samples; the oldest of the largest share goes first
     max_bytes: PositiveInt = 2 << 30
     # of one sample
     max_uses: PositiveInt = 8
-    # of a batch's positions, never-used samples
+    # of a batch's positions, never-used samples; all of them while such samples leave the buffer
     fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     # behind its server's newest sample
     max_age_s: Annotated[float, Field(gt=0)] = 3600.0
-    # Who shares a full buffer and a batch equally; [] for nobody: the oldest goes, the newest
-    # comes.
+    # who shares a full buffer, and the fresh part of a batch, equally: the labels of requests (at
+    # most 16 have a share of their own), and within a label the servers; `[]`: the oldest goes, the
+    # newest comes
     share_by: tuple[Literal["domain", "server"], ...] = ("domain", "server")
 
 

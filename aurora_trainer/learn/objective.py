@@ -37,15 +37,16 @@ class LossConfig(Section):
     `--speculative-use-rejection-sampling` the chance is sum min(p, q): tv is its distance.
     """
 
+    # weights of `forward_kl`, `reverse_kl`, `tv`, `greedy`
     distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {
         "forward_kl": 0.5,
         "greedy": 0.5,
     }
     # weight of each deeper level relative to the one above
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
-    # lambda
+    # lambda: weight of the rejected nodes' term
     rejected: Annotated[float, Field(ge=0)] = 0.0
-    # w
+    # w: `uniform`, or `reach`, the probability that verification reaches the node
     rejected_by: Literal["uniform", "reach"] = "uniform"
 
 
