@@ -74,7 +74,7 @@ class Clock:
 
 
 class Metrics:
-    """Raises ValueError where the port is taken."""
+    """Raises ValueError if the port is taken."""
 
     def __init__(self, config: MetricsConfig):
         self.config = config

@@ -129,7 +129,7 @@ def place(tmp_path_factory):
 
 
 def run(folder: Path, command: str) -> None:
-    """The command, without a shell: here, or in a process of its own where it changes its
+    """The command, without a shell: here, or in a process of its own if it changes its
     process.
     """
     words = shlex.split(command)

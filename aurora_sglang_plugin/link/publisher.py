@@ -61,7 +61,7 @@ class Publisher:
 
     Create it once per process; `offer` and `drop` are for one thread.
 
-    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used
+    Raises ValueError if the endpoint cannot be connected to at all, or its keys cannot be used
     (an absent trainer is not an error).
     """
 
@@ -175,7 +175,7 @@ class Publisher:
         self._socket.close(linger=linger_ms)
 
     def _handle_blocked_link(self) -> None:
-        """Nobody takes messages: try again where libzmq would not, and say why, once for each
+        """Nobody takes messages: try again if libzmq would not, and say why, once for each
         cause.
         """
         self._connected.turn()
@@ -260,7 +260,7 @@ class Publisher:
     def _writable(self) -> bool:
         """Whether the trainer takes a message.
 
-        Where it does not at once, what is queued gives back its pinned buffers:
+        If it does not at once, what is queued gives back its pinned buffers:
         else the few buffers would hold the oldest messages, and the newest would be the ones that
         are dropped."""
         # as self._socket.poll(0), which makes a poller first
@@ -275,7 +275,7 @@ class Publisher:
         return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
-        """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
+        """Bytes handed to ZeroMQ; 0 if it would block; -1 if the message exceeds the link's
         bound.
 
         `item` None is a heartbeat. The header is made anew for each attempt, so that its ledger is

@@ -67,7 +67,7 @@ class AssembleConfig(Section):
     prefix_bytes: PositiveInt = 2 << 30
     # after which a request whose `end` was lost is taken
     idle_s: Annotated[float, Field(gt=0)] = 60.0
-    # where to cut when `end` was lost
+    # where to cut if `end` was lost
     eos_token_ids: tuple[int, ...] = ()
 
 

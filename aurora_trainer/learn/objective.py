@@ -63,7 +63,7 @@ class Score:
     overlap: Tensor
 
     def mean(self, name: str) -> Tensor:
-        """[depth, 2], NaN where there were no queries."""
+        """[depth, 2], NaN if there were no queries."""
         return getattr(self, name) / self.count
 
 
@@ -121,7 +121,7 @@ def losses(
 
 
 def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
-    """Draft ids of target ids; -1 stays, and stands where the draft has no such token."""
+    """Draft ids of target ids; -1 stays, and stands for a token that the draft has not."""
     return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
 
 

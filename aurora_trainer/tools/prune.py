@@ -97,7 +97,7 @@ def count_text(paths: Sequence[Path], target: Target) -> Tensor:
 def coverage(counts: Tensor, sizes: Sequence[int], target: Target) -> list[Coverage]:
     """What vocabularies of `sizes` tokens cover; counts [HALVES, V].
 
-    Raises ValueError where nothing was counted.
+    Raises ValueError if nothing was counted.
     """
     if not counts.sum():
         raise ValueError(

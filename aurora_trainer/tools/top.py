@@ -154,7 +154,7 @@ def trainer_lines(f: Figures) -> list[str]:
 
 
 def status_lines(path: Path) -> list[str]:
-    """What the trainer's status file knows. Raises ValueError where it cannot be read."""
+    """What the trainer's status file knows. Raises ValueError if it cannot be read."""
     try:
         s: dict[str, Any] = json.loads(path.read_text())
         age = time.time() - s["time_unix_s"]
