@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 
@@ -87,31 +88,21 @@ class Publisher:
         snapshot: Snapshot,
         *,
         requests: Sequence[str],
-        flags: Sequence[int] = (),
-        reasons: Sequence[wire.EndReason] = (),
-        domains: Sequence[str] = (),
-        draft_version: int = 0,
-        extend_version: int = 0,
-        num_steps: int = 0,
-        topk: int = 0,
-        rejection: bool = False,
+        **header: Any,
     ) -> None:
         """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
 
+        `header` are fields of wire.Header but for session, time and counters, which the queue
+        knows.
         A dropped message's snapshot is released without `build`; the arrays that `build` returned
         are sent without a copy and released when ZeroMQ is done with them.
         """
         fields = {
             "target": self._target,
             "requests": list(requests),
-            "flags": list(flags),
-            "reasons": list(reasons),
-            "domains": list(domains),
-            "draft_version": draft_version,
-            "extend_version": extend_version,
-            "num_steps": num_steps,
-            "topk": topk,
-            "rejection": rejection,
+            "draft_version": 0,
+            "extend_version": 0,
+            **header,
         }
         if self._send_queue.put(kind, snapshot, fields):
             self._wake.set()

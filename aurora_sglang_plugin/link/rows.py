@@ -88,10 +88,11 @@ def excluded(
     """
     keep = np.array([row not in bad for row in range(len(fields["requests"]))], bool)
     rows = np.flatnonzero(keep).tolist()
-    kept_fields = dict(fields)
-    for name in ("requests", "flags", "reasons", "domains"):
-        if kept_fields.get(name):
-            kept_fields[name] = [kept_fields[name][row] for row in rows]
+    # a header's list has an entry for each row, or none at all
+    kept_fields = {
+        name: [value[row] for row in rows] if isinstance(value, list) and value else value
+        for name, value in fields.items()
+    }
     kept = {}
     for name, (dtype, array) in arrays.items():
         lens = PACKED.get(name)
