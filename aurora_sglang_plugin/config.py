@@ -33,15 +33,21 @@ class Section(BaseModel):
 class LinkConfig(Section):
     """The ZeroMQ link. The trainer binds, every server connects."""
 
-    # where servers connect, and the trainer binds unless `bind` says otherwise
+    # where servers connect, and where the trainer binds unless `bind` is set: `ipc://PATH` or
+    # `tcp://HOST:PORT`; beyond loopback only with keys
     endpoint: str = "tcp://127.0.0.1:5590"
-    # where the trainer binds, e.g. tcp://0.0.0.0:5590
+    # where the trainer binds, if that is written differently: `tcp://0.0.0.0:5590` for every
+    # interface
     bind: str | None = None
-    # read by the trainer (curve.py); both or neither
+    # directory of the trainer's secret key and of the servers that it lets in, from `aurora-trainer
+    # keygen` ([security](security.md)); set both or neither
     trainer_keys: Path | None = None
-    # read by servers
+    # directory of a server's secret key and the trainer's public one
     server_keys: Path | None = None
+    # true: without keys too, prompts may travel beyond this machine, readable and changeable by
+    # whoever is on the way
     insecure_plaintext_beyond_loopback: bool = False
+    # a larger message is neither sent nor accepted
     max_message_bytes: PositiveInt = 64 << 20
 
     @property
@@ -73,12 +79,14 @@ class LinkConfig(Section):
 class WeightsConfig(Section):
     """The shared directory through which weights travel."""
 
+    # one directory for each target; the trainer writes it, servers read it
     directory: Path = Path("aurora-weights")
 
 
 class CaptureConfig(Section):
     """What is taken from the verify step."""
 
+    # false: serve and swap, publish nothing
     enabled: bool = True
     # of requests, by a hash of the request id
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -88,21 +96,27 @@ class CaptureConfig(Section):
     max_prompt_features: Annotated[int, Field(ge=0)] = 1024
     # CUDA: steps on their way to the host; none free is a counted drop
     pinned_buffers: PositiveInt = 4
+    # CUDA: of each buffer; a step that needs more is a counted drop
     pinned_buffer_bytes: PositiveInt = 64 << 20
 
 
 class PublishConfig(Section):
     """The publisher's bounds. The oldest queued message is dropped when either is reached."""
 
+    # of messages that wait for the trainer
     queue_bytes: PositiveInt = 256 << 20
+    # of messages that wait for the trainer
     queue_messages: PositiveInt = 4096
+    # after so long without a message a heartbeat carries the counters
     heartbeat_s: Annotated[float, Field(gt=0)] = 1.0
 
 
 class SwapConfig(Section):
     """How new weights are noticed, and what they change for cached prefixes."""
 
+    # false: the server keeps the draft that it was started with
     enabled: bool = True
+    # how often `CURRENT` is looked at
     poll_s: Annotated[float, Field(gt=0)] = 0.25
     # gain in accept length, a factor, after which cached prefixes are computed again; 0: never
     renew_prefixes_at: Annotated[float, Field(ge=0)] = 1.1

@@ -26,7 +26,7 @@ _WILDCARDS = ("*", "0.0.0.0", "[::]")
 def check_endpoint(setting: str, endpoint: str, *, wildcard: bool) -> str:
     """`endpoint` itself.
 
-    Raises ValueError where it means nothing, or is a wildcard and may not be one.
+    Raises ValueError if it means nothing, or is a wildcard and may not be one.
     """
     if endpoint.startswith("ipc://") and endpoint not in ("ipc://", "ipc://*", "ipc://@"):
         return endpoint
@@ -54,7 +54,7 @@ def is_local(endpoint: str) -> bool:
 
 
 def check_ipc_directory(endpoint: str, *, keys: bool) -> None:
-    """Refuse an ipc path that every user can take away, warn where every user could take it first.
+    """Refuse an ipc path that every user can take away, warn if every user could take it first.
 
     Raises ValueError. A directory that does not exist is left to whoever binds.
     """

@@ -185,8 +185,8 @@ class Exported:
         """A counter moves by what its total, or that of each of its label's values, grew since the
         last call.
 
-        Where a total fell (ledger forgotten) it stays. `before`: the totals were reached before
-        this process began, which counts from 0.
+        If a total fell (ledger forgotten) the counter stays. `before`: the totals were reached
+        before this process began, which counts from 0.
         """
         by_value: dict[tuple[str, ...], float] = {}
         for value, total in totals.items() if isinstance(totals, Mapping) else [(None, totals)]:

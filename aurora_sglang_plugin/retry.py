@@ -41,7 +41,7 @@ class Retry:
         return self._wait_s > 0 and now_s < self._next_s
 
     def run(self, job: Callable[[], Any], now_s: float, at_once: bool = False) -> bool:
-        """Do the job, unless it must wait (`at_once`: even then). True where it was done."""
+        """Do the job, unless it must wait (`at_once`: even then). True if it was done."""
         if self.waits(now_s) and not at_once:
             return False
         try:

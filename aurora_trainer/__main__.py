@@ -1,4 +1,4 @@
-"""`python -m aurora_trainer` is `aurora-trainer`, where scripts are not on the path."""
+"""`python -m aurora_trainer` is `aurora-trainer`, if scripts are not on the path."""
 
 from aurora_trainer.cli import app
 

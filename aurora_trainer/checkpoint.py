@@ -40,11 +40,13 @@ FORMAT = 2
 class CheckpointConfig(Section):
     """Where the trainer keeps what it resumes from."""
 
+    # one for each target; also holds the receiver's ledger
     directory: Path = Path("aurora-checkpoints")
     # 0: not by time
     every_s: Annotated[float, Field(ge=0)] = 60.0
     # optimizer steps; 0: not by steps
     every_steps: Annotated[int, Field(ge=0)] = 0
+    # checkpoints that stay on disk
     keep: Annotated[int, Field(ge=2)] = 3
 
 
@@ -67,7 +69,7 @@ def save_checkpoint(
 ) -> Path:
     """Write step-N and remove the oldest beyond `keep`. One of the same step is replaced.
 
-    `state` must be JSON. Call it from the one trainer of `directory` only. Raises OSError where the
+    `state` must be JSON. Call it from the one trainer of `directory` only. Raises OSError if the
     disk refuses; what was there is there still.
     """
     directory = Path(directory)
@@ -95,7 +97,7 @@ def save_checkpoint(
 
 
 def load_newest(directory: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is none.
+    """The newest checkpoint that is whole, or None if there is none.
 
     Also removes what a killed writer left.
     """
@@ -123,7 +125,7 @@ def load_newest(directory: Path) -> Checkpoint | None:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of one checkpoint, e.g. DIRECTORY/step-00000123.
 
-    Raises ValueError where it is damaged.
+    Raises ValueError if it is damaged.
     """
     try:
         return _read(Path(path), int(Path(path).name[5:]))

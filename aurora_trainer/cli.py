@@ -85,7 +85,7 @@ def check(config: ConfigPath = None, overrides: Overrides = None) -> None:
 @app.command()
 def keygen(
     directory: Annotated[
-        Path, typer.Argument(help="Directory of the keys; made where it is not there.")
+        Path, typer.Argument(help="Directory of the keys; made if it is not there.")
     ],
     server: Annotated[
         list[str] | None,
@@ -110,13 +110,13 @@ def top(
     ] = HERE,
     trainer: Annotated[str | None, typer.Option(help="Address of trainer.metrics.port.")] = None,
     status: Annotated[
-        Path | None, typer.Option(help="The trainer's status file, where it has no port.")
+        Path | None, typer.Option(help="The trainer's status file, if it has no port.")
     ] = None,
     every: Annotated[
         float, typer.Option(min=0.1, help="Seconds between two frames; rates are over them.")
     ] = 2.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one frame; exit code 1 where a side is absent.")
+        bool, typer.Option("--once", help="Print one frame; exit code 1 if a side is absent.")
     ] = False,
     config: ConfigPath = None,
 ) -> None:

@@ -31,8 +31,10 @@ class ModelConfig(Section):
     target: str
     # the initial draft, the same that the server starts with
     draft: Path
+    # `cpu` or `cuda`
     device: Literal["cpu", "cuda"] = "cpu"
-    # that the draft computes in; masters are float32
+    # `float32` or `bfloat16`, that the draft computes in; auto: float32 on `cpu`, bfloat16 on
+    # `cuda`; masters and moments are float32 always
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
     @property
@@ -56,6 +58,7 @@ class PaceConfig(Section):
     threads: PositiveInt = 1
     # of this process, so that serving goes first
     nice: Annotated[int, Field(ge=0, le=19)] = 10
+    # of everything random in training
     seed: int = 0
 
 

@@ -31,7 +31,7 @@ from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.trainer import Training
-from aurora_trainer.metric_families import UNRECORDED
+from aurora_trainer.metric_families.intake import UNRECORDED
 from aurora_trainer.metrics import Metrics
 from aurora_trainer.recordings.recording import CorruptionLog, Recording, read_messages
 from aurora_trainer.recordings.replay import on_one_clock, paced

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from aurora_trainer.learn.trainer import Training
-from aurora_trainer.metric_families import EVENTS
+from aurora_trainer.metric_families.intake import EVENTS
 
 log = logging.getLogger(__name__)
 

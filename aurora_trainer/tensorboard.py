@@ -19,7 +19,7 @@ EXCLUDED = ("time_unix_s", "pid", "ledger")
 
 
 class TensorBoard:
-    """Event files in `directory`. Raises ValueError where the package is not installed."""
+    """Event files in `directory`. Raises ValueError if the package is not installed."""
 
     def __init__(self, directory: Path):
         try:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+Justify = Literal["left", "right"]
+# of a table: nothing is cut
+WIDEST = 100_000
 
 
 def escape(text: object, limit: int = 100) -> str:
@@ -19,13 +23,25 @@ def escape(text: object, limit: int = 100) -> str:
     )
 
 
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table, as wide as its cells."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in (head, *rows)
-    ]
+def columns(
+    head: Sequence[str], rows: Iterable[Sequence[str]], justify: Justify = "left"
+) -> list[str]:
+    """A table as plain lines, as wide as its cells whatever the terminal."""
+    # late: --help must be instant
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in head:
+        table.add_column(name, justify=justify)
+    for row in rows:
+        # Text: a cell's brackets are no markup
+        table.add_row(*map(Text, row))
+    console = Console(width=WIDEST, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return [line.rstrip() for line in captured.get().splitlines()]
 
 
 def ranges(numbers: Sequence[int]) -> str:

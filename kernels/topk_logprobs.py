@@ -37,7 +37,7 @@ def topk_logprobs(
     R are all rows, or those that `rows` (int64 [R], on the same device) names. K is min(k, V). Rows
     may lie apart (stride(0) > V). All outputs are finite: -inf becomes the dtype's most negative
     number; only NaN, which counts as the largest, and +inf stay what they are, in the logits and as
-    the log-sum-exp. The input is not changed. Of equal logits the kernels keep the lowest ids, in
+    the log-sum-exp. The input is not changed. The kernels keep the lowest ids of equal logits, in
     their order; the reference, whichever torch.topk picks.
     """
     if use_kernels(logits) and logits.numel() and 0 < min(k, logits.shape[1]) <= MAX_K:

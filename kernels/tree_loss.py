@@ -59,7 +59,7 @@ def tree_loss(
     sum.
 
     state [R, H] pre-norm; norm_weight [H]; head_weight [VD, H]; topk_ids int64 [R, K], DRAFT ids,
-    largest logit first, -1 where the draft has no such token, no id twice in a row; topk_logits [R,
+    largest logit first, -1 if the draft has no such token, no id twice in a row; topk_logits [R,
     K]; logsumexp [R] over the target's whole vocabulary; weight [R]; eps of the norm. distance: one
     of DISTANCES, or a mixture such as {"forward_kl": 0.5, "tv": 0.5}. Raises ValueError for a
     distance that does not exist.
@@ -103,7 +103,7 @@ def tree_loss_exact(
     is approximate.
 
     target_state [R, Ht], the target's last hidden state after its own final norm; target_head [V,
-    Ht]; target_ids int64 [VD], the target's id of every draft id, none twice, or None where both
+    Ht]; target_ids int64 [VD], the target's id of every draft id, none twice, or None if both
     are the same vocabulary. The target gets no gradients. The rest is as in `tree_loss`; its greedy
     label is the argmax over all of V, and `acceptance` is exact.
     """
@@ -253,7 +253,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _launch(kernel, grid, *args, **constexprs) -> None:
-    """Run with the launch parameters of `blocks`; nothing where there are no rows."""
+    """Run with the launch parameters of `blocks`; nothing if there are no rows."""
     device = args[0].device
     sizes = blocks(
         kernel, torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -115,7 +115,7 @@ def _fold(x, top, total):
 
 @triton.jit
 def _row_statistics(row, n, BLOCK: tl.constexpr):
-    """(maximum, sum of exp(x - maximum), first argmax) of row[:n]; (lowest, 0, ..) where all of it
+    """(maximum, sum of exp(x - maximum), first argmax) of row[:n]; (lowest, 0, ..) if all of it
     is -inf.
     """
     top = tl.full([BLOCK], _LOWEST, tl.float32)
@@ -231,7 +231,7 @@ def exact_loss_kernel(
     """One row of draft logits z against one row of target logits t; dz = weight * d(loss) /
     d(logits).
 
-    REDUCED: draft token j is target token target_ids[j], and draft_ids is the inverse, -1 where
+    REDUCED: draft token j is target token target_ids[j], and draft_ids is the inverse, -1 if
     there is none; without it they are the same. SUMS: reverse_kl or tv is in the mixture, whose
     gradients need a sum over the row first. dz may be z.
     """

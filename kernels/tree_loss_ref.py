@@ -4,8 +4,8 @@ chunk of rows.
 Dimensions: R rows (queries with a target), H hidden, VD draft vocabulary, V target vocabulary, K
     kept target logits.
 
-Gradients are computed in the forward pass, so that no [R, VD] tensor is ever kept. Of a top-K
-target everything beyond the kept logits is one bucket, the tail; an exact target has none. With a
+Gradients are computed in the forward pass, so that no [R, VD] tensor is ever kept. A top-K
+target's mass beyond the kept logits is one bucket, the tail; an exact target has none. With a
 reduced draft vocabulary the target is restricted to it and renormalised. Formulas are in README.md
 of this folder.
 """
@@ -93,7 +93,7 @@ def shares_of(distance: str | Mapping[str, float]) -> tuple[float, float, float,
 
 
 def check_vocabularies(head_weight: Tensor, target_head: Tensor, target_ids: Tensor | None) -> None:
-    """Raises ValueError where target_ids does not name a target token for every draft token."""
+    """Raises ValueError if target_ids does not name a target token for every draft token."""
     named = len(target_head) if target_ids is None else len(target_ids)
     if named != len(head_weight):
         raise ValueError(
@@ -104,7 +104,7 @@ def check_vocabularies(head_weight: Tensor, target_head: Tensor, target_ids: Ten
 
 
 def draft_ids_of(target_ids: Tensor, vocab: int) -> Tensor:
-    """int64 [V]: the draft's id of every target id, -1 where it has none."""
+    """int64 [V]: the draft's id of every target id, -1 if it has none."""
     draft_ids = torch.full((vocab,), -1, dtype=torch.int64, device=target_ids.device)
     return draft_ids.scatter_(
         0, target_ids, torch.arange(len(target_ids), device=target_ids.device)
@@ -116,7 +116,7 @@ def _chunked(
 ) -> TreeLoss:
     """score(part, z, weight, grads) -> (argmax, loss, acceptance, the target's first choice as a
     draft id or -1) of the rows `part` from their logits z [r, VD], which become weight * d(loss) /
-    dz where `grads`, else waste."""
+    dz if `grads`, else waste."""
     grads = torch.is_grad_enabled() and any(
         t.requires_grad for t in (state, norm_weight, head_weight)
     )
@@ -177,7 +177,7 @@ def target_distribution(
     Raw is the target's own: exp(logit - logsumexp), zero for tokens that the draft lacks, and one
     minus the sum over ALL kept tokens. p is raw / covered, where `covered` is the mass of kept
     draft tokens and the tail: the target restricted to the draft vocabulary. The tail counts as
-    draft tokens, except where every draft token is kept.
+    draft tokens, unless every draft token is kept.
     """
     kept = (topk_logits - logsumexp[:, None]).exp()
     real = topk_ids >= 0
@@ -203,7 +203,7 @@ def topk_distance_(z, topk_ids, topk_logits, logsumexp, weight, shares, grads):
     argmax = z.argmax(-1)
     z_kept = z.gather(1, ids).masked_fill_(~real, -torch.inf)
     z.scatter_add_(1, ids, z.new_zeros(()).expand_as(p).masked_fill(real, -torch.inf))
-    # z is now the tail alone. It has its own maximum: it loses nothing to cancellation, nor where
+    # z is now the tail alone. It has its own maximum: it loses nothing to cancellation, nor when
     # it is tiny.
     tail_top = z.amax(-1).clamp_min_(lowest)
     e = z.sub_(tail_top[:, None]).exp_()

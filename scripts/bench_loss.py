@@ -131,7 +131,7 @@ def bench(run: Bench, rows: int, hidden: int, vocab: int, draft_vocab: int) -> N
             return ours(*args, "forward_kl", EPS).loss_sum
 
         def expected(case=case, inputs=inputs, ref=ref, rows_of=rows_of):
-            """Gradients of the reference where only the first rows have a weight."""
+            """Gradients of the reference if only the first rows have a weight."""
             head = [x[:CHECKED_ROWS] if has else x for x, has in zip(inputs, rows_of[3:6])]
             leaves = case.state[:CHECKED_ROWS], case.norm, case.head
             loss = ref(*leaves, *head, case.weight[:CHECKED_ROWS], "forward_kl", EPS).loss_sum

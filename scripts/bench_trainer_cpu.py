@@ -8,7 +8,7 @@ same objective with dense masks, whole logits and autograd, over all samples at 
 after another. Loss and gradients of both must agree first; otherwise there are no figures. Every
 side lives in a process of its own; peak memory is what its resident set grew by over what it held
 before its first step (weights, optimizer, samples), at its highest. Rates are by processor time,
-which is wall time where nothing else runs and --threads is 1; the JSON holds both.
+which is wall time if nothing else runs and --threads is 1; the JSON holds both.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Process:
 def check(first: dict[str, float], gradients: dict[str, Path]) -> float:
     """The largest relative difference of any side's gradient to ours.
 
-    SystemExit where they do not agree.
+    SystemExit if they do not agree.
     """
     ours, worst = load_file(gradients["ours"]), 0.0
     for side, loss in first.items():

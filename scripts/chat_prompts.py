@@ -18,7 +18,7 @@ _LINES = 16
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Of a file of JSON objects with a `text` and perhaps a `domain`, or of a prompt a line.
+    """The prompts of a file: JSON objects with a `text` and perhaps a `domain`, or a prompt a line.
 
     Raises ValueError, OSError.
     """

@@ -37,7 +37,7 @@ def start(
 
 
 def run_to_end(command: Sequence[str | Path]) -> None:
-    """Start the command and wait for it. Raises subprocess.CalledProcessError where it fails."""
+    """Start the command and wait for it. Raises subprocess.CalledProcessError if it fails."""
     process = start(command)
     try:
         status = process.wait()
@@ -63,7 +63,7 @@ class Trainer:
         self.process = start([*TRAINER, "run", "--config", config, *arguments], log)
 
     def check(self) -> None:
-        """Raises RuntimeError where it has ended by itself."""
+        """Raises RuntimeError if it has ended by itself."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the trainer ended with {self.process.returncode}; see {self.log}")
 
@@ -84,7 +84,7 @@ class Trainer:
 def until_interrupted(main: Callable[[], None], logs: Path) -> None:
     """Call `main`; Ctrl-C and SIGTERM end it with one line, which names the folder `logs`.
 
-    Also where SIGINT was ignored, as in a job that a script started in the background: whoever
+    Also if SIGINT was ignored, as in a job that a script started in the background: whoever
     sends it means it.
     """
     caught: list[int] = []

@@ -121,9 +121,9 @@ def chat(
 
 
 def tokens_per_s(replies: Sequence[Reply], concurrency: int, last: int | None = None) -> float:
-    """Of all requests, or of the `last` ones, while every client was busy, so that passes of any
-    length compare: from the finish of the first few requests to that of the last few, `concurrency`
-    of each (of all, where they are few)."""
+    """The rate of all requests, or of the `last` ones, while every client was busy, so that passes
+    of any length compare: from the finish of the first few requests to that of the last few,
+    `concurrency` of each (of all, if they are few)."""
     end = len(replies) - concurrency
     first = max(concurrency, end - last if last else 0)
     if end <= first:

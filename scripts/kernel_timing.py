@@ -138,7 +138,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compiled(function: Callable, device: str) -> Callable:
-    """torch.compile where it is worth its time."""
+    """torch.compile if it is worth its time."""
     return torch.compile(function, dynamic=False) if device == "cuda" else function
 
 

@@ -92,7 +92,7 @@ QUICK = replace(
 
 
 def fastest_dtype(device: str) -> torch.dtype:
-    """bfloat16 on a GPU, and where this processor multiplies it clearly faster than float32."""
+    """bfloat16 on a GPU, and if this processor multiplies it clearly faster than float32."""
     if device == "cuda":
         return torch.bfloat16
     seconds = {}

@@ -1,4 +1,4 @@
-"""What a draft loses where it sees less of a request than the server's draft does, on a recording.
+"""What a draft loses if it sees less of a request than the server's draft does, on a recording.
 
     python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60] [--keep 24]
 

@@ -44,7 +44,7 @@ def held_out(
 
 
 def distinct_fraction(generated: list[list[int]], n: int = 4) -> float:
-    """Of all n-grams in the generated rows, the share that are different: low where a model repeats
+    """The share of all n-grams in the generated rows that are different: low if a model repeats
     itself.
     """
     grams = [tuple(row[i : i + n]) for row in generated for i in range(len(row) - n + 1)]

@@ -147,8 +147,8 @@ class Pass:
         return [reply.accept_length for reply in self.replies]
 
     def figures(self, last: int | None = None) -> dict[str, Any]:
-        """Of all requests, or of the `last` ones: how many, their tokens, tokens a second with
-        every client busy, and the mean of their accept lengths."""
+        """Figures of all requests, or of the `last` ones: how many, their tokens, tokens a second
+        with every client busy, and the mean of their accept lengths."""
         replies = self.replies[-last:] if last else self.replies
         return {
             "requests": len(replies),

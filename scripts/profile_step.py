@@ -6,7 +6,7 @@
 The step is the trainer's own (pack > score the served weights > objective > backward > optimizer),
 on synthetic samples of 64 to 512 positions. Every operation is counted for the part whose range it
 ran in, at its own time: on the CPU its time on the processor, on a GPU that of the kernels that it
-launched; the time between kernels is told apart. Profiling itself costs a little, most where
+launched; the time between kernels is told apart. Profiling itself costs a little, most if
 operations are small.
 """
 
@@ -55,7 +55,7 @@ SHAPES = {
     "qwen3-8b": (QWEN3_8B, 8192),
 }  # fmt: skip
 RANGES = ("packing", "upload", "scoring", "optimizer")
-# of an operation's name, where it or what called it bears it
+# of an operation's name, if it or what called it bears it
 INSIDE = {
     "TreeAttention": "attention",
     "TreeLoss": "head and loss",
@@ -143,7 +143,7 @@ def main() -> None:
         if event.device_type == torch.autograd.DeviceType.CPU:
             spent[part_of(event)] += getattr(event, own)
     total = sum(spent.values())
-    # a step lasts longer than its kernels where the device waits for the host
+    # a step lasts longer than its kernels if the device waits for the host
     if on_gpu:
         spent["waiting for the host"] = max(0.0, seconds * 1e6 * options.steps - total)
         total = sum(spent.values())

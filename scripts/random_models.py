@@ -1,4 +1,4 @@
-"""A target and a draft of a real model's shape with random weights, where none can be fetched."""
+"""A target and a draft of a real model's shape with random weights, if none can be fetched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_init import randomise
 
-# Of the targets' config.json, and the draft's vocabulary.
+# shapes of the targets' config.json, and the draft's vocabulary
 SHAPES = {
     "qwen3-8b": (
         dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,

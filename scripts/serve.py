@@ -1,4 +1,4 @@
-"""A real SGLang server in a subprocess, for tests and the demo: on the CPU, or on a GPU where there
+"""A real SGLang server in a subprocess, for tests and the demo: on the CPU, or on a GPU if there
 is one.
 
     with Server("target/", draft="draft/", algorithm="AURORA", num_steps=4) as server:

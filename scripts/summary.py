@@ -91,7 +91,7 @@ def figures(
     plain: Pass | None,
     shift: int | None,
 ) -> dict[str, Any]:
-    """The keys after the settings; None where a demo has no such thing."""
+    """The keys after the settings; None if a demo has no such thing."""
     lengths = live.lengths
     reached = (
         i + 1 for i, m in enumerate(curve.moving_mean(lengths, WINDOW)) if i >= WINDOW and m >= 2.0
@@ -116,7 +116,7 @@ def figures(
         else mean(lengths[shift : shift + WINDOW]),
         f"accept_length_last_{WINDOW}": mean(lengths[-WINDOW:]),
         "accept_length_frozen": mean(frozen.lengths) if frozen else None,
-        # Of the first 300 outputs of a domain together (it falls with their number), and of an
+        # The first 300 outputs of a domain together (it falls with their number), and an
         # output by itself.
         "distinct_4grams": {
             domain: distinct_fraction([r.tokens for r in live.replies if r.domain == domain][:300])
@@ -128,7 +128,7 @@ def figures(
         "dropped": status.get("dropped", {}),
         "lost": status.get("lost", 0),
         "optimizer_steps": status.get("optimizer_step", 0),
-        # Tokens a second; every client is busy, but in the live pass, where users may pause.
+        # Tokens a second; every client is busy, but in the live pass, in which users may pause.
         "passes": {
             "live": live.figures(),
             f"live_last_{WINDOW}": live.figures(WINDOW),

@@ -132,9 +132,9 @@ class NextTokenLoss(torch.autograd.Function):
     """`apply(hidden [N, H], head [V, H], labels [N], avoid [N] bool or None)`; logits are never
     whole in memory.
 
-    The mean of -log p(label), and of -log(1 - p(label)) where `avoid` says that the label is what
+    The mean of -log p(label), and of -log(1 - p(label)) if `avoid` says that the label is what
     must not come next (Welleck et al., 2019). The gradients are taken on the way forward: with
-    respect to the logits they are p - one_hot(label), times -p(label) / (1 - p(label)) where
+    respect to the logits they are p - one_hot(label), times -p(label) / (1 - p(label)) if
     avoided.
     """
 

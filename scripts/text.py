@@ -194,7 +194,7 @@ def prompts(
     """`n` prompts of `tokens` token ids each, cut at random places of the documents of one domain.
 
     The same arguments give the same prompts. Each starts at a line of code or a sentence, and no
-    two at the same one, so that greedy continuations differ. Raises ValueError where the split has
+    two at the same one, so that greedy continuations differ. Raises ValueError if the split has
     too little text.
     """
     rng = random.Random(f"{domain} {split} {seed}")

@@ -1,4 +1,4 @@
-"""The kernels' bench runs from end to end at toy sizes, and gives no figure where a side is
+"""The kernels' bench runs from end to end at toy sizes, and gives no figure if a side is
 wrong.
 """
 

@@ -20,7 +20,7 @@ WAIT_S = 300
 
 @pytest.fixture(scope="module")
 def quick_target() -> Path:
-    """The target of the loop's tests; made here where those did not run."""
+    """The target of the loop's tests; made here if those did not run."""
     directory = ROOT / ".cache/target-quick"
     command = [sys.executable, ROOT / "scripts" / "make_target.py", "--quick", "--out", directory]
     subprocess.run(command, check=True, cwd=ROOT)

@@ -28,8 +28,10 @@ from aurora_sglang_plugin import metrics as server_metrics
 from aurora_sglang_plugin.config import ServerConfig
 from aurora_sglang_plugin.link import reasons
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
-from aurora_trainer import metric_families as families
 from aurora_trainer.cli import app
+from aurora_trainer.metric_families.intake import LEFT, ROW_CAUSES, UNUSABLE
+from aurora_trainer.metric_families.learning import OUTCOMES
+from aurora_trainer.metrics import FAMILIES
 from aurora_trainer.recordings.recording import RecordConfig, Recording
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +129,7 @@ def place(tmp_path_factory):
 
 
 def run(folder: Path, command: str) -> None:
-    """The command, without a shell: here, or in a process of its own where it changes its
+    """The command, without a shell: here, or in a process of its own if it changes its
     process.
     """
     words = shlex.split(command)
@@ -256,15 +258,15 @@ def test_every_cause_is_explained():
         *reasons.DROPS,
         *reasons.REFUSED_WEIGHTS,
         *reasons.REJECTED,
-        *families.UNUSABLE,
-        *families.LEFT,
+        *UNUSABLE,
+        *LEFT,
     ]
-    causes += families.ROW_CAUSES
-    outcomes = set(families.OUTCOMES) - {"published"}
+    causes += ROW_CAUSES
+    outcomes = set(OUTCOMES) - {"published"}
     missing = [cause for cause in [*causes, *outcomes] if f"`{cause}`" not in page]
     assert not missing
     named = re.findall(r"`(aurora_\w+)`", page)
-    exported = {*server_metrics.OF_RANK, *server_metrics.of_capture(3), *families.FAMILIES}
+    exported = {*server_metrics.OF_RANK, *server_metrics.of_capture(3), *FAMILIES}
     assert len(named) > 5 and {n.removesuffix("_total") for n in named} <= exported
 
 
@@ -282,6 +284,7 @@ def test_the_tables_are_what_their_sources_say():
     assert pages
     for page, text in pages.items():
         assert page.read_text() == text, f"{page.name}: run `make docs`"
+        assert "|  |" not in text, f"{page.name}: a setting without a comment above it"
     tables = "".join(page.read_text() for page in pages)
     unused = [name for name in print_docs.TABLES if f"<!-- make docs: {name} -->" not in tables]
     assert not unused

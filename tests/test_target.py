@@ -188,7 +188,7 @@ def test_a_few_steps_of_training_beat_the_unigram(tmp_path):
 
 
 def test_the_demos_target_is_what_the_script_makes():
-    """Of the default recipe, but for the time that it was given, and a few megabytes."""
+    """Made by the default recipe, but for the time that it was given, and a few megabytes."""
     directory = Path(make_target.__file__).with_name("target")
     report = json.loads((directory / "target.json").read_text())
     made = asdict(replace(make_target.Recipe(), minutes=report["recipe"]["minutes"]))

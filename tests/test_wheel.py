@@ -23,7 +23,7 @@ def listed(*folders: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    # Of a copy: what an earlier build left in the checkout would be taken in.
+    # From a copy: what an earlier build left in the checkout would be taken in.
     source, directory = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in listed("aurora_sglang_plugin", "aurora_trainer", "kernels", *METADATA):
         (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def activate() -> None:
 
 
 def install() -> bool:
-    """Put the stand-ins into sys.modules where they are wanted and missing; True if `sgl_kernel` is
+    """Put the stand-ins into sys.modules if they are wanted and missing; True if `sgl_kernel` is
     ours.
     """
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":

@@ -75,7 +75,7 @@ def extend_attention_cpu(
     are packed.
 
     Keys and values of these positions are already in the pool (the backend stored them). Causal, or
-    for a verify step with branches `tree_mask` [B*N*N], True where node i may see node j.
+    for a verify step with branches `tree_mask` [B*N*N], True if node i may see node j.
     """
     _refuse(k_scale, v_scale, logit_cap, is_cross_attention, sliding_window, encoder_lens, sinks)
     if not is_causal:

@@ -71,7 +71,7 @@ def build_draft_decode_metadata_cpu(
 
 
 def fill_accept_out_cache_loc_cpu(accept_index, out_cache_loc, accept_out_cache_loc):
-    """Move the slots of accepted nodes to the front; `accept_index` holds global node ids, -1 where
+    """Move the slots of accepted nodes to the front; `accept_index` holds global node ids, -1 if
     rejected.
     """
     accepted = accept_index.numpy().ravel()

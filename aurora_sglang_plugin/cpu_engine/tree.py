@@ -32,7 +32,7 @@ def build_tree_kernel_efficient_cpu(
     of each of topk beams); candidate c hangs from beam c // topk, which is candidate `parent_list[c
     // topk]`, beam 0 is the root. Written in place: `tree_mask` [B*N*N] (node, node-or-ancestor),
     `positions` [B*N], `retrive_index` [B, N] (global node id), `retrive_next_token` (first child)
-    and `retrive_next_sibling`, both -1 where there is none.
+    and `retrive_next_sibling`, both -1 if there is none.
     """
     if int(tree_mask_mode) != QLEN_ONLY:
         raise NotImplementedError(

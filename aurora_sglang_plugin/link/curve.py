@@ -55,7 +55,7 @@ class ServerKeys:
 
 
 def load_trainer_keys(directory: Path) -> TrainerKeys:
-    """Raises ValueError where a key is missing, damaged, or not private enough."""
+    """Raises ValueError if a key is missing, damaged, or not private enough."""
     _check_directory(directory, "link.trainer_keys")
     _check_directory(directory / SERVERS, "the allow-list")
     servers = {
@@ -71,7 +71,7 @@ def load_trainer_keys(directory: Path) -> TrainerKeys:
 
 
 def load_server_keys(directory: Path) -> ServerKeys:
-    """Raises ValueError where a key is missing, damaged, or not private enough."""
+    """Raises ValueError if a key is missing, damaged, or not private enough."""
     _check_directory(directory, "link.server_keys")
     secret = _read(directory / f"{SERVER}.secret", secret=True)
     return ServerKeys(
@@ -80,7 +80,7 @@ def load_server_keys(directory: Path) -> ServerKeys:
 
 
 def check_pair(trainer: TrainerKeys, server: ServerKeys) -> None:
-    """Raises ValueError where these two would not speak to each other."""
+    """Raises ValueError if these two would not speak to each other."""
     if zmq.curve_public(trainer.secret) != server.trainer:
         raise ValueError(
             "the server's trainer.public is not the public key of this trainer; expected a copy of"
@@ -96,7 +96,7 @@ def check_pair(trainer: TrainerKeys, server: ServerKeys) -> None:
 def make_keys(directory: Path, servers: Sequence[str]) -> bool:
     """Make the trainer's pair, unless it is there, and a pair for each named server.
 
-    True where the trainer's is new.
+    True if the trainer's is new.
 
     Directories get mode 0700, files 0600; nothing is ever overwritten. Raises ValueError, before
     anything is written, for a name that is taken or no name; OSError.
@@ -197,7 +197,7 @@ def _check_private(path: Path, status: os.stat_result, forbidden: int) -> None:
         mode = 0o700 if stat.S_ISDIR(status.st_mode) else 0o600
         raise ValueError(
             f"{path} can be {deed} by other users (mode {stat.S_IMODE(status.st_mode):04o});"
-            f" expected chmod {mode:o} {path}, and new keys where others were on this machine"
+            f" expected chmod {mode:o} {path}, and new keys if others were on this machine"
         )
     if status.st_uid not in (0, os.geteuid()):
         raise ValueError(

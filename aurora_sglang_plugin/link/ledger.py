@@ -53,8 +53,8 @@ class Session(msgspec.Struct):
     # the last message was a heartbeat: the publisher's ledger is complete
     quiet: bool = False
     last_unix_s: float = 0.0
-    # Of sent_seq: what a session had sent that may have been here before, and whose counts are
-    # forgotten.
+    # The part of sent_seq that a session had sent before this ledger knew it: it may have arrived,
+    # and its counts are forgotten.
     before: int = 0
     # How far the server's clock is ahead of this machine's, 0 within CLOCK_S.
     ahead_s: float = 0.0
@@ -83,7 +83,7 @@ class Ledger:
     def accept(self, header: wire.Header) -> bool:
         """Count a message as received.
 
-        False (and rejected, cause `order`) where it repeats or precedes one.
+        False (and rejected, cause `order`) if it repeats or precedes one.
         """
         if not self._enter(header):
             self.reject("order", None)
@@ -92,10 +92,10 @@ class Ledger:
         return True
 
     def reject(self, cause: str, header: wire.Header | None) -> bool:
-        """Count a message that cannot be used, for its session as well where its header can be
+        """Count a message that cannot be used, for its session as well if its header can be
         believed (not None).
 
-        True where it is the next one of its session.
+        True if it is the next one of its session.
         """
         self.rejected[cause] = self.rejected.get(cause, 0) + 1
         self._unwritten = True
@@ -134,7 +134,7 @@ class Ledger:
         return True
 
     def balanced(self, name: str) -> bool | str:
-        """True where both equations hold after a heartbeat, else what is not equal."""
+        """True if both equations hold after a heartbeat, else what is not equal."""
         session = self.sessions.get(name)
         if session is None:
             return "unknown session"

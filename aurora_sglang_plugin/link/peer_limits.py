@@ -2,7 +2,7 @@
 
 Without an answer to its ZAP questions libzmq lets EVERY client key in. The answers are given here,
 on the receiver's thread and a few at a time, so that there is no second thread to die;
-ZAP_ENFORCE_DOMAIN closes the door where nobody answers. A stranger can hold a connection for
+ZAP_ENFORCE_DOMAIN closes the door if nobody answers. A stranger can hold a connection for
 HANDSHAKE_S, about 12 kB and one file descriptor, and gets nothing.
 """
 

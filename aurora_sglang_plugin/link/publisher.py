@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 
@@ -61,7 +62,7 @@ class Publisher:
 
     Create it once per process; `offer` and `drop` are for one thread.
 
-    Raises ValueError where the endpoint cannot be connected to at all, or its keys cannot be used
+    Raises ValueError if the endpoint cannot be connected to at all, or its keys cannot be used
     (an absent trainer is not an error).
     """
 
@@ -87,31 +88,21 @@ class Publisher:
         snapshot: Snapshot,
         *,
         requests: Sequence[str],
-        flags: Sequence[int] = (),
-        reasons: Sequence[wire.EndReason] = (),
-        domains: Sequence[str] = (),
-        draft_version: int = 0,
-        extend_version: int = 0,
-        num_steps: int = 0,
-        topk: int = 0,
-        rejection: bool = False,
+        **header: Any,
     ) -> None:
         """Queue one message: never blocks, never raises for a full queue, O(1) amortised.
 
+        `header` are fields of wire.Header but for session, time and counters, which the queue
+        knows.
         A dropped message's snapshot is released without `build`; the arrays that `build` returned
         are sent without a copy and released when ZeroMQ is done with them.
         """
         fields = {
             "target": self._target,
             "requests": list(requests),
-            "flags": list(flags),
-            "reasons": list(reasons),
-            "domains": list(domains),
-            "draft_version": draft_version,
-            "extend_version": extend_version,
-            "num_steps": num_steps,
-            "topk": topk,
-            "rejection": rejection,
+            "draft_version": 0,
+            "extend_version": 0,
+            **header,
         }
         if self._send_queue.put(kind, snapshot, fields):
             self._wake.set()
@@ -175,7 +166,7 @@ class Publisher:
         self._socket.close(linger=linger_ms)
 
     def _handle_blocked_link(self) -> None:
-        """Nobody takes messages: try again where libzmq would not, and say why, once for each
+        """Nobody takes messages: try again if libzmq would not, and say why, once for each
         cause.
         """
         self._connected.turn()
@@ -260,7 +251,7 @@ class Publisher:
     def _writable(self) -> bool:
         """Whether the trainer takes a message.
 
-        Where it does not at once, what is queued gives back its pinned buffers:
+        If it does not at once, what is queued gives back its pinned buffers:
         else the few buffers would hold the oldest messages, and the newest would be the ones that
         are dropped."""
         # as self._socket.poll(0), which makes a poller first
@@ -275,7 +266,7 @@ class Publisher:
         return bool(self._socket.poll(WRITABLE_POLL_MS, zmq.POLLOUT))
 
     def _send(self, item: Item | None, arrays: Arrays) -> int:
-        """Bytes handed to ZeroMQ; 0 where it would block; -1 where the message exceeds the link's
+        """Bytes handed to ZeroMQ; 0 if it would block; -1 if the message exceeds the link's
         bound.
 
         `item` None is a heartbeat. The header is made anew for each attempt, so that its ledger is

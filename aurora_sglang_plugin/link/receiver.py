@@ -42,6 +42,7 @@ HEARD_S = 10.0
 class ReceiveConfig(Section):
     """The bound of received messages that wait for the trainer."""
 
+    # then receiving stops and the publishers' queues drop their oldest, counted
     queue_bytes: PositiveInt = 256 << 20
 
 
@@ -50,8 +51,8 @@ class Receiver:
 
     `target`: refuse messages about another one (cause `target`).
 
-    `ledger_path` is None where the ledger need not survive. `record` is called with the raw parts
-    of every accepted message. Raises ValueError where the endpoint cannot be bound, or its keys
+    `ledger_path` is None if the ledger need not survive. `record` is called with the raw parts
+    of every accepted message. Raises ValueError if the endpoint cannot be bound, or its keys
     cannot be used.
     """
 
@@ -82,7 +83,7 @@ class Receiver:
         self._thread.start()
 
     def get(self, timeout_s: float = 0.0) -> wire.Message | None:
-        """The oldest message that waits (never a heartbeat), None where none came within
+        """The oldest message that waits (never a heartbeat), None if none came within
         `timeout_s`.
         """
         with self._changed:
@@ -133,7 +134,7 @@ class Receiver:
         }
 
     def balanced(self, session: str) -> bool | str:
-        """True where both equations of ledger.py hold after a heartbeat, else what is not equal."""
+        """True if both equations of ledger.py hold after a heartbeat, else what is not equal."""
         with self._changed:
             return self._ledger.balanced(session)
 
@@ -254,7 +255,7 @@ def _bind(context: zmq.Context, link: LinkConfig) -> tuple[zmq.Socket, PeerLimit
         socket.close()
         context.term()
         remedy = (
-            "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://OWN-ADDRESS:PORT (link.bind, where it"
+            "expected ipc:///EXISTING/DIRECTORY/NAME or tcp://OWN-ADDRESS:PORT (link.bind, if it"
             " is set)"
         )
         if error.errno == zmq.EADDRINUSE:

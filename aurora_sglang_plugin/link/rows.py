@@ -23,7 +23,7 @@ CAUSES = (
 MAX_REQUEST_ID_CHARS = 1024
 # Token positions and lengths: far above any context, far below what an int32 holds.
 MAX_POSITION = 1 << 24
-# Features beyond it overflow where a norm squares and sums them. No model comes near.
+# Features beyond it overflow when a norm squares and sums them. No model comes near.
 MAX_FEATURE = 1e12
 # its bits
 MAX_BFLOAT16 = int(np.array(MAX_FEATURE, np.float32).view(np.uint32) >> 16)
@@ -88,10 +88,11 @@ def excluded(
     """
     keep = np.array([row not in bad for row in range(len(fields["requests"]))], bool)
     rows = np.flatnonzero(keep).tolist()
-    kept_fields = dict(fields)
-    for name in ("requests", "flags", "reasons", "domains"):
-        if kept_fields.get(name):
-            kept_fields[name] = [kept_fields[name][row] for row in rows]
+    # a header's list has an entry for each row, or none at all
+    kept_fields = {
+        name: [value[row] for row in rows] if isinstance(value, list) and value else value
+        for name, value in fields.items()
+    }
     kept = {}
     for name, (dtype, array) in arrays.items():
         lens = PACKED.get(name)
@@ -164,7 +165,7 @@ def good_chains(num_steps: int, a: Arrays, dtypes: Mapping[str, str]) -> bool:
     """Whether every row of a verify message is a chain without a fault. False says nothing.
 
     The usual message: told in a fraction of _verify's time, which the server pays at each step.
-    Lists where rows are short: numpy takes as long for 1 as for 1,000 elements.
+    Lists if rows are short: numpy takes as long for 1 as for 1,000 elements.
     """
     nodes = a["parents"].shape[1]
     names = ("positions", "feature_lens", "parents", "accept_path", "draft_tokens", "next_tokens")

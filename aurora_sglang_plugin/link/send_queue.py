@@ -80,7 +80,7 @@ class SendQueue:
         return len(self._queue)
 
     def put(self, kind: wire.Kind, snapshot: Snapshot, fields: dict[str, Any]) -> bool:
-        """Queue one message, dropping older ones for it. True where the queue was empty before.
+        """Queue one message, dropping older ones for it. True if the queue was empty before.
 
         O(1) amortised.
         """

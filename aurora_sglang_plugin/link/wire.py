@@ -38,7 +38,7 @@ from aurora_sglang_plugin.link.rows import bad_rows
 SCHEMA_VERSION = 2
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAMES = 32
-# Of a session's or a cause's name, and of the target's fingerprint.
+# Characters of a session's or a cause's name, and of the target's fingerprint.
 MAX_NAME = 64
 # Causes of drops that a publisher may name.
 MAX_CAUSES = 32
@@ -70,7 +70,7 @@ FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "prefill": {
         # absolute position of the chunk's first token
         "positions": (("int32",), ("B",)),
-        # tokens of the chunk; the first ones have no features where the prefix cache held them
+        # tokens of the chunk; the first ones have no features if the prefix cache held them
         "extend_lens": (("int32",), ("B",)),
         # features sent, of the LAST feature_lens tokens of the chunk
         "feature_lens": (("int32",), ("B",)),
@@ -152,7 +152,7 @@ class Header(msgspec.Struct, forbid_unknown_fields=True):
     flags: list[int] = []
     # B (end)
     reasons: list[EndReason] = []
-    # B labels, "" for a request without one (prefill, end); empty where none has one
+    # B labels, "" for a request without one (prefill, end); empty if none has one
     domains: list[str] = []
     num_steps: int = 0
     topk: int = 0
@@ -202,7 +202,7 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
     for name, (dtype, array) in arrays.items():
         assert array.dtype == DTYPES[dtype], (name, dtype, array.dtype)
         header.frames.append(Frame(name, dtype, array.shape))
-        # TypeError where it is not contiguous
+        # TypeError if it is not contiguous
         views.append(array.data.cast("B") if array.size else b"")
     return [_encoder.encode(header), *views]
 

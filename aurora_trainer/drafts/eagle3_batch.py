@@ -42,7 +42,7 @@ class BatchConfig(Section):
     max_positions: PositiveInt = 4096
     # levels to train; 0: as many as the samples' servers drafted
     depth: Annotated[int, Field(ge=0, le=16)] = 0
-    # compute the rejected nodes too, where loss.rejected weighs them
+    # compute the rejected nodes too, if `loss.rejected` weighs them
     rejected: bool = True
 
 

@@ -59,15 +59,15 @@ class AssembleConfig(Section):
     max_positions: PositiveInt = 8192
     # generated positions after which a part of a long request is taken
     part_positions: Annotated[int, Field(ge=2)] = 512
-    # Positions before a sample's own, as context only: those of a long request's last part, or of
-    # a prefix that the server had cached and an earlier request computed.
+    # positions before a sample's own, as context only: those of a long request's last part, or of a
+    # prefix that the server had cached and an earlier request computed
     context_positions: NonNegativeInt = 512
-    # Features of earlier requests that are kept for that: a user may take a minute for the next
-    # turn.
+    # features of earlier requests that are kept for that: a user may take a minute for the next
+    # turn
     prefix_bytes: PositiveInt = 2 << 30
     # after which a request whose `end` was lost is taken
     idle_s: Annotated[float, Field(gt=0)] = 60.0
-    # where to cut when `end` was lost
+    # where to cut if `end` was lost
     eos_token_ids: tuple[int, ...] = ()
 
 

@@ -2,7 +2,7 @@
 times.
 
 A batch is filled up to `fresh_fraction` with the newest samples that were never used, and from
-there with a uniform draw of those that were used before (a small replay speeds learning); where one
+there with a uniform draw of those that were used before (a small replay speeds learning); if one
 kind runs out the other fills in. While never-used samples leave the buffer, repeats wait: batches
 are all fresh. All that leaves is counted by cause.
 
@@ -11,8 +11,8 @@ do. What is full gives up the oldest sample of the largest share, and a batch ta
 from the share that it has least of. A client may choose any label, so only so many have a share of
 their own.
 
-Ages are by the clock of the server that a sample came from: one that is wrong harms nobody else. Of
-a batch that could not be trained on, each half is tried again, until the sample at fault is alone,
+Ages are by the clock of the server that a sample came from: one that is wrong harms nobody else. If
+a batch could not be trained on, each half is tried again, until the sample at fault is alone,
 and goes.
 """
 
@@ -39,15 +39,17 @@ Share = tuple[str, str]
 class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
+    # of samples; the oldest of the largest share goes first
     max_bytes: PositiveInt = 2 << 30
     # of one sample
     max_uses: PositiveInt = 8
-    # of a batch's positions, never-used samples
+    # of a batch's positions, never-used samples; all of them while such samples leave the buffer
     fresh_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     # behind its server's newest sample
     max_age_s: Annotated[float, Field(gt=0)] = 3600.0
-    # Who shares a full buffer and a batch equally; [] for nobody: the oldest goes, the newest
-    # comes.
+    # who shares a full buffer, and the fresh part of a batch, equally: the labels of requests (at
+    # most 16 have a share of their own), and within a label the servers; `[]`: the oldest goes, the
+    # newest comes
     share_by: tuple[Literal["domain", "server"], ...] = ("domain", "server")
 
 
@@ -111,7 +113,7 @@ class Buffer:
     def take(self, max_positions: int) -> list[Sample]:
         """A batch of at most `max_positions` positions, or of one sample that alone has more.
 
-        Empty where there is none.
+        Empty if there is none.
         """
         if self._again:
             self._last = self._again.pop()
@@ -205,7 +207,7 @@ class Buffer:
         self.dropped["lost"] += state["waiting"]
 
     def _share(self, sample: Sample) -> Share:
-        """Whose share the sample counts to; in REST's where there are too many to have one each."""
+        """Whose share the sample counts to; in REST's if there are too many to have one each."""
         domain = sample.domain if "domain" in self.config.share_by else ""
         server = sample.session if "server" in self.config.share_by else ""
         domains = {share[0] for share in self._held} - {REST}
@@ -217,7 +219,7 @@ class Buffer:
         return domain, server
 
     def _drop_stale(self, newest: Sample, share: Share) -> None:
-        """Of its server only.
+        """Drop what is too old, of this server only.
 
         Its time is that of the sample that came last: a clock may be put right.
         """

@@ -1,9 +1,9 @@
 """What earlier requests computed, for requests whose prompt the server had cached in part.
 
-Of a cached prefix no features are computed, so none travel; the server sends its last tokens
-instead. The turn before of the same conversation, or whoever said the system prompt first, had the
-same tokens at the same positions: its features are what the server's draft sees there. They become
-context of the sample, in front of what was computed.
+The server computes no features of a cached prefix, so none travel; it sends the prefix's last
+tokens instead. The turn before of the same conversation, or whoever said the system prompt first,
+had the same tokens at the same positions: its features are what the server's draft sees there. They
+become context of the sample, in front of what was computed.
 
 Dimensions: L positions of a run, n tokens of a prefix, F feature width.
 """
@@ -21,7 +21,7 @@ from aurora_trainer.intake.sample import Sample
 
 # Tokens before a multiple of it find a run; a prefix of fewer has none.
 BLOCK = 16
-# Tokens that must be the same, where the server sent so many.
+# Tokens that must be the same, if the server sent so many.
 AT_LEAST = 32
 
 # a multiple of BLOCK, and the bytes of the tokens before it

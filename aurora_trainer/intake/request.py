@@ -186,8 +186,8 @@ def to_sample(segment: Segment, end: int, reason: str, eos: tuple[int, ...] = ()
     """The sample of the positions start..end: its last token is x[end], or the first of `eos` that
     was generated.
 
-    A tree is kept where the position that it hangs from is. Its nodes past the end stay as nodes
-    and are not `accepted`, even where the target took them (a path runs past a stop or max_tokens):
+    A tree is kept if the position that it hangs from is. Its nodes past the end stay as nodes
+    and are not `accepted`, even if the target took them (a path runs past a stop or max_tokens):
     nobody was given them.
 
     Raises Quarantine with cause one of: short, no_target.

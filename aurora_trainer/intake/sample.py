@@ -48,7 +48,7 @@ class Sample:
     features: torch.Tensor
     # int32 [L], draft version that wrote this position's draft KV on the server
     position_version: torch.Tensor
-    # int64 [L], node whose distribution is this position's target, -1 where there is none
+    # int64 [L], node whose distribution is this position's target, -1 if there is none
     position_node: torch.Tensor
     # int64 [M]
     node_token: torch.Tensor

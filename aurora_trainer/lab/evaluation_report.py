@@ -26,7 +26,7 @@ STEPS, TOKENS, REACHED, QUERIES, MATCHES, OVERLAP = range(len(WALK))
 
 
 def report(evaluation: Evaluation, seed: int = 0) -> dict[str, Any]:
-    """Every figure: {"mean", "low", "high"} where it has an interval (low and high None below two
+    """Every figure: {"mean", "low", "high"} if it has an interval (low and high None below two
     requests).
     """
     by_domain: dict[str, list[Request]] = {ALL: evaluation.requests}

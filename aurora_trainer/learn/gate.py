@@ -59,15 +59,16 @@ class GateConfig(Section):
 
     # false: every finite candidate passes, and no request is held back
     enabled: bool = True
-    # held back from training, those that a decision rests on
+    # held back from training until as many newer ones were held: those that a decision rests on.
+    # More of them see smaller differences
     requests: PositiveInt = 24
-    # before the first decision
+    # fewer held requests refuse (`few_requests`)
     min_requests: PositiveInt = 8
     # 1 request in so many is held back
     hold_every: PositiveInt = 2
-    # standard errors that a candidate must be ahead
+    # standard errors that a candidate must be ahead. 1.28: an equal one passes 1 time in 10
     z: Annotated[float, Field(ge=0)] = 1.28
-    # answers of `worse` in a row
+    # answers of `worse` in a row after which training goes back to the served weights
     give_up_after: PositiveInt = 8
 
 

@@ -37,15 +37,16 @@ class LossConfig(Section):
     `--speculative-use-rejection-sampling` the chance is sum min(p, q): tv is its distance.
     """
 
+    # weights of `forward_kl`, `reverse_kl`, `tv`, `greedy`
     distance: Annotated[dict[str, float], AfterValidator(_mixture)] = {
         "forward_kl": 0.5,
         "greedy": 0.5,
     }
     # weight of each deeper level relative to the one above
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.8
-    # lambda
+    # lambda: weight of the rejected nodes' term
     rejected: Annotated[float, Field(ge=0)] = 0.0
-    # w
+    # w: `uniform`, or `reach`, the probability that verification reaches the node
     rejected_by: Literal["uniform", "reach"] = "uniform"
 
 
@@ -62,7 +63,7 @@ class Score:
     overlap: Tensor
 
     def mean(self, name: str) -> Tensor:
-        """[depth, 2], NaN where there were no queries."""
+        """[depth, 2], NaN if there were no queries."""
         return getattr(self, name) / self.count
 
 
@@ -120,7 +121,7 @@ def losses(
 
 
 def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
-    """Draft ids of target ids; -1 stays, and stands where the draft has no such token."""
+    """Draft ids of target ids; -1 stays, and stands for a token that the draft has not."""
     return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
 
 

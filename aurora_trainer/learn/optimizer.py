@@ -33,13 +33,17 @@ class OptimizerConfig(Section):
 
     # muon: matrices except fc and lm_head; the rest by AdamW
     kind: Literal["adamw", "muon"] = "adamw"
+    # learning rate
     lr: Positive = 1e-3
     # factor on lr for lm_head
     head_lr: Positive = 1.0
+    # AdamW
     beta1: Fraction = 0.9
+    # AdamW
     beta2: Fraction = 0.95
+    # AdamW
     eps: Positive = 1e-8
-    # muon
+    # Muon
     momentum: Fraction = 0.95
     # of matrices, decoupled
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -47,7 +51,9 @@ class OptimizerConfig(Section):
     clip_norm: Positive = 1.0
     # what is published is a running mean of about 1 / (1 - average) updates; 0: the weights
     average: Fraction = 0.0
+    # updates over which the rate rises to `lr`
     warmup_updates: Annotated[int, Field(ge=0)] = 10
+    # `constant` or `cosine`
     schedule: Literal["constant", "cosine"] = "constant"
     # to the end of the cosine
     cosine_updates: Annotated[int, Field(gt=0)] = 10_000

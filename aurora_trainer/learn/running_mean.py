@@ -1,4 +1,4 @@
-"""The running mean of the weights: what is published in their stead, where it is switched on.
+"""The running mean of the weights: what is published in their stead, if it is switched on.
 
 At a constant learning rate the weights wander around what they would settle at; their mean over the
 last updates wanders less (Polyak and Juditsky, 1992; as an exponential mean in most training of

@@ -41,7 +41,7 @@ WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")
 
 @dataclass
 class Chains:
-    """Of one draft, [R, S]: the query's token is known, the first choice agrees with it, and
+    """One draft's, [R, S]: the query's token is known, the first choice agrees with it, and
     sum min(p, q)."""
 
     known: Tensor
@@ -142,7 +142,7 @@ def walk(runs: Tensor, known: Tensor, is_root: Tensor) -> list[int]:
     """Accept lengths of the steps that a server would take over the positions, each [R of a
     sample].
 
-    It begins at the first root of the server's own, and again at the next one where it came to
+    It begins at the first root of the server's own, and again at the next one if it came to
     something unknown.
     """
     starts = (is_root & known).nonzero()[:, 0].tolist()
@@ -158,8 +158,8 @@ def walk(runs: Tensor, known: Tensor, is_root: Tensor) -> list[int]:
 
 
 def expected_walk(accept: Tensor, known: Tensor, is_root: Tensor) -> tuple[float, float]:
-    """Expected (steps, tokens) of a walk where position i accepts its d-th draft with probability
-    `accept` [R of a sample, S], given that it accepted those before.
+    """Expected (steps, tokens) of a walk in which position i accepts its d-th draft with
+    probability `accept` [R of a sample, S], given that it accepted those before.
 
     With probabilities of 0 and 1 it is `walk`. A root begins a walk as far as none is under way.
     """
@@ -230,7 +230,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """(accept length of a - that of b, its standard error), scores [n, 2] of the same n requests.
 
     Ratios of sums, the error by linearisation: request i contributes (tokens - A steps) / mean
-    steps, for a minus for b. nan where a draft has no step.
+    steps, for a minus for b. nan if a draft has no step.
     """
     lengths = accept_length(a), accept_length(b)
     if not all(map(math.isfinite, lengths)):

@@ -66,9 +66,9 @@ class Served:
         return Draft.load(path, self._embed)
 
     def roll_back(self) -> int | None:
-        """Where the version was rejected: load the newest that was not, and return it. Else None.
+        """If the version was rejected: load the newest that was not, and return it. Else None.
 
-        Raises OSError where the disk refuses; then the rejection is heeded the next time.
+        Raises OSError if the disk refuses; then the rejection is heeded the next time.
         """
         new = rejected_versions(self._directory) - self.rolled_back
         found = self._newest(self.version) if self.version in new else None

@@ -11,7 +11,7 @@ from aurora_trainer.learn.optimizer import Update
 @dataclass(frozen=True)
 class Step:
     """Accept lengths are (steps, tokens) of walks over samples that were never trained on before:
-    of the draft before this step, and after it. None where they were not measured."""
+    of the draft before this step, and after it. None if they were not measured."""
 
     update: Update
     score: Score
@@ -20,5 +20,5 @@ class Step:
     after: tuple[float, float] | None
     # of each sample
     time_ns: list[int]
-    # Of each sample that had a tree: newest version minus the one that drew its last tree.
+    # for each sample that had a tree: newest version minus the one that drew its last tree
     staleness: list[int]

@@ -57,7 +57,7 @@ MAX_FAILED_STEPS = 1 << 16
 class Training:
     """Owns the draft, its optimizer, the buffer, and the ledger of what became of every sample.
 
-    Raises ValueError where target, draft or weights directory cannot be used.
+    Raises ValueError if target, draft or weights directory cannot be used.
     """
 
     def __init__(self, config: TrainerFile):
@@ -140,7 +140,7 @@ class Training:
         )
 
     def step(self, replay: bool = False) -> Step | None:
-        """Train on one batch; None where it has no targets.
+        """Train on one batch; None if it has no targets.
 
         `replay`: only draw it, and return None.
         """

@@ -43,13 +43,15 @@ OnDamage = Callable[[TraceError], None]
 
 
 class RecordConfig(Section):
-    """The bounds of a recording."""
+    """The bounds of a recording, for `record --out DIR` and `run --record DIR` (see
+    [recordings.md](recordings.md)).
+    """
 
     # of one file; a larger message has a file of its own
     file_bytes: PositiveInt = 256 << 20
     # of all files
     max_bytes: PositiveInt = 16 << 30
-    # drop_oldest: whole files
+    # `drop_oldest` removes the oldest whole file and counts it, `stop` records no more
     when_full: Literal["drop_oldest", "stop"] = "drop_oldest"
 
     @model_validator(mode="after")

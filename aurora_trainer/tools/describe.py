@@ -35,7 +35,7 @@ SHOWN_STATE = (
 
 
 def describe(path: Path) -> tuple[dict[str, Any], str]:
-    """(record, text) of what `path` is. Raises ValueError where it is nothing that Aurora knows."""
+    """(record, text) of what `path` is. Raises ValueError if it is nothing that Aurora knows."""
     path = Path(path)
     describer, writer = _kind(path)
     found = describer(path)

@@ -202,7 +202,7 @@ def recording_text(found: dict[str, Any]) -> str:
 def message_at(path: Path, number: int) -> tuple[Record, wire.Message]:
     """The message `number`, counted from 0 over all files, whole ones only.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     count = 0
     for record, message in read_messages(path, CorruptionLog()):
@@ -273,7 +273,7 @@ def message_text(found: dict[str, Any]) -> str:
 
 
 def token_names(tokenizer: Path | None) -> Name:
-    """A token's text in quotes, with its id where the text does not say all; without a tokenizer
+    """A token's text in quotes, with its id if the text does not say all; without a tokenizer
     its id.
     """
     if tokenizer is None:

@@ -7,7 +7,7 @@ instead.
        └─ ✓ "." 0.98    target "name" 0.33, "value" 0.21
           └─ + "name" bonus
 
-The number behind a token is the target's probability of it after its parent; `<0.01` where it is
+The number behind a token is the target's probability of it after its parent; `<0.01` if it is
 less than that of every kept token. Dimensions: N nodes, P path columns, K kept target logits.
 """
 

@@ -125,7 +125,7 @@ def plan(
 
 
 def target_dtype(target: Target) -> str:
-    """The target's own, as its config names it; bfloat16 where it does not."""
+    """The target's own, as its config names it; bfloat16 if it names none."""
     found = target.config.get("dtype") or target.config.get("torch_dtype") or "bfloat16"
     return str(found).removeprefix("torch.")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.target import Target
+from aurora_trainer.terminal import columns
 
 # coverage is measured on requests that were not counted
 HALVES = 2
@@ -96,7 +97,7 @@ def count_text(paths: Sequence[Path], target: Target) -> Tensor:
 def coverage(counts: Tensor, sizes: Sequence[int], target: Target) -> list[Coverage]:
     """What vocabularies of `sizes` tokens cover; counts [HALVES, V].
 
-    Raises ValueError where nothing was counted.
+    Raises ValueError if nothing was counted.
     """
     if not counts.sum():
         raise ValueError(
@@ -145,11 +146,13 @@ def default_sizes(target: Target) -> list[int]:
     return [s for s in SIZES if s < v][-6:] + [v]
 
 
-def table(rows: Sequence[Coverage]) -> Iterator[str]:
+def table(rows: Sequence[Coverage]) -> list[str]:
     """Lines for a terminal."""
-    yield f"{'tokens':>8} {'covered':>9} {'held out':>9} {'head MB':>8}"
-    for row in rows:
-        yield f"{row.size:>8} {row.counted:>9.2%} {row.held_out:>9.2%} {row.head_bytes / 1e6:>8.1f}"
+    cells = [
+        [str(r.size), f"{r.counted:.2%}", f"{r.held_out:.2%}", f"{r.head_bytes / 1e6:.1f}"]
+        for r in rows
+    ]
+    return columns(["tokens", "covered", "held out", "head MB"], cells, "right")
 
 
 def _mask(counts: Tensor, size: int, keep: tuple[int, ...]) -> Tensor:

@@ -23,7 +23,7 @@ def record(config: TrainerFile, directory: Path, seconds: float | None = None) -
     """Record until a signal comes, or for `seconds`; returns the recording's counters.
 
     Heartbeats are recorded too: they say what servers dropped. The ledger of what was lost is kept
-    in the directory. Raises ValueError where the endpoint cannot be bound or the directory is
+    in the directory. Raises ValueError if the endpoint cannot be bound or the directory is
     another writer's.
     """
     stopping = False

@@ -103,7 +103,7 @@ def inspect(
     ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """Look into what Aurora wrote. Exit code 1 where something of it is damaged."""
+    """Look into what Aurora wrote. Exit code 1 if something of it is damaged."""
     with report_user_errors():
         log_to_stderr()
         import json

@@ -54,7 +54,7 @@ class Figures:
     new: Page
 
     def rate(self, name: str, **labels: str) -> float:
-        """Growth per second; 0 where there is only one page, or the process began anew between
+        """Growth per second; 0 if there is only one page, or the process began anew between
         them.
         """
         seconds, grown = (
@@ -64,7 +64,7 @@ class Figures:
         return max(0.0, grown) / seconds if seconds > 0 else 0.0
 
     def mean(self, name: str, **labels: str) -> float | None:
-        """Of a histogram: between the pages, or since the start where nothing happened between
+        """A histogram's mean: between the pages, or since the start if nothing happened between
         them.
         """
         for old in (self.old, Page(0, {})):
@@ -76,7 +76,7 @@ class Figures:
         return None
 
     def quantile(self, q: float, name: str, **labels: str) -> float | None:
-        """Of a histogram since the start: the bound of the bucket that holds it."""
+        """A histogram's quantile since the start: the bound of the bucket that holds it."""
         buckets = sorted(
             (float(le), n) for le, n in self.new.by("le", f"{name}_bucket", **labels).items()
         )

@@ -185,11 +185,11 @@ def trainer_device_bytes(
     """What is on the trainer's device at the peak of a step, for c bytes of the dtype that it
     computes in.
 
-    weights     c P#, and 4 P# of float32 masters where c < 4 (otherwise the weights are the
+    weights     c P#, and 4 P# of float32 masters if c < 4 (otherwise the weights are the
                 masters)
     moments     8 P# (AdamW)
-    average     4 P# of the running mean, where it is on, and c P# of the draft that it is scored in
-    gradients   c P#, and 4 P# for their float32 copies where c < 4 (Optimizer.step)
+    average     4 P# of the running mean, if it is on, and c P# of the draft that it is scored in
+    gradients   c P#, and 4 P# for their float32 copies if c < 4 (Optimizer.step)
     served      2 c P#: the frozen copies that the gate scores, of the served and of the initial
                 weights (served.Served; one and the same until the first version)
     embedding   c V H, shared by both
@@ -236,7 +236,7 @@ def activation_bytes(draft: DraftConfig, positions: int, rows: int, depth: int, 
 
 
 def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
-    """Of one optimizer step without attention's scores: 6 for each parameter and row that it
+    """One optimizer step's, without attention's scores: 6 for each parameter and row that it
     multiplies (forward 2, backward 4). The gate's forward passes come on top, at each publication.
     fc sees each position once, layer and head each row of each level."""
     h, inner = draft.hidden_size, draft.intermediate_size

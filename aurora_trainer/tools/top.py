@@ -10,16 +10,21 @@ serves, with less in it. Imports no torch, so that it starts at once.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import markup
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from aurora_trainer.terminal import escape, size
 from aurora_trainer.tools.scrape import Figures, Page, fetch
 
-BOLD, RED, DIM, PLAIN = "\x1b[1m", "\x1b[31m", "\x1b[2m", "\x1b[0m"
-HOME, TO_LINE_END, TO_SCREEN_END = "\x1b[H", "\x1b[K", "\x1b[J"
+# A line of text is in rich's markup: what came from elsewhere is escaped.
+BOLD, RED, DIM, PLAIN = "[bold]", "[red]", "[dim]", "[/]"
 
 
 def server_lines(f: Figures) -> list[str]:
@@ -28,7 +33,7 @@ def server_lines(f: Figures) -> list[str]:
     mode = next((m for m, on in new.by("mode", "aurora_mode").items() if on), "?")
     refused = sum(new.by("cause", "aurora_weights_refused_total").values())
     lines = [
-        f"{BOLD}SERVER{PLAIN}   {new.total('aurora_attached'):.0f} attached, {mode}   draft"
+        f"{BOLD}SERVER{PLAIN}   {new.total('aurora_attached'):.0f} attached, {_plain(mode)}   draft"
         f" {' and '.join(f'v{v}' for v in versions)},"
         f" {_age(new.largest('aurora_weights_age_seconds'))} old   swaps"
         f" {new.largest('aurora_swaps_total') or 0:.0f}   {_alarm('refused', refused)}"
@@ -50,7 +55,7 @@ def server_lines(f: Figures) -> list[str]:
     }
     lines.append(
         "  by position      "
-        + "  ".join(f"{p} {_bar(s)} {s:4.0%}" for p, s in list(share.items())[:5])
+        + "  ".join(f"{_plain(p)} {_bar(s)} {s:4.0%}" for p, s in list(share.items())[:5])
     )
     captured, errors = (
         f.rate("aurora_capture_seconds_sum"),
@@ -66,10 +71,10 @@ def server_lines(f: Figures) -> list[str]:
     lines.append(
         f"  link             captured {f.rate('aurora_captured_messages_total'):.1f}/s  sent"
         f" {f.rate('aurora_sent_messages_total'):.1f}/s,"
-        f" {_bytes(f.rate('aurora_sent_bytes_total'))}/s  queued"
-        f" {new.total('aurora_queued_messages'):.0f} ({_bytes(new.total('aurora_queued_bytes'))})"
+        f" {size(f.rate('aurora_sent_bytes_total'))}/s  queued"
+        f" {new.total('aurora_queued_messages'):.0f} ({size(new.total('aurora_queued_bytes'))})"
     )
-    causes = " ".join(f"{cause} {n:.0f}" for cause, n in dropped.items() if n)
+    causes = " ".join(f"{_plain(cause)} {n:.0f}" for cause, n in dropped.items() if n)
     silence = (
         f"   {RED}no trainer takes anything for {_age(blocked)}{PLAIN}" if blocked > 10 else ""
     )
@@ -101,7 +106,7 @@ def trainer_lines(f: Figures) -> list[str]:
     for depth, nodes in new.by("depth", f"{p}scored_nodes_total", nodes="accepted").items():
         if nodes:
             losses.append(
-                f"{depth}:"
+                f"{_plain(depth)}:"
                 f" {new.total(f'{p}node_loss_total', depth=depth, nodes='accepted') / nodes:.2f}"
             )
     return [
@@ -125,7 +130,7 @@ def trainer_lines(f: Figures) -> list[str]:
         ),
         f"  loss by depth    {'  '.join(losses[:8]) or '-'}   (mean since the start)",
         "  time             "
-        + "  ".join(f"{a} {_bar(s)} {s:.0%}" for a, s in activities.items() if s >= 0.005),
+        + "  ".join(f"{_plain(a)} {_bar(s)} {s:.0%}" for a, s in activities.items() if s >= 0.005),
         (
             f"  stream           {new.total(f'{p}servers'):.0f} servers, heard"
             f" {_age(new.largest(f'{p}message_age_seconds'))} ago   received"
@@ -135,7 +140,7 @@ def trainer_lines(f: Figures) -> list[str]:
         ),
         (
             f"  buffer           {new.total(f'{p}buffer_samples'):.0f} samples"
-            f" ({_bytes(new.total(f'{p}buffer_bytes'))}),"
+            f" ({size(new.total(f'{p}buffer_bytes'))}),"
             f" {new.total(f'{p}buffer_fresh_samples'):.0f} never used   open requests"
             f" {new.total(f'{p}open_requests'):.0f}   sample age"
             f" {_age(f.mean(f'{p}sample_age_seconds'))}"
@@ -149,7 +154,7 @@ def trainer_lines(f: Figures) -> list[str]:
 
 
 def status_lines(path: Path) -> list[str]:
-    """What the trainer's status file knows. Raises ValueError where it cannot be read."""
+    """What the trainer's status file knows. Raises ValueError if it cannot be read."""
     try:
         s: dict[str, Any] = json.loads(path.read_text())
         age = time.time() - s["time_unix_s"]
@@ -157,7 +162,7 @@ def status_lines(path: Path) -> list[str]:
         raise ValueError(f"status file {path}: {error}") from None
     stale = f"{RED}written {_age(age)} ago{PLAIN}" if age > 30 else f"written {_age(age)} ago"
     return [
-        f"{BOLD}TRAINER{PLAIN}  from {path}, {stale}",
+        f"{BOLD}TRAINER{PLAIN}  from {_plain(path)}, {stale}",
         (
             f"  optimizer step   {s.get('optimizer_step', 0):,}   published"
             f" v{s.get('draft_version', 0)}   {s.get('tokens_per_s', 0):,.0f} tokens/s  "
@@ -188,7 +193,7 @@ class Side:
             before, self.page = self.page, fetch(self.urls)
         except ValueError as error:
             self.page = None
-            return [f"{BOLD}{self.name}{PLAIN}  {RED}absent{PLAIN}: {error}"]
+            return [_absent(self.name, error)]
         return self.lines(Figures(before or self.page, self.page))
 
 
@@ -201,7 +206,7 @@ def show(
     """
     server = Side("SERVER", servers, server_lines)
     trained = Side("TRAINER", [trainer] if trainer else [], trainer_lines)
-    colours = sys.stdout.isatty()
+    console = Console(highlight=False)
 
     def halves() -> tuple[list[str], list[str]]:
         if trainer or not status:
@@ -211,27 +216,36 @@ def show(
         try:
             return server.look(), status_lines(status)
         except ValueError as error:
-            return server.look(), [f"{BOLD}TRAINER{PLAIN}  {RED}absent{PLAIN}: {error}"]
+            return server.look(), [_absent("TRAINER", error)]
+
+    def frame() -> tuple[Text, bool]:
+        """One look at both sides, and whether both are there."""
+        time.sleep(every_s)
+        one, other = halves()
+        head = f"{DIM}aurora top  {time.strftime('%H:%M:%S')}{PLAIN}"
+        text = Text.from_markup("\n".join([head, "", *one, "", *other]))
+        return text, not any("absent" in side[0] for side in (one, other))
 
     # rates need a page before
     halves()
-    while True:
-        time.sleep(every_s)
-        one, other = halves()
-        lines = [f"{DIM}aurora top  {time.strftime('%H:%M:%S')}{PLAIN}", "", *one, "", *other]
-        text = "\n".join(line + TO_LINE_END for line in lines) + "\n"
-        if not colours:
-            text = "\n".join(_uncoloured(line) for line in lines) + "\n"
-        sys.stdout.write(HOME + text + TO_SCREEN_END if colours and not once else text)
-        sys.stdout.flush()
+    while once or not console.is_terminal:
+        text, there = frame()
+        # a pipe has no width
+        console.print(text, soft_wrap=True)
         if once:
-            return not any("absent" in lines_of_side[0] for lines_of_side in (one, other))
+            return there
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(frame()[0], refresh=True)
 
 
-def _uncoloured(line: str) -> str:
-    for code in (BOLD, RED, DIM, PLAIN):
-        line = line.replace(code, "")
-    return line
+def _absent(side: str, error: ValueError) -> str:
+    return f"{BOLD}{side}{PLAIN}  {RED}absent{PLAIN}: {_plain(error)}"
+
+
+def _plain(text: object) -> str:
+    """What came from elsewhere: without control characters, and no markup."""
+    return markup.escape(escape(text, 300))
 
 
 def _alarm(what: str, count: float, number: bool = True) -> str:
@@ -259,15 +273,7 @@ def _age(seconds: float | None) -> str:
         (7200, "min", 60),
         (172800, "h", 3600),
     )
-    for limit, unit, size in units:
+    for limit, unit, length in units:
         if seconds < limit:
-            return f"{seconds / size:.3g} {unit}"
+            return f"{seconds / length:.3g} {unit}"
     return f"{seconds / 86400:.3g} days"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -9,7 +9,7 @@ tables that the launcher uses, so that what is compiled here is what would run t
   tensor (on the meta device it costs nothing), an int, a float, a bool or None. They are
   specialised as Triton does it: an int divisible by 16 is known to be so, 1 and None become
   constants, pointers are aligned to 16 bytes. A Triton type ("*bf16", "i32", "i64", "fp32"; with
-  ":16" where an int is divisible by 16) says the same without a value;
+  ":16" if an int is divisible by 16) says the same without a value;
 - constexprs: parameter -> value, for the others;
 - options: num_warps, num_stages, maxnreg.
 """

@@ -51,7 +51,7 @@ def naive(state, norm_weight, head, ids, logits, lse, weight, mixture):
 
 
 def case(seed, rows, hidden, draft_vocab, vocab, k, spread=1.0, dtype=torch.float64):
-    """Draft weights and targets; a reduced vocabulary where draft_vocab < vocab."""
+    """Draft weights and targets; a reduced vocabulary if draft_vocab < vocab."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

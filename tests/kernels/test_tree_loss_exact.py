@@ -16,7 +16,7 @@ SHARED = 6
 
 
 def exact_case(seed, rows, hidden, draft_vocab, vocab, spread=1.0, dtype=torch.float64):
-    """Draft weights, (target_state, target_head, target_ids) and weight; a reduced vocabulary where
+    """Draft weights, (target_state, target_head, target_ids) and weight; a reduced vocabulary if
     it is smaller.
     """
     g = torch.Generator().manual_seed(seed)

@@ -41,7 +41,7 @@ def run(function, weights, *rest) -> tuple[TreeLoss, tuple]:
 
 
 def size_of_state(weights, weight) -> float:
-    """What an error of d(state) is measured by, where d(logits) is as large as the row's weight.
+    """What an error of d(state) is measured by, if d(logits) is as large as the row's weight.
     It may be far smaller, as a difference of probabilities, and the norm's backward pass leaves
     little of it behind few dimensions: its rounding stays."""
     state, norm, head = (w.detach() for w in weights)

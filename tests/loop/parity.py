@@ -25,7 +25,7 @@ class Parity:
     same: int = 0
     strayed: int = 0
     queried: int = 0
-    # trees that differ, where a choice was a tie
+    # trees that differ because a choice was a tie
     tied: int = 0
     unexplained: list[tuple] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ from aurora_sglang_plugin.serve.acceptance import Acceptance, accepted, mean_len
 # One rank's process: swaps on both, capture on rank 0 alone, as worker.py has it.
 RANK = """
 import sys
+from collections import defaultdict
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 from aurora_sglang_plugin.serve.snapshot import End
 
 rank = int(sys.argv[1])
-counts = {"draft_version": 3, "swaps": 2 + rank, "target_changes": 1, "prefix_renewals": 2}
+# a counter that is new is 0
+counts = defaultdict(int)
+counts |= {"draft_version": 3, "swaps": 2 + rank, "target_changes": 1, "prefix_renewals": 2}
 counts |= {"refused_hash": 1, "refused_swap": rank, "refused_new_cause": 4}
 reloader = SimpleNamespace(
     counters=lambda: counts, created_unix_s=0.0, stalls=Tally(STALL_S), durations=Tally(SWAP_S),

@@ -25,11 +25,11 @@ class Growth:
     tokens: torch.Tensor
     # int64 [G, N], -1 for the root
     parents: torch.Tensor
-    # float [G], the smallest gap that decided anything: tiny where a tie explains a difference
+    # float [G], the smallest gap that decided anything: tiny if a tie explains a difference
     margin: torch.Tensor
     # nodes whose lane held KV of another branch than their ancestors'
     strayed: int
-    # nodes that were queried at depth >= 2, where that can happen
+    # nodes that were queried at depth >= 2: there it can happen
     queried: int
 
 
@@ -146,7 +146,7 @@ def _context_kv(
 def _position_states(
     draft: Draft, sample: Sample, positions: torch.Tensor, context_kv: list
 ) -> torch.Tensor:
-    """What the draft's extend left of these positions [G, H], where it may have attended to other
+    """What the draft's extend left of these positions [G, H], if it may have attended to other
     versions' KV.
     """
     layer = draft.layers[0]

@@ -28,7 +28,7 @@ def documented(section: str) -> Families:
 
 
 def exported(page: str, prefix: str) -> Families:
-    """Of a /metrics page; a histogram's `le` is left out."""
+    """The families of a /metrics page; a histogram's `le` is left out."""
     found = {}
     for family in text_string_to_metric_families(page):
         if family.name.startswith(prefix):

@@ -1,7 +1,7 @@
 """SGLang's own loader, asked about drafts: python sglang_loader.py TARGET reads their directories,
 one a line, and prints one JSON object a line.
 
-Of a draft: {"error": ...}, or the parameters' shapes, those that no tensor was loaded into, the
+For a draft: {"error": ...}, or the parameters' shapes, those that no tensor was loaded into, the
 switches that the module was built with, and rows of its rotary table; in both cases what AURORA's
 own start says of its config ("start", None: nothing). The last line is what each of SGLang's
 targets captures.

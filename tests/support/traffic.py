@@ -18,7 +18,7 @@ from aurora_sglang_plugin.link import wire
 from aurora_trainer.recordings.trace import TraceWriter
 
 S, K = 2, 4
-# of the target, where it matters
+# of the target, if it matters
 VOCAB, HIDDEN = 64, 32
 STEP_NS = 1_000_000
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import make_random_draft, make_random_target
+from print_docs import as_toml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -212,20 +213,5 @@ def test_docs_list_every_setting_with_its_default():
     from aurora_trainer.config import TrainerFile
 
     rows = dict(re.findall(r"^\| `([a-z0-9_.]+)` \| (.*?) \|", DOCS.read_text(), re.M))
-    actual = {name: show(default) for name, default in settings(TrainerFile)}
+    actual = {name: as_toml(default) for name, default in settings(TrainerFile)}
     assert rows == actual
-
-
-def show(default) -> str:
-    """A default as the docs write it: as TOML."""
-    if default is None:
-        return "-"
-    if isinstance(default, str | Path):
-        return f'`"{default}"`'
-    if isinstance(default, bool):
-        return f"`{str(default).lower()}`"
-    if isinstance(default, dict):
-        return "`{ " + ", ".join(f"{k} = {v}" for k, v in default.items()) + " }`"
-    if isinstance(default, tuple):
-        return f"`{list(default)}`"
-    return f"`{default}`"

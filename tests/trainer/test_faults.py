@@ -64,7 +64,7 @@ def test_a_version_that_fails_at_any_step_leaves_old_or_new(tmp_path, error):
             "a version that nobody was given"
         )
         writer.step = lambda name: None
-        # the same weights, where the first time failed
+        # the same weights, though the first time failed
         again = writer.publish(tensors(3), {}, **FIELDS)
         assert (again is not None) == failed and read_current(directory)[1] == 3.0
         assert writer.publish(tensors(4), {}, **FIELDS) > 3

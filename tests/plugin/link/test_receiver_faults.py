@@ -158,7 +158,7 @@ def header_of(session, sent_seq, **changes):
 def test_the_ledger_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
     """80 in turns.
 
-    Where more speak than are remembered, none is charged what was there before it was forgotten.
+    If more speak than are remembered, none is charged what was there before it was forgotten.
     """
     monkeypatch.setattr("aurora_sglang_plugin.link.ledger.MAX_SESSIONS", bound)
     ledger = Ledger(tmp_path / "ledger.json")

@@ -48,7 +48,7 @@ def test_prefill_of_a_batch():
     [(0, 20, 0), (20, 20, 8), (40, 20, 20), (0, 60, 28), (32, 1, 1), (31, 1, 0), (60, 3, 3)],
 )
 def test_max_prompt_features(prefix, extend, taken):
-    """Of a prompt of 60 tokens the last 28; what was generated is always taken."""
+    """The last 28 tokens of a prompt of 60; what was generated is always taken."""
     capture = make_capture(max_prompt_features=28)
     prefill_step(capture, [request("a", range(60))], [prefix], [extend])
     assert capture.prompt_tokens_skipped == extend - taken

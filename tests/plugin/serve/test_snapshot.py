@@ -136,7 +136,7 @@ def test_a_chain_needs_no_links():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_pinned_builds_the_same_message_of_its_own(dtype):
-    """Of arrays that outlive the buffer."""
+    """Its arrays outlive the buffer."""
     tensors, _ = verify_tensors(False, dtype)
     tensors["topk_logits"] = tensors["topk_logits"].to(dtype)
     expected = parts_of(Verify(HostTensors().stage(tensors), k=4).build())

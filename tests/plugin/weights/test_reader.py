@@ -1,4 +1,4 @@
-"""The watcher: cheap when nothing changed, stubborn only where trying again can help, and never
+"""The watcher: cheap when nothing changed, stubborn only if trying again can help, and never
 raising.
 """
 

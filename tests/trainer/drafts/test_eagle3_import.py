@@ -105,10 +105,10 @@ def changed_target(target, directory, **config):
 @pytest.mark.parametrize(
     ("model", "ids", "outputs"),
     [
-        # as they are, where the first is not 1
+        # as they are, if the first is not 1
         ("DeepseekV3ForCausalLM", [2, 3, 5], [1, 2, 4]),
         ("DeepseekV3ForCausalLM", [1, 3, 4], [1, 3, 4]),
-        # as they are, where the last is the number of layers
+        # as they are, if the last is the number of layers
         ("GptOssForCausalLM", [2, 4, 6], [1, 3, 5]),
         ("GptOssForCausalLM", [0, 2, 4], [0, 2, 4]),
     ],

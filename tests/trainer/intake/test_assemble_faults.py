@@ -1,4 +1,4 @@
-"""Assembly where messages are lost, refused or bad, ids come again and servers flood: a sample ends
+"""Assembly when messages are lost, refused or bad, ids come again and servers flood: a sample ends
 early, and is never wrong.
 """
 

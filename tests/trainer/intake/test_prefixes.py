@@ -1,5 +1,5 @@
 """Behind a cached prefix a sample begins with what an earlier request computed of it, and only
-where that was the same text.
+if that was the same text.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ def i32(*values):
 
 
 def features(text, positions, dtype="float32"):
-    """Of every position: what it is, and a number of all the text up to it."""
+    """A row for every position: what it is, and a number of all the text up to it."""
     rows = [[p, text[p], sum(text[: p + 1])] for p in positions]
     values = np.array(rows, np.float32).reshape(-1, F)
     if dtype == "bfloat16":
@@ -137,7 +137,7 @@ def test_only_as_much_as_is_wanted_and_as_the_server_sent():
 
 
 def test_another_text_is_not_taken_for_it():
-    """Not where an early token differs, nor where the same words stand elsewhere, nor where too
+    """Not if an early token differs, nor if the same words stand elsewhere, nor if too
     little of it was sent to tell."""
     text, shifted = words(5, 150), [7, *words(5, 149)]
     other = [text[0] + 1, *text[1:]]

@@ -66,7 +66,7 @@ directory = "{site}/checkpoints"
 
 
 def naive_runs(draft, sample, depth):
-    """Accept length of a greedy chain from each position, None where it is not known to its end."""
+    """Accept length of a greedy chain from each position, None if it is not known to its end."""
     naive, runs = Naive(draft), {}
     length, tokens = len(sample.features), sample.tokens.tolist()
     cache = [[] for _ in range(draft.config.num_hidden_layers)]

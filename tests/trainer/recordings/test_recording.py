@@ -146,7 +146,7 @@ def damaged(directory, damage):
 
 
 def offset(index: int) -> int:
-    """Of a record in its file."""
+    """A record's place in its file."""
     return len(MAGIC) + sum(
         HEAD.size + 8 * 2 + sum(map(len, m)) + 4 for m in MESSAGES[PER_FILE : PER_FILE + index]
     )

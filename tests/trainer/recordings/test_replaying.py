@@ -126,7 +126,7 @@ def test_a_recording_keeps_its_own_pace():
 
 
 def told(*times_s):
-    """(session, seconds) as messages; a heartbeat where the session's name is in capitals."""
+    """(session, seconds) as messages; a heartbeat if the session's name is in capitals."""
     for session, time_s in times_s:
         kind = "heartbeat" if session.isupper() else "verify"
         yield (

@@ -160,8 +160,9 @@ def test_live_in_a_terminal_until_ctrl_c(trainer):
         "127.0.0.1:1",
     ]
     process = subprocess.Popen(
-        [*command, "--trainer", f"127.0.0.1:{trainer.port}"], stdout=theirs, stderr=theirs
-    )
+        [*command, "--trainer", f"127.0.0.1:{trainer.port}"], stdout=theirs, stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
     os.close(theirs)
     shown = b""
     # frames, each over the one before

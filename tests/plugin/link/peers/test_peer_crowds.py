@@ -136,7 +136,7 @@ def test_too_many_to_count_are_not_counted_and_nothing_stalls(link, monkeypatch)
 
 
 def test_half_open_connections_do_not_use_up_the_files(link, traffic):
-    """Cut off after the handshake's time, also where they stay: what a stranger holds is bounded by
+    """Cut off after the handshake's time, also if they stay: what a stranger holds is bounded by
     its rate.
     """
     files = open_files()

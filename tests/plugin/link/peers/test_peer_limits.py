@@ -31,7 +31,7 @@ from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 
 
 def read_to_end(stranger) -> bytes:
-    """All that a stranger is told before it is cut off; fails where it is not cut off."""
+    """All that a stranger is told before it is cut off; fails if it is not cut off."""
     told = b""
     with contextlib.suppress(ConnectionResetError):
         while part := stranger.recv(4096):
