@@ -8,7 +8,7 @@ from naive_draft import VARIANTS, make
 from random_sample import random_sample
 from safetensors.torch import load, save
 
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.learn.objective import LossConfig, objective
 from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig, learning_rate
 
