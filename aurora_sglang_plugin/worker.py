@@ -50,9 +50,15 @@ def on_release(req: Any) -> None:
         _capture.ended(req)
 
 
-class AuroraWorker(EAGLEWorkerV2):
-    """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
+class Attached:
+    """What Aurora adds to a worker of SGLang's, whatever its steps are; mixed in before it."""
 
+    # SGLang's: once it is made
+    server_args: Any
+    target_worker: Any
+    _draft_worker: Any
+    speculative_num_steps: int
+    topk: int
     # on the first tensor-parallel rank
     capture: Capture | None = None
     # once attached
@@ -71,8 +77,8 @@ class AuroraWorker(EAGLEWorkerV2):
         )
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
-        super().alloc_memory_pool(*args, **kwargs)
-        # The draft is complete now (its head and hot_token_id were set by the line above) and
+        super().alloc_memory_pool(*args, **kwargs)  # type: ignore[misc]
+        # The draft is complete now (the line above set its head and its target ids) and
         # nothing was served yet.
         self._attach()
 
@@ -90,13 +96,13 @@ class AuroraWorker(EAGLEWorkerV2):
         group = tp.cpu_group if tp.world_size > 1 else None
         self._room = None
         self.reloader = Reloader(
-            model, draft.hot_token_id, config.weights, config.plugin.swap, target, group
+            model, self._target_ids(), config.weights, config.plugin.swap, target, group
         )
         self.reloader.apply_at_start()
         self._mark_new_requests()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
-            device = model.lm_head.weight.device
+            device = next(model.parameters()).device
             self.capture = Capture(
                 config.plugin.capture,
                 publisher,
@@ -190,8 +196,19 @@ class AuroraWorker(EAGLEWorkerV2):
             target, directory, self.reloader.version,
         )  # fmt: skip
 
+    def _target_ids(self) -> Any:
+        """int64 [VD], the target id of each draft id, where the vocabulary is a reduced one."""
+        return None
+
     def _mode(self) -> str:
         return "live" if self.speculative_num_steps else "shadow"
+
+
+class AuroraWorker(Attached, EAGLEWorkerV2):
+    """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
+
+    def _target_ids(self) -> Any:
+        return self._draft_worker.hot_token_id
 
     def verify(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # an SGLang whose scheduler does not allocate through the worker

@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+from aurora_sglang_plugin.drafts.kinds import fill
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
 from aurora_sglang_plugin.serve.renewal import Renewal
@@ -47,16 +47,16 @@ FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 class Reloader:
     """Owns the staging copy, the previous version's copy, and which version is live.
 
-    `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a
-    reduced vocabulary, `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU
-    group where there is more than one. Raises ValueError for a draft whose weights cannot be
-    swapped.
+    `model` is SGLang's draft model, `target_ids` the worker's int64 [VD] of a reduced vocabulary
+    (the target id of each draft id) or None, `target` the target's fingerprint, `group` the
+    tensor-parallel ranks' CPU group where there is more than one. Raises ValueError for a draft
+    whose weights cannot be swapped.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        hot_token_id: torch.Tensor | None,
+        target_ids: torch.Tensor | None,
         weights: WeightsConfig,
         swap: SwapConfig,
         target: str,
@@ -76,17 +76,17 @@ class Reloader:
         # when what drafts was published
         self.created_unix_s = self._previous_created = time.time()
         self._model = model
-        self._hot = hot_token_id
+        self._target_ids = target_ids
         # the watcher's thread must be able to write to what is made here
         with torch.inference_mode(False):
-            self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
+            self._staged_ids = None if target_ids is None else torch.empty_like(target_ids)
             self._staging: Any = make_staging_copy(model)
         staging_parameters = dict(trainable(self._staging))
         self._pairs = [(live, staging_parameters[name]) for name, live in trainable(model)]
         # Made now: memory that is missing must be missed before anything is served.
         with torch.inference_mode(False):
             self._previous = [live.data.clone() for live, _ in self._pairs]
-            self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
+            self._previous_ids = None if target_ids is None else target_ids.clone()
         # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
         self._in_previous = 0
         self._in_staging: int | None = None
@@ -104,7 +104,7 @@ class Reloader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
-        expected = expected_weights(model, hot_token_id, target)
+        expected = expected_weights(model, target_ids, target)
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
@@ -192,9 +192,9 @@ class Reloader:
         torch._foreach_copy_(self._previous, live)
         torch._foreach_copy_(live, staged)
         self._count_write()
-        if self._hot is not None:
-            self._previous_hot.copy_(self._hot)
-            self._hot.copy_(self._staged_hot)
+        if self._target_ids is not None:
+            self._previous_ids.copy_(self._target_ids)
+            self._target_ids.copy_(self._staged_ids)
         if self._stream:
             self._applied_event.record()
         self.previous_version, self.version = self.version, self._staged_version
@@ -221,7 +221,7 @@ class Reloader:
         if self.previous_version is None:
             return None
         started = time.perf_counter()
-        self._put_back(self._previous, self._previous_hot)
+        self._put_back(self._previous, self._previous_ids)
         self.version, self.previous_version = self.previous_version, None
         self.created_unix_s = self._previous_created
         self._measure(started)
@@ -248,11 +248,11 @@ class Reloader:
         If no copy of it is left (a newer one is being staged, or failed), CURRENT is read again.
         """
         if self._in_previous == self.version:
-            return self._put_back(self._previous, self._previous_hot)
+            return self._put_back(self._previous, self._previous_ids)
         if self._hand_over(FREE, APPLYING):
             whole = self._in_staging == self.version
             if whole:
-                self._put_back([t.data for _, t in self._pairs], self._staged_hot)
+                self._put_back([t.data for _, t in self._pairs], self._staged_ids)
             if self._stream:
                 self._applied_event.record()
             self._hand_over(APPLYING, FREE)
@@ -261,11 +261,11 @@ class Reloader:
         log.warning("draft may not be version=%d until the next swap", self.version)
         self._watcher.look_again(0)
 
-    def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:
+    def _put_back(self, copies: list[torch.Tensor], ids: torch.Tensor | None) -> None:
         torch._foreach_copy_([live.data for live, _ in self._pairs], copies)
         self._count_write()
-        if self._hot is not None:
-            self._hot.copy_(hot)
+        if self._target_ids is not None:
+            self._target_ids.copy_(ids)
 
     def stage(self, weights: Weights) -> bool:
         """On the watcher thread: fill the staging copy. Returns False while a swap still reads it.
@@ -308,17 +308,12 @@ class Reloader:
             # what the loader leaves out is found below
             staged.data.fill_(float("nan"))
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
-        self._staging.load_weights([(n, t) for n, t in tensors.items() if n not in MAPS])
+        fill(self._staging, self._staged_ids, tensors)
         for name, staged in trainable(self._staging):
             if not bool(torch.isfinite(staged.data).all()):
                 raise ManifestError(
                     "values", f"{name} is not whole and finite in {staged.dtype} after loading"
                 )
-        if self._staged_hot is not None:
-            ids = torch.arange(len(self._staged_hot))
-            self._staged_hot.copy_(
-                ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids
-            )
         if self._stream:
             self._staged_event.record(self._stream)
             # this thread may wait; host tensors must outlive their copies
