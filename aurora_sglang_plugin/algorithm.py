@@ -21,7 +21,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from aurora_sglang_plugin.config import SpeculationConfig, load_server_config
-from aurora_sglang_plugin.drafts.eagle3_check import check_draft
+from aurora_sglang_plugin.drafts.kinds import check_draft
 from aurora_sglang_plugin.link.wire import MAX_NODES, MAX_STEPS
 from aurora_sglang_plugin.serve.speculation import candidate_steps
 

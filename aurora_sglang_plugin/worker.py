@@ -60,26 +60,28 @@ def on_release(req: Any) -> None:
         _capture.ended(req)
 
 
-class AuroraWorker(EAGLEWorkerV2):
-    """EAGLEWorkerV2 with capture and hot swap. Without either it is EAGLE3, step for step."""
+class Attached:
+    """What Aurora adds to a worker of SGLang's, whatever its steps are; mixed in before it."""
 
+    # SGLang's: once it is made
+    server_args: Any
+    target_worker: Any
+    _draft_worker: Any
+    speculative_num_steps: int
+    topk: int
     # on the first tensor-parallel rank
     capture: Capture | None = None
     # once attached
     reloader: Reloader | None = None
-    # once attached
     control: Control | None = None
+    # if the count of draft steps may change
+    _speculation: Speculation | None = None
     # fingerprint of the target as it is now
     target = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._most_steps = self.speculative_num_steps
-        self._speculation: Speculation | None = None
-        if self.adaptive_controller is not None:
-            config = load_server_config().plugin.speculation
-            self._speculation = Speculation(config, self._most_steps)
-            self.adaptive_controller.params = self._speculation
         # SGLang sizes its KV cache by what is free, after this and before _attach: hold the room of
         # what is made there.
         self._room = (
@@ -89,8 +91,8 @@ class AuroraWorker(EAGLEWorkerV2):
         )
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
-        super().alloc_memory_pool(*args, **kwargs)
-        # The draft is complete now (its head and hot_token_id were set by the line above) and
+        super().alloc_memory_pool(*args, **kwargs)  # type: ignore[misc]
+        # The draft is complete now (the line above set its head and its target ids) and
         # nothing was served yet.
         self._attach()
 
@@ -108,7 +110,7 @@ class AuroraWorker(EAGLEWorkerV2):
         group = tp.cpu_group if tp.world_size > 1 else None
         self._room = None
         self.reloader = Reloader(
-            model, draft.hot_token_id, config.weights, config.plugin.swap, target, group,
+            model, self._target_ids(), config.weights, config.plugin.swap, target, group,
             writes=tp.rank_in_group == 0,
         )  # fmt: skip
         self.control = Control(
@@ -119,7 +121,7 @@ class AuroraWorker(EAGLEWorkerV2):
         self._mark_new_requests()
         if config.plugin.capture.enabled and tp.rank_in_group == 0:
             publisher = Publisher(config.link, config.plugin.publish, target)
-            device = model.lm_head.weight.device
+            device = next(model.parameters()).device
             self.capture = Capture(
                 config.plugin.capture,
                 publisher,
@@ -212,6 +214,25 @@ class AuroraWorker(EAGLEWorkerV2):
             "only a trainer of this target learns from here on, and only its versions are loaded",
             target, directory, self.reloader.version,
         )  # fmt: skip
+
+    def _target_ids(self) -> Any:
+        """int64 [VD], the target id of each draft id, where the vocabulary is a reduced one."""
+        return None
+
+
+class AuroraWorker(Attached, EAGLEWorkerV2):
+    """EAGLEWorkerV2 with capture, hot swap and a count of draft steps that follows what pays.
+    Without them it is EAGLE3, step for step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.adaptive_controller is not None:
+            config = load_server_config().plugin.speculation
+            self._speculation = Speculation(config, self._most_steps)
+            self.adaptive_controller.params = self._speculation
+
+    def _target_ids(self) -> Any:
+        return self._draft_worker.hot_token_id
 
     def forward_batch_generation(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         control = self.control

@@ -14,7 +14,7 @@ from aurora_sglang_plugin.config import LinkConfig, PluginConfig, Section, Weigh
 from aurora_sglang_plugin.link.receiver import ReceiveConfig
 from aurora_sglang_plugin.weights.writer import PublishConfig
 from aurora_trainer.checkpoint import CheckpointConfig
-from aurora_trainer.drafts.eagle3_batch import BatchConfig
+from aurora_trainer.drafts.batch import BatchConfig
 from aurora_trainer.intake.assemble import AssembleConfig
 from aurora_trainer.intake.buffer import BufferConfig
 from aurora_trainer.learn.gate import GateConfig

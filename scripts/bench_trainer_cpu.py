@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from synthetic_samples import ragged, sample
 
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_init import randomise
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aurora_trainer.drafts.batch import Batch
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import Batch
 from aurora_trainer.learn.objective import LossConfig, states
 
 

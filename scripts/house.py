@@ -47,7 +47,7 @@ FACTS = {
     "a draft's names and shapes": r"^def expected_shapes\(",
     "header of a safetensors file": r"^def read_header\(path",
     "reasons of drops": r'"queue_full", ',
-    "reasons of refused weights": r'"d2t", "dtype"',
+    "reasons of refused weights": r'"dtype", "format", "hash"',
     "reasons of rejected messages": r'"frames", "dtype"',
     "fingerprint of a target": r"^def target_fingerprint\(",
 }

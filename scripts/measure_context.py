@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from aurora_trainer.config import TrainerFile, load_trainer_config
+from aurora_trainer.drafts.batch import pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import pack
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import losses

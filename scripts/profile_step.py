@@ -24,8 +24,8 @@ from synthetic_samples import ragged
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_init import randomise
 from aurora_trainer.learn.objective import LossConfig, losses, score
 from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig

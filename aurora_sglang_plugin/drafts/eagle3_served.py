@@ -1,15 +1,19 @@
-"""What a checkpoint must hold to be loaded into a draft that SGLang has built: from its parameters,
-which are fused (qkv, gate and up) and sharded, and its config.
+"""A draft that SGLang has built: what a version must hold to be loaded into it, and the loading.
+
+Its parameters are fused (qkv, gate and up) and sharded; names and full shapes follow from them and
+its config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAP, MAPS
 from aurora_sglang_plugin.drafts.tensor_files import canonical_name
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Values of config.json, or of its eagle_config, that a running server cannot change; compared where
 # both name them.
@@ -22,10 +26,25 @@ FIXED_CONFIG = (
 FLOATS = ("torch.float32", "torch.float16", "torch.bfloat16")
 
 
+def of_the_target(model: nn.Module) -> tuple[str, ...]:
+    """The names of modules in `model` that are the target's own: never written."""
+    return ("embed_tokens",)
+
+
 def fixed_config(config: Any) -> dict[str, Any]:
     """The values of FIXED_CONFIG that the draft was built with."""
     named = vars(config) | (getattr(config, "eagle_config", None) or {})
     return {k: named[k] for k in FIXED_CONFIG if named.get(k) is not None}
+
+
+def differing_config(config: dict[str, Any], fixed: Mapping[str, Any]) -> dict[str, tuple]:
+    """Where config.json names another value than `fixed`: (theirs, this server's).
+
+    Raises TypeError or AttributeError for what is no config.
+    """
+    named = config | (config.get("eagle_config") or {})
+    both = {k: (named[k], v) for k, v in fixed.items() if named.get(k) is not None}
+    return {k: (theirs, ours) for k, (theirs, ours) in both.items() if theirs != ours}
 
 
 def served_shapes(
@@ -71,5 +90,18 @@ def served_shapes(
         else:
             shapes[name] = tuple(live.shape)
     if mapped is not None:
-        shapes["d2t"] = (mapped,)
+        shapes[MAP] = (mapped,)
     return shapes
+
+
+def fill(model: nn.Module, target_ids: Tensor | None, tensors: dict[str, Tensor]) -> None:
+    """Load a version's tensors, by canonical name, into `model`; and into `target_ids` int64 [VD],
+    of a reduced vocabulary, the target id of each draft id.
+    """
+    import torch
+
+    load: Any = model.load_weights
+    load([(n, t) for n, t in tensors.items() if n not in MAPS])
+    if target_ids is not None:
+        ids = torch.arange(len(target_ids))
+        target_ids.copy_(ids + tensors[MAP].to(torch.int64) if MAP in tensors else ids)

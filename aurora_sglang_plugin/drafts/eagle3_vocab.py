@@ -7,10 +7,34 @@ imports neither torch nor sglang.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-# They are no parameters: a loader takes them aside.
-MAPS = ("d2t", "t2d")
+# A reduced vocabulary comes with d2t, and may come with t2d, which follows from it. They are no
+# parameters: a loader takes them aside.
+MAP = "d2t"
+MAPS = (MAP, "t2d")
+# as safetensors names them
+MAP_DTYPES = ("I64", "I32")
+# The manifest's field with the hash of its bytes, and the reason why a version was refused for it.
+MAP_SHA256 = "d2t_sha256"
+BAD_MAP = "d2t"
+
+
+def optional_maps(shapes: Mapping[str, tuple[int, ...] | None], target_vocab: int) -> set[str]:
+    """Those that a version may leave out, for a draft of `shapes` (eagle3_served.served_shapes).
+
+    A draft of the whole vocabulary may spell its offsets out, all zero, or leave them out.
+    """
+    return set(MAPS) if shapes.get(MAP) == (target_vocab,) else {"t2d"}
+
+
+def maps_problem(tensors: Mapping[str, tuple[str, np.ndarray]], target_vocab: int) -> str | None:
+    """What is wrong with the values of a version's maps; `tensors` as weights/reader.py has
+    them.
+    """
+    return vocabulary_problem(tensors[MAP][1], target_vocab) if MAP in tensors else None
 
 
 def vocabulary_problem(d2t: np.ndarray, target_vocab: int) -> str | None:

@@ -4,6 +4,8 @@ They are label values of metrics, keys of counters, and words of messages. Those
 are in rows.py, those of a request that is not captured in serve/excluded.py.
 """
 
+from aurora_sglang_plugin.drafts.kinds import BAD_MAP
+
 # Why a captured message was never sent (the server).
 DROPS = ("queue_full", "no_buffer", "too_large", "build", "publish", "closed")
 
@@ -18,6 +20,6 @@ REFUSED_PEERS = (*REFUSED_BY_TRAINER, "garbage", "unwatched")
 
 # Why a published version was not loaded, or not swapped in (the server).
 REFUSED_WEIGHTS = (
-    "config", "current", "d2t", "dtype", "format", "hash", "header", "manifest", "missing", "name",
-    "names", "rejected", "shape", "size", "stage", "swap", "target", "values",
+    "config", "current", BAD_MAP, "dtype", "format", "hash", "header", "manifest", "missing",
+    "name", "names", "rejected", "shape", "size", "stage", "swap", "target", "values",
 )  # fmt: skip

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from aurora_sglang_plugin.drafts.eagle3_served import fixed_config, served_shapes
+from aurora_sglang_plugin.drafts.kinds import fixed_config, of_the_target, served_shapes
 from aurora_sglang_plugin.weights.reader import Expected
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The draft's own parameters: all but the embedding, which is the target's."""
-    return [(n, p) for n, p in model.named_parameters() if "embed_tokens" not in n]
+    """The draft's own parameters: all but the target's."""
+    shared = of_the_target(model)
+    return [(n, p) for n, p in model.named_parameters() if not any(s in n for s in shared)]
 
 
 def reserve_staging_memory(model: nn.Module) -> torch.Tensor | None:
@@ -34,8 +35,7 @@ def reserve_staging_memory(model: nn.Module) -> torch.Tensor | None:
 
 
 def make_staging_copy(model: nn.Module) -> nn.Module:
-    """The same module tree with fresh parameters, except the embedding's; everything else is
-    shared.
+    """The same module tree with fresh parameters, except the target's; everything else is shared.
 
     Not a deepcopy: that would drop the parameters' attributes (SGLang's `weight_loader`), and copy
     process groups, streams and attention backends. A loader bound to a live layer is right for the
@@ -43,6 +43,7 @@ def make_staging_copy(model: nn.Module) -> nn.Module:
     shard.
     """
     memo: dict[int, Any] = {}
+    shared = of_the_target(model)
 
     def parameter(live: nn.Parameter | None) -> nn.Parameter | None:
         if live is not None and id(live) not in memo:
@@ -52,7 +53,7 @@ def make_staging_copy(model: nn.Module) -> nn.Module:
         return None if live is None else memo[id(live)]
 
     def module(live: nn.Module, name: str) -> nn.Module:
-        if name == "embed_tokens":
+        if name in shared:
             return live
         if id(live) not in memo:
             staged = memo[id(live)] = copy.copy(live)
@@ -65,12 +66,12 @@ def make_staging_copy(model: nn.Module) -> nn.Module:
     return module(model, "")
 
 
-def expected_weights(model: nn.Module, hot_token_id: torch.Tensor | None, target: str) -> Expected:
+def expected_weights(model: nn.Module, target_ids: torch.Tensor | None, target: str) -> Expected:
     """What a published version must hold to be loaded into `model`.
 
     Raises ValueError as `served_shapes`.
     """
-    mapped = None if hot_token_id is None else len(hot_token_id)
+    mapped = None if target_ids is None else len(target_ids)
     shapes = served_shapes(model, trainable(model), mapped)
     config: Any = model.config
     return Expected(target, shapes, config.vocab_size, fixed_config(config))

@@ -5,10 +5,9 @@
                          READY <-> OFFERED -> APPLYING    while tensor-parallel ranks agree
 
 The staging copy is the draft module once more, with parameters of its own in the very layout of the
-live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only: same
-addresses, CUDA graphs stay valid. A READY staging copy that nobody took yet is taken back when a
-newer version comes, so that the newest wins. The target's embedding, which the draft holds by
-reference, is shared with the staging copy and never written. This module imports no sglang.
+live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only. A READY
+staging copy that nobody took yet is taken back when a newer version comes, so that the newest wins.
+This module imports no sglang.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import logging
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,11 +24,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+from aurora_sglang_plugin.drafts.kinds import fill
 from aurora_sglang_plugin.metric_families import Tally
+from aurora_sglang_plugin.serve.draft_memory import DraftMemory
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
 from aurora_sglang_plugin.serve.renewal import Renewal
-from aurora_sglang_plugin.serve.staging import expected_weights, make_staging_copy, trainable
+from aurora_sglang_plugin.serve.staging import expected_weights, trainable
 from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
 from aurora_sglang_plugin.weights.reader import Watcher, Weights
 
@@ -42,7 +42,6 @@ FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered",
 START_TRIES = 5
 # of the ranks' plan: steps by bucket, and whether the server is cold
 PLAN_SIZE = 17
-SCRATCH_BYTES = 16 << 20
 
 # buckets, in seconds
 STALL_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
@@ -53,16 +52,16 @@ FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 class Reloader:
     """Owns the staging copy, the previous version's copy, and which version is live.
 
-    `model` is SGLang's draft model, `hot_token_id` the worker's int64 [VD] or None without a
-    reduced vocabulary, `target` the target's fingerprint, `group` the tensor-parallel ranks' CPU
-    group where there is more than one. Raises ValueError for a draft whose weights cannot be
-    swapped.
+    `model` is SGLang's draft model, `target_ids` the worker's int64 [VD] of a reduced vocabulary
+    (the target id of each draft id) or None, `target` the target's fingerprint, `group` the
+    tensor-parallel ranks' CPU group where there is more than one. Raises ValueError for a draft
+    whose weights cannot be swapped.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        hot_token_id: torch.Tensor | None,
+        target_ids: torch.Tensor | None,
         weights: WeightsConfig,
         swap: SwapConfig,
         target: str,
@@ -87,18 +86,7 @@ class Reloader:
         self.freshness = Tally(FRESHNESS_S)
         # when what drafts was published
         self.created_unix_s = self._previous_created = time.time()
-        self._model = model
-        self._hot = hot_token_id
-        # the watcher's thread must be able to write to what is made here
-        with torch.inference_mode(False):
-            self._staged_hot = None if hot_token_id is None else torch.empty_like(hot_token_id)
-            self._staging: Any = make_staging_copy(model)
-        staging_parameters = dict(trainable(self._staging))
-        self._pairs = [(live, staging_parameters[name]) for name, live in trainable(model)]
-        # Made now: memory that is missing must be missed before anything is served.
-        with torch.inference_mode(False):
-            self._previous = [live.data.clone() for live, _ in self._pairs]
-            self._previous_hot = None if hot_token_id is None else hot_token_id.clone()
+        self._memory = DraftMemory(model, target_ids)
         # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
         self._in_previous = 0
         self._in_staging: int | None = None
@@ -112,11 +100,11 @@ class Reloader:
         self._staged_version = 0
         # and when it was noticed
         self._staged: tuple[Manifest, float] | None = None
-        device = self._pairs[0][0].device
+        device = self._memory.device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
-        expected = expected_weights(model, hot_token_id, target)
+        expected = expected_weights(model, target_ids, target)
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
@@ -124,8 +112,6 @@ class Reloader:
         self.renewal = Renewal(swap)
         # Decides on versions and steps; set by whoever has one.
         self.control: Control | None = None
-        # parts of a parameter change places by way of it
-        self._scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)
 
     def step(self) -> int | None:
         """Once per verify step of every rank, before draft-extend: swap if a version is ready.
@@ -213,18 +199,12 @@ class Reloader:
             return None
         if self._stream:
             torch.cuda.current_stream().wait_event(self._staged_event)
-        live, staged = [p.data for p, _ in self._pairs], [t.data for _, t in self._pairs]
         first = not self._watching or (self.version == 0 and not self.has_draft)
         if self.control is None or self.control.swapped(manifest, first):
-            torch._foreach_copy_(self._previous, live)
-            if self._hot is not None:
-                self._previous_hot.copy_(self._hot)
+            self._memory.keep()
             self.previous_version = self._in_previous = self.version
             self._previous_created = self.created_unix_s
-        torch._foreach_copy_(live, staged)
-        self._count_write()
-        if self._hot is not None:
-            self._hot.copy_(self._staged_hot)
+        self._memory.put(self._memory.staged)
         if self._stream:
             self._applied_event.record()
         self.version, self.created_unix_s = self._staged_version, manifest.created_unix_s
@@ -245,18 +225,7 @@ class Reloader:
         """On the scheduler thread, where `step` is called: the version that drafts and the one
         before change places. No memory is allocated."""
         started = time.perf_counter()
-        pairs = [(live.data, held) for (live, _), held in zip(self._pairs, self._previous)]
-        if self._hot is not None:
-            pairs.append((self._hot, self._previous_hot))
-        for live, held in pairs:
-            scratch = self._scratch.view(live.dtype)
-            flat, other = live.view(-1), held.view(-1)
-            for at in range(0, len(flat), len(scratch)):
-                part, back = flat[at : at + len(scratch)], other[at : at + len(scratch)]
-                aside = scratch[: len(part)].copy_(part)
-                part.copy_(back)
-                back.copy_(aside)
-        self._count_write()
+        self._memory.exchange()
         assert self.previous_version is not None
         self.version, self.previous_version = self.previous_version, self.version
         self._in_previous = self.previous_version
@@ -273,10 +242,6 @@ class Reloader:
         )  # fmt: skip
         if version:
             self._watcher.reject(version, self.version, write=self.writes)
-
-    def _count_write(self) -> None:
-        """Writes through .data do not count up a parameter's version, which marks old copies."""
-        torch.autograd.graph.increment_version([live for live, _ in self._pairs])
 
     def retarget(self, target: str) -> None:
         """On the scheduler thread: the server has another target.
@@ -295,11 +260,11 @@ class Reloader:
         If no copy of it is left (a newer one is being staged, or failed), CURRENT is read again.
         """
         if self._in_previous == self.version:
-            return self._put_back(self._previous, self._previous_hot)
+            return self._memory.put(self._memory.previous)
         if self._hand_over(FREE, APPLYING):
             whole = self._in_staging == self.version
             if whole:
-                self._put_back([t.data for _, t in self._pairs], self._staged_hot)
+                self._memory.put(self._memory.staged)
             if self._stream:
                 self._applied_event.record()
             self._hand_over(APPLYING, FREE)
@@ -307,12 +272,6 @@ class Reloader:
                 return
         log.warning("draft may not be version=%d until the next swap", self.version)
         self._watcher.look_again(0)
-
-    def _put_back(self, copies: list[torch.Tensor], hot: torch.Tensor | None) -> None:
-        torch._foreach_copy_([live.data for live, _ in self._pairs], copies)
-        self._count_write()
-        if self._hot is not None:
-            self._hot.copy_(hot)
 
     def stage(self, weights: Weights) -> bool:
         """On the watcher thread: fill the staging copy. Returns False while a swap still reads it.
@@ -351,21 +310,17 @@ class Reloader:
         if self._stream:
             # the last swap's copies may still read the staging copy
             self._stream.wait_event(self._applied_event)
-        for _, staged in self._pairs:
+        staging = self._memory.staging
+        for _, staged in trainable(staging):
             # what the loader leaves out is found below
             staged.data.fill_(float("nan"))
         tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
-        self._staging.load_weights([(n, t) for n, t in tensors.items() if n not in MAPS])
-        for name, staged in trainable(self._staging):
+        fill(staging, self._memory.staged_ids, tensors)
+        for name, staged in trainable(staging):
             if not bool(torch.isfinite(staged.data).all()):
                 raise ManifestError(
                     "values", f"{name} is not whole and finite in {staged.dtype} after loading"
                 )
-        if self._staged_hot is not None:
-            ids = torch.arange(len(self._staged_hot))
-            self._staged_hot.copy_(
-                ids + tensors["d2t"].to(torch.int64) if "d2t" in tensors else ids
-            )
         if self._stream:
             self._staged_event.record(self._stream)
             # this thread may wait; host tensors must outlive their copies

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from aurora_sglang_plugin.drafts.kinds import MAP_SHA256
 from aurora_sglang_plugin.drafts.tensor_files import INDEX, read_header, read_json, weight_map
 
 FORMAT = 1
@@ -55,8 +56,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parent: int
     # target_fingerprint() of the target that it drafts for
     target: str
-    # of the d2t tensor's bytes, "" without a reduced vocabulary
-    d2t_sha256: str
+    # of the bytes of the draft's vocabulary map, "" without a reduced vocabulary
+    map_sha256: str = msgspec.field(name=MAP_SHA256)
     optimizer_step: int
     created_unix_s: float
     files: dict[str, File]

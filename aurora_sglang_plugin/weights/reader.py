@@ -26,8 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-from aurora_sglang_plugin.drafts.eagle3_vocab import vocabulary_problem
-from aurora_sglang_plugin.drafts.tensor_files import canonical_name
+from aurora_sglang_plugin.drafts.kinds import (
+    BAD_MAP,
+    MAP_DTYPES,
+    MAPS,
+    canonical_name,
+    differing_config,
+    maps_problem,
+    optional_maps,
+)
 from aurora_sglang_plugin.weights.manifest import (
     CURRENT,
     REJECTED,
@@ -58,7 +65,7 @@ class Expected:
     # fingerprint
     target: str
     shapes: dict[str, tuple[int, ...] | None]
-    # d2t must stay below it
+    # what the draft proposes must stay below it
     target_vocab: int
     # values that config.json must agree with, where it names them
     config: dict[str, object]
@@ -83,18 +90,15 @@ def check_manifest(manifest: Manifest, expected: Expected) -> None:
             "target", f"drafts for target {manifest.target}, this server's is {expected.target}"
         )
     tensors = {canonical_name(n): t for n, t in manifest.tensors.items()}
-    names = set(tensors) - {"t2d"}
-    needed = set(expected.shapes)
-    if expected.shapes.get("d2t") == (expected.target_vocab,) and "d2t" not in names:
-        # a draft of the whole vocabulary may spell its offsets out, all zero, or leave them out
-        needed -= {"d2t"}
-    if names != needed or len(tensors) != len(manifest.tensors):
-        unknown, missing = sorted(names - needed), sorted(needed - names)
+    optional = optional_maps(expected.shapes, expected.target_vocab)
+    unknown = sorted(tensors.keys() - expected.shapes.keys() - optional)
+    missing = sorted(expected.shapes.keys() - tensors.keys() - optional)
+    if unknown or missing or len(tensors) != len(manifest.tensors):
         raise ManifestError(
             "names", f"unknown tensors {unknown[:5]}, missing tensors {missing[:5]}"
         )
-    for name in names:
-        dtypes = ("I64", "I32") if name == "d2t" else FLOATS
+    for name in tensors.keys() & expected.shapes.keys():
+        dtypes = MAP_DTYPES if name in MAPS else FLOATS
         if tensors[name].dtype not in dtypes:
             raise ManifestError(
                 "dtype", f"{name} is {tensors[name].dtype}, expected one of {dtypes}"
@@ -110,7 +114,7 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
     """Read and check one version.
 
     Raises ManifestError with a cause of `read_manifest` or `check_manifest`, or: hash, header,
-    values, d2t, config.
+    values, config, or that of the draft's own maps.
     """
     noticed_at = time.monotonic()
     manifest = read_manifest(version_dir)
@@ -132,10 +136,9 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
         if not _finite(dtype, array):
             raise ManifestError("values", f"tensor {name} is not finite")
         tensors[canonical_name(name)] = (dtype, array)
-    if "d2t" in tensors:
-        problem = vocabulary_problem(tensors["d2t"][1], expected.target_vocab)
-        if problem:
-            raise ManifestError("d2t", problem)
+    problem = maps_problem(tensors, expected.target_vocab)
+    if problem:
+        raise ManifestError(BAD_MAP, problem)
     config = _check_config(data["config.json"].tobytes(), expected.config)
     return Weights(manifest, config, tensors, noticed_at)
 
@@ -325,12 +328,7 @@ def _finite(dtype: str, array: np.ndarray) -> bool:
 def _check_config(data: bytes, expected: dict[str, object]) -> dict:
     try:
         config = json.loads(data)
-        named = config | (config.get("eagle_config") or {})
-        differing = {
-            k: (named[k], v)
-            for k, v in expected.items()
-            if named.get(k) is not None and named[k] != v
-        }
+        differing = differing_config(config, expected)
     except (ValueError, TypeError, AttributeError) as error:
         raise ManifestError("config", f"config.json: {error}") from None
     if differing:

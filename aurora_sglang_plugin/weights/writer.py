@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from aurora_sglang_plugin.config import Section
+from aurora_sglang_plugin.drafts.kinds import MAP
 from aurora_sglang_plugin.weights import manifest as contract
 from aurora_sglang_plugin.weights.atomic_files import (
     Content,
@@ -116,7 +117,7 @@ class WeightsWriter:
             version=version,
             parent=parent,
             target=target,
-            d2t_sha256=sha256([buffer(tensors["d2t"])]) if "d2t" in tensors else "",
+            map_sha256=sha256([buffer(tensors[MAP])]) if MAP in tensors else "",
             optimizer_step=optimizer_step,
             created_unix_s=time.time(),
             trained_until_ns=trained_until_ns,

@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aurora_trainer.drafts.batch import Batch
 from aurora_trainer.drafts.eagle3 import KV, Draft
-from aurora_trainer.drafts.eagle3_batch import Batch
 
 # logits alive at a time
 CHUNK_LOGITS = 1 << 25

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint, version_name
+from aurora_trainer.drafts.batch import BatchConfig, group, pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, group, pack
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.sample import Sample

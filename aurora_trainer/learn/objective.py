@@ -19,8 +19,8 @@ from pydantic import AfterValidator, Field
 from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
+from aurora_trainer.drafts.batch import Batch, Level
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import Batch, Level
 
 
 def _mixture(distance: dict[str, float]) -> dict[str, float]:

@@ -24,9 +24,6 @@ from aurora_sglang_plugin.config import Section
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
-# quintic Newton-Schulz iteration of Muon (Jordan et al., 2024)
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
 
 class OptimizerConfig(Section):
     """How the draft is updated. Rates are relative to one update, whatever its size in tokens."""
@@ -96,9 +93,19 @@ class Optimizer:
             for n, p in self.parameters.items()
         }
         self._first = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        matrices = {n: m for n, m in self.masters.items() if self._orthogonal(n)}
         self._second = {
-            n: torch.zeros_like(m) for n, m in self.masters.items() if not self._orthogonal(n)
+            n: torch.zeros_like(m) for n, m in self.masters.items() if n not in matrices
         }
+        self._muon: torch.optim.Muon | None = None
+        if matrices:
+            # an update as large as AdamW's, so that both take the same lr (Liu et al., "Muon is
+            # scalable", 2025)
+            self._muon = torch.optim.Muon(
+                list(matrices.values()), momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
+            )
+            for name, master in matrices.items():
+                self._muon.state[master]["momentum_buffer"] = self._first[name]
 
     def step(self, loss: Tensor | float) -> Update:
         """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them
@@ -131,13 +138,12 @@ class Optimizer:
     def _apply(self, name: str, gradient: Tensor, lr: float) -> None:
         c, master, first = self.config, self.masters[name], self._first[name]
         decay = c.weight_decay if master.dim() == 2 else 0.0
-        if self._orthogonal(name):
-            master.mul_(1 - lr * decay)
-            first.lerp_(gradient, 1 - c.momentum)
-            direction = orthogonalize(gradient.lerp(first, c.momentum))
-            # as large as an AdamW update, so that both take the same lr (Liu et al., "Muon is
-            # scalable", 2025)
-            master.add_(direction, alpha=-lr * 0.2 * max(master.shape) ** 0.5)
+        if self._muon is not None and self._orthogonal(name):
+            # it passes over the masters without a gradient
+            self._muon.param_groups[0] |= {"lr": lr, "weight_decay": decay}
+            master.grad = gradient
+            self._muon.step()
+            master.grad = None
         else:
             # one pass over the tensors; on a CPU it takes a ninth of the time of the same formulas
             # one by one
@@ -204,16 +210,3 @@ def learning_rate(config: OptimizerConfig, updates: int) -> float:
         * warm
         * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
     )
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrix of a 2-D matrix, roughly: singular values between about
-    0.7 and 1.2.
-    """
-    a, b, c = _NEWTON_SCHULZ
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        s = x @ x.T
-        x = torch.addmm(x, torch.addmm(s, s, s, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -29,8 +29,8 @@ import torch
 from aurora_kernels.tree_loss import TreeLoss
 from torch import Tensor
 
+from aurora_trainer.drafts.batch import Batch, BatchConfig, group, pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import Batch, BatchConfig, group, pack
 from aurora_trainer.drafts.eagle3_growth import tree_runs
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses

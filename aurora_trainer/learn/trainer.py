@@ -26,8 +26,8 @@ from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
+from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_batch import Batch, pack
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer

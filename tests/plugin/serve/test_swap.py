@@ -61,7 +61,7 @@ def test_staging_copy_is_not_written_while_a_swap_reads_it(site):
     site.reloader._watcher.poll()
     assert {
         p.mean().item()
-        for n, p in site.reloader._staging.named_parameters()
+        for n, p in site.reloader._memory.staging.named_parameters()
         if n == "model.norm.weight"
     } == {1.0}
     site.reloader._state = "free"

@@ -27,9 +27,12 @@ def test_versions_count_on_and_old_ones_go(tmp_path):
     manifest = read_manifest(tmp_path / "v000005")
     assert (
         manifest.gate == {"reason": "first"}
-        and manifest.d2t_sha256 == manifest.tensors["d2t"].sha256
+        and manifest.map_sha256 == manifest.tensors["d2t"].sha256
     )
     assert manifest.tensors["norm.weight"].dtype == "BF16"
+    # the name on disk, which other versions of either side read
+    written = json.loads((tmp_path / "v000005" / "manifest.json").read_text())
+    assert written["d2t_sha256"] == manifest.map_sha256
     writer.close()
     assert WeightsWriter(tmp_path).publish(tensors(9), {}, **FIELDS) == 6
 

@@ -9,7 +9,7 @@ from naive_draft import VARIANTS, make
 from random_sample import random_sample
 
 from aurora_trainer.drafts import eagle3_growth
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_growth import tree_runs
 
 S = 3

@@ -17,7 +17,7 @@ from trainer_process import config
 
 from aurora_sglang_plugin.link import rows, wire
 from aurora_trainer.daemon import Daemon
-from aurora_trainer.drafts.eagle3_batch import pack
+from aurora_trainer.drafts.batch import pack
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.buffer import Buffer, BufferConfig
 from aurora_trainer.intake.usable import unusable

@@ -4,7 +4,7 @@ from naive_draft import VARIANTS, make
 from pydantic import ValidationError
 from random_sample import random_sample
 
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.learn.objective import LossConfig, objective, states, to_draft_ids
 
 

@@ -19,7 +19,7 @@ from aurora_sglang_plugin.serve.transfer import HostTensors
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_init import draft_config, init_draft
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.learn.objective import LossConfig, losses
@@ -183,7 +183,7 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 from aurora_trainer.tools import sizes
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, pack
+from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.learn.objective import LossConfig, losses

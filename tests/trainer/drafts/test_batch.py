@@ -5,7 +5,7 @@ import torch
 from naive_draft import CONFIG, VARIANTS, Naive, make
 from random_sample import random_sample
 
-from aurora_trainer.drafts.eagle3_batch import BatchConfig, _upload, group, pack
+from aurora_trainer.drafts.batch import BatchConfig, _upload, group, pack
 from aurora_trainer.learn.objective import states
 
 
