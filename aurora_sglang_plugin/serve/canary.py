@@ -20,7 +20,8 @@ the new version is suspected. The traffic may have changed and not the draft: so
 goes back for a trial. If it accepts what it did before, rather than what the new one did, it stays
 and the new one is rejected; else the new one comes back. Serving loses nothing by a trial.
 
-The old version is the newest one that served 8 requests unsuspected.
+The old version is the newest one that served 8 requests unsuspected. Only requests count that began
+with the version in question: behind KV that another one wrote any version drafts worse.
 """
 
 from __future__ import annotations

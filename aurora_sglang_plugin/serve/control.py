@@ -97,6 +97,9 @@ class Control:
 
     def prefill(self, reqs: Sequence[Any]) -> None:
         """A prefill of these requests, or of some of their chunks, runs next."""
+        for req in reqs:
+            if not hasattr(req, "aurora_since"):
+                req.aurora_since = self._changes
         if self.speculation is None:
             return
         self.speculation.interrupted()
@@ -132,7 +135,11 @@ class Control:
             return
         if self.speculation is not None:
             self.speculation.judged(round_.steps, accepted)
-        action = self.canary.judged(round_.steps, accepted, reqs)
+        # A version drafts badly behind KV that another one wrote, whichever of them is bad.
+        own = [n for n, req in enumerate(reqs) if req.aurora_since == self._changes]
+        action = self.canary.judged(
+            round_.steps, [accepted[n] for n in own], [reqs[n] for n in own]
+        )
         if action == "exchange":
             self._exchange = True
         elif action == "reject":
@@ -145,6 +152,8 @@ class Control:
         if self._exchange:
             self._exchange = False
             self.reloader.exchange()
+            # the trial is of what it drafts behind its own KV
+            self.reloader.renewal.renew()
             self._changes += 1
             if self.speculation is not None and self._other_rates is not None:
                 self._other_rates = self.speculation.serve(self._other_rates, self._probation())

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from aurora_sglang_plugin.config import SpeculationConfig
-from aurora_sglang_plugin.serve.worth import COLD, ENOUGH, Cost, Rates
+from aurora_sglang_plugin.serve.worth import COLD, SURE, Cost, Rates
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Speculation:
     def serve(self, rates: Rates, probation: int = 0) -> Rates:
         """Another version drafts; returns what is known of the one before."""
         before, self.rates = self.rates, rates
-        if before.judged >= 4 * ENOUGH and before.predicted > 1:
+        if before.judged >= SURE and before.predicted > 1:
             gain = (before.length(self.most, prior=False) - 1) / (before.predicted - 1)
             self._trust *= min(1.25, max(0.5, gain))
             self._trust = min(1.25, max(0.1, self._trust))
@@ -251,8 +251,10 @@ class Speculation:
         if not self.rates.known or not self._cost[at].knows(self.most):
             return
         best = max(self.candidate_steps, key=lambda steps: self._value(at, steps))
-        if best == 0 and now > 0 and self.probation:
-            best = max(drafting, key=lambda steps: self._value(at, steps))
+        if best == 0 and now > 0:
+            hopeful = self.rates.judged < SURE and self._value(at, now, errors=-1.0) > 1
+            if self.probation or hopeful:
+                best = max(drafting, key=lambda steps: self._value(at, steps))
         if best > now:
             ahead = self._value(at, best, errors=1.0)
             if ahead < self._value(at, now) * (1 + self.config.margin):

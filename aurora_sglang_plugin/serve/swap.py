@@ -77,7 +77,6 @@ class Reloader:
         self.version = 0
         self.previous_version: int | None = None
         self.swaps = 0
-        self.swap_seconds_sum = self.swap_seconds_max = 0.0
         # of the scheduler's thread
         self.stalls = Tally(STALL_S)
         # from noticing a version to drafting with it
@@ -294,12 +293,10 @@ class Reloader:
         return True
 
     def counters(self) -> dict[str, float]:
-        """For metrics: current version, swaps, their time on the scheduler, refusals by cause."""
+        """For metrics: current version, swaps, refusals by cause."""
         return {
             "draft_version": self.version,
             "swaps": self.swaps,
-            "swap_seconds_sum": self.swap_seconds_sum,
-            "swap_seconds_max": self.swap_seconds_max,
             "target_changes": self.target_changes,
             "prefix_renewals": self.renewal.count,
             **{f"refused_{cause}": n for cause, n in sorted(self._watcher.failures.items())},
@@ -336,8 +333,6 @@ class Reloader:
     def _measure(self, started: float) -> None:
         seconds = time.perf_counter() - started
         self.swaps += 1
-        self.swap_seconds_sum += seconds
-        self.swap_seconds_max = max(self.swap_seconds_max, seconds)
         self.stalls.observe(seconds)
         log.info(
             "draft swapped version=%d previous=%s seconds=%.4f",

@@ -16,9 +16,9 @@ from statistics import median
 COLD = -1
 # measurements of a cost that are kept, and request-steps after which rates halve their past
 KEEP, HALVE_AT = 5, 4096
-# Request-steps that what is expected of a version counts for, and that an unknown draft is watched
-# for.
-PRIOR, ENOUGH = 64, 64
+# Request-steps that what is expected of a version counts for, that an unknown draft is watched for,
+# and that a draft which may be worth something is, before it is given up.
+PRIOR, ENOUGH, SURE = 64, 32, 256
 
 
 class Rates:
@@ -48,8 +48,8 @@ class Rates:
             self.kept = [n / 2 for n in self.kept]
 
     def length(self, steps: int, errors: float = 0.0, prior: bool = True) -> float:
-        """A(steps), with each rate lowered by so many standard errors; `prior` False: as counted,
-        without what was expected."""
+        """A(steps), with each rate lowered by so many standard errors (raised, if negative);
+        `prior` False: as counted, without what was expected."""
         length = product = 1.0
         rate = 0.0
         for d in range(steps):
@@ -61,7 +61,7 @@ class Rates:
             if reached >= 1:
                 rate = kept / reached
                 rate -= errors * math.sqrt(max(rate * (1 - rate), 0.25 / reached) / reached)
-            product *= max(0.0, rate)
+            product *= min(1.0, max(0.0, rate))
             length += product
         return length
 

@@ -1,0 +1,153 @@
+"""The step policy over tables of costs and acceptance, with a clock of its own: a simulated server
+whose rounds take what the table says, with noise and outliers.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from aurora_sglang_plugin.config import SpeculationConfig
+from aurora_sglang_plugin.serve.speculation import Speculation, bucket, candidate_steps
+from aurora_sglang_plugin.serve.worth import COLD, Cost, Rates
+
+# Time of a round over a plain one at 8 requests, by draft steps: a CPU's, where a verified token
+# costs nearly what a decoded one does, and a GPU's at a small batch, bound by reading weights.
+CPU = {COLD: 1.0, 0: 1.05, 1: 1.55, 2: 1.95, 3: 2.35}
+GPU = {COLD: 1.0, 0: 1.03, 1: 1.12, 2: 1.18, 3: 1.24}
+
+
+class Server:
+    """`size` requests of about 100 rounds; each accepts a draft with probability `rate`, behind KV
+    that was written, and hardly ever without."""
+
+    def __init__(self, cost, rate, size=8, has_draft=True, noise=0.05, seed=0):
+        self.random, self.now = random.Random(seed), 0.0
+        self.cost, self.rate, self.size, self.noise = cost, rate, size, noise
+        self.policy = Speculation(SpeculationConfig(), 3, has_draft, clock=lambda: self.now)
+        self.warm = size if has_draft else 0
+        self.tokens = 0
+
+    def run(self, rounds):
+        policy, begun, tokens = self.policy, self.now, self.tokens
+        for n in range(rounds):
+            if n % 100 == 0:
+                policy.interrupted()
+                self.now += 0.5
+                self.warm = 0 if policy.cold else self.size
+            left_cold = policy.begin(self.size, self.warm) and policy.apply(policy.decide())
+            if left_cold and not policy.cold:
+                self.warm = 0
+            seconds = self.cost[policy.steps] * (1 + self.random.gauss(0, self.noise))
+            self.now += seconds * (3 if self.random.random() < 0.02 else 1)
+            accepted = [self._accepted(policy.steps, r < self.warm) for r in range(self.size)]
+            self.tokens += sum(accepted) + self.size
+            if policy.steps > 0 and not policy.cold and self.warm:
+                policy.judged(policy.steps, accepted[: self.warm])
+        return (self.tokens - tokens) / (self.now - begun) / self.size
+
+    def serve(self, rate, predicted):
+        self.rate = rate
+        self.policy.serve(self.policy.expect(predicted))
+
+    def _accepted(self, steps, warm):
+        count = 0
+        while count < steps and self.random.random() < (self.rate if warm else 0.05):
+            count += 1
+        return count
+
+
+def best(cost, rate):
+    """Tokens a second of the best fixed choice, prompts and outliers included as above."""
+    return max(
+        sum(rate**d for d in range(max(steps, 0) + 1)) / (seconds * 1.04 + 0.5 / 100)
+        for steps, seconds in cost.items()
+    )
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("size", [1, 8, 16])
+@pytest.mark.parametrize("cost", [CPU, GPU], ids=["cpu", "gpu"])
+def test_never_slower_than_plain_and_near_the_best(cost, rate, size):
+    reached = Server(cost, rate, size).run(3000)
+    plain = 1 / (1.04 + 0.5 / 100)
+    assert reached >= 0.97 * plain
+    assert reached >= 0.95 * best(cost, rate), (reached, best(cost, rate))
+
+
+def test_exploration_is_bounded():
+    server = Server(GPU, 0.7)
+    server.run(20_000)
+    policy = server.policy
+    assert 0 < policy.explored <= 0.005 * 20_000 + 8 * 6
+    assert policy.rounds[3] > 19_000 and policy.gain() == pytest.approx(2.53 / 1.24, rel=0.1)
+
+
+def test_a_draft_that_cannot_pay_costs_nothing_and_a_good_version_is_taken_up():
+    server = Server(CPU, 0.02)
+    server.run(2000)
+    assert server.policy.cold
+    spent = sum(n for steps, n in server.policy.rounds.items() if steps != COLD)
+    server.run(3000)
+    # nothing is tried while it rests
+    assert sum(n for steps, n in server.policy.rounds.items() if steps != COLD) == spent
+    # its gate says that this one is hardly better: not even its cost is measured
+    server.serve(0.05, 1.05)
+    server.run(500)
+    assert server.policy.cold
+    server.serve(0.9, 3.4)
+    server.run(1000)
+    assert not server.policy.cold and server.run(1000) >= 0.95 * best(CPU, 0.9)
+
+
+def test_a_server_without_a_draft_drafts_once_a_version_is_worth_it():
+    server = Server(GPU, 0.0, has_draft=False)
+    server.run(1000)
+    assert server.policy.rounds == {COLD: 1000}
+    server.serve(0.8, 2.9)
+    server.run(600)
+    assert not server.policy.cold and server.run(1000) >= 0.95 * best(GPU, 0.8)
+
+
+def test_a_gate_that_promises_too_much_is_believed_less_each_time():
+    server = Server(CPU, 0.02)
+    server.run(1000)
+    worth = []
+    for _ in range(6):
+        server.serve(0.3, 3.0)
+        worth.append(server.run(1500))
+    plain = 1 / (1.04 + 0.5 / 100)
+    assert worth[0] < worth[-1] and worth[-1] >= 0.97 * plain, worth
+
+
+def test_a_request_with_holes_in_its_kv_never_counts_and_keeps_the_server_from_drafting():
+    policy = Speculation(SpeculationConfig(), 3, has_draft=False, clock=lambda: 0.0)
+    policy.serve(policy.expect(3.5))
+    policy.apply([3] * 16 + [0])
+    policy.begin(8, 3)
+    assert policy.steps == 0 and not policy.cold
+    policy.begin(8, 4)
+    assert policy.steps == 3
+
+
+def test_buckets_and_candidates():
+    assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 10**9)] == [
+        0, 1, 2, 2, 3, 3, 4, 4, 5, 15,
+    ]  # fmt: skip
+    assert candidate_steps(3) == [0, 1, 2, 3] and candidate_steps(9) == [0, 1, 2, 3, 4, 6, 8, 9]
+
+
+def test_rates_and_costs():
+    rates = Rates(3)
+    assert not rates.known and rates.length(3) == 1
+    rates.add(3, [0, 1, 2, 3] * 16)
+    # 3/4, 2/3 and 1/2 of those that came so far
+    assert rates.known and rates.length(3) == pytest.approx(1 + 0.75 + 0.5 + 0.25)
+    assert rates.length(3, errors=1.0) < rates.length(3)
+    assert Rates(3, 2.5).length(3) == pytest.approx(2.5)
+    cost = Cost()
+    assert math.isnan(cost.of(2)) and cost.of(COLD) == 1
+    cost.add(3, 1.6)
+    assert cost.of(3) == 1.6 and cost.of(1) == pytest.approx(1.2) and cost.of(4) > 1.6
