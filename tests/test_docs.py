@@ -288,3 +288,13 @@ def test_the_tables_are_what_their_sources_say():
     tables = "".join(page.read_text() for page in pages)
     unused = [name for name in print_docs.TABLES if f"<!-- make docs: {name} -->" not in tables]
     assert not unused
+
+
+def test_contributing_names_what_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    named = re.findall(r"`([\w/.-]+\.(?:py|md))`", text)
+    missing = [n for n in named if not any(f"/{path}".endswith(f"/{n}") for path in tracked)]
+    assert len(named) > 30 and not missing

@@ -74,7 +74,10 @@ class GateConfig(Section):
 
 @dataclass(frozen=True)
 class Decision:
-    """`reason` is one of metric_families.DECISIONS; accept lengths are nan if none was scored."""
+    """`reason` is one of DECISIONS (metric_families/learning.py).
+
+    Accept lengths are nan if none was scored.
+    """
 
     passed: bool
     reason: str

@@ -21,11 +21,17 @@ ACTIVITIES = ("wait", "assemble", "train", "publish", "checkpoint", "other")
 DEPTHS = tuple(str(d) for d in range(1, 17))
 # jobs of retry.py
 JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "ledger")
-DECISIONS = ("better", "off", "initial", "not_better", "worse", "few_requests", "not_finite")
+# the gate's answers
+REFUSALS = ("not_better", "worse", "few_requests", "not_finite")
+DECISIONS = ("better", "off", "initial", *REFUSALS)
 OUTCOMES = (
-    "published", "unchanged", "rolled_back", "gone_back", "failed", "refused_not_better",
-    "refused_worse", "refused_few_requests", "refused_not_finite",
-)  # fmt: skip
+    "published",
+    "unchanged",
+    "rolled_back",
+    "gone_back",
+    "failed",
+    *(f"refused_{reason}" for reason in REFUSALS),
+)
 
 _STEP_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _WRITE_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -15,7 +15,7 @@ from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.cli import app
 from aurora_trainer.recordings.recording import RecordConfig, Recording
-from aurora_trainer.terminal import escape, ranges, size
+from aurora_trainer.terminal import columns, escape, ranges, size
 from aurora_trainer.tools.describe import describe, problems
 
 EVIL = "\x1b[2Jname\u202e\n"
@@ -195,3 +195,11 @@ def test_a_draft_and_what_is_none(models, tmp_path):
 def test_small_things():
     assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8" and ranges([]) == ""
     assert size(999) == "999 B" and size(1_600_000) == "1.6 MB"
+    # brackets are no markup, wide characters take two places, nothing is cut
+    long = "x" * 300
+    rows = [["[red]a", "1"], ["\u6f22\u5b57\u6f22\u5b57", "22"], [long, ""]]
+    assert columns(["name", "n"], rows) == [
+        f"name{' ' * 296}  n", f"[red]a{' ' * 294}  1", f"\u6f22\u5b57\u6f22\u5b57{' ' * 292}  22",
+        long,
+    ]  # fmt: skip
+    assert columns(["n"], [["1"], ["22"]], "right") == [" n", " 1", "22"]

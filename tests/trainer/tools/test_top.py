@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from models import make_random_target
 from prometheus_client import CollectorRegistry, start_http_server
+from rich.text import Text
 from serve import free_port
 from traffic import write_trace
 
@@ -138,6 +139,13 @@ def test_a_server_that_captures_nothing():
     )
     lines = server_lines(Figures(page, page))
     assert "v3 and v4" in lines[0] and "capture is off" in lines[1]
+
+
+def test_what_a_page_says_is_no_markup():
+    dropped = {"aurora_dropped_messages_total": [({"cause": "[red]\x1b[2J"}, 3.0)]}
+    page = Page(0.0, {"aurora_captured_messages_total": [({}, 3.0)]} | dropped)
+    (line,) = [line for line in server_lines(Figures(page, page)) if "dropped" in line]
+    assert "[red]\\x1b[2J 3" in Text.from_markup(line).plain
 
 
 def test_a_page_without_aurora_is_refused():
