@@ -6,12 +6,9 @@ What SGLang decides by comparing the name itself is listed in docs/algorithm.md.
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import json
 import logging
-import os
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,14 +17,21 @@ from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from aurora_sglang_plugin.config import SpeculationConfig, load_server_config
+from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.drafts.kinds import check_draft
 from aurora_sglang_plugin.link.wire import MAX_NODES, MAX_STEPS
-from aurora_sglang_plugin.serve.speculation import candidate_steps
+from aurora_sglang_plugin.server_args import (
+    NAME,
+    has_dp_attention,
+    read_as_sglang,
+    record_of,
+    resolve_as_eagle3,
+    start_without_a_draft,
+    target_config_of,
+)
 
 logger = logging.getLogger(__name__)
 
-NAME = "AURORA"
 TESTED = "0.5.23"
 OLDEST, NEWEST = (0, 5, 17), (0, 5, 23)
 # The one attention backend of SGLang that drafts on the CPU.
@@ -81,27 +85,25 @@ class AuroraAlgorithm(CustomSpecAlgo):
             raise ValueError(
                 "AURORA reads aux hidden states; start without --enable-attn-tp-input-scattered"
             )
-        if server_args.speculative_draft_model_path is None:
-            raise ValueError(
-                "AURORA needs a draft of the target's shape: --speculative-draft-model-path DIR. "
-                "`aurora-trainer init-draft` makes an untrained one for any target."
-            )
-        record = _record(server_args)
+        record = record_of(server_args)
+        has_draft = server_args.speculative_draft_model_path is not None
+        if not has_draft:
+            start_without_a_draft(record, server_args)
         check_options(server_args)
         check_cpu(server_args)
-        if _has_dp_attention(record):
+        if has_dp_attention(record):
             raise ValueError(
                 "AURORA captures on the first rank of a tensor-parallel group; with attention data"
                 " parallelism each rank has requests of its own: start without it"
             )
-        draft, target_config = _draft_directory(server_args), _target_config(record)
-        for note in check_draft(draft, target_config):
+        draft, target_config = _draft_directory(server_args), target_config_of(record)
+        for note in check_draft(draft, target_config) if has_draft else ():
             logger.warning("aurora draft directory=%s note=%r", draft, note)
-        _read_as_sglang(record, draft)
+        read_as_sglang(record, draft)
         check_dtype(
             server_args.dtype, json.loads((draft / "config.json").read_text()), target_config
         )
-        _resolve_as_eagle3(record, load_server_config().plugin.speculation)
+        resolve_as_eagle3(record, load_server_config().plugin.speculation, has_draft)
 
 
 def register() -> None:
@@ -212,119 +214,6 @@ for _name, _member in list(vars(SpeculativeAlgorithm).items()):
         setattr(AuroraAlgorithm, _name, _as_eagle3(_name))
     elif not _name.startswith("_") and _name != "create_worker":
         setattr(AuroraAlgorithm, _name, _member)
-
-
-def _record(server_args: Any) -> Any:
-    """The ServerArgs behind the stand-in that SGLang 0.5.23 hands to a registered algorithm.
-
-    The stand-in records attribute writes only; SGLang's own resolvers declare on the record.
-    """
-    try:
-        view = object.__getattribute__(server_args, "_cfg")
-    except AttributeError:
-        # SGLang before the stand-in
-        return server_args
-    return object.__getattribute__(view, "_server_args")
-
-
-def _resolve_as_eagle3(record: Any, speculation: SpeculationConfig) -> None:
-    """Run SGLang's resolution of an EAGLE3 server.
-
-    It reads the algorithm's name, so the name is EAGLE3 meanwhile.
-    """
-    _write_name(record, SpeculativeAlgorithm.EAGLE3.name)
-    try:
-        SpeculativeAlgorithm.EAGLE3.handle_server_args(record)
-        _let_steps_change(record, speculation)
-    finally:
-        _write_name(record, NAME)
-
-
-def _let_steps_change(record: Any, speculation: SpeculationConfig) -> None:
-    """Have SGLang prepare every step count from 0 to the most, as for its own adaptive mode; which
-    one a round has is decided in serve/speculation.py."""
-    try:
-        from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
-        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
-        from sglang.srt.speculative.adaptive_spec_params import adaptive_unsupported_reason
-    except ImportError:
-        logger.warning("aurora drafts a fixed number of steps: this SGLang cannot change it")
-        return
-    args = resolving_view(record)
-    reason = adaptive_unsupported_reason(record)
-    if args.speculative_use_rejection_sampling:
-        reason = "speculative_use_rejection_sampling (a round without a draft leaves no q)"
-    if args.disaggregation_mode != "null":
-        reason = f"disaggregation_mode={args.disaggregation_mode}"
-    if not speculation.adaptive or not args.speculative_num_steps or reason:
-        if reason and speculation.adaptive:
-            logger.warning("aurora drafts a fixed number of steps: %s", reason)
-        return
-    steps = candidate_steps(args.speculative_num_steps)
-    handle, path = tempfile.mkstemp(prefix="aurora-steps-", suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        json.dump({"1": {"candidate_steps": steps}}, file)
-    # the scheduler's processes read it while they start
-    atexit.register(Path(path).unlink, missing_ok=True)
-    declare_resolution(
-        record, "aurora", speculative_adaptive=True, speculative_adaptive_config=path
-    )
-    if args.device == "cpu":
-        # a CPU has no graphs, and SGLang would capture one of each step count
-        graphs = with_phase(args.cuda_graph_config, Phase.DECODE, backend=Backend.DISABLED)
-        declare_resolution(record, "aurora", cuda_graph_config=graphs)
-
-
-def _write_name(record: Any, name: str) -> None:
-    try:
-        from sglang.srt.arg_groups.overrides import declare_resolution
-    except ImportError:
-        # SGLang before declarations: resolvers write the fields
-        record.speculative_algorithm = name
-    else:
-        declare_resolution(record, "aurora", speculative_algorithm=name)
-
-
-def _has_dp_attention(record: Any) -> bool:
-    try:
-        from sglang.srt.arg_groups.overrides import attn_dp_enabled_of, resolved_view
-    except ImportError:
-        # SGLang before attention data parallelism was resolved from sizes
-        return bool(getattr(record, "enable_dp_attention", False))
-    return attn_dp_enabled_of(resolved_view(record))
-
-
-def _model_config(record: Any) -> Any:
-    try:
-        from sglang.srt.arg_groups.overrides import model_config_of
-    except ImportError:
-        return record.get_model_config()
-    return model_config_of(record)
-
-
-def _target_config(record: Any) -> dict[str, Any]:
-    """The (text) config, with the architectures of the whole, by which SGLang chooses the model."""
-    found = _model_config(record)
-    return found.hf_text_config.to_dict() | {"architectures": found.hf_config.architectures}
-
-
-def _read_as_sglang(record: Any, draft: Path) -> None:
-    """Raises ValueError where SGLang refuses the draft's config, which it reads in the same way
-    minutes later.
-    """
-    from sglang.srt.configs.model_config import ModelConfig
-
-    length = _model_config(record).context_len
-    try:
-        ModelConfig.from_server_args(
-            record, model_path=str(draft), is_draft_model=True, context_length=length
-        )
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise ValueError(
-            f"draft {draft}: SGLang refuses its config.json: {type(error).__name__}: {text} "
-            "`aurora-trainer import` writes one that it takes."
-        ) from None
 
 
 def _draft_directory(server_args: Any) -> Path:

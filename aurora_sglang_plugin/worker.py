@@ -26,7 +26,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache import common
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_spec
 from sglang.srt.speculative.eagle_info import EagleDraftInput
 from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
@@ -41,6 +41,7 @@ from aurora_sglang_plugin.serve.staging import reserve_staging_memory
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.serve.target_updates import DraftUpdater, TargetUpdater
 from aurora_sglang_plugin.serve.worth import COLD
+from aurora_sglang_plugin.server_args import NO_DRAFT
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class Attached:
     # once attached
     reloader: Reloader | None = None
     control: Control | None = None
+    # whether the server was started with one
+    _has_draft = True
     # if the count of draft steps may change
     _speculation: Speculation | None = None
     # fingerprint of the target as it is now
@@ -111,7 +114,7 @@ class Attached:
         self._room = None
         self.reloader = Reloader(
             model, self._target_ids(), config.weights, config.plugin.swap, target, group,
-            writes=tp.rank_in_group == 0,
+            has_draft=self._has_draft, writes=tp.rank_in_group == 0,
         )  # fmt: skip
         self.control = Control(
             config.plugin, self._most_steps, self.reloader, self._speculation,
@@ -226,10 +229,21 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._has_draft = get_spec().speculative_draft_load_format != NO_DRAFT
         if self.adaptive_controller is not None:
             config = load_server_config().plugin.speculation
-            self._speculation = Speculation(config, self._most_steps)
+            self._speculation = Speculation(config, self._most_steps, self._has_draft)
             self.adaptive_controller.params = self._speculation
+
+    def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
+        draft = self._draft_worker
+        if draft is not None and not self._has_draft:
+            # Weights that were made up have no ids of a reduced vocabulary: the first version
+            # brings them.
+            model, size = draft.draft_runner.model, draft.draft_runner.model.lm_head.num_embeddings
+            if size < self.target_worker.model_config.vocab_size:
+                model.hot_token_id = torch.arange(size)
+        super().alloc_memory_pool(*args, **kwargs)
 
     def _target_ids(self) -> Any:
         return self._draft_worker.hot_token_id

@@ -29,8 +29,9 @@ class ModelConfig(Section):
 
     # directory of the target model, or its name in the local Hugging Face cache
     target: str
-    # the initial draft, the same that the server starts with
-    draft: Path
+    # the initial draft, the same that the server starts with; absent, if the server starts without
+    # one: the trainer makes it, beside its checkpoints
+    draft: Path | None = None
     # `cpu` or `cuda`
     device: Literal["cpu", "cuda"] = "cpu"
     # `float32` or `bfloat16`, that the draft computes in; auto: float32 on `cpu`, bfloat16 on

@@ -102,7 +102,8 @@ class Bench:
         args += ["--mem-fraction-static", "0.9", "--max-total-tokens", "20000"]
 
         def server(name: str, algorithm: str, settings: str = "") -> Server:
-            env = {"AURORA_SET": f"link.endpoint={self.endpoint} {settings}"}
+            always = "plugin.speculation.adaptive=false"
+            env = {"AURORA_SET": f"link.endpoint={self.endpoint} {always} {settings}"}
             log = logs / f"{name}.log"
             return Server(self.target, draft=self.draft, algorithm=algorithm, num_steps=NUM_STEPS,
                           args=args, env=env, log=log, timeout_s=400)  # fmt: skip

@@ -21,7 +21,9 @@ from serve import Server, free_port, has_gpu
 # requests in a mean
 WINDOW = 40
 STATUS, SUMMARY, PICTURE = "status.json", "summary.json", "accept_length.png"
-FROZEN_SET = "plugin.capture.enabled=false plugin.swap.enabled=false"
+# What a draft is worth shows only while it drafts: a server that chose would rest.
+ALWAYS_DRAFT = "plugin.speculation.adaptive=false"
+FROZEN_SET = f"plugin.capture.enabled=false plugin.swap.enabled=false {ALWAYS_DRAFT}"
 SWAP = re.compile(r"draft swapped version=(\d+)")
 
 CONFIG = """\
@@ -29,6 +31,8 @@ CONFIG = """\
 endpoint = "tcp://127.0.0.1:{port}"
 [weights]
 directory = "{home}/weights"
+[plugin.speculation]
+adaptive = false
 [trainer.model]
 target = "{target}"
 draft = "{draft}"
@@ -92,6 +96,7 @@ class Site:
     def learned(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """AURORA with the last published version, which captures nothing; no trainer."""
         settings = f"plugin.capture.enabled=false weights.directory={self.home}/weights"
+        settings += f" {ALWAYS_DRAFT}"
         with self._server("learned", {"AURORA_SET": settings}) as server:
             return Pass(server.log, of, self.clients).follow(traffic(server))
 

@@ -88,12 +88,10 @@ class Server:
         ]
         command += ["--port", str(self.port), *(GPU_ARGS if on_gpu else CPU_ARGS)]
         if algorithm:
-            command += [
-                "--speculative-algorithm",
-                algorithm,
-                "--speculative-num-steps",
-                str(num_steps),
-            ]
+            command += ["--speculative-algorithm", algorithm]
+        # a server without a draft chooses for itself
+        if algorithm and draft:
+            command += ["--speculative-num-steps", str(num_steps)]
             command += ["--speculative-eagle-topk", str(topk), "--speculative-num-draft-tokens"]
             command += [str(num_draft_tokens or 1 + num_steps * topk)]
         if draft:

@@ -19,6 +19,7 @@ SEAM = {
     "aurora_sglang_plugin/plugin.py",
     # answers as EAGLE3
     "aurora_sglang_plugin/algorithm.py",
+    "aurora_sglang_plugin/server_args.py",
     # the steps
     "aurora_sglang_plugin/worker.py",
 }

@@ -6,6 +6,7 @@ but the seam (docs/second-draft-kind.md). This module imports neither torch nor 
 """
 
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft, draft_problems
+from aurora_sglang_plugin.drafts.eagle3_for_target import first_config
 from aurora_sglang_plugin.drafts.eagle3_served import (
     differing_config,
     fill,
@@ -35,6 +36,7 @@ __all__ = [
     "differing_config",
     "draft_problems",
     "fill",
+    "first_config",
     "fixed_config",
     "maps_problem",
     "of_the_target",

@@ -169,9 +169,9 @@ class Control:
         """`manifest`'s version drafts from now on; `first`: nothing drafted before. Returns whether
         the one before replaces what would be gone back to."""
         self._changes += 1
+        trusted = self.canary.swapped()
         if first:
             self.canary.forget()
-        trusted = self.canary.swapped()
         if self.speculation is not None:
             length = manifest.gate.get(
                 "initial" if manifest.gate.get("reason") == "initial" else "candidate"

@@ -40,25 +40,6 @@ class Target:
     files: dict[str, str]
 
     @property
-    def head_dim(self) -> int:
-        """Of a draft's attention; a latent (MLA) target has one for its values only."""
-        own = (
-            self.config.get("v_head_dim")
-            if "kv_lora_rank" in self.config
-            else self.config.get("head_dim")
-        )
-        return own or self.config["hidden_size"] // self.config["num_attention_heads"]
-
-    @property
-    def is_mixture(self) -> bool:
-        """Of experts: its layers have no dense MLP, and its intermediate_size may be an
-        expert's.
-        """
-        return any(
-            self.config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")
-        )
-
-    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Those of config.json and of generation_config.json, where there is one."""
         path = self.directory / "generation_config.json"

@@ -28,6 +28,7 @@ from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
 from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.first import initial_draft
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
@@ -66,14 +67,13 @@ class Training:
         self.target = target_fingerprint(trainer.model.target)
         dtype = getattr(torch, trainer.model.compute_dtype)
         embed = target.embedding().to(trainer.model.device, dtype)
-        for note in check_draft(trainer.model.draft, target.config):
-            log.warning("draft directory=%s note=%r", trainer.model.draft, note)
-        self._train(Draft.load(trainer.model.draft, embed))
+        initial = initial_draft(trainer)
+        for note in check_draft(initial, target.config):
+            log.warning("draft directory=%s note=%r", initial, note)
+        self._train(Draft.load(initial, embed))
         directory = config.weights.directory
         self.writer = WeightsWriter(directory, trainer.publish.keep)
-        self.served = Served(
-            directory, trainer.model.draft, self.target, embed, trainer.publish.dtype
-        )
+        self.served = Served(directory, initial, self.target, embed, trainer.publish.dtype)
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)

@@ -17,6 +17,7 @@ import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft, draft_problems
+from aurora_sglang_plugin.drafts.kinds import first_config
 from aurora_sglang_plugin.endpoint import is_local
 from aurora_sglang_plugin.link.curve import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
@@ -67,8 +68,14 @@ def _target(model: str) -> str:
     return f"{target.directory}, embedding {list(shape)}, fingerprint {target_fingerprint(model)}"
 
 
-def _draft(model: str, directory: Path) -> str:
+def _draft(model: str, directory: Path | None) -> str:
     target = open_target(model)
+    if directory is None:
+        config = first_config(target.config)
+        return (
+            f"none: the trainer makes one of {config.draft_vocab_size} tokens of"
+            f" {config.vocab_size}; start servers without --speculative-draft-model-path"
+        )
     if not directory.is_dir():
         raise ValueError(
             f"{directory} is not a directory; expected the draft that the server starts with. "

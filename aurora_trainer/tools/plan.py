@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from aurora_sglang_plugin.drafts.eagle3_for_target import draft_config
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.drafts.eagle3_init import draft_config
 from aurora_trainer.drafts.target import Target
 from aurora_trainer.tools.sizes import (
     Load,
@@ -41,7 +41,7 @@ def plan(
     if dtype not in SIZES:
         raise ValueError(f"dtype {dtype}: expected one of {', '.join(SIZES)}")
     size, trainer, capture = SIZES[dtype], config.trainer, config.plugin.capture
-    draft = draft_config(target, draft_vocab or target.config["vocab_size"])
+    draft = draft_config(target.config, draft_vocab or target.config["vocab_size"])
     rate = capture.sample_rate * load.servers
     per_step = verify_bytes(draft, load, size, capture.topk_logits)
     per_token = per_step / (load.running * load.accept_length)

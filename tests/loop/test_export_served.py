@@ -40,7 +40,8 @@ def served(chain, target, stream, tmp_path_factory):
     for name, more in (("full", []), ("pruned", pruned)):
         result = CliRunner().invoke(app, ["export", str(chain.weights), str(folder / name), *more])
         assert result.exit_code == 0, result.output
-    quiet = {"AURORA_SET": f"plugin.capture.enabled=false weights.directory={folder}/weights"}
+    settings = "plugin.capture.enabled=false plugin.speculation.adaptive=false"
+    quiet = {"AURORA_SET": f"{settings} weights.directory={folder}/weights"}
 
     def start(name: str, algorithm: str) -> Server:
         env = quiet if algorithm == "AURORA" else {}

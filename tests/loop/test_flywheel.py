@@ -38,6 +38,8 @@ CONFIG = """\
 endpoint = "tcp://127.0.0.1:{port}"
 [weights]
 directory = "{home}/weights"
+[plugin.speculation]
+adaptive = false
 [trainer.model]
 target = "{target}"
 draft = "{home}/draft"

@@ -51,7 +51,8 @@ if rank == 0:
     capture.acceptance.add(3, np.array([4, 3]))
     capture.publisher = send_queue
 control = SimpleNamespace(
-    mode="live", rounds=lambda: {"cold": 4, "3": 5}, canary=SimpleNamespace(suspected=2, rejected=1),
+    mode="live", rounds=lambda: {"cold": 4, "3": 5},
+    canary=SimpleNamespace(suspected=2, rejected=1),
     speculation=SimpleNamespace(explored=8, gain=lambda: 1.5),
 )
 metrics = ServerMetrics(capture, reloader, control, tp_rank=rank)

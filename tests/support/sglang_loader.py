@@ -38,7 +38,7 @@ from sglang.srt.models.registry import ModelRegistry  # noqa: E402
 from sglang.srt.runtime_context import SpawnRanks, override_platform, publish  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
-from aurora_sglang_plugin import algorithm  # noqa: E402
+from aurora_sglang_plugin import server_args  # noqa: E402
 
 POSITIONS = (0, 1, 2, 7, 63, 200)
 LAYERS = 12
@@ -94,7 +94,7 @@ def describe(model: torch.nn.Module) -> dict:
 
 def start_says(record: ServerArgs, directory: str) -> str | None:
     try:
-        algorithm._read_as_sglang(record, Path(directory))
+        server_args.read_as_sglang(record, Path(directory))
     except ValueError as error:
         return str(error)
     return None

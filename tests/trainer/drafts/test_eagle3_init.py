@@ -12,10 +12,11 @@ from small_target import write_target
 
 from aurora_sglang_plugin.drafts.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft
+from aurora_sglang_plugin.drafts.eagle3_for_target import default_aux_layer_ids
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_copying import low_features
-from aurora_trainer.drafts.eagle3_init import default_aux_layer_ids, init_draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 from aurora_trainer.drafts.target import open_target
 
 

@@ -44,7 +44,7 @@ def test_rates_follow_the_load(target):
     assert at("link", "bytes_per_s", halved) == pytest.approx(link / 2)
     one, four = (at("server", "extra_device_bytes_per_rank", tp=tp) for tp in (1, 4))
     assert (
-        one == 2 * sizes.parameter_count(plan.draft_config(opened, V), opened) * 4
+        one == 2 * sizes.parameter_count(plan.draft_config(opened.config, V), opened) * 4
         and one / 4 < four < one
     )
     idle = plan.plan(opened, SETTINGS, replace(base, tokens_per_s=0, requests_per_s=0))

@@ -14,13 +14,14 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 from models import make_random_target
 from random_sample import random_sample
 
+from aurora_sglang_plugin.drafts.eagle3_for_target import draft_config
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.serve.transfer import HostTensors
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.batch import BatchConfig, pack
-from aurora_trainer.drafts.eagle3_init import draft_config, init_draft
+from aurora_trainer.drafts.eagle3_init import init_draft
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.learn.objective import LossConfig, losses
 from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
@@ -36,7 +37,7 @@ def target(tmp_path_factory):
 
 
 def draft_of(target, draft_vocab=None):
-    return draft_config(open_target(target), draft_vocab or V, kind="random")
+    return draft_config(open_target(target).config, draft_vocab or V, kind="random")
 
 
 @pytest.mark.parametrize(
