@@ -17,7 +17,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from aurora_sglang_plugin.config import SpeculationConfig
 from aurora_sglang_plugin.drafts.kinds import first_config
-from aurora_sglang_plugin.serve.speculation import candidate_steps
+from aurora_sglang_plugin.serve.worth import candidate_steps
 
 logger = logging.getLogger(__name__)
 

@@ -32,12 +32,14 @@ from sglang.srt.speculative.eagle_utils import _eagle_prefill_tail_tokens
 from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 
 from aurora_sglang_plugin.config import load_server_config
+from aurora_sglang_plugin.drafts.kinds import any_target_ids
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.serve.control import Control
 from aurora_sglang_plugin.serve.speculation import Speculation
 from aurora_sglang_plugin.serve.staging import reserve_staging_memory
+from aurora_sglang_plugin.serve.stopwatch import Stopwatch
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.serve.target_updates import DraftUpdater, TargetUpdater
 from aurora_sglang_plugin.serve.worth import COLD
@@ -234,15 +236,14 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
             config = load_server_config().plugin.speculation
             self._speculation = Speculation(config, self._most_steps, self._has_draft)
             self.adaptive_controller.params = self._speculation
+            self._stopwatch = Stopwatch(torch.device(self.device))
 
     def alloc_memory_pool(self, *args: Any, **kwargs: Any) -> None:
         draft = self._draft_worker
         if draft is not None and not self._has_draft:
-            # Weights that were made up have no ids of a reduced vocabulary: the first version
-            # brings them.
-            model, size = draft.draft_runner.model, draft.draft_runner.model.lm_head.num_embeddings
-            if size < self.target_worker.model_config.vocab_size:
-                model.hot_token_id = torch.arange(size)
+            # Weights that were made up have no target ids: the first version brings them.
+            model = draft.draft_runner.model
+            model.hot_token_id = any_target_ids(model, self.target_worker.model_config.vocab_size)
         super().alloc_memory_pool(*args, **kwargs)
 
     def _target_ids(self) -> Any:
@@ -300,18 +301,29 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
         draft = self._draft_worker
         if draft is not None and self._speculation is not None:
             cold = self._speculation.cold and not batch.forward_mode.is_idle()
-            draft.__dict__.pop("_draft_extend_for_prefill", None)
-            if cold:
-                draft._draft_extend_for_prefill = self._no_draft_extend_for_prefill
+            draft._draft_extend_for_prefill = (
+                self._no_draft_extend_for_prefill if cold else self._timed_draft_extend_for_prefill
+            )
         result = super()._forward_prefill_batch(batch, *args, **kwargs)
         if self.capture is not None and not batch.forward_mode.is_idle():
             self.capture.prefill(batch, input_ids, result, self.reloader.version)
+        return result
+
+    def _timed_draft_extend_for_prefill(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """SGLang's, and how long the device takes for it; nothing waits for the answer."""
+        draft, stopwatch = self._draft_worker, self._stopwatch
+        stopwatch.start(sum(batch.extend_lens) if batch.extend_lens else 0)
+        result = type(draft)._draft_extend_for_prefill(draft, batch, *args, **kwargs)
+        stopwatch.stop()
+        for tokens, seconds in stopwatch.finished():
+            self._speculation.prefilled(tokens, seconds)
         return result
 
     def _no_draft_extend_for_prefill(
         self, batch: Any, hidden: torch.Tensor, next_tokens: torch.Tensor, *_: Any, **__: Any
     ) -> Any:
         """What the draft's extend leaves behind, without its pass over the prompt."""
+        self._speculation.prefilled(sum(batch.extend_lens), None)
         ends = torch.tensor(batch.extend_lens).cumsum(0).to(batch.input_ids.device) - 1
         batch.input_ids = batch.input_ids.roll(-1)
         batch.input_ids[ends] = _eagle_prefill_tail_tokens(batch, next_tokens).to(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from aurora_trainer.drafts.batch import Batch
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.learn.objective import LossConfig, states
+from aurora_trainer.learn.objective import LossConfig
 
 
 class DenseDraft(Draft):
@@ -51,7 +51,7 @@ def dense_loss(draft: DenseDraft, batch: Batch, config: LossConfig, counts: Tens
     """L's share of `batch`, with `counts` as aurora_trainer.learn.objective.losses takes them."""
     assert set(config.distance) <= {"forward_kl", "greedy"} and config.rejected_by == "uniform"
     total = torch.zeros(())
-    for depth, (state, level) in enumerate(zip(states(draft, batch), batch.levels, strict=True)):
+    for depth, (state, level) in enumerate(zip(draft.states(batch), batch.levels, strict=True)):
         target = level.target[level.rows]
         log_q = F.log_softmax(draft.logits(state[level.rows]), -1)  # [R, V]
         log_q_kept = log_q.gather(1, batch.topk_ids[target])  # [R, K]

@@ -105,3 +105,11 @@ def fill(model: nn.Module, target_ids: Tensor | None, tensors: dict[str, Tensor]
     if target_ids is not None:
         ids = torch.arange(len(target_ids))
         target_ids.copy_(ids + tensors[MAP].to(torch.int64) if MAP in tensors else ids)
+
+
+def any_target_ids(model: nn.Module, target_vocab: int) -> Tensor | None:
+    """int64 [VD] for a draft whose weights bring none; None if its vocabulary is the target's."""
+    import torch
+
+    head: Any = model.lm_head
+    return torch.arange(head.num_embeddings) if head.num_embeddings < target_vocab else None

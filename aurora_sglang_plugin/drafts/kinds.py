@@ -8,6 +8,7 @@ but the seam (docs/second-draft-kind.md). This module imports neither torch nor 
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft, draft_problems
 from aurora_sglang_plugin.drafts.eagle3_for_target import first_config
 from aurora_sglang_plugin.drafts.eagle3_served import (
+    any_target_ids,
     differing_config,
     fill,
     fixed_config,
@@ -26,6 +27,7 @@ from aurora_sglang_plugin.drafts.eagle3_vocab import (
 from aurora_sglang_plugin.drafts.tensor_files import canonical_name
 
 __all__ = [
+    "any_target_ids",
     "BAD_MAP",
     "MAP",
     "MAPS",

@@ -18,7 +18,7 @@ Kinds
     heartbeat  counters only, sent when nothing else was for a while
 
 Dimensions: B requests, T packed feature rows, N tree nodes, S draft steps, K kept target logits, F
-    = aux layers x H.
+width of the features: H for each layer that the draft reads.
 
 This module imports neither torch nor sglang, so that both sides can read it cheaply.
 """

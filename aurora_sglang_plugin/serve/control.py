@@ -22,9 +22,9 @@ from typing import Any
 from aurora_sglang_plugin.config import PluginConfig
 from aurora_sglang_plugin.serve.canary import Canary
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
-from aurora_sglang_plugin.serve.speculation import BUCKETS, Speculation
+from aurora_sglang_plugin.serve.speculation import Speculation
 from aurora_sglang_plugin.serve.swap import Reloader
-from aurora_sglang_plugin.serve.worth import COLD, Rates
+from aurora_sglang_plugin.serve.worth import BUCKETS, COLD, Rates
 from aurora_sglang_plugin.weights.manifest import Manifest
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,15 @@ from dataclasses import dataclass
 from statistics import median
 
 from aurora_sglang_plugin.config import SpeculationConfig
-from aurora_sglang_plugin.serve.worth import COLD, SURE, Cost, Rates
+from aurora_sglang_plugin.serve.worth import (
+    BUCKETS,
+    COLD,
+    SURE,
+    Cost,
+    Rates,
+    bucket,
+    candidate_steps,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +47,6 @@ TRIES = 6
 WARM_SHARE = 0.05
 # rounds after which a draft that was given up is tried once more
 RETRY = 20_000
-BUCKETS = 16
-
-
-def bucket(batch_size: int) -> int:
-    """0 for 1 request, 1 for 2, 2 for 3 and 4, 3 for 5 to 8, ..."""
-    return min(BUCKETS - 1, max(0, batch_size - 1).bit_length())
-
-
-def candidate_steps(most: int) -> list[int]:
-    """The counts that are tried: all up to 4, then every second one, and the most."""
-    return sorted({*range(min(most, 4) + 1), *range(6, most, 2), most})
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,9 @@ class Speculation:
         self._tries = [0] * BUCKETS
         # rounds of late, by bucket
         self._use = [0.0] * BUCKETS
+        # of late: seconds of decode rounds, tokens of prompts, and of those that the draft passed
+        # over, with the seconds of its passes
+        self._decode_s = self._prompt_tokens = self._draft_tokens = self._draft_s = 0.0
         self._log: deque[_Round] = deque(maxlen=8 * EVERY)
         self._began: float | None = None
         self._size = self._since = self._count = 0
@@ -131,10 +131,6 @@ class Speculation:
         """Of the round that `begin` began."""
         return max(0, self.steps)
 
-    def on_verify_complete(self, accepted: list[int], batch_size: int) -> int | None:
-        """The worker calls `judged` instead: it knows the version and the requests."""
-        return None
-
     # ---- the worker's calls
 
     def begin(self, size: int, warm: int) -> bool:
@@ -144,6 +140,7 @@ class Speculation:
         now = self._clock()
         if self._began is not None:
             self._log.append(_Round(self._size, self.steps, self._since, now - self._began))
+            self._decode_s += now - self._began
         self._began = now
         at = bucket(size)
         if not self._met[at]:
@@ -169,6 +166,13 @@ class Speculation:
         """Drafts that requests of the present version accepted, in a round of `steps` > 0."""
         self.rates.add(steps, accepted)
         self.probation = max(0, self.probation - len(accepted))
+
+    def prefilled(self, tokens: int, draft_s: float | None) -> None:
+        """Tokens of prompts, and what the draft's pass over them took; None: there was none."""
+        self._prompt_tokens += tokens
+        if draft_s is not None:
+            self._draft_tokens += tokens
+            self._draft_s += draft_s
 
     def expect(self, predicted: float) -> Rates:
         """What is expected of a version that its gate gave this accept length; nan, of one that
@@ -201,13 +205,18 @@ class Speculation:
         """On the rank that decides, every 8 rounds: the plan from here on, as numbers for
         `apply`."""
         at = bucket(self._size)
-        self._use = [use * (1 - EVERY / 2048) for use in self._use]
+        keep = 1 - EVERY / 2048
+        self._use = [use * keep for use in self._use]
+        self._decode_s *= keep
+        self._prompt_tokens *= keep
+        self._draft_tokens *= keep
+        self._draft_s *= keep
         self._budget = min(self._budget + EVERY * self.config.explore, 2.0 * EVERY)
-        if self._burst is None:
+        if self._burst is not None:
+            self._end_burst(at)
+        elif self._has_draft:
             self._choose(at)
             self._explore(at)
-        else:
-            self._end_burst(at)
         plan = list(self._choice)
         if self._burst is not None and not self._burst.ended:
             self.explored += EVERY
@@ -232,14 +241,20 @@ class Speculation:
             self._choice[at] = self.plan[at] = self._choice[nearest]
 
     def _value(self, at: int, steps: int, errors: float = 0.0) -> float:
-        """Tokens a second over those of plain decoding."""
+        """Tokens a second over those of plain decoding, with the draft's passes over prompts."""
         if steps == 0:
             return 1.0
-        return self.rates.length(steps, errors) / self._cost[at].of(steps)
+        gain = self.rates.length(steps, errors) / self._cost[at].of(steps)
+        if not self._draft_tokens or not self._decode_s:
+            return gain
+        # as long as decoding would have taken with these steps
+        now = self._choice[at]
+        gain_now = self.rates.length(now) / self._cost[at].of(now) if now else 1.0
+        decode_s = self._decode_s * gain_now / gain
+        prompts_s = self._prompt_tokens * self._draft_s / self._draft_tokens
+        return gain * decode_s / (decode_s + prompts_s) if gain > 0 else gain
 
     def _choose(self, at: int) -> None:
-        if not self._has_draft:
-            return
         if self._given_up is not None:
             if self._count - self._given_up < RETRY:
                 return
@@ -279,7 +294,7 @@ class Speculation:
         cold = now == 0 and self._is_cold()
         base = COLD if cold else now
         settled = self.steps == base and self._since >= SETTLE + EVERY - 1
-        if not self._has_draft or not settled or cold != self.cold:
+        if not settled or cold != self.cold:
             return
         wanted = None
         if cold:

@@ -19,6 +19,17 @@ KEEP, HALVE_AT = 5, 4096
 # Request-steps that what is expected of a version counts for, that an unknown draft is watched for,
 # and that a draft which may be worth something is, before it is given up.
 PRIOR, ENOUGH, SURE = 64, 32, 256
+BUCKETS = 16
+
+
+def bucket(batch_size: int) -> int:
+    """0 for 1 request, 1 for 2, 2 for 3 and 4, 3 for 5 to 8, ..."""
+    return min(BUCKETS - 1, max(0, batch_size - 1).bit_length())
+
+
+def candidate_steps(most: int) -> list[int]:
+    """The counts that are tried: all up to 4, then every second one, and the most."""
+    return sorted({*range(min(most, 4) + 1), *range(6, most, 2), most})
 
 
 class Rates:

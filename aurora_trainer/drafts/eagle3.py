@@ -12,6 +12,7 @@ passed to the next level.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,19 +24,16 @@ from aurora_kernels.tree_attention import tree_attention
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from aurora_sglang_plugin.drafts.eagle3_check import harmless
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
-from aurora_sglang_plugin.drafts.tensor_files import Entry, read_entries
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAP, MAPS
 from aurora_trainer.drafts import vocab
+from aurora_trainer.drafts.batch import Batch
+from aurora_trainer.drafts.eagle3_files import read_tensors
 from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies, magnitude, rotate
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+# parameters whose names begin so: the head, and the matrices at either end of the draft
+HEAD = ("lm_head",)
+ENDS = (*HEAD, "fc")
 # for each layer (k, v), both [rows, Hkv, D]
 KV = list[tuple[Tensor, Tensor]]
 
@@ -166,6 +164,25 @@ class Draft(nn.Module):
         self.inv_freq = inv_freq.to(device)
         return self
 
+    def copy(self) -> Draft:
+        """Another one with weights of its own; what is the target's is shared by both."""
+        return copy.deepcopy(self, {id(self.embed): self.embed})
+
+    def states(self, batch: Batch) -> list[Tensor]:
+        """The state [Q, H] of every query of a batch, level by level."""
+        first = batch.levels[0]
+        state, context_kv = self.context(
+            batch.tokens, batch.features, batch.positions, batch.context_start, first.parent
+        )
+        out, node_kv = [state], None
+        for level in batch.levels[1:]:
+            state, node_kv = self.nodes(
+                level.tokens, out[-1][level.parent], level.positions, context_kv, node_kv,
+                level.context_start, level.context_end, level.ancestors,
+            )  # fmt: skip
+            out.append(state)
+        return out
+
     def context(
         self,
         tokens: Tensor,
@@ -232,6 +249,19 @@ class Draft(nn.Module):
         """[.., VD], over draft ids."""
         return self.lm_head(self.norm(state))
 
+    @property
+    def head(self) -> tuple[Tensor, Tensor, float]:
+        """What makes logits of a state: the norm's weight [H], the head's [VD, H], and epsilon."""
+        return self.norm.weight, self.lm_head.weight, self.config.rms_norm_eps
+
+    def to_draft_ids(self, ids: Tensor) -> Tensor:
+        """Of target ids; -1 stays, and stands where the draft has no such token."""
+        return torch.where(ids >= 0, self.draft_ids[ids.clamp_min(0)], -1)
+
+    def to_target_ids(self, ids: Tensor) -> Tensor:
+        """Of draft ids."""
+        return ids + self.d2t[ids]
+
     def _attend(
         self, layer, x, rope, context_kv, node_kv, context_start, context_end, ancestors
     ) -> Tensor:
@@ -265,16 +295,17 @@ class Draft(nn.Module):
         Raises ValueError for anything unexpected.
         """
         config, tensors = DraftConfig.read(directory), read_tensors(directory)
-        draft = cls(config, embed, tensors.pop("d2t", None))
+        draft = cls(config, embed, tensors.pop(MAP, None))
         draft.load_checkpoint(tensors, str(directory))
         return draft
 
     @torch.no_grad()
     def load_checkpoint(self, tensors: dict[str, Tensor], whose: str = "checkpoint") -> None:
-        """Copy weights in place.
+        """Copy weights in place; the vocabulary's maps are those that it was made with.
 
         Raises ValueError for missing, unknown, misshapen or non-finite tensors.
         """
+        tensors = {n: t for n, t in tensors.items() if n not in MAPS}
         own = dict(self.named_parameters())
         unread = {n for n, p in own.items() if not p.requires_grad}
         missing = sorted(own.keys() - unread - tensors.keys())
@@ -302,7 +333,7 @@ class Draft(nn.Module):
         weights = {n: p.detach() for n, p in self.named_parameters()} | dict(masters or {})
         tensors = {n: w.to("cpu", dtype, copy=True).contiguous() for n, w in weights.items()}
         if self.d2t.any() or len(self.d2t) < self.config.vocab_size:
-            tensors["d2t"] = self.d2t.cpu().clone()
+            tensors[MAP] = self.d2t.cpu().clone()
             tensors["t2d"] = vocab.mask(self.d2t, self.config.vocab_size).cpu()
         return tensors
 
@@ -317,33 +348,3 @@ class Draft(nn.Module):
         save_file(
             self.checkpoint(dtype), directory / "model.safetensors", metadata={"format": "pt"}
         )
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """A draft's tensors by canonical name, d2t in int64, without the embedding and what no draft
-    computes with.
-
-    Raises ValueError where SGLang could not load the files either.
-    """
-    try:
-        entries = read_entries(Path(directory))
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    tensors = {
-        name: tensor_of(entry)
-        for name, entry in entries.items()
-        if name != "embed_tokens.weight" and not harmless(name, entry)
-    }
-    if "d2t" in tensors and not tensors["d2t"].is_floating_point():
-        tensors["d2t"] = tensors["d2t"].long()
-    return tensors
-
-
-def tensor_of(entry: Entry) -> Tensor:
-    """A tensor of its own from its place in a file."""
-    data = bytearray(entry.read())
-    return (
-        torch.frombuffer(data, dtype=DTYPES[entry.dtype]).view(entry.shape)
-        if data
-        else torch.empty(entry.shape)
-    )

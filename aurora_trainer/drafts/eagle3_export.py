@@ -41,7 +41,7 @@ from aurora_sglang_plugin.weights.manifest import (
 from aurora_sglang_plugin.weights.writer import versions
 from aurora_trainer.checkpoint import read_checkpoint, steps
 from aurora_trainer.drafts import vocab
-from aurora_trainer.drafts.eagle3 import read_tensors
+from aurora_trainer.drafts.eagle3_files import read_tensors
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

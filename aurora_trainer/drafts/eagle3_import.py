@@ -23,9 +23,9 @@ from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.drafts.tensor_files import Entry
 from aurora_trainer.drafts import vocab
-from aurora_trainer.drafts.eagle3 import tensor_of
 from aurora_trainer.drafts.eagle3_export import DTYPES, Weights, write_draft
 from aurora_trainer.drafts.eagle3_external import ExternalDraft, read_external
+from aurora_trainer.drafts.eagle3_files import tensor_of
 from aurora_trainer.drafts.target import Target, open_target
 
 EXCLUDED = ("embed_tokens.weight", "t2d")

@@ -4,6 +4,7 @@ the model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,25 @@ class Target:
                 : size[0], : size[1]
             ]
         return codes.float() * scale
+
+
+class TargetTensors:
+    """What drafts read of the target and nobody trains: each tensor once for all drafts.
+
+    On `device` and in `dtype`; None: as it is stored.
+    """
+
+    def __init__(
+        self, target: Target, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
+        self.target, self.device, self.dtype = target, device, dtype
+        self._held: dict[Callable[[Target], Tensor], Tensor] = {}
+
+    def get(self, read: Callable[[Target], Tensor]) -> Tensor:
+        """E.g. get(Target.embedding)."""
+        if read not in self._held:
+            self._held[read] = read(self.target).to(self.device, self.dtype)
+        return self._held[read]
 
 
 def read_config(model: str | Path) -> Target:

@@ -32,8 +32,8 @@ import torch
 
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint, version_name
 from aurora_trainer.drafts.batch import BatchConfig, group, pack
-from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.target import open_target
+from aurora_trainer.drafts.kinds import Draft, load
+from aurora_trainer.drafts.target import TargetTensors, open_target
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses
@@ -99,9 +99,9 @@ def evaluate(
     fit.
     """
     files = open_target(target)
-    embed = files.embedding().float().to(device)
+    tensors = TargetTensors(files, device, torch.float32)
     directories = [_directory(path) for path in drafts]
-    loaded = [Draft.load(path, embed).to(device).eval() for path in directories]
+    loaded = [load(path, tensors).to(device).eval() for path in directories]
     fingerprint = target_fingerprint(target)
     result = Evaluation(Path(recording), _names(directories), fingerprint, depth)
     assembler = Assembler(
@@ -202,7 +202,7 @@ def _usable(sample: Sample, drafts: list[Draft], result: Evaluation) -> bool:
     if any(sample.features.shape[1] != draft.config.feature_size for draft in drafts):
         cause = "wrong_feature_width"
     elif any(
-        int(t.max()) >= len(drafts[0].embed)
+        int(t.max()) >= drafts[0].config.vocab_size
         for t in (sample.tokens, sample.node_token, sample.topk_ids)
     ):
         cause = "token_out_of_vocabulary"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.drafts.batch import Batch, Level
-from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.kinds import Draft
 
 
 def _mixture(distance: dict[str, float]) -> dict[str, float]:
@@ -67,22 +67,6 @@ class Score:
         return getattr(self, name) / self.count
 
 
-def states(draft: Draft, batch: Batch) -> list[Tensor]:
-    """The draft's state [Q, H] of every query, level by level."""
-    first = batch.levels[0]
-    state, context_kv = draft.context(
-        batch.tokens, batch.features, batch.positions, batch.context_start, first.parent
-    )
-    out, node_kv = [state], None
-    for level in batch.levels[1:]:
-        state, node_kv = draft.nodes(
-            level.tokens, out[-1][level.parent], level.positions, context_kv, node_kv,
-            level.context_start, level.context_end, level.ancestors,
-        )  # fmt: skip
-        out.append(state)
-    return out
-
-
 def objective(
     draft: Draft, batch: Batch, config: LossConfig, counts: Tensor | None = None
 ) -> tuple[Tensor, Score]:
@@ -105,24 +89,19 @@ def losses(
     up to L, and so do their gradients.
     """
     counts = batch.counts() if counts is None else counts
-    state = states(draft, batch)
+    state, (norm, head, epsilon) = draft.states(batch), draft.head
     target = torch.cat([level.target[level.rows] for level in batch.levels])
     return tree_loss(
         torch.cat([s[level.rows] for s, level in zip(state, batch.levels, strict=True)]),
-        draft.norm.weight,
-        draft.lm_head.weight,
-        to_draft_ids(draft, batch.topk_ids)[target],
+        norm,
+        head,
+        draft.to_draft_ids(batch.topk_ids)[target],
         batch.topk_logits[target],
         batch.logsumexp[target],
         torch.cat([_weight(level, d, config, counts) for d, level in enumerate(batch.levels)]),
         config.distance,
-        draft.config.rms_norm_eps,
+        epsilon,
     )
-
-
-def to_draft_ids(draft: Draft, ids: Tensor) -> Tensor:
-    """Draft ids of target ids; -1 stays, and stands for a token that the draft has not."""
-    return torch.where(ids >= 0, draft.draft_ids[ids.clamp_min(0)], -1)
 
 
 def _weight(level: Level, depth: int, config: LossConfig, counts: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from aurora_sglang_plugin.config import Section
+from aurora_trainer.drafts.kinds import ENDS, HEAD
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -28,11 +29,12 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """How the draft is updated. Rates are relative to one update, whatever its size in tokens."""
 
-    # muon: matrices except fc and lm_head; the rest by AdamW
+    # muon: matrices but those at either end of the draft, in bfloat16, which is slow on a CPU that
+    # lacks it; the rest by AdamW
     kind: Literal["adamw", "muon"] = "adamw"
     # learning rate
     lr: Positive = 1e-3
-    # factor on lr for lm_head
+    # factor on lr for the draft's head
     head_lr: Positive = 1.0
     # AdamW
     beta1: Fraction = 0.9
@@ -132,7 +134,7 @@ class Optimizer:
         return Update(True, norm, lr, value)
 
     def _orthogonal(self, name: str) -> bool:
-        matrix = self.masters[name].dim() == 2 and not name.startswith(("lm_head", "fc"))
+        matrix = self.masters[name].dim() == 2 and not name.startswith(ENDS)
         return self.config.kind == "muon" and matrix
 
     def _apply(self, name: str, gradient: Tensor, lr: float) -> None:
@@ -152,7 +154,7 @@ class Optimizer:
                 [master], [gradient], [first], [self._second[name]], [], [before], fused=True,
                 amsgrad=False,
                 beta1=c.beta1, beta2=c.beta2,
-                lr=lr * (c.head_lr if name.startswith("lm_head") else 1.0),
+                lr=lr * (c.head_lr if name.startswith(HEAD) else 1.0),
                 weight_decay=decay, eps=c.eps, maximize=False,
             )  # fmt: skip
         if self.parameters[name].dtype != torch.float32:

@@ -8,13 +8,12 @@ more, and in the trainer's dtype to be scored.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.kinds import Draft
 
 
 class RunningMean:
@@ -44,9 +43,7 @@ class RunningMean:
         if not self.weights:
             return trained
         if self._draft is None:
-            # one copy of the largest matrix for all drafts
-            embed = trained.embed
-            self._draft = copy.deepcopy(trained, {id(embed): embed}).requires_grad_(False)
+            self._draft = trained.copy().requires_grad_(False)
         own = dict(self._draft.named_parameters())
         for name, weight in self.weights.items():
             own[name].copy_(weight)

@@ -4,7 +4,7 @@ learning curves all measure this.
 
 Speculation is lossless, so the committed tokens of a request do not depend on the draft that served
 it: any draft can be walked along them. A step at a position proposes what the server would have
-drawn there, a chain of the draft's first choices or with topk > 1 a tree (eagle3_growth.py); as
+drawn there, a chain of the draft's first choices or with topk > 1 a tree (`tree_runs`); as
 much is accepted as its rule accepts, and the walk goes on behind the bonus token.
 
     match      SGLang's default: a drafted token is accepted with the probability p that the judging
@@ -30,8 +30,7 @@ from aurora_kernels.tree_loss import TreeLoss
 from torch import Tensor
 
 from aurora_trainer.drafts.batch import Batch, BatchConfig, group, pack
-from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_growth import tree_runs
+from aurora_trainer.drafts.kinds import Draft, tree_runs
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses
 
@@ -52,7 +51,7 @@ class Chains:
 def chains(draft: Draft, batch: Batch, found: TreeLoss) -> Chains:
     """The dense queries of every level-0 position, from the batch's `losses` with this draft. Waits
     for the device. The same positions are known for every draft."""
-    first_choice = (found.argmax + draft.d2t[found.argmax]).cpu()
+    first_choice = draft.to_target_ids(found.argmax).cpu()
     overlap_of = found.acceptance.cpu().float()
     batch = batch.on_cpu
     positions = len(batch.tokens)

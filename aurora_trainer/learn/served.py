@@ -7,14 +7,11 @@ newer than the checkpoint, and when a server rolled a version back.
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
 from aurora_sglang_plugin.weights.manifest import (
     ManifestError,
     current_version,
@@ -22,29 +19,24 @@ from aurora_sglang_plugin.weights.manifest import (
     rejected_versions,
     version_name,
 )
-from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.kinds import Draft, load, stored_dtype
+from aurora_trainer.drafts.target import TargetTensors
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Served:
     """`version` 0 is the initial draft. Raises ValueError for bad drafts.
 
-    `dtype` is the one that servers hold; the draft is scored where `embed` is and in its dtype.
+    `dtype` is the one that servers hold; the draft is scored where `tensors` are and in theirs.
     """
 
     def __init__(
-        self, directory: Path, initial: Path, target: str, embed: torch.Tensor, dtype: str
+        self, directory: Path, initial: Path, target: str, tensors: TargetTensors, dtype: str
     ):
-        self._directory, self._initial, self._target, self._embed = (
-            Path(directory),
-            Path(initial),
-            target,
-            embed,
-        )
-        self.dtype = _initial_dtype(self._initial) if dtype == "same" else getattr(torch, dtype)
+        self._directory, self._initial = Path(directory), Path(initial)
+        self._target, self._tensors = target, tensors
+        self.dtype = stored_dtype(self._initial) if dtype == "same" else getattr(torch, dtype)
         # versions whose rejection was already heeded
         self.rolled_back: set[int] = set()
         # what the gate compares with; never changed
@@ -54,16 +46,14 @@ class Served:
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         """A new version was published."""
         if self.draft is self.initial:
-            # one copy of the largest matrix for all drafts
-            embed = self.initial.embed
-            self.draft = copy.deepcopy(self.initial, {id(embed): embed})
+            self.draft = self.initial.copy()
         self.version = version
-        self.draft.load_checkpoint({n: t for n, t in tensors.items() if n not in MAPS})
+        self.draft.load_checkpoint(tensors)
 
     def to_train(self) -> Draft:
         """A draft of its own, in float32 on the CPU, with the weights as they were published."""
         path = self._directory / version_name(self.version) if self.version else self._initial
-        return Draft.load(path, self._embed)
+        return load(path, self._tensors)
 
     def roll_back(self) -> int | None:
         """If the version was rejected: load the newest that was not, and return it. Else None.
@@ -103,18 +93,5 @@ class Served:
         return 0, self.initial
 
     def _load(self, path: Path) -> Draft:
-        draft = Draft.load(path, self._embed)
-        return draft.compute_in(self._embed.device, self._embed.dtype).requires_grad_(False)
-
-
-def _initial_dtype(directory: Path) -> torch.dtype:
-    """That of the head in the initial draft's file."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.endswith("lm_head.weight"):
-                    return DTYPES[file.get_slice(name).get_dtype()]
-    raise ValueError(
-        f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its own"
-        " head"
-    )
+        draft, of = load(path, self._tensors), self._tensors
+        return draft.compute_in(of.device, of.dtype).requires_grad_(False)

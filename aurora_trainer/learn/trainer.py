@@ -21,15 +21,14 @@ import numpy as np
 import torch
 from aurora_kernels.tree_loss import TreeLoss
 
-from aurora_sglang_plugin.drafts.eagle3_check import check_draft
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
 from aurora_trainer.drafts.batch import Batch, pack
-from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.first import initial_draft
-from aurora_trainer.drafts.target import open_target
+from aurora_trainer.drafts.kinds import Draft, load
+from aurora_trainer.drafts.target import TargetTensors, open_target
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
@@ -66,14 +65,13 @@ class Training:
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         dtype = getattr(torch, trainer.model.compute_dtype)
-        embed = target.embedding().to(trainer.model.device, dtype)
-        initial = initial_draft(trainer)
-        for note in check_draft(initial, target.config):
-            log.warning("draft directory=%s note=%r", initial, note)
-        self._train(Draft.load(initial, embed))
+        tensors = TargetTensors(target, trainer.model.device, dtype)
+        model = trainer.model
+        initial = initial_draft(model.target, model.draft, trainer.checkpoint.directory)
+        self._train(load(initial, tensors))
         directory = config.weights.directory
         self.writer = WeightsWriter(directory, trainer.publish.keep)
-        self.served = Served(directory, initial, self.target, embed, trainer.publish.dtype)
+        self.served = Served(directory, initial, self.target, tensors, trainer.publish.dtype)
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)

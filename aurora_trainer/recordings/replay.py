@@ -123,8 +123,6 @@ def _connect(context: zmq.Context, link: LinkConfig) -> zmq.Socket:
     socket.ipv6 = link.endpoint.startswith("tcp://[")
     if link.server_keys is not None:
         load_server_keys(link.server_keys).encrypt(socket)
-    if link.server_keys:
-        load_server_keys(link.server_keys).encrypt(socket)
     try:
         socket.connect(link.endpoint)
     except zmq.ZMQError as error:

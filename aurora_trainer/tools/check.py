@@ -16,17 +16,15 @@ from pathlib import Path
 import typer
 
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
-from aurora_sglang_plugin.drafts.eagle3_check import check_draft, draft_problems
-from aurora_sglang_plugin.drafts.kinds import first_config
+from aurora_sglang_plugin.drafts.kinds import check_draft, draft_problems, first_config
 from aurora_sglang_plugin.endpoint import is_local
 from aurora_sglang_plugin.link.curve import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import TrainerFile
-from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_import import explain
-from aurora_trainer.drafts.target import open_target
+from aurora_trainer.drafts.kinds import explain, load
+from aurora_trainer.drafts.target import TargetTensors, open_target
 
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "aurora"
 
@@ -92,7 +90,7 @@ def _draft(model: str, directory: Path | None) -> str:
             f" NEW_DIRECTORY --target {model}` writes it"
         )
     notes = check_draft(directory, target.config)
-    draft = Draft.load(directory, target.embedding())
+    draft = load(directory, TargetTensors(target))
     size = sum(p.numel() for p in draft.parameters())
     fits = (
         f"{directory} fits the target, {size} parameters, vocabulary"

@@ -8,21 +8,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from aurora_sglang_plugin.drafts.eagle3_for_target import draft_config
 from aurora_trainer.config import TrainerFile
+from aurora_trainer.drafts.kinds import (
+    described,
+    draft_config,
+    parameter_count,
+    rank_bytes,
+    version_bytes,
+)
 from aurora_trainer.drafts.target import Target
 from aurora_trainer.tools.sizes import (
     Load,
     checkpoint_bytes,
-    parameter_count,
     prefill_bytes,
     queued_row_bytes,
-    rank_bytes,
     sample_bytes,
     step_flops,
     trainer_device_bytes,
     verify_bytes,
-    version_bytes,
 )
 
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -63,11 +66,7 @@ def plan(
     return {
         "draft": {
             "parameters": parameters,
-            "hidden_size": draft.hidden_size,
-            "intermediate_size": draft.intermediate_size,
-            "heads": [draft.num_attention_heads, draft.num_key_value_heads, draft.head_dim],
-            "vocabulary": draft.draft_vocab_size,
-            "aux_layers": list(draft.aux_layer_ids or ()),
+            **described(draft),
             "dtype": dtype,
         },
         "link": {

@@ -38,7 +38,7 @@ class Coverage:
     counted: float
     # of one half's tokens by the other half's choice: what to expect of traffic to come
     held_out: float
-    # of lm_head, in the target's dtype
+    # of the head's rows, in the target's dtype
     head_bytes: int
 
 

@@ -5,22 +5,25 @@ Each function is one formula, with where its terms come from; tests/trainer/tool
 holds them against the wire encoder, staged snapshots, a published version, a checkpoint, and what
 autograd keeps in a real training step.
 
-H hidden, F = A H feature width (A aux layers), V target vocabulary, VD draft vocabulary, Hq and Hkv
-heads of D, I of the MLP, N tree nodes, P = S + 1 (S draft steps), K kept target logits, B requests
-in a step, P# parameters.
+H hidden, F feature width, V target vocabulary, VD draft vocabulary, N tree nodes, P = S + 1 (S
+draft steps), K kept target logits, B requests in a step, P# parameters. What follows from the
+draft's own layers is in its kind's file (drafts/kinds.py).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from aurora_sglang_plugin.drafts.eagle3_check import expected_shapes
-from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.config import TrainerConfig
+from aurora_trainer.drafts.kinds import (
+    DraftConfig,
+    activation_bytes,
+    parameter_count,
+    row_parameters,
+)
 from aurora_trainer.drafts.target import Target
 
 # of aurora_kernels.tree_loss_ref: logits alive at a time
@@ -129,30 +132,6 @@ def sample_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
     return draft.feature_size * size + 2 * COUNTER + 4 + tree / load.accept_length
 
 
-def shapes(draft: DraftConfig, target: Target) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the draft's file but the vocabulary maps, by name: what the server expects to
-    be there.
-    """
-    found = expected_shapes(draft, target.config)
-    return {n: shape for n, (shape, needed) in found.items() if needed and n != "d2t"}
-
-
-def parameter_count(draft: DraftConfig, target: Target) -> int:
-    """P#, without the target's embedding."""
-    return sum(map(math.prod, shapes(draft, target).values()))
-
-
-def version_bytes(draft: DraftConfig, target: Target, size: int) -> int:
-    """model.safetensors without its header of a few kB: P# in the server's dtype, and for a reduced
-    vocabulary d2t (int64 [VD]) and t2d (bool [V])."""
-    maps = (
-        0
-        if draft.draft_vocab_size == draft.vocab_size
-        else COUNTER * draft.draft_vocab_size + draft.vocab_size
-    )
-    return parameter_count(draft, target) * size + maps
-
-
 def checkpoint_bytes(
     draft: DraftConfig, target: Target, compute: int, average: bool = False
 ) -> int:
@@ -162,21 +141,6 @@ def checkpoint_bytes(
     The host holds as much: the memory of the last snapshot (training_state.copied).
     """
     return parameter_count(draft, target) * (compute + MASTER + MOMENTS + MASTER * average)
-
-
-def rank_bytes(draft: DraftConfig, target: Target, tp: int, size: int) -> int:
-    """A draft's parameters on one tensor-parallel rank.
-
-    SGLang shards attention, MLP and head; fc and the norms are whole on each. The plugin holds two
-    more drafts than EAGLE3: the staged and the previous version (serve/staging.py:
-    reserve_staging_memory).
-    """
-    whole = ("fc.", "norm.", "hidden_norm.", "layernorm.", "input_norm.", "fc_norm.")
-    found = shapes(draft, target)
-    return size * sum(
-        math.prod(s) if any(w in n for w in whole) else math.ceil(math.prod(s) / tp)
-        for n, s in found.items()
-    )
 
 
 def trainer_device_bytes(
@@ -214,37 +178,10 @@ def trainer_device_bytes(
     }
 
 
-def activation_bytes(draft: DraftConfig, positions: int, rows: int, depth: int, c: int) -> int:
-    """What autograd keeps of a step: `positions` packed positions, `rows` of them with a loss at
-    each of `depth` levels.
-
-    A position: its features F and, behind fc, the state, both norms' inputs and outputs (6 H), keys
-    and values. A row of a level: state in, both halves of the attention's input, its norm's output,
-    state out (8 H), queries and attention's output (2 Hq D), the MLP's gate, up, their product and
-    what silu keeps (4 I), keys and values of its level and of those above it (they are concatenated
-    level by level). What norms keep (4 H of a position, 6 H of a row) and attention's output are
-    float32 whatever the dtype: so they are in PyTorch's norm on the CPU and in the reference of
-    tree attention, and a fused kernel keeps less.
-    """
-    h, inner = draft.hidden_size, draft.intermediate_size
-    q, kv = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    position = c * (draft.feature_size + 2 * h + 2 * kv) + 4 * 4 * h
-    row = c * (2 * h + q + 4 * inner) + 4 * (6 * h + q)
-    # level d holds those of levels 1..d
-    nodes = c * 2 * kv * (depth - 1) * depth // 2
-    return draft.num_hidden_layers * (positions * position + rows * (depth * row + nodes))
-
-
 def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
     """One optimizer step's, without attention's scores: 6 for each parameter and row that it
-    multiplies (forward 2, backward 4). The gate's forward passes come on top, at each publication.
-    fc sees each position once, layer and head each row of each level."""
-    h, inner = draft.hidden_size, draft.intermediate_size
-    q, kv = draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-    layer = 2 * h * (q + 2 * kv) + q * h + 3 * h * inner
-    depth = trainer.batch.depth or load.num_steps
-    row = (
-        depth * (draft.num_hidden_layers * layer + draft.draft_vocab_size * h)
-        + draft.feature_size * h
-    )
+    multiplies (forward 2, backward 4). The gate's forward passes come on top, at each
+    publication.
+    """
+    row = row_parameters(draft, trainer.batch.depth or load.num_steps)
     return float(trainer.batch.max_positions * row * 6)

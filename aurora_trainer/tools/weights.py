@@ -56,7 +56,7 @@ def export_draft(
 
         import torch
 
-        from aurora_trainer.drafts import eagle3_export as export
+        from aurora_trainer.drafts.kinds import export
         from aurora_trainer.tools.prune import read_counts
 
         if (draft_vocab is None) != (counts is None) or (ids is not None and counts is not None):
@@ -89,14 +89,13 @@ def import_draft(
     AURORA loads.
     """
     with report_user_errors():
-        from aurora_trainer.drafts.eagle3_import import explain
-        from aurora_trainer.drafts.eagle3_import import import_draft as write
+        from aurora_trainer.drafts import kinds
         from aurora_trainer.drafts.target import open_target
 
         explained = (
-            write(source, out, target, dtype, force)
+            kinds.import_draft(source, out, target, dtype, force)
             if out
-            else explain(source, open_target(target))
+            else kinds.explain(source, open_target(target))
         )
         for kind, lines in (("converted", explained.conversions), ("note", explained.notes)):
             for line in lines:
@@ -136,7 +135,7 @@ def prune_vocab(
     of them.
     """
     with report_user_errors():
-        from aurora_trainer.drafts import eagle3_export as export
+        from aurora_trainer.drafts.kinds import export
         from aurora_trainer.drafts.target import open_target
         from aurora_trainer.recordings.recording import CorruptionLog, read_recording
         from aurora_trainer.tools import prune
@@ -233,7 +232,7 @@ def plan(
 
 
 def _describe(weights, dtype: str) -> str:
-    from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+    from aurora_sglang_plugin.drafts.kinds import MAPS
 
     size = sum(t.numel() for n, t in weights.tensors.items() if n not in MAPS)
     kind = str(weights.dtype).removeprefix("torch.") if dtype == "same" else dtype

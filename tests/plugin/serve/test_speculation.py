@@ -10,8 +10,8 @@ import random
 import pytest
 
 from aurora_sglang_plugin.config import SpeculationConfig
-from aurora_sglang_plugin.serve.speculation import Speculation, bucket, candidate_steps
-from aurora_sglang_plugin.serve.worth import COLD, Cost, Rates
+from aurora_sglang_plugin.serve.speculation import Speculation
+from aurora_sglang_plugin.serve.worth import COLD, Cost, Rates, bucket, candidate_steps
 
 # Time of a round over a plain one at 8 requests, by draft steps: a CPU's, where a verified token
 # costs nearly what a decoded one does, and a GPU's at a small batch, bound by reading weights.

@@ -6,7 +6,6 @@ from naive_draft import CONFIG, VARIANTS, Naive, make
 from random_sample import random_sample
 
 from aurora_trainer.drafts.batch import BatchConfig, _upload, group, pack
-from aurora_trainer.learn.objective import states
 
 
 def naive_levels(sample, depth, rejected=True):
@@ -129,7 +128,7 @@ def test_states_of_a_packed_batch_equal_one_token_at_a_time(name):
     samples = [random_sample(0, verifies=3), random_sample(1, verifies=3, topk=1, start=2)]
     batch = pack(samples, BatchConfig())
     batch.features = batch.features.double()
-    got = states(draft, batch)
+    got = draft.states(batch)
     node_tokens = torch.cat([level.tokens for level in batch.levels[1:]])
     # after every position: (state, cache)
     caches = []

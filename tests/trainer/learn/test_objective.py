@@ -5,7 +5,7 @@ from pydantic import ValidationError
 from random_sample import random_sample
 
 from aurora_trainer.drafts.batch import BatchConfig, pack
-from aurora_trainer.learn.objective import LossConfig, objective, states, to_draft_ids
+from aurora_trainer.learn.objective import LossConfig, objective
 
 
 def double(batch):
@@ -18,7 +18,7 @@ def double(batch):
 def naive_loss(draft, batch, config):
     """The formula of the objective, query by query, with all of the draft's vocabulary at once."""
     total = 0.0
-    for d, (level, state) in enumerate(zip(batch.levels, states(draft, batch), strict=True)):
+    for d, (level, state) in enumerate(zip(batch.levels, draft.states(batch), strict=True)):
         terms = {True: [], False: []}
         for q in (level.target >= 0).nonzero()[:, 0].tolist():
             row = int(level.target[q])
@@ -89,7 +89,7 @@ def test_a_batch_without_any_target_costs_nothing():
 
 def test_ids_outside_the_drafts_vocabulary_map_to_minus_one():
     draft = make(VARIANTS["reduced vocabulary"])
-    mapped = to_draft_ids(draft, torch.tensor([[-1, *range(50)]]))[0]
+    mapped = draft.to_draft_ids(torch.tensor([[-1, *range(50)]]))[0]
     assert mapped[0] == -1 and (mapped[1:] >= 0).sum() == 20
     assert torch.equal(mapped[1:][mapped[1:] >= 0], torch.arange(20))
 

@@ -22,6 +22,7 @@ from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_init import init_draft
+from aurora_trainer.drafts.eagle3_sizes import version_bytes
 from aurora_trainer.drafts.target import open_target
 from aurora_trainer.learn.objective import LossConfig, losses
 from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
@@ -109,7 +110,7 @@ def test_parameters_a_version_and_a_checkpoint(draft_vocab, dtype, target, tmp_p
     writer.close()
     file = tmp_path / "w" / "v000001" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
-    assert sizes.version_bytes(config, opened, dtype.itemsize) == file.stat().st_size - header
+    assert version_bytes(config, opened, dtype.itemsize) == file.stat().st_size - header
 
     draft.compute_in("cpu", dtype)
     tensors = {f"draft/{n}": p for n, p in draft.named_parameters()}
