@@ -11,7 +11,7 @@ altogether, also over prompts, and a round costs what it costs without speculati
 ran cold has holes in its draft's KV, so its acceptance never counts, and a server that leaves the
 cold drafts only once half of the running requests have none.
 
-One rank decides, since clocks differ; `plan` is all that the others need.
+One rank decides, since clocks differ; others need its `plan` alone.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class Speculation:
         self._choice = list(self.plan)
         self._met = [False] * BUCKETS
         self._cost = [Cost() for _ in range(BUCKETS)]
-        # bursts begun before their cost was known
         self._tries = [0] * BUCKETS
         # rounds of late, by bucket
         self._use = [0.0] * BUCKETS
