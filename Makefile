@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards docs test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer-cpu bench-background bench-gil bench-publish learning-curves house lint clean
+.PHONY: bench-trainer-cpu bench-background bench-control bench-gil bench-publish learning-curves house lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -82,6 +82,9 @@ learning-curves: setup ## replay a recording with other settings: ARGS="RECORDIN
 
 bench-background: setup ## what writing versions and checkpoints costs the training loop
 	$(BIN)/python scripts/bench_background.py $(ARGS)
+
+bench-control: setup ## a server that chooses its draft steps against a plain one: ARGS="--good TRAINED_DRAFT"
+	$(BIN)/python scripts/bench_control.py $(ARGS)
 
 bench-gil: setup ## how long a new version keeps the scheduler's thread from running
 	$(BIN)/python scripts/bench_gil.py $(ARGS)

@@ -144,10 +144,6 @@ class CanaryConfig(Section):
     error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
     # loss in accept length that is never rolled back
     margin: Annotated[float, Field(ge=0)] = 0.02
-    # of servers, by a hash of each one's name, that take a version at once
-    share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # how long the others wait for a rejection
-    wait_s: Annotated[float, Field(ge=0)] = 60.0
 
 
 class PluginConfig(Section):

@@ -210,12 +210,13 @@ def sampling(overlap: Tensor, known: Tensor) -> np.ndarray:
 
 
 def live(sample: Sample, positions: Tensor, counted: Tensor) -> np.ndarray:
-    """(steps, tokens) of the sample's own trees, those that hang from the level-0 `positions` that
-    are `counted`."""
+    """(steps, tokens) of the sample's own trees that drafted, those that hang from the level-0
+    `positions` that are `counted`."""
     tree = torch.bucketize(torch.arange(len(sample.node_token)), sample.tree_first, right=True) - 1
     accepted = sample.node_accepted.long()
     lengths = torch.zeros(len(sample.tree_first), dtype=torch.int64).index_add(0, tree, accepted)
-    take = torch.isin(sample.node_position[sample.tree_first], positions[counted])
+    sizes = torch.bincount(tree, minlength=len(sample.tree_first))
+    take = torch.isin(sample.node_position[sample.tree_first], positions[counted]) & (sizes > 1)
     return np.array([float(take.sum()), float(lengths[take].sum())])
 
 

@@ -116,7 +116,8 @@ class Training:
 
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
-        if message.header.kind == "verify":
+        # a plain round says nothing of how long a draft is accepted
+        if message.header.kind == "verify" and message.arrays["parents"].shape[1] > 1:
             good = [row for row in range(len(message.header.requests)) if row not in message.bad]
             self.traffic["steps"] += len(good)
             self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())

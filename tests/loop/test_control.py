@@ -5,9 +5,11 @@ what it is without speculation, and every sample whole.
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
+from bench_control import decode_rounds
 from drafts import disturb
 from rig import Loop, generate, wait_until
 
@@ -45,13 +47,10 @@ def guarded(target, taught, tmp_path_factory):
     loop.stop()
 
 
-def rounds(loop) -> dict[str, float]:
-    """Decode rounds by their steps."""
-    found = {}
-    for line in loop.server.get("/metrics").splitlines():
-        if line.startswith("aurora_decode_rounds_total{") and not line.endswith(" 0.0"):
-            found[line.split('steps="')[1].split('"')[0]] = float(line.split()[-1])
-    return found
+def rounds(loop) -> dict[str, int]:
+    # metrics are a second old at most
+    time.sleep(1.2)
+    return decode_rounds(loop.server)
 
 
 def test_steps_follow_what_they_cost(adaptive, plain, stream):
