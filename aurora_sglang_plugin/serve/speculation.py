@@ -142,8 +142,7 @@ class Speculation:
             self._decode_s += now - self._began
         self._began = now
         at = bucket(size)
-        if not self._met[at]:
-            self._meet(at)
+        self._met[at] = True
         steps = self.plan[at]
         if self.cold:
             steps = steps or COLD
@@ -216,6 +215,7 @@ class Speculation:
         elif self._has_draft:
             self._choose(at)
             self._explore(at)
+        self._foresee()
         plan = list(self._choice)
         if self._burst is not None and not self._burst.ended:
             self.explored += EVERY
@@ -231,13 +231,12 @@ class Speculation:
             self.epoch += 1
         return changed
 
-    def _meet(self, at: int) -> None:
-        """A batch size that is new begins with what the nearest one has."""
-        known = [b for b in range(BUCKETS) if self._met[b]]
-        self._met[at] = True
-        if known:
-            nearest = min(known, key=lambda b: abs(b - at))
-            self._choice[at] = self.plan[at] = self._choice[nearest]
+    def _foresee(self) -> None:
+        """A batch size that was not met yet will begin with what the nearest one has."""
+        met = [b for b in range(BUCKETS) if self._met[b]]
+        for at in range(BUCKETS):
+            if not self._met[at]:
+                self._choice[at] = self._choice[min(met, key=lambda b: abs(b - at))]
 
     def _value(self, at: int, steps: int, errors: float = 0.0) -> float:
         """Tokens a second over those of plain decoding, with the draft's passes over prompts."""

@@ -7,6 +7,7 @@ Takes a minute and 4 GB more, so it runs by `make test-ranks`.
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 import torch
@@ -35,7 +36,11 @@ def loop(tmp_path_factory):
     # one group of processors for each rank
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = ["--tp-size", "2", "--skip-tokenizer-init"]
-    loop = Loop(folder, target, folder / "draft", topk=1, num_steps=4, args=args, env=env)
+    settings = ["plugin.speculation.adaptive=true", "plugin.canary.enabled=true"]
+    loop = Loop(
+        folder, target, folder / "draft", topk=1, num_steps=4, args=args, env=env,
+        settings=settings,
+    )  # fmt: skip
     yield loop
     loop.stop()
 
@@ -85,5 +90,14 @@ def test_each_rank_is_right_and_nothing_counts_twice(loop):
         == by_rank(loop, "aurora_swap_stall_seconds_count")
         == [2, 2]
     )
+    # an untrained draft: both ranks changed their steps, at the same rounds
+    time.sleep(1.2)
+    found = values(loop.server.get("/metrics"))
+    names = [name for name in found if name.startswith("aurora_decode_rounds_total")]
+    rounds = {
+        rank: {n.split('steps="')[1].split('"')[0]: found[n] for n in names if f'"{rank}"}}' in n}
+        for rank in "01"
+    }
+    assert rounds["0"] == rounds["1"] and rounds["0"]["cold"] and rounds["0"]["4"]
     ledger = loop.quiet()
     assert ledger["lost"] == ledger["rejected"] == 0 and ledger["captured"] > 0

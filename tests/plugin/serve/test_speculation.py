@@ -132,6 +132,29 @@ def test_a_request_with_holes_in_its_kv_never_counts_and_keeps_the_server_from_d
     assert policy.steps == 3
 
 
+def test_ranks_that_only_take_plans_have_the_same_steps_in_every_round():
+    """Their clocks and counts are others; plans reach them some rounds after they were made."""
+    clock = [0.0]
+    deciding = Speculation(SpeculationConfig(), 3, clock=lambda: clock[0])
+    other = Speculation(SpeculationConfig(), 3, clock=lambda: 0.0)
+    draw, plan, seen, size = random.Random(0), None, set(), 8
+    for n in range(4000):
+        size = draw.choice([1, 2, 3, 8, 8, 8, 20]) if n % 50 == 0 else size
+        for policy in (deciding, other):
+            policy.begin(size, size)
+        assert deciding.steps == other.steps and deciding.cold == other.cold
+        seen.add(deciding.steps)
+        clock[0] += CPU[deciding.steps] * (1 + draw.gauss(0, 0.05))
+        if deciding.steps > 0:
+            accepted = [min(deciding.steps, draw.choice(range(4))) for _ in range(size)]
+            deciding.judged(deciding.steps, accepted)
+        if n % 8 == 0:
+            plan = deciding.decide()
+        if n % 8 == 7:
+            assert [p.apply(plan) for p in (deciding, other)] in ([True] * 2, [False] * 2)
+    assert len(seen) > 2
+
+
 def test_buckets_and_candidates():
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 17, 10**9)] == [
         0, 1, 2, 2, 3, 3, 4, 4, 5, 15,
