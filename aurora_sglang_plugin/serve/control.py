@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # request-steps that a new version drafts at least, however little it accepts: the canary needs them
 PROBATION = 2048
+# decode rounds after which a trial without an answer ends: versions wait for it
+LONGEST_TRIAL = 4096
 # rounds whose results are not on the host yet
 IN_FLIGHT = 16
 
@@ -65,6 +67,7 @@ class Control:
         # if the step count is fixed
         self._rounds: Counter[int] = Counter()
         self._exchange = False
+        self._trial_rounds = 0
         # what is known of the version that could be gone back to
         self._other_rates: Rates | None = None
         reloader.control = self
@@ -116,6 +119,12 @@ class Control:
     def verified(self, reqs: Sequence[Any], steps: int) -> None:
         """The round that `begin` began was queued; before `step`."""
         self._in_flight.append(_Verified(self._changes, steps, list(reqs), self._warm(reqs)))
+        self._trial_rounds = self._trial_rounds + 1 if self.canary.trial is not None else 0
+        rests = self.speculation is not None and self.speculation.cold
+        if self._trial_rounds > LONGEST_TRIAL or (self._trial_rounds and rests):
+            # Nothing drafts, or hardly anybody asks: what drafts now stays, and nobody is rejected.
+            self.canary.forget()
+            logger.warning("draft trial ended without an answer version=%d", self.reloader.version)
 
     def judged(self, accepted: list[int], size: int) -> None:
         """The oldest round in flight: how many drafts each of its requests accepted."""
