@@ -8,6 +8,8 @@
 #   kernels  one table of ours and of what one would use instead; profile of a training step
 #   serve    what AURORA costs a server of Qwen3-8B's shape, outputs compared, swaps under load
 #   learn    the demo on a target that is trained here first
+#   control  draft steps by cost, rollback, a start without a draft; never slower than plain? With
+#            what `learn` left in OUT
 #
 # Each part writes text and JSON to OUT and goes on after a failure; the last line says what failed.
 # PYTHON (default python3) needs torch for CUDA, SGLang, this project, pytest and hypothesis.
@@ -15,7 +17,7 @@
 # that are there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-part=${1:?"expected a part: check, kernels, serve or learn"}
+part=${1:?"expected a part: check, kernels, serve, learn or control"}
 out=$(realpath -m "${2:?expected a directory for what is found}")
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -79,9 +81,20 @@ learn() {
   cp "$out"/home/demo-random/{summary.json,accept_length.png} "$out"
 }
 
+control() {
+  local weights=$out/home/demo-random/weights
+  run control-tests 240 env "${eager[@]}" \
+    "$python" -m pytest --tb=short tests/loop/test_control.py tests/loop/test_no_draft.py \
+    || failed+=(control-tests)
+  run bench-control 290 env "${eager[@]}" "$python" scripts/bench_control.py \
+    --target "${LEARN_TARGET:-$out/target}" --good "$weights/$(cat "$weights/CURRENT")" \
+    --drafts untrained good --clients 1 8 32 --rounds 3 --seconds 3 --out "$out/control.json" \
+    || failed+=(bench-control)
+}
+
 case $part in
-  check | kernels | serve | learn) "$part" ;;
-  *) echo "gpu_day: no part $part; expected check, kernels, serve or learn" >&2; exit 2 ;;
+  check | kernels | serve | learn | control) "$part" ;;
+  *) echo "gpu_day: no part $part; expected check, kernels, serve, learn or control" >&2; exit 2 ;;
 esac
 echo "failed: ${failed[*]:-nothing}"
 [ ${#failed[@]} = 0 ]
