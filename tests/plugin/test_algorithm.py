@@ -69,11 +69,13 @@ def test_accepts_the_versions_it_was_written_for(algorithm, version):
     algorithm.check_sglang_version(version)
 
 
-def test_a_missing_draft_names_the_command_that_makes_one(algorithm, monkeypatch):
+def test_trees_need_a_draft_from_the_start(algorithm, monkeypatch):
     monkeypatch.setattr(algorithm, "version", lambda _: "0.5.23")
     aurora = algorithm.AuroraAlgorithm(name="AURORA", factory=lambda _: object)
-    arguments = SimpleNamespace(enable_multi_layer_eagle=False, speculative_draft_model_path=None)
-    with pytest.raises(ValueError, match="aurora-trainer init-draft"):
+    arguments = SimpleNamespace(
+        enable_multi_layer_eagle=False, speculative_draft_model_path=None, speculative_eagle_topk=2
+    )
+    with pytest.raises(ValueError, match="--speculative-draft-model-path"):
         aurora.handle_server_args(arguments)
 
 
