@@ -232,11 +232,11 @@ class Speculation:
         return changed
 
     def _foresee(self) -> None:
-        """A batch size that was not met yet will begin with what the nearest one has."""
-        met = [b for b in range(BUCKETS) if self._met[b]]
-        for at in range(BUCKETS):
-            if not self._met[at]:
-                self._choice[at] = self._choice[min(met, key=lambda b: abs(b - at))]
+        """A batch size of unknown cost has what the nearest one has whose cost is known."""
+        known = [b for b in range(BUCKETS) if self._cost[b].knows(self.most)]
+        known = known or [b for b in range(BUCKETS) if self._met[b]]
+        for at in set(range(BUCKETS)) - set(known):
+            self._choice[at] = self._choice[min(known, key=lambda b: abs(b - at))]
 
     def _value(self, at: int, steps: int, errors: float = 0.0) -> float:
         """Tokens a second over those of plain decoding, with the draft's passes over prompts."""

@@ -102,6 +102,15 @@ def test_a_draft_that_cannot_pay_costs_nothing_and_a_good_version_is_taken_up():
     assert not server.policy.cold and server.run(1000) >= 0.95 * best(CPU, 0.9)
 
 
+def test_batch_sizes_of_the_past_do_not_keep_a_useless_draft_warm():
+    """Drafting was never given up for them: their costs are unknown."""
+    server = Server(CPU, 0.02, size=4)
+    server.run(12)
+    server.size = server.warm = 8
+    server.run(200)
+    assert server.policy.cold and server.policy.rounds[0] <= 16, server.policy.rounds
+
+
 def test_a_server_without_a_draft_drafts_once_a_version_is_worth_it():
     server = Server(GPU, 0.0, has_draft=False)
     server.run(1000)
