@@ -107,7 +107,7 @@ def compare(kind: str, draft: Path, options: argparse.Namespace) -> list[dict]:
             began = time.monotonic()
             list(send(servers["plain"], warm, tokens=options.tokens, concurrency=clients))
             each = (time.monotonic() - began) / len(warm)
-            count = max(2 * clients, round(options.seconds / each))
+            count = max(clients, round(options.seconds / each))
             for _ in range(options.rounds):
                 at = (at + count) % (len(prompts) - count)
                 for name, server in servers.items():
