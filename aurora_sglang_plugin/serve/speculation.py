@@ -220,7 +220,10 @@ class Speculation:
         if self._burst is not None and not self._burst.ended:
             self.explored += EVERY
             plan[self._burst.bucket] = self._burst.steps
-        return [*plan, int(self._is_cold())]
+        cold = self._is_cold()
+        if cold and not self.cold:
+            self._given_up = self._count
+        return [*plan, int(cold)]
 
     def apply(self, plan: Sequence[int]) -> bool:
         """Take a plan. Returns True if the server leaves the cold by it, or falls into it."""
@@ -279,8 +282,6 @@ class Speculation:
             "draft steps requests=%d steps=%d before=%d accept_length=%.2f cost=%.2f",
             self._size, best, now, self.rates.length(best), self._cost[at].of(best),
         )  # fmt: skip
-        if best == 0 and self._is_cold():
-            self._given_up = self._count
 
     def _is_cold(self) -> bool:
         worth = sum(use for use, steps in zip(self._use, self._choice) if steps)

@@ -10,6 +10,7 @@ import random
 import pytest
 
 from aurora_sglang_plugin.config import SpeculationConfig
+from aurora_sglang_plugin.serve import speculation
 from aurora_sglang_plugin.serve.speculation import Speculation
 from aurora_sglang_plugin.serve.worth import COLD, Cost, Rates, bucket, candidate_steps
 
@@ -100,6 +101,19 @@ def test_a_draft_that_cannot_pay_costs_nothing_and_a_good_version_is_taken_up():
     server.serve(0.9, 3.4)
     server.run(1000)
     assert not server.policy.cold and server.run(1000) >= 0.95 * best(CPU, 0.9)
+
+
+def test_a_draft_that_was_given_up_is_tried_once_more(monkeypatch):
+    monkeypatch.setattr(speculation, "RETRY", 1000)
+    # the rest of the prompts is of another batch size, as at the end of every burst of traffic
+    server = Server(CPU, 0.02, size=4)
+    server.run(12)
+    server.size = server.warm = 8
+    server.run(500)
+    assert server.policy.cold
+    server.rate = 0.9
+    server.run(1500)
+    assert not server.policy.cold and server.run(500) >= 0.95 * best(CPU, 0.9)
 
 
 def test_batch_sizes_of_the_past_do_not_keep_a_useless_draft_warm():
