@@ -101,6 +101,19 @@ def test_what_another_version_drafted_or_wrote_does_not_count(control):
     assert control.canary.new.steps == 8
 
 
+def test_what_another_version_drafted_says_nothing_of_the_one_that_drafts_now():
+    speculation = Speculation(SpeculationConfig(), 3, clock=lambda: 0.0)
+    control = Control(PluginConfig(), 3, Reloader(), speculation)
+    reqs = requests(control, 8)
+    control.verified(reqs, 3)
+    control.swapped(MANIFEST, first=False)
+    control.judged([0] * 8, 8)
+    assert speculation.rates.judged == 0
+    control.verified(reqs, 3)
+    control.judged([0] * 8, 8)
+    assert speculation.rates.judged == 8
+
+
 def test_results_that_got_lost_shift_nothing(control):
     few, many = requests(control, 3), requests(control, 8)
     control.verified(few, 3)

@@ -78,6 +78,17 @@ def test_never_slower_than_plain_and_near_the_best(cost, rate, size):
     assert reached >= 0.95 * best(cost, rate), (reached, best(cost, rate))
 
 
+def test_the_drafts_passes_over_prompts_count():
+    """Rounds alone would pay: 1.6 tokens for 1.24. Prompts that cost it 0.2 of decoding more do
+    not."""
+    for prompt_s, drafts in ((0.0, True), (60.0, False)):
+        server = Server(GPU, 0.35)
+        for _ in range(20):
+            server.policy.prefilled(1000, prompt_s)
+            server.run(100)
+        assert server.policy.cold is not drafts, server.policy.rounds
+
+
 def test_exploration_is_bounded():
     server = Server(GPU, 0.7)
     server.run(20_000)

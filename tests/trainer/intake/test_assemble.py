@@ -2,11 +2,13 @@
 node.
 """
 
+import numpy as np
 import pytest
 from assembly import WHOLE, assemble, check, one_request
 from simulator import Server
 
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
+from aurora_trainer.intake.request import Tree, _forest
 
 
 @pytest.mark.parametrize("odd", [False, True])
@@ -134,3 +136,26 @@ def test_the_domain_reaches_the_sample(kind):
     assembler = Assembler(WHOLE)
     (sample,) = [s for m in messages for s in assembler.add(m)]
     assert sample.domain == "code"
+
+
+def test_rounds_of_fewer_draft_steps_lie_in_one_sample():
+    """A chain of three drafts whose first is accepted, a plain round, a chain of one draft."""
+
+    def tree(nodes, path):
+        k = np.arange(nodes, dtype=np.int32)
+        return Tree(
+            tokens=100 * nodes + k, parents=k - 1, path=np.array(path, np.int32),
+            topk_ids=np.zeros((nodes, 2), np.int32) + k[:, None],
+            topk_logits=np.zeros((nodes, 2), np.float32), logsumexp=np.full(nodes, 1.0, np.float32),
+            version=nodes, altered=False,
+        )  # fmt: skip
+
+    trees = [tree(4, [0, 1, -1, -1]), tree(1, [0]), tree(2, [0, -1])]
+    found = _forest(trees, np.array([0, 2, 3]), 5, "float32")
+    assert found["node_token"].tolist() == [400, 401, 402, 403, 100, 200, 201]
+    assert found["node_parent"].tolist() == [-1, 0, 1, 2, -1, -1, 5]
+    assert found["node_depth"].tolist() == [0, 1, 2, 3, 0, 0, 1]
+    assert found["tree_first"].tolist() == [0, 4, 5]
+    assert found["position_node"].tolist() == [0, 1, 4, 5, -1]
+    assert found["topk_ids"][:, 0].tolist() == [0, 1, 2, 3, 0, 0, 1]
+    assert found["tree_version"].tolist() == [4, 1, 2]
