@@ -29,20 +29,17 @@ def outputs(answers):
 
 @pytest.fixture(scope="module")
 def adaptive(target, taught, tmp_path_factory):
-    loop = Loop(
-        tmp_path_factory.mktemp("adaptive"), target, taught / "reduced", topk=1, num_steps=3,
-        settings=["plugin.speculation.adaptive=true"],
-    )  # fmt: skip
-    yield loop
-    loop.stop()
+    yield from serve(tmp_path_factory, target, taught / "reduced", "plugin.speculation.adaptive")
 
 
 @pytest.fixture(scope="module")
 def guarded(target, taught, tmp_path_factory):
-    loop = Loop(
-        tmp_path_factory.mktemp("guarded"), target, taught / "full", topk=1, num_steps=3,
-        settings=["plugin.canary.enabled=true"],
-    )  # fmt: skip
+    yield from serve(tmp_path_factory, target, taught / "full", "plugin.canary.enabled")
+
+
+def serve(tmp_path_factory, target, draft, switch):
+    folder = tmp_path_factory.mktemp("control")
+    loop = Loop(folder, target, draft, topk=1, num_steps=3, settings=[f"{switch}=true"])
     yield loop
     loop.stop()
 
