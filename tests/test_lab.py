@@ -1,0 +1,151 @@
+"""The learning lab: a tiny one from traffic to tables, and its statistics on known curves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import lab
+import lab_recordings
+import lab_replay
+import lab_report
+import numpy as np
+import pytest
+from clients import Prompt
+from test_demo import ROOT, quick_target  # noqa: F401
+from test_demo_real import chatting  # noqa: F401
+
+ARMS = """
+[recordings.T]
+requests = 30
+tokens = 16
+domains = "chat code"
+[arms.base]
+swap_every = 10
+draft = ["--draft-vocab", "600"]
+settings = ["batch.depth=2", "pace.new_positions_per_step=32", "optimizer.lr=3e-3"]
+[arms.frozen]
+like = "base"
+settings = ["pace.enabled=false"]
+[arms.reference]
+like = "base"
+requests_per_step = 8
+settings = ["buffer.max_uses=1"]
+ideas = ["anchored", "uses_by_need"]
+[[stages]]
+name = "all"
+recording = "T"
+seeds = [0]
+arms = ["base", "frozen", "reference"]
+"""
+
+
+def curve(rate: float, seeds: int = 3, requests: int = 400, noise: float = 0.0) -> np.ndarray:
+    """Walks whose accept length rises with the logarithm of requests, as fast as `rate`."""
+    generator = np.random.default_rng(7)
+    steps = np.full((seeds, requests), 100.0)
+    length = 1 + 0.2 * np.log2(1 + rate * np.arange(requests) / 20)
+    length = length + noise * generator.standard_normal((seeds, requests))
+    return np.stack([steps, steps * length], -1)
+
+
+def test_half_of_the_requests_is_a_ratio_of_a_half():
+    figures = lab_report.compare(curve(2, noise=0.05), curve(1, noise=0.05), slice(200, 400))
+    low, high = figures["ratio_interval"]
+    assert figures["ratio"] == pytest.approx(0.5, abs=0.08) and low < 0.5 < high < 0.75
+    assert figures["change_interval"][0] > 0 and figures["p"] == 0
+    same = lab_report.compare(curve(1, noise=0.05), curve(1, noise=0.05), slice(200, 400))
+    assert same["change"] == 0 and same["ratio"] == 1 and same["p"] > 0.02
+
+
+def test_a_length_that_is_never_reached_has_no_ratio():
+    assert lab_report.ratio(curve(0.1), curve(4)) == math.inf
+    assert lab_report.ratio(curve(4), curve(0.1)) < 0.1
+
+
+def test_monotone_pools_what_falls():
+    found = lab_report.monotone(np.array([1.0, 3.0, 2.0, 4.0]), np.array([1.0, 1.0, 3.0, 1.0]))
+    assert found.tolist() == [1.0, 2.25, 2.25, 4.0]
+    assert lab_report.requests_to(found, 2.25) == 30
+    assert lab_report.requests_to(found, 4.1) == math.inf
+
+
+def test_accept_length_is_of_all_steps_together():
+    """A request of many steps weighs more: one definition, that of score.py."""
+    walks = np.array([[[100.0, 100.0], [10.0, 40.0]]])
+    assert lab_report.accept_length(walks) == pytest.approx(140 / 110)
+
+
+def test_claims_are_corrected_together():
+    assert lab_report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06}
+    )
+
+
+def test_no_prompt_is_in_two_recordings():
+    given = lab_replay.read_arms(lab_replay.ARMS)["recordings"]
+    traffics = [lab_recordings.Traffic.read(name, about) for name, about in given.items()]
+    prompts = [Prompt(d, f"{d} {n}") for d in ("chat", "chat_code", "code") for n in range(1500)]
+    dealt = lab_recordings.deal(prompts, traffics)
+    said = [prompt.text for own in dealt.values() for prompt in own]
+    assert len(set(said)) == len(said) == sum(traffic.requests for traffic in traffics)
+    shift = [prompt.domain for prompt in dealt["R3"]]
+    assert shift == ["chat"] * 120 + ["chat_code"] * 120 + ["chat"] * 120
+    with pytest.raises(ValueError, match="needs 200 more prompts of domain 'chat'.* 10 left"):
+        lab_recordings.deal(prompts[:10], traffics[:1])
+
+
+def test_every_arm_of_a_stage_can_be_run(tmp_path):
+    """Each is there, and its settings are the trainer's."""
+    arms = lab_replay.read_arms(lab_replay.ARMS)
+    for stage in arms["stages"]:
+        assert stage["recording"] in arms["recordings"]
+        for name in stage["arms"]:
+            arm = lab_replay.arm_of(arms, name)
+            config = lab_replay.configure(arm, tmp_path, tmp_path, str(tmp_path), 3)
+            assert config.trainer.pace.seed == 3 and not config.trainer.gate.enabled
+            assert all(idea in lab_replay.IDEAS for idea in arm.get("ideas", []))
+    last = lab_replay.configure(
+        lab_replay.arm_of(arms, "ref-1e-3"), tmp_path, tmp_path, str(tmp_path), 0
+    )
+    assert last.trainer.optimizer.lr == 1e-3 and last.trainer.buffer.max_uses == 1
+
+
+def test_from_traffic_to_tables(chatting, tmp_path):  # noqa: F811
+    """Recorded on a real server, replayed arm by arm, and not again: what was run has its line."""
+    prompts, arms = tmp_path / "prompts.jsonl", tmp_path / "arms.toml"
+    said = [
+        {"domain": d, "text": f"def f{n}(self, name):"} for n in range(20) for d in ("chat", "code")
+    ]
+    prompts.write_text("\n".join(map(json.dumps, said)))
+    arms.write_text(ARMS)
+    target, home = ["--target", chatting], ["--home", tmp_path / "home"]
+    shared = ["--arms", arms, "--results", tmp_path / "results"]
+    output = tell("record", "--prompts", prompts, *target, *home, *shared)
+    assert '"requests": 30' in output
+    first = tell("run", "all", *target, *home, *shared)
+    assert "3 runs to do" in first
+    lines = {line["arm"]: line for line in lab.read_lines(tmp_path / "results" / lab.LINES)}
+    assert lines.keys() == {"base", "frozen", "reference"}
+    for line in lines.values():
+        assert len(line["steps"]) == len(line["tokens"]) == len(line["domains"]) == 30
+        assert all(t >= s > 0 for s, t in zip(line["steps"], line["tokens"], strict=True))
+    assert lines["frozen"]["updates"] == 0 and lines["reference"]["updates"] == 3
+    assert lines["base"]["updates"] > 5
+    # until the first swap the draft is the initial one
+    assert lines["base"]["tokens"][:10] == lines["frozen"]["tokens"][:10]
+    assert lines["base"]["tokens"][10:] != lines["frozen"]["tokens"][10:]
+    assert "0 runs to do" in tell("run", "all", *target, *home, *shared)
+    tell("report", *shared)
+    tables = (tmp_path / "results" / "tables.md").read_text()
+    assert "| `frozen` | 1 |" in tables and (tmp_path / "results" / "T.png").stat().st_size > 10_000
+
+
+def tell(*words: object) -> str:
+    command = [sys.executable, ROOT / "scripts" / "lab.py", *words]
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
