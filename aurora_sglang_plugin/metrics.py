@@ -255,8 +255,9 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_excluded_requests": counter(
             "Requests that are not captured, by why",
             look="Each is counted once. `opt_out`: the client's own wish, written in any way."
-            " `sample_rate`: `plugin.capture.sample_rate`. `multimodal`, `embeddings`: what no"
-            " token id says. `request_id`: an id that no message may carry. `scoring`, `lora`:"
+            " `sample_rate`: `plugin.capture.sample_rate`. `no_trainer`: nobody takes messages, so"
+            " that 1 request in 256 is captured. `multimodal`, `embeddings`: what no token id says."
+            " `request_id`: an id that no message may carry. `scoring`, `lora`:"
             " another attention or another target. `health_check`: SGLang's own.",
             read=lambda s: dict(s.capture.excluded),
             cause=CAUSES,

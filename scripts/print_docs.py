@@ -38,7 +38,6 @@ MODELS = {
     "MiniMax M2.1": ("minimax-m2.1", 4),
     "Kimi K2.5": ("kimi-k2.5", 8),
 }
-SMALL_VOCAB = 32768
 BLOCK = re.compile(r"^(<!-- make docs: (.+?) -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
 
@@ -107,16 +106,17 @@ def as_toml(default: Any) -> str:
     return f"`{default}`"
 
 
-def planned(stem: str, tp: int, draft_vocab: int | None = None) -> dict:
+def planned(stem: str, tp: int, small: bool) -> dict:
     config = load(TrainerFile, DOCS / "examples" / f"{stem}.toml")
     target = read_config(DOCS / "examples" / "models" / f"{stem}.json")
-    return plan.plan(target, config, sizes.Load(tp=tp), draft_vocab)
+    whole = target.config["vocab_size"]
+    return plan.plan(target, config, sizes.Load(tp=tp), None if small else whole)
 
 
 def model_row(name: str) -> str:
     """A line of the table: the full vocabulary / the small one beside it."""
     stem, tp = MODELS[name]
-    full, small = planned(stem, tp), planned(stem, tp, SMALL_VOCAB)
+    full, small = planned(stem, tp, False), planned(stem, tp, True)
 
     def both(section: str, key: str, unit: float, form: str) -> str:
         return " / ".join(f"{found[section][key] / unit:{form}}" for found in (full, small))

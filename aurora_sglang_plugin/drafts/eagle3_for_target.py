@@ -33,7 +33,7 @@ def is_mixture(target: Mapping[str, Any]) -> bool:
 
 def first_config(target: dict[str, Any]) -> DraftConfig:
     """Of the draft that is made if none is given."""
-    return draft_config(target, min(DRAFT_VOCAB, target["vocab_size"]))
+    return draft_config(target)
 
 
 def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
@@ -49,7 +49,7 @@ def default_aux_layer_ids(num_layers: int) -> tuple[int, ...]:
 
 def draft_config(
     target: dict[str, Any],
-    draft_vocab_size: int,
+    draft_vocab_size: int | None = None,
     aux_layer_ids: tuple[int, ...] | None = None,
     kv_heads: int | None = None,
     eagle31: bool = False,
@@ -58,6 +58,7 @@ def draft_config(
     """`target` is its (text) config. One layer with its widths and heads; of kind "target" with a
     norm for each feature and as many key heads as hold the embedding. Raises ValueError.
 
+    draft_vocab_size: None for DRAFT_VOCAB of them, or all if there are fewer.
     Where the target has none of its own to go by: an MLP of 3 H where the target's experts are
     narrower than that is useful, 8 key heads for latent attention, and no rope scaling for a
     scaling that the trainer does not compute.
@@ -65,6 +66,7 @@ def draft_config(
         handed on.
     """
     raw = dict(target)
+    draft_vocab_size = draft_vocab_size or min(DRAFT_VOCAB, raw["vocab_size"])
     inner = raw.get("intermediate_size") or 0
     if not inner or (is_mixture(target) and inner < 2 * raw["hidden_size"]):
         inner = 3 * raw["hidden_size"]

@@ -40,6 +40,9 @@ LAST, MORE = int(zmq.DONTWAIT), int(zmq.DONTWAIT | zmq.SNDMORE)
 POLLOUT = int(zmq.POLLOUT)
 # while nobody takes messages: how soon a new one is unloaded, or closing is noticed
 WRITABLE_POLL_MS = 10
+# without a message or heartbeat that was taken, but for at least three heartbeats: there is no
+# trainer
+NO_TRAINER_S = 5.0
 REOPEN_S = 1.0
 REMEDIES = {
     "key": (
@@ -106,6 +109,11 @@ class Publisher:
         }
         if self._send_queue.put(kind, snapshot, fields):
             self._wake.set()
+
+    @property
+    def no_trainer(self) -> bool:
+        """Nobody took anything for a while. Read without a lock."""
+        return self._send_queue.blocked_s > max(NO_TRAINER_S, 3 * self._heartbeat_s)
 
     def retarget(self, target: str) -> None:
         """The server has another target: what is captured from here on says so."""

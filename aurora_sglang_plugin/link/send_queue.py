@@ -79,6 +79,11 @@ class SendQueue:
     def __len__(self) -> int:
         return len(self._queue)
 
+    @property
+    def blocked_s(self) -> float:
+        """Since anything was taken, a heartbeat included."""
+        return time.monotonic() - self._taken_at
+
     def put(self, kind: wire.Kind, snapshot: Snapshot, fields: dict[str, Any]) -> bool:
         """Queue one message, dropping older ones for it. True if the queue was empty before.
 
@@ -221,8 +226,7 @@ class SendQueue:
                 "queued_bytes": self._queued_bytes + (in_flight.nbytes if in_flight else 0),
                 "bytes_sent": self._bytes_sent,
                 "heartbeats": self._heartbeats,
-                # since anything was taken, a heartbeat included
-                "blocked_s": time.monotonic() - self._taken_at,
+                "blocked_s": self.blocked_s,
             }
 
     def _drop(self, cause: str) -> None:

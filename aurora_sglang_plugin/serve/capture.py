@@ -87,7 +87,9 @@ class Capture:
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
         if not hasattr(req, "aurora_excluded"):
-            req.aurora_excluded = cause = why_excluded(req, self.config.sample_rate)
+            req.aurora_excluded = cause = why_excluded(
+                req, self.config.sample_rate, self.publisher.no_trainer
+            )
             if cause is not None:
                 self.excluded[cause] += 1
         return req.aurora_excluded is None

@@ -26,13 +26,17 @@ CAUSES = (
     "scoring",
     "lora",
     "sample_rate",
+    "no_trainer",
 )
+# of the requests that would be taken, while no trainer takes messages: shows that capture works
+NO_TRAINER_RATE = 1 / 256
 
 
-def why_excluded(req: Any, sample_rate: float) -> str | None:
+def why_excluded(req: Any, sample_rate: float, no_trainer: bool = False) -> str | None:
     """Why SGLang's request `req` is not captured, one of CAUSES; None if it is. Never raises.
 
-    `sample_rate` is a share of the requests, by a hash of their ids.
+    `sample_rate` is a share of the requests, by a hash of their ids; no_trainer: nobody takes what
+    is captured.
     """
     custom = req.sampling_params.custom_params
     if custom is not None and (
@@ -61,6 +65,9 @@ def why_excluded(req: Any, sample_rate: float) -> str | None:
     # An adapter is another target.
     if getattr(req, "lora_id", None) is not None:
         return "lora"
-    if sample_rate < 1.0 and zlib.crc32(req.rid.encode()) >= sample_rate * 2**32:
+    place = zlib.crc32(req.rid.encode()) / 2**32
+    if place >= sample_rate:
         return "sample_rate"
+    if no_trainer and place >= sample_rate * NO_TRAINER_RATE:
+        return "no_trainer"
     return None

@@ -42,7 +42,8 @@ def init_draft(
     """Write config.json and model.safetensors of an untrained draft to out_dir, and return it.
 
     draft_vocab: keep this many target tokens, the most frequent of token_counts [V] (and every
-        end-of-text token).
+        end-of-text token); None: as many as `draft_config` says. Without counts the first ids are
+        kept: a tokenizer's most frequent ones.
     aux_layer_ids: layers of the target whose output is a feature, low to high; None for
         `default_aux_layer_ids`.
     kv_heads: key-value heads of its attention; None: the target's, or as many as hold the embedding
@@ -55,14 +56,18 @@ def init_draft(
     embed = target.embedding()
     if kind not in ("random", "target"):
         raise ValueError(f"kind {kind!r}: expected random or target")
-    config = draft_config(target.config, draft_vocab or v, aux_layer_ids, kv_heads, eagle31, kind)
+    config = draft_config(target.config, draft_vocab, aux_layer_ids, kv_heads, eagle31, kind)
+    if token_counts is None:
+        token_counts = torch.arange(v, 0, -1)
+    if token_counts.shape != (v,):
+        raise ValueError(
+            f"token counts are of shape {tuple(token_counts.shape)}; expected ({v},), one for each"
+            " token of the target"
+        )
     d2t = None
     if config.draft_vocab_size < v:
-        if token_counts is None or token_counts.shape != (v,):
-            raise ValueError(
-                f"a draft vocabulary of {draft_vocab} needs token_counts of shape ({v},)"
-            )
-        d2t = vocab.most_frequent(token_counts, draft_vocab, keep=target.eos_token_ids)
+        size, ends = config.draft_vocab_size, target.eos_token_ids
+        d2t = vocab.most_frequent(token_counts, size, keep=ends)
     draft = Draft(config, embed, d2t)
     randomise(draft, seed)
     if kind == "target":

@@ -8,9 +8,7 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
-
-from aurora_sglang_plugin.drafts.kinds import check_draft, first_config
+from aurora_sglang_plugin.drafts.kinds import check_draft
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.drafts.eagle3_init import init_draft
 from aurora_trainer.drafts.target import open_target
@@ -33,13 +31,8 @@ def initial_draft(target: str, configured: Path | None, checkpoints: Path) -> Pa
         # whole, or not there
         partial = directory.with_name(f"{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        size = first_config(opened.config).draft_vocab_size
-        vocab = opened.config["vocab_size"]
-        # a tokenizer's first ids are its most frequent ones
-        init_draft(
-            target, partial, draft_vocab=size,
-            token_counts=torch.arange(vocab, 0, -1), dtype=opened.embedding().dtype,
-        )  # fmt: skip
+        draft = init_draft(target, partial, dtype=opened.embedding().dtype)
         partial.rename(directory)
+        size, vocab = len(draft.d2t), opened.config["vocab_size"]
         log.info("initial draft made directory=%s vocabulary=%d of %d", directory, size, vocab)
     return directory

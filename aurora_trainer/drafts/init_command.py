@@ -27,11 +27,15 @@ def init_draft(
         Kind, typer.Option(help="Random, or from the target's weights, able to copy.")
     ] = Kind.target,
     draft_vocab: Annotated[
-        int | None, typer.Option(min=1, help="Keep so many target tokens (--counts).")
+        int | None,
+        typer.Option(min=1, help="Tokens that it can propose. Default: 32,768, or all if fewer."),
     ] = None,
     counts: Annotated[
         Path | None,
-        typer.Option(help="JSON list: how often each target token was generated (length V)."),
+        typer.Option(
+            help="JSON list: how often each target token was generated (length V); the most"
+            " frequent are kept. Default: the tokenizer's first ids."
+        ),
     ] = None,
     aux_layers: Annotated[
         str | None,
@@ -75,8 +79,10 @@ def init_draft(
         dtype=dtypes[dtype],
         kv_heads=kv_heads, eagle31=eagle31,
     )  # fmt: skip
-    size = sum(p.numel() for p in draft.parameters())
+    size, head = (sum(p.numel() for p in of) for of in (draft.parameters(), [draft.lm_head.weight]))
+    per = dtypes[dtype].itemsize / 1e6
     typer.echo(
         f"draft written directory={out} kind={kind.value} parameters={size}"
-        f" vocabulary={len(draft.d2t)}"
+        f" vocabulary={len(draft.d2t)} of {draft.config.vocab_size}\n"
+        f"a draft step reads {size * per:,.0f} MB of weights, {head * per:,.0f} MB of them its head"
     )

@@ -36,6 +36,7 @@ def plan(
 ) -> dict:
     """Everything, by section, in bytes and per second; rates are of all servers together.
 
+    draft_vocab: None for what `init-draft` makes.
     dtype: of the server and of published weights; "" for the target's own. Raises ValueError for a
         target that a draft
     cannot be made for.
@@ -44,7 +45,7 @@ def plan(
     if dtype not in SIZES:
         raise ValueError(f"dtype {dtype}: expected one of {', '.join(SIZES)}")
     size, trainer, capture = SIZES[dtype], config.trainer, config.plugin.capture
-    draft = draft_config(target.config, draft_vocab or target.config["vocab_size"])
+    draft = draft_config(target.config, draft_vocab)
     rate = capture.sample_rate * load.servers
     per_step = verify_bytes(draft, load, size, capture.topk_logits)
     per_token = per_step / (load.running * load.accept_length)

@@ -196,7 +196,9 @@ def plan(
     ] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of a server.")] = 1,
     servers: Annotated[int, typer.Option(min=1, help="That one trainer learns from.")] = 1,
-    draft_vocab: DraftVocab = None,
+    draft_vocab: Annotated[
+        int | None, typer.Option(min=1, help="Of the draft. Default: what init-draft makes.")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="Of the server and its draft; default: the target's own.")
     ] = "",

@@ -190,9 +190,11 @@ def test_init_draft(models, tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["draft_vocab_size"] == 32
     assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 4]
+    assert "vocabulary=32 of 64" in result.output and "MB of weights" in result.output
+    counts.write_text("[1, 2]")
     for bad in (
         ["--dtype", "int8"],
-        ["--draft-vocab", "32"],
+        ["--draft-vocab", "32", "--counts", str(counts)],
         ["--aux-layers", "0,1,5"],
         ["--aux-layers", "x"],
     ):

@@ -121,6 +121,24 @@ def test_order_and_ledger_in_headers(publish, pull):
     )
 
 
+def test_it_knows_whether_there_is_a_trainer(publish, pull, monkeypatch):
+    """None for a while, then one, whose heartbeats are taken, then one that is stopped."""
+    monkeypatch.setattr("aurora_sglang_plugin.link.publisher.NO_TRAINER_S", 0.3)
+    publisher = publish()
+    assert not publisher.no_trainer
+    until(lambda: publisher.no_trainer)
+    puller = pull()
+    until(lambda: not publisher.no_trainer)
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        while puller.poll(10):
+            puller.recv_multipart()
+        assert not publisher.no_trainer
+    # it reads no more: what the sockets hold fills up
+    heavy = np.zeros(1 << 18, np.int32)
+    until(lambda: offer(publisher, heavy, len(heavy)) or publisher.no_trainer)
+
+
 def test_nobody_listens_the_oldest_go_and_the_newest_arrive(publish, pull):
     publisher = publish(queue_messages=10)
     start = time.perf_counter()

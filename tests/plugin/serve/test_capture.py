@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
 class Offered:
     """Stands where the publisher does, and keeps what it is offered."""
 
+    no_trainer = False
+
     def __init__(self):
         self.items, self.drops = [], []
 

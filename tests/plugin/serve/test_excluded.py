@@ -93,3 +93,17 @@ def test_a_share_of_the_requests_is_counted_too():
     capture = make_capture(sample_rate=0.25)
     taken = sum(capture.sampled(request(str(n))) for n in range(400))
     assert 60 < taken < 140 and capture.excluded == {"sample_rate": 400 - taken}
+
+
+def test_without_a_trainer_few_are_taken_and_all_as_soon_as_there_is_one():
+    capture = make_capture()
+    capture.publisher.no_trainer = True
+    taken = sum(capture.sampled(request(f"request-{n}")) for n in range(5000))
+    assert 5 < taken < 50 and capture.excluded == {"no_trainer": 5000 - taken}
+    # a share of a share
+    capture = make_capture(sample_rate=0.25)
+    capture.publisher.no_trainer = True
+    taken = sum(capture.sampled(request(f"request-{n}")) for n in range(20_000))
+    assert 5 < taken < 50 and capture.excluded["no_trainer"] > 4000
+    capture.publisher.no_trainer = False
+    assert all(make_capture().sampled(request(f"request-{n}")) for n in range(100))

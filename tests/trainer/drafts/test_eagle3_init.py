@@ -93,8 +93,11 @@ def test_a_reduced_vocabulary_keeps_the_frequent_tokens_their_head_rows_and_end_
     assert ids.tolist() == [*range(9), 59]
     assert torch.equal(draft.lm_head.weight, tensors["lm_head.weight"][ids])
     assert torch.equal(Draft.load(tmp_path / "d", draft.embed).d2t, draft.d2t)
-    with pytest.raises(ValueError, match="token_counts"):
-        init_draft(tmp_path, tmp_path / "e", draft_vocab=10)
+    # without counts: the first ids
+    draft = init_draft(tmp_path, tmp_path / "e", draft_vocab=10)
+    assert vocab.target_ids(draft.d2t).tolist() == [*range(9), 59]
+    with pytest.raises(ValueError, match=r"of shape \(59,\); expected \(60,\)"):
+        init_draft(tmp_path, tmp_path / "f", draft_vocab=10, token_counts=counts[1:])
 
 
 @pytest.mark.parametrize("ids", [(0, 1, 3), (1, 1, 2), (2, 1, 0), (2,)])
