@@ -22,7 +22,8 @@ from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
 from aurora_sglang_plugin.link.wire import MAX_STEPS
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
-from aurora_sglang_plugin.serve.capture import KINDS, SECONDS
+from aurora_sglang_plugin.serve.boundary import SECONDS
+from aurora_sglang_plugin.serve.capture import KINDS
 from aurora_sglang_plugin.serve.excluded import CAUSES
 from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
 
@@ -243,14 +244,14 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             "Time that the scheduler's thread spent on capturing a message",
             look="What capture costs serving; one verify step is one `verify`. Compare with the"
             " time of a step.",
-            read=lambda s: s.capture.seconds,
+            read=lambda s: s.capture.boundary.seconds,
             bounds=SECONDS,
             kind=KINDS,
         ),
         "aurora_capture_errors": counter(
             "Steps whose capture failed; they were served as usual",
             look="Must be 0. The first one is in the log.",
-            read=lambda s: s.capture.errors,
+            read=lambda s: s.capture.boundary.errors,
         ),
         "aurora_excluded_requests": counter(
             "Requests that are not captured, by why",
@@ -258,7 +259,8 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             " `sample_rate`: `plugin.capture.sample_rate`. `no_trainer`: nobody takes messages, so"
             " that 1 request in 256 is captured. `multimodal`, `embeddings`: what no token id says."
             " `request_id`: an id that no message may carry. `scoring`, `lora`:"
-            " another attention or another target. `health_check`: SGLang's own.",
+            " another attention or another target. `health_check`: SGLang's own."
+            " `failing`: capture failed three times in a row and rests, at first for a minute.",
             read=lambda s: dict(s.capture.excluded),
             cause=CAUSES,
         ),

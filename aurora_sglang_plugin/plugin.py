@@ -69,6 +69,6 @@ def _last_loc(*args: Any) -> Any:
 def _on_release(req: Any, *args: Any, **kwargs: Any) -> None:
     """Every end of a request gives its KV rows back: finished, aborted or retracted."""
     # loaded only if AURORA runs
-    worker = sys.modules.get("aurora_sglang_plugin.worker")
-    if worker is not None:
-        worker.on_release(req)
+    attached = sys.modules.get("aurora_sglang_plugin.attached")
+    if attached is not None:
+        attached.on_release(req)

@@ -112,8 +112,9 @@ def _launches(
     groups = splits * (block // group)
     groups_pow2 = max(k_pow2, triton.next_power_of_2(groups))
     group_max = torch.empty(count, groups, dtype=logits.dtype, device=logits.device)
-    # the maximum, the sum
-    share = torch.empty(2, count, splits, dtype=torch.float32, device=logits.device)
+    # the maximum, the sum; both begin at 16 bytes, whatever the count: one variant of the kernels
+    shares = 4 * triton.cdiv(count * splits, 4)
+    share = torch.empty(2, shares, dtype=torch.float32, device=logits.device)
     shared = dict(
         logits=logits, row_stride=logits.stride(0), rows=rows, vocab=vocab, group_max=group_max
     )

@@ -25,7 +25,7 @@ ROOMS = {
         "link weights",
         "serve",
         "cpu_engine metrics metrics_thread",
-        "worker algorithm plugin server_args",
+        "attached worker algorithm plugin server_args",
     ),
     "aurora_trainer": (
         "schedule metric_families tensorboard checkpoint terminal",

@@ -1,6 +1,7 @@
 """What a draft loses if it sees less of a request than the server's draft does, on a recording.
 
     python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60] [--keep 24]
+    python scripts/measure_context.py RECORDING --config FILE --parts
 
 Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not
 trained on:
@@ -8,8 +9,8 @@ trained on:
     context     a prefix-cache hit begins a sample without its prompt, a long output is cut into
                 parts with `trainer.assemble.context_positions` of context. Two drafts are trained
                 on the same requests, one with whole prompts, one without their first `--cut`
-                positions; both are walked with whole prompts (as the server drafts) and with cut
-                ones (as the gate scores such samples).
+                positions, or, with `--parts`, in the parts that the trainer cuts; both are walked
+                whole (as the server drafts) and cut (as the gate scores such samples).
     old prefix  draft KV of a cached prefix stays what an older version wrote. The trained draft is
                 walked with the keys and values of these positions from itself at EARLIER stages of
                 its training.
@@ -77,6 +78,15 @@ def with_prefix(sample: Sample, first: Sample) -> Sample:
         position_node=torch.cat([nowhere, sample.position_node]),
         node_position=sample.node_position + n,
     )
+
+
+def in_parts(recording: Path, config: TrainerFile) -> dict[str, list[Sample]]:
+    """Each request's samples as the trainer cuts it, by request id."""
+    assembler, parts = Assembler(config.trainer.assemble), dict[str, list[Sample]]()
+    for _, message in read_messages(recording, CorruptionLog()):
+        for sample in assembler.add(message):
+            parts.setdefault(sample.request, []).append(sample)
+    return parts
 
 
 def cached(sample: Sample, options: argparse.Namespace) -> int:
@@ -180,6 +190,9 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=int, help="or all but the last so many, as in a conversation"
     )
+    parser.add_argument(
+        "--parts", action="store_true", help="or nothing of prompts; long requests are cut in parts"
+    )
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as weights:
@@ -200,32 +213,43 @@ def run(options: argparse.Namespace, config: TrainerFile) -> dict:
             f"{options.recording} has {len(samples)} whole requests; expected more than --train"
             f" {options.train}"
         )
-    cut = [without_prefix(s, cached(s, options)) for s in judged]
+    parts = in_parts(options.recording, config) if options.parts else {}
+
+    def cut(sample: Sample) -> list[Sample]:
+        whole = without_prefix(sample, cached(sample, options))
+        return parts[sample.request] if options.parts else [whole]
+
     drafts, trainer = {}, config.trainer
-    drafts["whole prompts"], earlier = train(config, taught)
-    drafts["cut prompts"], _ = train(
-        config, [without_prefix(s, cached(s, options)) for s in taught]
-    )
+    drafts["whole"], earlier = train(config, taught)
+    drafts["cut"], _ = train(config, [part for s in taught for part in cut(s)])
+
+    def walk(draft: Draft, samples: list[list[Sample]]) -> np.ndarray:
+        """As score.measure, of requests in one or more samples each."""
+        each = [measure(draft, of, trainer.batch, trainer.loss, "cpu").sum(0) for of in samples]
+        return np.stack(each)
+
     walked = {
-        f"trained on {name}, walked with {context}": measure(
-            draft, of, trainer.batch, trainer.loss, "cpu"
-        )
+        f"trained on {name}, walked with {context}": walk(draft, of)
         for name, draft in drafts.items()
-        for context, of in (("whole prompts", judged), ("cut prompts", cut))
+        for context, of in (
+            ("whole", [[s] for s in judged]),
+            ("cut", [cut(s) for s in judged]),
+        )
     }
-    whole, writers = drafts["whole prompts"], {}
-    for number, weights in earlier.items():
+    whole, writers = drafts["whole"], {}
+    for number, weights in () if options.parts else earlier.items():
         old = Draft.load(trainer.model.draft, whole.embed.float())
         old.load_checkpoint({n: t for n, t in weights.items() if n not in ("d2t", "t2d")})
         old.compute_in("cpu", whole.fc.weight.dtype).requires_grad_(False)
-        walked[f"trained on whole prompts, prefix' KV after {number} requests"] = old_prefix(
+        walked[f"trained on whole, prefix' KV after {number} requests"] = old_prefix(
             whole, old, [(s, cached(s, options)) for s in judged], config
         )
         scores = measure(old, judged, trainer.batch, trainer.loss, "cpu")
         writers[f"after {number} requests"] = round(accept_length(scores), 4)
-    base = walked["trained on whole prompts, walked with whole prompts"]
+    base = walked["trained on whole, walked with whole"]
     return {
         "requests": {"trained": len(taught), "judged": len(judged)},
+        "parts_mean": float(np.mean([len(cut(s)) for s in judged])),
         "cached_mean": float(np.mean([cached(s, options) for s in judged])),
         "prompt_tokens_mean": float(np.mean([s.prompt_len for s in judged])),
         "generated_mean": float(np.mean([len(s.tokens) - s.prompt_len for s in judged])),

@@ -20,7 +20,8 @@ SEAM = {
     # answers as EAGLE3
     "aurora_sglang_plugin/algorithm.py",
     "aurora_sglang_plugin/server_args.py",
-    # the steps
+    # what is added to a worker, and the steps of one
+    "aurora_sglang_plugin/attached.py",
     "aurora_sglang_plugin/worker.py",
 }
 # stands in for what SGLang lacks on a CPU

@@ -26,7 +26,12 @@ from aurora_sglang_plugin.drafts.eagle3_vocab import (
 )
 from aurora_sglang_plugin.drafts.tensor_files import canonical_name
 
+# Key of a draft's config.json: true for one that nobody trained yet. A server that chooses its
+# draft steps serves plainly until a version comes.
+UNTRAINED = "aurora_untrained"
+
 __all__ = [
+    "UNTRAINED",
     "any_target_ids",
     "BAD_MAP",
     "MAP",

@@ -7,11 +7,8 @@ Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabular
 
 from __future__ import annotations
 
-import logging
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +17,8 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
-from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.boundary import Boundary
 from aurora_sglang_plugin.serve.excluded import why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
@@ -29,21 +26,17 @@ from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
 if TYPE_CHECKING:
     from aurora_sglang_plugin.link.publisher import Publisher
 
-logger = logging.getLogger(__name__)
-
 # A key of sampling_params.custom_params: a label of wire.DOMAIN's form, that travels along.
 DOMAIN_LABEL = "aurora_domain"
 
 KINDS = ("prefill", "verify", "end")
-# buckets
-SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 class Capture:
     """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the
     publisher.
 
-    Methods never raise into serving: this is one of the two serving boundaries (style rule 10).
+    Methods never raise into serving (boundary.py).
     """
 
     def __init__(
@@ -58,6 +51,7 @@ class Capture:
         """`num_steps`: the most draft steps that a round has."""
         self.config = config
         self.publisher = publisher
+        self._device = device
         self.num_steps = num_steps
         self.topk = topk
         # --speculative-use-rejection-sampling
@@ -67,16 +61,12 @@ class Capture:
             self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
             self.transfer = HostTensors()
-        # of the scheduler's thread, for each message
-        self.seconds = {kind: Tally(SECONDS) for kind in KINDS}
+        self.boundary = Boundary(KINDS, proofs=("prefill", "verify"))
         self.acceptance = Acceptance(num_steps)
-        self.errors = 0
         # beyond max_prompt_features
         self.prompt_tokens_skipped = 0
         # requests by cause (excluded.py)
         self.excluded: Counter[str] = Counter()
-        # for the message that is being made
-        self._seconds = 0.0
         # B of the verify step that is running
         self._size = 0
         # of the verify step that is running: which of its requests are sampled
@@ -84,19 +74,32 @@ class Capture:
         # the same on the device, where they are not all
         self._index: torch.Tensor | None = None
 
+    def prewarm(self, vocab: int) -> None:
+        """Compile, load and run the kernels of a step, before anything is served: each variant that
+        a step may need, in logits of `vocab` columns with and without padding between the rows."""
+        if self._device.type != "cuda":
+            return
+        with self.boundary.of("prewarm"):
+            for columns in {vocab, 64 * -(-vocab // 64)}:
+                logits = torch.zeros(2, columns, device=self._device)[:, :vocab]
+                for rows in (None, torch.zeros(1, dtype=torch.int64, device=self._device)):
+                    topk_logprobs(logits, self.config.topk_logits, rows)
+
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
         if not hasattr(req, "aurora_excluded"):
-            req.aurora_excluded = cause = why_excluded(
-                req, self.config.sample_rate, self.publisher.no_trainer
+            req.aurora_excluded = cause = (
+                "failing"
+                if self.boundary.resting
+                else why_excluded(req, self.config.sample_rate, self.publisher.no_trainer)
             )
             if cause is not None:
                 self.excluded[cause] += 1
-        return req.aurora_excluded is None
+        return req.aurora_excluded is None and not self.boundary.resting
 
     def prefill(self, batch: Any, input_ids: torch.Tensor, result: Any, version: int) -> None:
         """After the draft's extend, which leaves the ids rotated left by one in batch.input_ids."""
-        with self._boundary("prefill"):
+        with self.boundary.of("prefill"):
             chunks = self._chunks(batch)
             if not chunks:
                 return
@@ -157,11 +160,14 @@ class Capture:
 
     def before_verify(self, batch: Any) -> None:
         self._rows = []
-        with self._boundary("rows"):
-            self._seconds, self._size = 0.0, len(batch.seq_lens)
+        with self.boundary.of("rows"):
+            self.boundary.begin()
+            self._size = len(batch.seq_lens)
             rows = [row for row, req in enumerate(batch.reqs) if self.sampled(req)]
+            if not rows:
+                return
             # known before anything is computed or copied for nothing
-            if rows and not self.transfer.has_room():
+            if not self.transfer.has_room():
                 self.publisher.drop("no_buffer")
                 return
             if len(rows) < self._size:
@@ -178,7 +184,7 @@ class Capture:
         leaves temperature and truncation to a copy."""
         if not self._rows:
             return
-        with self._boundary("verify"):
+        with self.boundary.of("verify"):
             size, nodes = tree.retrieve_next_token.shape
             path = result.accept_index.shape[1]
             select = self._select
@@ -219,7 +225,7 @@ class Capture:
 
     def ended(self, req: Any) -> None:
         """A request gives back its KV rows: it finished, was aborted or was retracted."""
-        with self._boundary("end"):
+        with self.boundary.of("end"):
             if not self.sampled(req):
                 return
             length = len(req.output_ids) if req.finished_len is None else req.finished_len
@@ -276,26 +282,6 @@ class Capture:
             self.publisher.drop("too_large" if self.transfer.has_room() else "no_buffer")
         else:
             self.publisher.offer(kind, snapshot_type(staged, **host), requests=requests, **header)
-
-    @contextmanager
-    def _boundary(self, what: str) -> Iterator[None]:
-        """Time what runs on the scheduler's thread; count its failures, log the first, let serving
-        go on.
-        """
-        start = time.perf_counter()
-        try:
-            yield
-        except Exception:
-            self.errors += 1
-            if self.errors == 1:
-                logger.exception(
-                    "aurora capture failed what=%s: serving goes on, further failures are counted",
-                    what,
-                )
-        self._seconds += time.perf_counter() - start
-        if what in KINDS:
-            self.seconds[what].observe(self._seconds)
-            self._seconds = 0.0
 
 
 def _fitting(chunks: list[tuple], max_rows: int) -> Iterator[list[tuple]]:

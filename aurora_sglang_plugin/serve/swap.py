@@ -69,7 +69,7 @@ class Reloader:
         has_draft: bool = True,
         writes: bool = True,
     ):
-        # whether the server was started with a draft
+        # whether the draft that the server was started with drafts
         self.has_draft = has_draft
         # whether this rank tells others of a rejected version
         self.writes = writes

@@ -29,6 +29,7 @@ from torch import Tensor
 from aurora_sglang_plugin.drafts import aux_layers
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_sglang_plugin.drafts.eagle3_vocab import MAPS
+from aurora_sglang_plugin.drafts.kinds import UNTRAINED
 from aurora_sglang_plugin.weights.atomic_files import remove_directory, write_directory
 from aurora_sglang_plugin.weights.manifest import (
     CURRENT,
@@ -60,6 +61,8 @@ class Weights:
     origin: dict[str, Any]
     # what servers hold, where the tensors are a checkpoint's float32 masters
     cast_to: torch.dtype | None = None
+    # init-draft made it, and nobody trained it
+    untrained: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -204,7 +207,8 @@ def _config(weights: Weights, dtype: torch.dtype) -> dict[str, Any]:
         # vLLM and speculators name the layers that the features ENTER, at the top
         config.setdefault(aux_layers.KEY, [i + 1 for i in weights.config.aux_layer_ids])
     config["norm_before_residual"] = False
-    return config | {"aurora": weights.origin}
+    untrained = {UNTRAINED: True} if weights.untrained else {}
+    return config | untrained | {"aurora": weights.origin}
 
 
 def _read_draft(directory: Path, origin: dict[str, Any]) -> Weights:
@@ -217,7 +221,8 @@ def _read_draft(directory: Path, origin: dict[str, Any]) -> Weights:
     if "d2t" in tensors:
         vocab.check(tensors["d2t"], config.draft_vocab_size, config.vocab_size)
         tensors["t2d"] = vocab.mask(tensors["d2t"], config.vocab_size)
-    return Weights(config, tensors, origin)
+    said = json.loads((directory / "config.json").read_text())
+    return Weights(config, tensors, origin, untrained=said.get(UNTRAINED) is True)
 
 
 def _read_version(directory: Path, version: int | None) -> Weights:

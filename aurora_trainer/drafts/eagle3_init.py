@@ -8,6 +8,7 @@ proposes what followed (eagle3_copying.py).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from aurora_sglang_plugin.drafts.eagle3_for_target import (
     default_aux_layer_ids,
     draft_config,
 )
+from aurora_sglang_plugin.drafts.kinds import UNTRAINED
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_copying import copy_from_context
@@ -74,7 +76,13 @@ def init_draft(
         outputs = tuple(aux_layer_ids or default_aux_layer_ids(target.config["num_hidden_layers"]))
         start_from_target(draft, target, outputs, seed)
     draft.save(out_dir, dtype)
+    _say_untrained(out_dir / "config.json")
     return draft
+
+
+def _say_untrained(config: Path) -> None:
+    said = json.loads(config.read_text()) | {UNTRAINED: True}
+    config.write_text(json.dumps(said, indent=2) + "\n")
 
 
 @torch.no_grad()

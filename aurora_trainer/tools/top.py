@@ -47,6 +47,15 @@ def server_lines(f: Figures) -> list[str]:
         for role in ("current", "previous")
     ]
     lines.append(f"  accept length    {BOLD}{_number(length)}{PLAIN}   {'   '.join(roles)}")
+    name = "aurora_decode_rounds_total"
+    rounds = {steps: f.rate(name, steps=steps) for steps in new.by("steps", name)}
+    every = sum(rounds.values())
+    shares = [f"{_steps(steps)} {rate / every:.0%}" for steps, rate in rounds.items() if rate]
+    lines.append(
+        f"  rounds           {'  '.join(shares) or 'none'}   tokens/s over plain decoding's"
+        f" {_number(new.largest('aurora_speculation_gain_ratio'))}  "
+        f" {_alarm('rolled back', new.largest('aurora_versions_rejected_total') or 0.0)}"
+    )
     counted = f.rate("aurora_accept_length_tokens_count")
     by_position = new.by("position", "aurora_accepted_drafts_total")
     share = {
@@ -246,6 +255,12 @@ def _absent(side: str, error: ValueError) -> str:
 def _plain(text: object) -> str:
     """What came from elsewhere: without control characters, and no markup."""
     return markup.escape(escape(text, 300))
+
+
+def _steps(steps: str) -> str:
+    """A label of aurora_decode_rounds_total, in words."""
+    plain = {"cold": "cold", "0": "plain"}
+    return plain.get(steps) or f"{_plain(steps)} step{'s' if steps != '1' else ''}"
 
 
 def _alarm(what: str, count: float, number: bool = True) -> str:

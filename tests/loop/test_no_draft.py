@@ -1,12 +1,13 @@
-"""Nobody trained a draft: the server starts without one, decodes plainly and teaches a real
-trainer, which makes the draft. The server tries its versions in the same process, and output stays
-what it is.
+"""Nobody trained a draft: the server starts without one, or with what init-draft made, decodes
+plainly and teaches a real trainer. The server tries its versions in the same process, and output
+stays what it is.
 """
 
 from __future__ import annotations
 
 import subprocess
 
+import pytest
 from bench_control import decode_rounds
 from children import TRAINER, die_with_parent
 from rig import generate, metrics, wait_until
@@ -20,6 +21,7 @@ endpoint = "tcp://127.0.0.1:{port}"
 directory = "{home}/weights"
 [trainer.model]
 target = "{target}"
+{draft}
 [trainer.pace]
 nice = 0
 new_positions_per_step = 128
@@ -34,11 +36,15 @@ every_s = 0.5
 PARAMS = {"max_new_tokens": 48}
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["no draft", "an untrained one"])
 def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
-    target, plain, stream, tmp_path
+    target, plain, stream, tmp_path, made
 ):
-    config = tmp_path / "aurora.toml"
-    config.write_text(CONFIG.format(port=free_port(), home=tmp_path, target=target))
+    config, draft = tmp_path / "aurora.toml", tmp_path / "draft" if made else None
+    if draft:
+        subprocess.run([*TRAINER, "init-draft", target, draft], check=True)
+    said = f'draft = "{draft}"' if draft else ""
+    config.write_text(CONFIG.format(port=free_port(), home=tmp_path, target=target, draft=said))
     batch = prompts(stream, 64000)
     expected = outputs(generate(plain, batch, PARAMS, None))
     with open(tmp_path / "trainer.log", "wb") as log:
@@ -48,7 +54,7 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
         )  # fmt: skip
     try:
         with Server(
-            target, algorithm="AURORA", args=["--enable-metrics"],
+            target, draft=draft, algorithm="AURORA", num_steps=3, args=["--enable-metrics"],
             env={"AURORA_CONFIG": str(config)}, log=tmp_path / "server.log",
         ) as server:  # fmt: skip
             assert outputs(generate(server, batch, PARAMS, None)) == expected
@@ -71,5 +77,6 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
         trainer.terminate()
         trainer.wait(30)
     assert (tmp_path / "weights" / "CURRENT").exists()
-    (made,) = (tmp_path / "checkpoints").glob("initial-draft-*")
-    assert {f.name for f in made.iterdir()} >= {"config.json", "model.safetensors"}
+    drafts = [*(tmp_path / "checkpoints").glob("initial-draft-*"), *([draft] if draft else [])]
+    (initial,) = drafts
+    assert {f.name for f in initial.iterdir()} >= {"config.json", "model.safetensors"}

@@ -32,7 +32,9 @@ def loop(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("parallel")
     target = make_random_target(folder / "target", vocab=VOCAB, heads=4, kv_heads=2)
-    init_draft(target, folder / "draft", "target")
+    draft = init_draft(target, folder / "draft", "target")
+    # not said to be untrained: it drafts from the start
+    draft.save(folder / "draft")
     # one group of processors for each rank
     env = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
     args = ["--tp-size", "2", "--skip-tokenizer-init"]

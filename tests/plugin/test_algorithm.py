@@ -198,7 +198,7 @@ def test_a_failure_to_register_is_kept_and_logged(algorithm, monkeypatch, caplog
 def test_a_released_request_is_told_to_the_worker_where_there_is_one(monkeypatch):
     from aurora_sglang_plugin import plugin
 
-    name, told = "aurora_sglang_plugin.worker", []
+    name, told = "aurora_sglang_plugin.attached", []
     monkeypatch.delitem(sys.modules, name, raising=False)
     plugin._on_release("request", None)
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(on_release=told.append))

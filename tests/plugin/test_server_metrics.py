@@ -46,7 +46,7 @@ if rank == 0:
     capture = Capture(CaptureConfig(), send_queue, torch.device("cpu"), num_steps=3, topk=1)
     for n in range(5):
         send_queue.put("end", End(7), {"draft_version": 3})
-    capture.seconds["verify"].observe(0.0003)
+    capture.boundary.seconds["verify"].observe(0.0003)
     capture.acceptance.add(2, np.array([1, 1, 4]))
     capture.acceptance.add(3, np.array([4, 3]))
     capture.publisher = send_queue

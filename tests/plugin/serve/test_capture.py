@@ -9,6 +9,7 @@ import torch
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
+from aurora_sglang_plugin.serve.boundary import Boundary
 from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
@@ -128,7 +129,7 @@ def test_verify_takes_the_sampled_rows():
     expected = judged.view(3, N, V)[[0, 2]].topk(5)
     assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
     assert abs(arrays["aux_hidden_states"]).min() > 0
-    assert capture.errors == 0 and sum(capture.seconds["verify"].counts) > 0
+    assert capture.boundary.errors == 0 and sum(capture.boundary.seconds["verify"].counts) > 0
 
 
 class Packs(HostTensors):
@@ -156,7 +157,7 @@ def test_what_is_packed_is_what_was_there(topk, sampled):
         )
         prefill_step(capture, [request("a", range(4)), request("b", range(9))], [0, 0], [4, 3])
         built.append([snapshot.build() for _, snapshot, _ in capture.publisher.items])
-        assert not capture.errors
+        assert not capture.boundary.errors
     assert built[0][0]["parents"][1].tolist() == [[-1, 0, 1, 2]] * (1 + sampled)
     for one, other in zip(*built, strict=True):
         for name, (dtype, array) in one.items():
@@ -175,7 +176,7 @@ def test_on_a_gpu_the_logits_of_sampled_rows_are_read_where_they_lie():
 def test_nothing_is_offered_where_nobody_is_sampled():
     capture = make_capture(sample_rate=0.0)
     verify_step(capture, [request("a"), request("b")])
-    assert capture.publisher.items == [] and capture.errors == 0
+    assert capture.publisher.items == [] and capture.boundary.errors == 0
 
 
 def prefill_step(capture, reqs, prefixes, extends, version=2):
@@ -200,7 +201,7 @@ def test_without_a_buffer_nothing_is_computed():
     assert (
         capture.publisher.drops == ["no_buffer", "no_buffer"]
         and not capture.publisher.items
-        and not capture.errors
+        and not capture.boundary.errors
     )
 
 
@@ -264,7 +265,8 @@ def test_a_requests_label_travels_where_it_is_short_and_harmless(label, travels)
     capture.ended(reqs[0])
     domains = [fields["domains"] for _, _, fields in capture.publisher.items]
     assert (
-        domains == ([["", label], [label], []] if travels else [[], [], []]) and not capture.errors
+        domains == ([["", label], [label], []] if travels else [[], [], []])
+        and not capture.boundary.errors
     )
 
 
@@ -284,7 +286,47 @@ def test_failures_are_counted_and_never_raised(caplog):
         capture.verify(None, None, None, 0, 0)
         capture.prefill(None, None, None, 0)
         capture.ended(None)
-    assert capture.errors == 9 and capture.publisher.items == []
+    assert capture.boundary.errors == 9 and capture.publisher.items == []
     assert sum("capture failed" in record.message for record in caplog.records) == 1
-    verify_step(capture, [request("a")])
-    assert len(capture.publisher.items) == 1
+
+
+def test_what_fails_again_and_again_rests_and_tries_again_later(caplog):
+    capture, now = make_capture(), 0.0
+    capture.boundary = Boundary(("verify",), ("verify",), clock=lambda: now)
+    broken = SimpleNamespace(reqs=None, seq_lens=None)
+
+    def fail(times: int) -> None:
+        for _ in range(times):
+            capture.before_verify(broken)
+
+    def taken(rid: str) -> bool:
+        before = len(capture.publisher.items)
+        verify_step(capture, [request(rid)])
+        return len(capture.publisher.items) > before
+
+    fail(2)
+    assert taken("a")
+    # three in a row, not in all
+    fail(2)
+    assert taken("b")
+    fail(3)
+    running = request("c")
+    running.aurora_excluded = None
+    verify_step(capture, [running])
+    assert not taken("d") and capture.excluded == {"failing": 1}
+    now = 61.0
+    assert taken("e")
+    # one proof ends it; without one, each rest is twice as long as the last
+    fail(3)
+    now += 59
+    assert not taken("f")
+    now += 2
+    fail(1)
+    now += 119
+    assert not taken("g")
+    now += 2
+    assert taken("h")
+    rests = [record.args[0] for record in caplog.records if "rests" in record.message]
+    assert rests == [60, 60, 120]
+    # a request that was left out once stays out
+    assert capture.excluded == {"failing": 3}

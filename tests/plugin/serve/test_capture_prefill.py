@@ -16,7 +16,7 @@ def test_a_prefill_that_fits_no_buffer_is_sent_in_several_messages():
         ["long"],
     ]
     positions = [s.build()["positions"][1].tolist() for _, s, _ in capture.publisher.items]
-    assert positions == [[0, 0], [0], [0]] and not capture.errors
+    assert positions == [[0, 0], [0], [0]] and not capture.boundary.errors
 
 
 def test_prefill_of_a_batch():
@@ -83,4 +83,4 @@ def test_ids_of_a_cached_prefix_travel_once():
     # a step of a mixed chunk
     assert sent(60, 1) == [60, 1, 1]
     assert sent(50, 10) == [20, 40, 10]
-    assert sent(62, 3) == [62, 3, 3] and not capture.errors
+    assert sent(62, 3) == [62, 3, 3] and not capture.boundary.errors

@@ -75,7 +75,7 @@ def test_every_request_is_counted_once_whatever_happens_to_it():
     assert {rid for _, _, fields in capture.publisher.items for rid in fields["requests"]} == {
         "taken"
     }
-    assert capture.errors == 0
+    assert capture.boundary.errors == 0
 
 
 def test_a_bad_id_costs_its_own_request_only():
@@ -85,7 +85,7 @@ def test_a_bad_id_costs_its_own_request_only():
     assert (
         fields["requests"] == ["good"]
         and capture.excluded == {"request_id": 2}
-        and capture.errors == 0
+        and capture.boundary.errors == 0
     )
 
 

@@ -4,6 +4,7 @@ worse than uniformly.
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from small_target import write_target
 from aurora_sglang_plugin.drafts.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft
 from aurora_sglang_plugin.drafts.eagle3_for_target import default_aux_layer_ids
+from aurora_sglang_plugin.drafts.kinds import UNTRAINED
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_copying import low_features
+from aurora_trainer.drafts.eagle3_export import read_weights, write_draft
 from aurora_trainer.drafts.eagle3_init import init_draft
 from aurora_trainer.drafts.target import open_target
 
@@ -177,3 +180,18 @@ def test_started_from_the_target_it_guesses_no_worse_than_uniformly(massive, tmp
         # draft on average
         guess = draft.logits(states).log_softmax(-1)
         assert -guess.mean() < math.log(60) + 0.15
+
+
+def test_an_untrained_draft_says_so_and_a_trained_one_does_not(tmp_path):
+    write_target(tmp_path)
+    draft = init_draft(tmp_path, tmp_path / "made")
+
+    def untrained(directory: Path) -> bool:
+        return json.loads((directory / "config.json").read_text()).get(UNTRAINED, False)
+
+    assert untrained(tmp_path / "made")
+    draft.save(tmp_path / "trained")
+    assert not untrained(tmp_path / "trained") and UNTRAINED not in draft.config.to_json("float32")
+    for name in ("made", "trained"):
+        write_draft(read_weights(tmp_path / name), tmp_path / f"{name}-exported")
+        assert untrained(tmp_path / f"{name}-exported") == (name == "made")

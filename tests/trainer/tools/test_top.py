@@ -133,6 +133,20 @@ def test_rates_are_between_two_pages(trainer):
     assert any(f"{tokens / 20:,.0f} tokens/s" in line for line in trainer_lines(figures))
 
 
+def test_how_many_steps_are_drafted_and_what_that_is_worth():
+    def page(at_s: float, plain: float, drafting: float) -> Page:
+        rounds = [({"steps": s}, n) for s, n in (("cold", 5.0), ("0", plain), ("3", drafting))]
+        others = {"aurora_captured_messages_total": 1.0, "aurora_speculation_gain_ratio": 1.234}
+        others["aurora_versions_rejected_total"] = 2.0
+        samples = {name: [({}, value)] for name, value in others.items()}
+        return Page(at_s, samples | {"aurora_decode_rounds_total": rounds})
+
+    lines = server_lines(Figures(page(0, 0, 0), page(10, 25, 75)))
+    (line,) = [Text.from_markup(line).plain for line in lines if "rounds " in line]
+    assert "plain 25%  3 steps 75%   " in line and "cold" not in line
+    assert "plain decoding's 1.23" in line and "rolled back 2" in line
+
+
 def test_a_server_that_captures_nothing():
     page = Page(
         0.0, {"aurora_attached": [({}, 1.0)], "aurora_draft_version": [({}, 3.0), ({}, 4.0)]}
