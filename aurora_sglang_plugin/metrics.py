@@ -25,7 +25,7 @@ from aurora_sglang_plugin.serve.acceptance import ROLES, accepted, mean_length
 from aurora_sglang_plugin.serve.boundary import SECONDS
 from aurora_sglang_plugin.serve.capture import KINDS
 from aurora_sglang_plugin.serve.excluded import CAUSES
-from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
+from aurora_sglang_plugin.serve.swap_times import FRESHNESS_S, STALL_S, SWAP_S
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.capture import Capture
@@ -141,10 +141,10 @@ OF_RANK: dict[str, Family] = {
         read=lambda s: s.swaps["prefix_renewals"],
     ),
     "aurora_swap_stall_seconds": histogram(
-        "Time that the scheduler's thread spent on a swap",
-        look="What a swap costs running requests. Host time: on a GPU the copies themselves run"
-        " on the stream after it.",
-        read=lambda s: s.reloader.stalls,
+        "Time that the copies of a swap took, on the device",
+        look="What a swap costs running requests: on a GPU by events in the stream of the steps,"
+        " on a CPU of the scheduler's thread.",
+        read=lambda s: s.reloader.times.stalls,
         bounds=STALL_S,
     ),
     "aurora_swap_seconds": histogram(
@@ -152,7 +152,7 @@ OF_RANK: dict[str, Family] = {
         look="Reading, checking and staging a version, and waiting for the next verify step. An"
         " idle server swaps when it next works, so long tails at night are no fault. Versions"
         " found at the start are not counted.",
-        read=lambda s: s.reloader.durations,
+        read=lambda s: s.reloader.times.durations,
         bounds=SWAP_S,
     ),
     "aurora_freshness_seconds": histogram(
@@ -161,7 +161,7 @@ OF_RANK: dict[str, Family] = {
         " sample, batch, gate, publication, swap. By the trainer's clock up to the publication,"
         " and the server's own from noticing it; the time between the two is left out. Its best"
         " case: older steps were trained on too.",
-        read=lambda s: s.reloader.freshness,
+        read=lambda s: s.reloader.times.freshness,
         bounds=FRESHNESS_S,
     ),
     "aurora_target_changes": counter(

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from aurora_sglang_plugin.drafts.kinds import fill
 from aurora_sglang_plugin.serve.staging import make_staging_copy, trainable
+from aurora_sglang_plugin.weights.manifest import ManifestError
 
 # what changes places at a time
 SCRATCH_BYTES = 16 << 20
@@ -39,6 +41,21 @@ class DraftMemory:
     @property
     def device(self) -> torch.device:
         return self.live[0].device
+
+    def fill(self, tensors: dict[str, torch.Tensor]) -> None:
+        """staged <- a checkpoint's tensors, on the current stream; waits for it, and allocates next
+        to nothing. Raises ManifestError if they are not whole and finite."""
+        for _, staged in trainable(self.staging):
+            # what the loader leaves out is found below
+            staged.data.fill_(float("nan"))
+        fill(self.staging, self.staged_ids, tensors)
+        for name, staged in trainable(self.staging):
+            # NaN if any is
+            ends = torch.stack(staged.data.aminmax())
+            if not bool(ends.isfinite().all()):
+                raise ManifestError(
+                    "values", f"{name} is not whole and finite in {staged.dtype} after loading"
+                )
 
     def keep(self) -> None:
         """previous <- live"""

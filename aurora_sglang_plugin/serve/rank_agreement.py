@@ -2,7 +2,8 @@
 late.
 
     step k      every rank offers the version that it has staged (0: none), and one of them a plan
-    step k + m  every rank reads the answer: the version, if all offered the same, else 0; the plan
+    step k + m  every rank reads the answer: the version, if all offered the same, FAILED, if any
+                rank said so, else 0; the plan
 
 All ranks count the same steps, so they swap at the same one. Reading m steps later makes the wait
 empty in practice; it is kept, because a rank that went on without the answer would draft with other
@@ -26,6 +27,8 @@ class Agreement:
     """
 
     NOTHING = 1 << 30
+    # offered in place of a version by a rank whose swap raised
+    FAILED = -1
 
     def __init__(self, group: dist.ProcessGroup, plan_size: int = 0):
         self._group = group
@@ -45,8 +48,8 @@ class Agreement:
         self._work = dist.all_reduce(self._extremes, dist.ReduceOp.MIN, self._group, async_op=True)
 
     def answer(self) -> tuple[int, list[int]] | None:
-        """At the last step before the next offer: the agreed version, 0 for none, and the plan,
-        empty for none. At other steps None.
+        """At the last step before the next offer: the agreed version, 0 for none or FAILED, and the
+        plan, empty for none. At other steps None.
         """
         if self._work is None or self._steps % INTERVAL_STEPS:
             return None
@@ -63,4 +66,4 @@ class Agreement:
         self._work.wait()
         self._work = None
         smallest, largest = int(self._extremes[0]), -int(self._extremes[1])
-        return smallest if smallest == largest else 0
+        return smallest if smallest in (largest, self.FAILED) else 0

@@ -24,13 +24,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
-from aurora_sglang_plugin.drafts.kinds import fill
-from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.draft_memory import DraftMemory
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
 from aurora_sglang_plugin.serve.renewal import Renewal
-from aurora_sglang_plugin.serve.staging import expected_weights, trainable
-from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError
+from aurora_sglang_plugin.serve.staging import expected_weights
+from aurora_sglang_plugin.serve.swap_times import SwapTimes
+from aurora_sglang_plugin.weights.manifest import Manifest
 from aurora_sglang_plugin.weights.reader import Watcher, Weights
 
 if TYPE_CHECKING:
@@ -40,13 +39,10 @@ log = logging.getLogger(__name__)
 
 FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
 START_TRIES = 5
+# a version that is staged here for so long, and not on every rank, is told of
+RANKS_DIFFER_S = 30.0
 # of the ranks' plan: steps by bucket, and whether the server is cold
 PLAN_SIZE = 17
-
-# buckets, in seconds
-STALL_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1)
-SWAP_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 
 
 class Reloader:
@@ -77,20 +73,16 @@ class Reloader:
         self.version = 0
         self.previous_version: int | None = None
         self.swaps = 0
-        # of the scheduler's thread
-        self.stalls = Tally(STALL_S)
-        # from noticing a version to drafting with it
-        self.durations = Tally(SWAP_S)
-        # from the capture of the newest step that it was trained on
-        self.freshness = Tally(FRESHNESS_S)
         # when what drafts was published
         self.created_unix_s = self._previous_created = time.time()
         self._memory = DraftMemory(model, target_ids)
         # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
         self._in_previous = 0
         self._in_staging: int | None = None
-        # swaps that raised
+        # swaps that raised, here or on another rank
         self._failed = 0
+        # staged here and not on every rank, and told of
+        self._told_of = 0
         self._target = target
         self.target_changes = 0
         self._state = FREE
@@ -100,6 +92,7 @@ class Reloader:
         # and when it was noticed
         self._staged: tuple[Manifest, float] | None = None
         device = self._memory.device
+        self.times = SwapTimes(device)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
@@ -133,6 +126,7 @@ class Reloader:
         if not self._watching:
             self._watching = True
             self._watcher.start()
+        self.times.observe()
         # the same on every rank
         held = self.control is not None and self.control.holds
         if self.agreement is None:
@@ -141,9 +135,9 @@ class Reloader:
             if not self._failed:
                 # what is offered stays staged until the ranks have answered
                 self._hand_over(READY, OFFERED)
-            offered = self._state == OFFERED and not self._failed and not held
+            offered = self._staged_version if self._state == OFFERED and not held else 0
             self.agreement.offer(
-                self._staged_version if offered else 0,
+                Agreement.FAILED if self._failed else offered,
                 self.control.propose() if self.control is not None else (),
             )
         answer = self.agreement.answer()
@@ -152,14 +146,40 @@ class Reloader:
         agreed, plan = answer
         if plan and self.control is not None:
             self.control.take(plan)
+        if agreed == Agreement.FAILED:
+            self._all_go_back()
+            return None
         if self._state != OFFERED:
             return None
+        if not agreed:
+            self._tell_of_ranks_that_differ()
         # not by way of READY, from where this rank's watcher could take it back after all had
         # agreed
         if agreed and not held:
             return self._apply(OFFERED)
         self._hand_over(OFFERED, READY)
         return None
+
+    def _all_go_back(self) -> None:
+        """A swap raised on some rank: on all of them what drafted before it drafts again, since
+        shards of two versions accept nothing. No version is tried from here on."""
+        if self.version != self._in_previous or self._failed:
+            self._memory.put(self._memory.previous)
+            log.error(
+                "draft swap failed on a rank: all ranks go back to version=%d, no further swaps",
+                self._in_previous,
+            )
+            self.version = self._in_previous
+        self._failed = self._failed or 1
+
+    def _tell_of_ranks_that_differ(self) -> None:
+        version, (_, noticed_at) = self._staged_version, self._staged
+        if version != self._told_of and time.monotonic() - noticed_at > RANKS_DIFFER_S:
+            self._told_of = version
+            log.warning(
+                "draft version=%d is ready on this rank and not on every other: it is not swapped"
+                " in; expected every rank to see the same weights.directory", version,
+            )  # fmt: skip
 
     def apply_at_start(self) -> int | None:
         """Load the newest published version on this thread, before anything is served.
@@ -190,7 +210,6 @@ class Reloader:
     def _apply(self, state: str) -> int | None:
         if not self._hand_over(state, APPLYING):
             return None
-        started = time.perf_counter()
         manifest, noticed_at = self._staged
         # it was staged for the target before this one
         if manifest.target != self._target:
@@ -198,38 +217,36 @@ class Reloader:
             return None
         if self._stream:
             torch.cuda.current_stream().wait_event(self._staged_event)
+        self.times.begin()
         first = not self._watching or (self.version == 0 and not self.has_draft)
         if self.control is None or self.control.swapped(manifest, first):
             self._memory.keep()
             self.previous_version = self._in_previous = self.version
             self._previous_created = self.created_unix_s
         self._memory.put(self._memory.staged)
+        self.times.end()
         if self._stream:
             self._applied_event.record()
         self.version, self.created_unix_s = self._staged_version, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
-        self._measure(started)
+        self._swapped()
         self.renewal.serve(manifest.gate, cached=self._watching)
         # a version that lay there when the server started says nothing about either
         if self._watching:
-            took_s = time.monotonic() - noticed_at
-            self.durations.observe(took_s)
-            # by the trainer's clock, and this one's only for what took place here
-            if manifest.trained_until_ns:
-                trained_s = manifest.created_unix_s - manifest.trained_until_ns / 1e9
-                self.freshness.observe(max(0.0, trained_s + took_s))
+            self.times.served(manifest, noticed_at)
         return self.version
 
     def exchange(self) -> None:
         """On the scheduler thread, where `step` is called: the version that drafts and the one
         before change places. No memory is allocated."""
-        started = time.perf_counter()
+        self.times.begin()
         self._memory.exchange()
+        self.times.end()
         assert self.previous_version is not None
         self.version, self.previous_version = self.previous_version, self.version
         self._in_previous = self.previous_version
         self.created_unix_s, self._previous_created = self._previous_created, self.created_unix_s
-        self._measure(started)
+        self._swapped()
 
     def reject(self) -> None:
         """The version that was exchanged for the one that drafts is bad: no server shall load
@@ -307,17 +324,7 @@ class Reloader:
         if self._stream:
             # the last swap's copies may still read the staging copy
             self._stream.wait_event(self._applied_event)
-        staging = self._memory.staging
-        for _, staged in trainable(staging):
-            # what the loader leaves out is found below
-            staged.data.fill_(float("nan"))
-        tensors = {n: _as_torch(*t) for n, t in weights.tensors.items()}
-        fill(staging, self._memory.staged_ids, tensors)
-        for name, staged in trainable(staging):
-            if not bool(torch.isfinite(staged.data).all()):
-                raise ManifestError(
-                    "values", f"{name} is not whole and finite in {staged.dtype} after loading"
-                )
+        self._memory.fill({n: _as_torch(*t) for n, t in weights.tensors.items()})
         if self._stream:
             self._staged_event.record(self._stream)
             # this thread may wait; host tensors must outlive their copies
@@ -330,14 +337,10 @@ class Reloader:
             self._state = new
             return True
 
-    def _measure(self, started: float) -> None:
-        seconds = time.perf_counter() - started
+    def _swapped(self) -> None:
         self.swaps += 1
-        self.stalls.observe(seconds)
-        log.info(
-            "draft swapped version=%d previous=%s seconds=%.4f",
-            self.version, self.previous_version, seconds,
-        )  # fmt: skip
+        self.times.observe()
+        log.info("draft swapped version=%d previous=%s", self.version, self.previous_version)
 
 
 def _as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:

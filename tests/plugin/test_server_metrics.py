@@ -26,7 +26,7 @@ from aurora_sglang_plugin.config import CaptureConfig, PublishConfig
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.link.send_queue import SendQueue
-from aurora_sglang_plugin.serve.swap import FRESHNESS_S, STALL_S, SWAP_S
+from aurora_sglang_plugin.serve.swap_times import FRESHNESS_S, STALL_S, SWAP_S
 from aurora_sglang_plugin.serve.snapshot import End
 
 rank = int(sys.argv[1])
@@ -34,10 +34,10 @@ rank = int(sys.argv[1])
 counts = defaultdict(int)
 counts |= {"draft_version": 3, "swaps": 2 + rank, "target_changes": 1, "prefix_renewals": 2}
 counts |= {"refused_hash": 1, "refused_swap": rank, "refused_new_cause": 4}
-reloader = SimpleNamespace(
-    counters=lambda: counts, created_unix_s=0.0, stalls=Tally(STALL_S), durations=Tally(SWAP_S),
-    freshness=Tally(FRESHNESS_S),
+times = SimpleNamespace(
+    stalls=Tally(STALL_S), durations=Tally(SWAP_S), freshness=Tally(FRESHNESS_S)
 )
+reloader = SimpleNamespace(counters=lambda: counts, created_unix_s=0.0, times=times)
 capture = None
 if rank == 0:
     send_queue = SendQueue(PublishConfig(queue_messages=2))
@@ -58,7 +58,7 @@ control = SimpleNamespace(
 metrics = ServerMetrics(capture, reloader, control, tp_rank=rank)
 metrics.start()
 counts["swaps"] += 1
-reloader.stalls.observe(0.004)
+times.stalls.observe(0.004)
 metrics.refresh()
 metrics.refresh()
 metrics.close()

@@ -110,8 +110,9 @@ def test_old_or_new_but_never_half_while_the_watcher_runs(site):
     assert seen == sorted(set(seen)) and len(seen) > 3 and not site.reloader._watcher.failures
 
 
-def rank(number, directory, port, results):
-    """One of two tensor-parallel ranks; rank 1 sees each version some steps after rank 0."""
+def rank(number, directory, port, results, breaks):
+    """One of two tensor-parallel ranks; rank 1 sees each version some steps after rank 0. `breaks`:
+    its first swap while it serves raises."""
     torch.distributed.init_process_group(
         "gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number
     )
@@ -121,6 +122,14 @@ def rank(number, directory, port, results):
     weights = WeightsConfig(directory=writer)
     reloader = Reloader(site.model, site.hot, weights, SwapConfig(poll_s=9), TARGET, world)
     steps = [(0, reloader.apply_at_start())]
+    if breaks and number == 1:
+        put = reloader._memory.put
+
+        def fails(tensors):
+            reloader._memory.put = put
+            raise RuntimeError("no copy")
+
+        reloader._memory.put = fails
     for step in range(1, 101):
         if step == 10:
             if number == 0:
@@ -133,11 +142,14 @@ def rank(number, directory, port, results):
         if version is not None:
             site.assert_whole(version)
             steps.append((step, version))
-    results.put(steps)
+    if breaks:
+        site.assert_whole(1)
+        assert reloader.version == 1 and reloader.counters()["refused_swap"] == 1
+    results.put((number, steps))
     torch.distributed.destroy_process_group()
 
 
-def test_ranks_swap_at_the_same_step(tmp_path):
+def two_ranks(tmp_path, breaks):
     (tmp_path / "writer").mkdir()
     writer = WeightsWriter(tmp_path / "writer")
     writer.publish(checkpoint(1), {}, target=TARGET, parent=0, optimizer_step=1)
@@ -149,16 +161,28 @@ def test_ranks_swap_at_the_same_step(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
     ranks = [
-        spawn.Process(target=rank, args=(n, tmp_path, port, results), daemon=True) for n in (0, 1)
+        spawn.Process(target=rank, args=(n, tmp_path, port, results, breaks), daemon=True)
+        for n in (0, 1)
     ]
     for process in ranks:
         process.start()
-    first, second = results.get(timeout=300), results.get(timeout=300)
+    found = dict(results.get(timeout=300) for _ in ranks)
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
+    return found[0], found[1]
+
+
+def test_ranks_swap_at_the_same_step(tmp_path):
+    first, second = two_ranks(tmp_path, breaks=False)
     assert first == second
     assert [v for _, v in first] == [1, 2] and 41 < first[1][0] <= 41 + 2 * 8
+
+
+def test_a_swap_that_fails_on_one_rank_is_undone_on_all(tmp_path):
+    """Shards of two versions would accept nothing: rank 0 had swapped, rank 1 raised."""
+    first, second = two_ranks(tmp_path, breaks=True)
+    assert [v for _, v in first] == [1, 2] and [v for _, v in second] == [1]
 
 
 def test_a_whole_vocabulary_needs_no_offsets(tmp_path):
@@ -223,7 +247,9 @@ def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     site.publish(checkpoint(1))
     # an old version that lay there says nothing about either
     site.reloader.apply_at_start()
-    assert sum(site.reloader.durations.counts) == sum(site.reloader.freshness.counts) == 0
+    assert (
+        sum(site.reloader.times.durations.counts) == sum(site.reloader.times.freshness.counts) == 0
+    )
     # serving begins
     site.reloader.step()
     seen_ns = time.time_ns() - 20 * 10**9
@@ -239,8 +265,13 @@ def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     while site.reloader.step() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     site.reloader.close()
-    assert sum(site.reloader.stalls.counts) == 2 and sum(site.reloader.durations.counts) == 1
-    assert 20 <= site.reloader.freshness.sum < 45 and 0 < site.reloader.durations.sum < 25
+    assert (
+        sum(site.reloader.times.stalls.counts) == 2
+        and sum(site.reloader.times.durations.counts) == 1
+    )
+    assert (
+        20 <= site.reloader.times.freshness.sum < 45 and 0 < site.reloader.times.durations.sum < 25
+    )
     created = [read_manifest(tmp_path / version_name(version)).created_unix_s for version in (1, 2)]
     assert site.reloader.created_unix_s == created[1]
     site.reloader.exchange()
