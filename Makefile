@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards docs test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer-cpu bench-background bench-control bench-gil bench-publish learning-curves house lint clean
+.PHONY: bench-trainer-cpu bench-background bench-control bench-gil bench-publish lab house lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -77,8 +77,8 @@ bench-serving: setup ## what Aurora costs a server: capture on and off, interlea
 bench-trainer-cpu: setup ## a training step on the CPU against dense PyTorch: tokens per second and peak memory
 	$(BIN)/python scripts/bench_trainer_cpu.py $(ARGS)
 
-learning-curves: setup ## replay a recording with other settings: ARGS="RECORDING --config FILE --try ..."
-	$(BIN)/python scripts/learning_curve.py $(ARGS)
+lab: setup ## compare ways of learning on a real model's traffic: ARGS="record|run STAGE|report ..."
+	HF_HUB_OFFLINE=0 $(BIN)/python scripts/lab.py $(ARGS)
 
 bench-background: setup ## what writing versions and checkpoints costs the training loop
 	$(BIN)/python scripts/bench_background.py $(ARGS)

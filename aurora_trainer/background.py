@@ -3,9 +3,9 @@
     start(name, prepare, finish)   the loop takes a snapshot and hands over the writing of it
     poll()                         the loop learns what has ended, and takes it in
 
-A job is one of `jobs` (retry.py): at most one of a name is written at a time, and one that fails is
-counted, logged once for each episode and due again later, with a new snapshot. All but the writing
-happens on the loop's thread.
+A job is one of `jobs` (disk_faults.py): at most one of a name is written at a time, and one that
+fails is counted, logged once for each episode and due again later, with a new snapshot. All but the
+writing happens on the loop's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from aurora_sglang_plugin.retry import Retry
+from aurora_sglang_plugin.disk_faults import Retry
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The trainer's process: the loop over live traffic or over a recording, its cadences, and its end.
 
-No fault of disk or device ends it (retry.py): what failed is tried again, while all else goes
+No fault of disk or device ends it (disk_faults.py): what failed is tried again, while all else goes
 on. A batch that cannot be trained on is tried again in parts, so that it costs the one sample that
 is at fault.
 
@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.receiver import Receiver
-from aurora_sglang_plugin.retry import Retry
 from aurora_trainer.background import Background
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile

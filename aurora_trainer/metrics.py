@@ -27,8 +27,8 @@ from prometheus_client import (
 from pydantic import Field
 
 from aurora_sglang_plugin.config import Section
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.metric_families import Exported, Family
-from aurora_sglang_plugin.retry import Retry
 from aurora_sglang_plugin.weights.atomic_files import replace_file
 from aurora_trainer.metric_families.intake import RECORDING, SAMPLES, STREAM
 from aurora_trainer.metric_families.learning import ACTIVITIES, TRAINING, VERSIONS

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aurora_sglang_plugin.retry import Retry
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.background import Background
 from aurora_trainer.checkpoint import save_checkpoint

@@ -24,7 +24,7 @@ import torch
 
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.link.publisher import Publisher
-from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.snapshot import Verify
 from aurora_sglang_plugin.serve.transfer import Pinned, pack
 

@@ -20,7 +20,7 @@ PACKAGES = ("aurora_sglang_plugin", "aurora_trainer", "kernels")
 # A room imports only from rooms further up in its package's list.
 ROOMS = {
     "aurora_sglang_plugin": (
-        "endpoint retry metric_families config",
+        "endpoint disk_faults metric_families config",
         "drafts",
         "link weights",
         "serve",

@@ -15,7 +15,7 @@ from torch import Tensor
 from aurora_trainer.drafts.batch import Batch, BatchConfig, pack
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn import objective, trainer
-from aurora_trainer.learn.score import chains
+from aurora_trainer.learn.accept_length import chains
 from aurora_trainer.learn.trainer import Training
 
 
@@ -23,8 +23,20 @@ class Idea:
     def __init__(self, training: Training):
         self.training = training
 
-    def request(self) -> None:
-        """A request came in."""
+    def request(self, sample: Sample) -> None:
+        """A request came in, is scored already and is trained on next."""
+
+
+class Float8Features(Idea):
+    """Features as they would travel in a byte each: e4m3, with a scale for each position and
+    layer. Scoring sees them whole, as the server does."""
+
+    def request(self, sample: Sample) -> None:
+        layers = self.training.draft.config.num_aux
+        parts = sample.features.float().unflatten(1, (layers, -1))
+        scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+        rounded = (parts / scale).to(torch.float8_e4m3fn).float() * scale
+        sample.features = rounded.flatten(1).to(sample.features.dtype)
 
 
 class UsesByNeed(Idea):
@@ -36,7 +48,7 @@ class UsesByNeed(Idea):
         self._requests = 0
         self._own = training.config.trainer.pace.new_positions_per_step
 
-    def request(self) -> None:
+    def request(self, sample: Sample) -> None:
         self._requests += 1
         uses = min(16.0, max(2.0, 16 * math.sqrt(50 / self._requests)))
         config = self.training.config
@@ -91,4 +103,8 @@ class Anchored(Idea):
         return found
 
 
-IDEAS: dict[str, Callable[[Training], Idea]] = {"uses_by_need": UsesByNeed, "anchored": Anchored}
+IDEAS: dict[str, Callable[[Training], Idea]] = {
+    "uses_by_need": UsesByNeed,
+    "anchored": Anchored,
+    "float8_features": Float8Features,
+}

@@ -3,9 +3,9 @@
     python scripts/lab_replay.py --home HOME --target DIRECTORY --arm NAME --recording R1 --seed 0
 
 Every request is scored before it is trained on, with the weights that would have been served then,
-by the one definition of accept length (aurora_trainer/learn/score.py). That is exact for a chain
-under SGLang's default verification, greedy or sampled, because a server's output does not depend on
-its draft. Weights are swapped every so many requests, the same for all arms.
+by the one definition of accept length (aurora_trainer/learn/accept_length.py). That is exact for a
+chain under SGLang's default verification, greedy or sampled, because a server's output does not
+depend on its draft. Weights are swapped every so many requests, the same for all arms.
 
 A line has the steps and the tokens of each request's walk, what training cost in CPU seconds, and
 everything that it takes to run it again.
@@ -35,7 +35,7 @@ from lab_recordings import MESSAGES
 from aurora_trainer.config import TrainerFile, load_trainer_config
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.sample import Sample
-from aurora_trainer.learn.score import measure
+from aurora_trainer.learn.accept_length import measure
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
@@ -99,9 +99,9 @@ def run(recording: Path, arm: dict[str, Any], config: TrainerFile, requests: int
         domains += [sample.domain for sample in window]
         began = time.process_time()
         for sample in window:
-            training._keep(sample)
             for idea in ideas:
-                idea.request()
+                idea.request(sample)
+            training._keep(sample)
             due += 1
             while enough(arm, training, due):
                 due = 0

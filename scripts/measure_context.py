@@ -3,8 +3,8 @@
     python scripts/measure_context.py RECORDING --config FILE [--train 150] [--judge 60] [--keep 24]
     python scripts/measure_context.py RECORDING --config FILE --parts
 
-Two kinds of loss, in accept length (aurora_trainer/learn/score.py), on requests that were not
-trained on:
+Two kinds of loss, in accept length (aurora_trainer/learn/accept_length.py), on requests that were
+not trained on:
 
     context     a prefix-cache hit begins a sample without its prompt, a long output is cut into
                 parts with `trainer.assemble.context_positions` of context. Two drafts are trained
@@ -34,8 +34,8 @@ from aurora_trainer.drafts.batch import pack
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.accept_length import accept_length, chains, difference, measure
 from aurora_trainer.learn.objective import losses
-from aurora_trainer.learn.score import accept_length, chains, difference, measure
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 

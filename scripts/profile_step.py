@@ -27,9 +27,9 @@ from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3 import Draft
 from aurora_trainer.drafts.eagle3_init import randomise
+from aurora_trainer.learn.accept_length import chains, walked
 from aurora_trainer.learn.objective import LossConfig, losses, score
 from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig
-from aurora_trainer.learn.score import chains, walked
 
 DEMO = DraftConfig(
     hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=1,

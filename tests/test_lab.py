@@ -74,7 +74,7 @@ def test_monotone_pools_what_falls():
 
 
 def test_accept_length_is_of_all_steps_together():
-    """A request of many steps weighs more: one definition, that of score.py."""
+    """A request of many steps weighs more: one definition, that of accept_length.py."""
     walks = np.array([[[100.0, 100.0], [10.0, 40.0]]])
     assert lab_report.accept_length(walks) == pytest.approx(140 / 110)
 

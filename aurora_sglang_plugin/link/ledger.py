@@ -25,8 +25,8 @@ from pathlib import Path
 
 import msgspec
 
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.retry import Retry
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
-from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.boundary import Boundary
 from aurora_sglang_plugin.serve.excluded import why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify

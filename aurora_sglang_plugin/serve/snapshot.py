@@ -17,7 +17,7 @@ import torch
 from aurora_kernels.topk_logprobs import topk_logprobs
 
 from aurora_sglang_plugin.link.rows import to_float32
-from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.transfer import Pinned, Staged, as_array
 
 # what carries it -> dtype on the wire

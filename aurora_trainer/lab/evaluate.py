@@ -1,8 +1,8 @@
 """Evaluate drafts on a recording: what a server's accept length would have been, had it drafted
 with them.
 
-    accept length        as score.py defines it: tokens per step of a walk along the committed
-                         tokens
+    accept length        as accept_length.py defines it: tokens per step of a walk along the
+                         committed tokens
     as chains            the same with chains of 1, 2, ... draft steps, whatever the server drew
     rejection sampling   1 + sum_d prod_{j<=d} sum min(p, q), at every position along the committed
                          tokens, p the raw target at temperature 1: what a verifier would accept
@@ -36,8 +36,16 @@ from aurora_trainer.drafts.kinds import Draft, load
 from aurora_trainer.drafts.target import TargetTensors, open_target
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.sample import Sample
+from aurora_trainer.learn.accept_length import (
+    WALK,
+    chains,
+    live,
+    sampling,
+    tree_shape,
+    walked,
+    walks,
+)
 from aurora_trainer.learn.objective import LossConfig, losses
-from aurora_trainer.learn.score import WALK, chains, live, sampling, tree_shape, walked, walks
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 from aurora_trainer.recordings.replay import on_one_clock
 

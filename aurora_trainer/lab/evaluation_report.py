@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from aurora_trainer.lab.evaluate import NO_DOMAIN, Evaluation, Request
-from aurora_trainer.learn.score import WALK
+from aurora_trainer.learn.accept_length import WALK
 from aurora_trainer.terminal import columns, ranges
 
 RESAMPLES = 1000

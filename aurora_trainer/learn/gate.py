@@ -2,9 +2,9 @@
 
 Every other request is held back from training until `requests` newer ones were held. At each
 decision the candidate itself, the served weights and the initial draft are walked along the held
-requests (score.py), so that a score is never that of an earlier candidate. With A the accept length
-of all n held requests together (tokens over steps), and s the standard error of a difference
-between two drafts, paired by request,
+requests (accept_length.py), so that a score is never that of an earlier candidate. With A the
+accept length of all n held requests together (tokens over steps), and s the standard error of a
+difference between two drafts, paired by request,
 
     passes   where   A(candidate) - A(served) > z s                      `better`
     refused  where   A(candidate) - A(served) < -WORSE s                 `worse`
@@ -38,7 +38,7 @@ from pydantic import Field, PositiveInt
 
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.intake.sample import Sample
-from aurora_trainer.learn.score import accept_length, difference
+from aurora_trainer.learn.accept_length import accept_length, difference
 
 log = logging.getLogger(__name__)
 

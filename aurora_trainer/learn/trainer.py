@@ -33,12 +33,12 @@ from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.intake.usable import unusable
+from aurora_trainer.learn.accept_length import chains, measure, walked
 from aurora_trainer.learn.gate import Decision, Gate
 from aurora_trainer.learn.objective import losses, score
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
 from aurora_trainer.learn.running_mean import RunningMean
-from aurora_trainer.learn.score import chains, measure, walked
 from aurora_trainer.learn.served import Served
 from aurora_trainer.learn.step_record import Step
 from aurora_trainer.learn.training_state import restore, state_of

@@ -19,7 +19,7 @@ from aurora_trainer.metric_families.readers import (
 ACTIVITIES = ("wait", "assemble", "train", "publish", "checkpoint", "other")
 # trainer.batch.depth is at most 16
 DEPTHS = tuple(str(d) for d in range(1, 17))
-# jobs of retry.py
+# jobs of disk_faults.py
 JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tensorboard", "ledger")
 # the gate's answers
 REFUSALS = ("not_better", "worse", "few_requests", "not_finite")
@@ -97,9 +97,9 @@ TRAINING: dict[str, Family] = {
     "aurora_trainer_batch_accept_length_tokens": histogram(
         "Mean accept length of a batch's unseen samples, before and after training on it",
         look="Test-then-train: each batch is scored before it is trained on, on samples that were"
-        " never trained on, by the walk of `aurora_trainer/learn/score.py`; trees (topk > 1) on"
-        " every `rescore_every_steps`-th batch. `before` rising: the draft learns the traffic."
-        " `after` is measured on every `trainer.metrics.rescore_every_steps`-th batch; far above"
+        " never trained on, by the walk of `aurora_trainer/learn/accept_length.py`; trees (topk"
+        " > 1) on every `rescore_every_steps`-th batch. `before` rising: the draft learns the"
+        " traffic. `after` is measured on every `trainer.metrics.rescore_every_steps`-th batch; far above"
         " `before`: it memorises.",
         read=accept_lengths,
         on="step",

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from aurora_sglang_plugin.metric_families import Exported, Tally, counter, gauge, histogram
-from aurora_sglang_plugin.serve.acceptance import Acceptance, accepted, mean_length
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance, accepted, mean_length
 
 # One rank's process: swaps on both, capture on rank 0 alone, as worker.py has it.
 RANK = """

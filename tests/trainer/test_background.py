@@ -10,7 +10,7 @@ import weakref
 import pytest
 import torch
 
-from aurora_sglang_plugin.retry import Retry
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_trainer.background import Background
 
 

@@ -20,8 +20,8 @@ from published import FIELDS, read_current, tensors
 from test_checkpoint import assert_content, content
 from trainer_process import config, live, status_when, traffic
 
+from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.retry import Retry
 from aurora_sglang_plugin.weights.manifest import read_manifest
 from aurora_sglang_plugin.weights.writer import WeightsWriter, versions
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps

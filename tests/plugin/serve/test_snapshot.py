@@ -8,7 +8,7 @@ from trees import NAMED_TREES
 from aurora_sglang_plugin.config import PublishConfig
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.send_queue import SendQueue
-from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify, parents
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from aurora_trainer.learn.accept_length import accept_length, difference
 from aurora_trainer.learn.gate import Gate, GateConfig
-from aurora_trainer.learn.score import accept_length, difference
 
 # of a request's walk
 STEPS = 30

@@ -17,7 +17,7 @@ from traffic import write_trace
 
 from aurora_sglang_plugin.metric_families import Exported
 from aurora_sglang_plugin.metrics import OF_RANK, of_capture
-from aurora_sglang_plugin.serve.acceptance import Acceptance
+from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.config import load_trainer_config
 from aurora_trainer.daemon import Daemon

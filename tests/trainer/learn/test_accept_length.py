@@ -9,8 +9,8 @@ from random_sample import random_sample
 
 from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.drafts.eagle3_growth import tree_runs
+from aurora_trainer.learn.accept_length import chains, expected_walk, walk, walked
 from aurora_trainer.learn.objective import LossConfig, losses
-from aurora_trainer.learn.score import chains, expected_walk, walk, walked
 
 
 def agreeing(draft, sample, share=3):
