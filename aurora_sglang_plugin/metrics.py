@@ -22,8 +22,8 @@ from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
 from aurora_sglang_plugin.link.wire import MAX_STEPS
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.accepted_counts import ROLES, accepted, mean_length
-from aurora_sglang_plugin.serve.boundary import SECONDS
 from aurora_sglang_plugin.serve.capture import KINDS
+from aurora_sglang_plugin.serve.capture_boundary import SECONDS
 from aurora_sglang_plugin.serve.excluded import CAUSES
 from aurora_sglang_plugin.serve.swap_times import FRESHNESS_S, STALL_S, SWAP_S
 

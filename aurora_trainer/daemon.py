@@ -26,7 +26,7 @@ import torch
 from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.receiver import Receiver
-from aurora_trainer.background import Background
+from aurora_trainer.background_writer import Background
 from aurora_trainer.checkpoint import load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.learn.offer import Offer

@@ -21,7 +21,7 @@ import torch
 
 from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.weights.writer import WeightsWriter
-from aurora_trainer.background import Background
+from aurora_trainer.background_writer import Background
 from aurora_trainer.checkpoint import save_checkpoint
 from aurora_trainer.learn.training_state import copied
 

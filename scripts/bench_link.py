@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
-from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.keys import make_keys
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 

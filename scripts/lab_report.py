@@ -170,7 +170,7 @@ def picture(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from curve import GRID, INK, MUTED, SURFACE
+    from draw_curve import GRID, INK, MUTED, SURFACE
 
     by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:

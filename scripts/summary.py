@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import curve
+import draw_curve
 import numpy as np
 from measure_target import distinct_fraction
 from passes import PICTURE, SUMMARY, WINDOW, Pass, Site, mean
@@ -52,7 +52,7 @@ def report(
     different = ", ".join(
         f"{name} {share:.0%}" for name, share in summary["distinct_4grams"].items()
     )
-    curve.draw(
+    draw_curve.draw(
         home / PICTURE,
         live.lengths,
         frozen.lengths if frozen else [],
@@ -94,7 +94,9 @@ def figures(
     """The keys after the settings; None if a demo has no such thing."""
     lengths = live.lengths
     reached = (
-        i + 1 for i, m in enumerate(curve.moving_mean(lengths, WINDOW)) if i >= WINDOW and m >= 2.0
+        i + 1
+        for i, m in enumerate(draw_curve.moving_mean(lengths, WINDOW))
+        if i >= WINDOW and m >= 2.0
     )
     status = live.status()
     return {

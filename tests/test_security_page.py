@@ -8,7 +8,7 @@ from pathlib import Path
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.link import handshakes, wire
 from aurora_sglang_plugin.link import publisher as publish
-from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.keys import make_keys
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text()
 

@@ -16,7 +16,7 @@ import zmq
 from zmq.utils import z85
 
 from aurora_sglang_plugin.link import handshakes
-from aurora_sglang_plugin.link.curve import TrainerKeys
+from aurora_sglang_plugin.link.keys import TrainerKeys
 
 log = logging.getLogger(__name__)
 

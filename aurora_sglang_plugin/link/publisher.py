@@ -26,7 +26,7 @@ import zmq
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.endpoint import EXPECTED, check_ipc_directory
 from aurora_sglang_plugin.link import handshakes, wire
-from aurora_sglang_plugin.link.curve import load_server_keys
+from aurora_sglang_plugin.link.keys import load_server_keys
 from aurora_sglang_plugin.link.send_queue import Arrays, Item, SendQueue, Snapshot
 
 log = logging.getLogger(__name__)

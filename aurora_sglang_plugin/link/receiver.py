@@ -25,7 +25,7 @@ from pydantic import PositiveInt
 from aurora_sglang_plugin.config import LinkConfig, Section
 from aurora_sglang_plugin.endpoint import check_ipc_directory
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.curve import load_trainer_keys
+from aurora_sglang_plugin.link.keys import load_trainer_keys
 from aurora_sglang_plugin.link.ledger import Ledger
 from aurora_sglang_plugin.link.peer_limits import PeerLimits
 

@@ -18,7 +18,7 @@ from aurora_kernels.topk_logprobs import topk_logprobs
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
 from aurora_sglang_plugin.serve.accepted_counts import Acceptance
-from aurora_sglang_plugin.serve.boundary import Boundary
+from aurora_sglang_plugin.serve.capture_boundary import Boundary
 from aurora_sglang_plugin.serve.excluded import why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
@@ -36,7 +36,7 @@ class Capture:
     """Takes prefill chunks, verify steps and ends from the seam in worker.py and offers them to the
     publisher.
 
-    Methods never raise into serving (boundary.py).
+    Methods never raise into serving (capture_boundary.py).
     """
 
     def __init__(

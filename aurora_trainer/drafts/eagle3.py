@@ -29,7 +29,7 @@ from aurora_sglang_plugin.drafts.eagle3_vocab import MAP, MAPS
 from aurora_trainer.drafts import vocab
 from aurora_trainer.drafts.batch import Batch
 from aurora_trainer.drafts.eagle3_files import read_tensors
-from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies, magnitude, rotate
+from aurora_trainer.drafts.eagle3_rope import inverse_frequencies, magnitude, rotate
 
 # parameters whose names begin so: the head, and the matrices at either end of the draft
 HEAD = ("lm_head",)

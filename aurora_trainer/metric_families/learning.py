@@ -99,8 +99,8 @@ TRAINING: dict[str, Family] = {
         look="Test-then-train: each batch is scored before it is trained on, on samples that were"
         " never trained on, by the walk of `aurora_trainer/learn/accept_length.py`; trees (topk"
         " > 1) on every `rescore_every_steps`-th batch. `before` rising: the draft learns the"
-        " traffic. `after` is measured on every `trainer.metrics.rescore_every_steps`-th batch; far above"
-        " `before`: it memorises.",
+        " traffic. `after` is measured on every `trainer.metrics.rescore_every_steps`-th batch; far"
+        " above `before`: it memorises.",
         read=accept_lengths,
         on="step",
         bounds=_LENGTH,

@@ -19,7 +19,7 @@ import zmq
 
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.curve import load_server_keys
+from aurora_sglang_plugin.link.keys import load_server_keys
 from aurora_sglang_plugin.link.publisher import SEND_QUEUE_MESSAGES
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 from aurora_trainer.recordings.trace import Record

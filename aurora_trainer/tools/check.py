@@ -18,7 +18,7 @@ import typer
 from aurora_sglang_plugin.config import ENV_CONFIG, LinkConfig
 from aurora_sglang_plugin.drafts.kinds import check_draft, draft_problems, first_config
 from aurora_sglang_plugin.endpoint import is_local
-from aurora_sglang_plugin.link.curve import check_pair, load_server_keys, load_trainer_keys
+from aurora_sglang_plugin.link.keys import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps

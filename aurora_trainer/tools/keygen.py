@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from aurora_sglang_plugin.link.curve import SERVERS, TRAINER, make_keys
+from aurora_sglang_plugin.link.keys import SERVERS, TRAINER, make_keys
 
 
 def keygen(directory: Path, servers: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from serve import Server, free_port
 
 from aurora_sglang_plugin.config import LinkConfig
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.keys import make_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_sglang_plugin.weights.manifest import target_fingerprint, version_name
 from aurora_sglang_plugin.weights.writer import WeightsWriter

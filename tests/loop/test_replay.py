@@ -16,7 +16,7 @@ from parity import compare, compare_across, eligible
 from serve import has_gpu
 
 from aurora_trainer.drafts.eagle3 import Draft
-from aurora_trainer.drafts.eagle3_rotary import inverse_frequencies
+from aurora_trainer.drafts.eagle3_rope import inverse_frequencies
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 
 # A GPU's server drafts in bfloat16, and one choice decides what follows it.

@@ -15,7 +15,7 @@ from zmq.utils import z85
 
 from aurora_sglang_plugin.config import LinkConfig, PublishConfig
 from aurora_sglang_plugin.link import handshakes
-from aurora_sglang_plugin.link.curve import load_server_keys, load_trainer_keys, make_keys
+from aurora_sglang_plugin.link.keys import load_server_keys, load_trainer_keys, make_keys
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 

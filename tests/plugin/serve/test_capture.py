@@ -9,8 +9,8 @@ import torch
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
-from aurora_sglang_plugin.serve.boundary import Boundary
 from aurora_sglang_plugin.serve.capture import Capture
+from aurora_sglang_plugin.serve.capture_boundary import Boundary
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
 V, F, N, P = 50, 6, 4, 3

@@ -16,7 +16,7 @@ import pytest
 from traffic import HIDDEN, STEP_NS, VOCAB, messages
 
 from aurora_sglang_plugin.config import LinkConfig
-from aurora_sglang_plugin.link.curve import make_keys
+from aurora_sglang_plugin.link.keys import make_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 from aurora_sglang_plugin.weights.manifest import current_version, sha256_file, target_fingerprint
 from aurora_trainer.config import load_trainer_config

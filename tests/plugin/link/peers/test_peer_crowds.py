@@ -22,7 +22,7 @@ from strangers import (
 )
 
 from aurora_sglang_plugin.link import handshakes, peer_limits
-from aurora_sglang_plugin.link.curve import load_server_keys
+from aurora_sglang_plugin.link.keys import load_server_keys
 
 
 def test_a_crowd_with_unlisted_keys(link, traffic, tmp_path):

@@ -26,7 +26,7 @@ from strangers import (
 )
 
 from aurora_sglang_plugin.link import peer_limits
-from aurora_sglang_plugin.link.curve import load_server_keys, load_trainer_keys, make_keys
+from aurora_sglang_plugin.link.keys import load_server_keys, load_trainer_keys, make_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
 
 

@@ -8,7 +8,7 @@ import stat
 import pytest
 import zmq
 
-from aurora_sglang_plugin.link.curve import (
+from aurora_sglang_plugin.link.keys import (
     check_pair,
     load_server_keys,
     load_trainer_keys,

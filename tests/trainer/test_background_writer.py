@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from aurora_sglang_plugin.disk_faults import Retry
-from aurora_trainer.background import Background
+from aurora_trainer.background_writer import Background
 
 
 def made(waits: bool = False):
@@ -116,7 +116,7 @@ def test_what_failed_is_not_kept_in_memory():
 
 
 def test_a_disk_that_does_not_answer_keeps_the_other_job_going(caplog, monkeypatch):
-    monkeypatch.setattr("aurora_trainer.background.SAY_AFTER_S", 0.05)
+    monkeypatch.setattr("aurora_trainer.background_writer.SAY_AFTER_S", 0.05)
     _, background = made()
     go, done = threading.Event(), []
     background.start("checkpoint", lambda: lambda: go.wait(10), done.append, nothing, 0.0)
