@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import socket
 from typing import Any
 
 from sglang.srt.distributed import get_tp_group
@@ -93,6 +94,7 @@ class Attached:
         self.reloader = Reloader(
             model, self._target_ids(), config.weights, config.plugin.swap, target, group,
             has_draft=self._drafts_at_start, writes=tp.rank_in_group == 0,
+            wait_s=config.plugin.canary.waits(f"{socket.gethostname()}:{args.port}"),
         )  # fmt: skip
         self.control = Control(
             config.plugin, self._most_steps, self.reloader, self._speculation,

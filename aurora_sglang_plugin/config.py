@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import shlex
 import tomllib
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -144,6 +145,16 @@ class CanaryConfig(Section):
     error_rate: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
     # loss in accept length that is never rolled back
     margin: Annotated[float, Field(ge=0)] = 0.02
+    # of the servers of a weights directory, which take a new version at once; the others wait
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+    # how long they wait for a rejection; must be less than the trainer keeps a version,
+    # `trainer.publish.keep` times `every_s`
+    wait_s: Annotated[float, Field(ge=0)] = 30.0
+
+    def waits(self, server: str) -> float:
+        """Seconds for which the server of that name waits with a new version."""
+        first = zlib.crc32(server.encode()) < self.share * 2**32
+        return 0.0 if first else self.wait_s
 
 
 class PluginConfig(Section):

@@ -27,8 +27,8 @@ SEAM = {
 # stands in for what SGLang lacks on a CPU
 CPU_ENGINE = "aurora_sglang_plugin/cpu_engine/"
 CONTRACTS = (
-    "config", "link.wire", "link.rows", "weights.manifest", "weights.reader", "drafts.kinds",
-    "drafts.eagle3_check",
+    "config", "link.wire", "link.rows", "weights.manifest", "weights.reader", "weights.watcher",
+    "drafts.kinds", "drafts.eagle3_check",
 )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ from aurora_sglang_plugin.serve.renewal import Renewal
 from aurora_sglang_plugin.serve.staging import expected_weights
 from aurora_sglang_plugin.serve.swap_times import SwapTimes
 from aurora_sglang_plugin.weights.manifest import Manifest
-from aurora_sglang_plugin.weights.reader import Watcher, Weights
+from aurora_sglang_plugin.weights.reader import Weights
+from aurora_sglang_plugin.weights.watcher import Watcher
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.serve.control import Control
@@ -64,6 +65,7 @@ class Reloader:
         group: ProcessGroup | None = None,
         has_draft: bool = True,
         writes: bool = True,
+        wait_s: float = 0.0,
     ):
         # whether the draft that the server was started with drafts
         self.has_draft = has_draft
@@ -97,7 +99,7 @@ class Reloader:
         self._staged_event = torch.cuda.Event() if self._stream else None
         self._applied_event = torch.cuda.Event() if self._stream else None
         expected = expected_weights(model, target_ids, target)
-        self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage)
+        self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage, wait_s)
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
         self.agreement = Agreement(group, PLAN_SIZE) if group is not None else None
@@ -182,10 +184,8 @@ class Reloader:
             )  # fmt: skip
 
     def apply_at_start(self) -> int | None:
-        """Load the newest published version on this thread, before anything is served.
-
-        Returns it, or None.
-        """
+        """Load the newest published version on this thread, before anything is served; returns it,
+        or None."""
         if self._watching:
             return None
         for _ in range(START_TRIES):

@@ -1,27 +1,17 @@
-"""Notice new weights, check every byte of them, and have them staged: the reading side of CONTRACT
-2.
+"""Read a version of the weights and check every byte of it: the reading side of CONTRACT 2.
 
-    CURRENT -> read_manifest -> check_manifest (target, names, shapes, dtypes) -> read_tensors
-    (hashes, values) -> stage
+    read_manifest -> check_manifest (target, names, shapes, dtypes) -> tensors (hashes, values)
 
-All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
-tried again only when CURRENT names another or the server's target changes; only `missing` (a race
-with the trainer's clean-up, or a slow network file system) is tried again at the next poll. A
-version that a server rolled back (REJECTED) gives way to its parent, also while it drafts. This
-module imports neither torch nor sglang.
+This module imports neither torch nor sglang.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,18 +25,7 @@ from aurora_sglang_plugin.drafts.kinds import (
     maps_problem,
     optional_maps,
 )
-from aurora_sglang_plugin.weights.manifest import (
-    CURRENT,
-    REJECTED,
-    Manifest,
-    ManifestError,
-    current_version,
-    read_manifest,
-    rejected_versions,
-    version_name,
-)
-
-log = logging.getLogger(__name__)
+from aurora_sglang_plugin.weights.manifest import Manifest, ManifestError, read_manifest
 
 MAX_HEADER_BYTES = 16 << 20
 # BF16 as its bits
@@ -141,137 +120,6 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
         raise ManifestError(BAD_MAP, problem)
     config = _check_config(data["config.json"].tobytes(), expected.config)
     return Weights(manifest, config, tensors, noticed_at)
-
-
-class Watcher:
-    """Polls CURRENT on a daemon thread and hands each new, checked version to `stage`.
-
-    `stage(weights)` runs on this thread and returns True where the version was staged, False where
-    there is no room yet (it is offered again at the next poll). Any exception is counted under its
-    ManifestError cause, or as `stage`.
-    """
-
-    def __init__(
-        self, directory: Path, poll_s: float, expected: Expected, stage: Callable[[Weights], bool]
-    ):
-        self.directory = Path(directory)
-        self.poll_s = poll_s
-        self.expected = expected
-        self.stage = stage
-        # by cause, one per version (a cause `missing`: one per try)
-        self.failures: Counter[str] = Counter()
-        # the newest version that needs no further attention: staged, or refused
-        self.seen_version = 0
-        # of CURRENT and REJECTED, by `_identity`
-        self._seen_stats: tuple | None = None
-        # What `look_again` was last told, and what of it was heeded: a new tuple each time.
-        self._asked: tuple[int] | None = None
-        self._heeded: tuple[int] | None = None
-        self._logged: tuple[int, str] | None = None
-        # versions to be written to REJECTED
-        self._rejects: deque[int] = deque()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="aurora-watch", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-
-    def look_again(self, version: int, target: str | None = None) -> None:
-        """From another thread: at the next poll read what CURRENT names, unless it is `version`.
-
-        `target`: from now on versions must be made for this one.
-        """
-        if target is not None:
-            self.expected = replace(self.expected, target=target)
-        self._asked = (version,)
-
-    def reject(self, version: int, served: int, write: bool) -> None:
-        """From another thread: `version` was rolled back, and `served` drafts. At the next poll it
-        is written to REJECTED (`write`: on one rank of a server), and CURRENT is read again."""
-        if write:
-            self._rejects.append(version)
-        self.look_again(served)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self.poll_s):
-            self.poll()
-
-    def poll(self) -> None:
-        """Look once.
-
-        Never raises: this is the serving boundary, a bad file must not end the server's thread.
-        """
-        version = 0
-        self._write_rejected()
-        if (asked := self._asked) is not self._heeded:
-            self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
-        try:
-            stats = (_identity(self.directory / CURRENT), _identity(self.directory / REJECTED))
-            if stats[0] is None or stats == self._seen_stats:
-                # nothing was published yet, or nothing is new
-                return
-            version = self._wanted()
-            done = version in (0, self.seen_version) or self.stage(
-                read_weights(self.directory / version_name(version), self.expected)
-            )
-            if done:
-                self.seen_version, self._seen_stats = version, stats
-        except ManifestError as error:
-            self._fail(version, error.cause, error)
-            if error.cause != "missing":
-                self.seen_version, self._seen_stats = version, stats
-        except Exception as error:
-            self._fail(version, "stage", error)
-            self.seen_version = version
-
-    def _write_rejected(self) -> None:
-        while self._rejects:
-            line = json.dumps({"version": self._rejects[0], "unix_s": round(time.time(), 3)}) + "\n"
-            try:
-                # one write of one line: other servers append to the same file
-                with open(self.directory / REJECTED, "ab", buffering=0) as file:
-                    file.write(line.encode())
-            except OSError as error:
-                self._fail(self._rejects[0], "rejected", error)
-                return
-            self._rejects.popleft()
-
-    def _wanted(self) -> int:
-        """CURRENT's version, or its first ancestor that no server rolled back; 0 where that is the
-        initial draft.
-        """
-        version = current_version(self.directory) or 0
-        rejected = rejected_versions(self.directory)
-        while version in rejected:
-            error = ManifestError(
-                "rejected", f"a server rolled {version_name(version)} back; looking at its parent"
-            )
-            if self._logged != (version, error.cause):
-                self._fail(version, error.cause, error)
-            parent = read_manifest(self.directory / version_name(version)).parent
-            # whatever the file says, this ends
-            version = max(0, min(parent, version - 1))
-        return version
-
-    def _fail(self, version: int, cause: str, error: Exception) -> None:
-        self.failures[cause] += 1
-        if self._logged != (version, cause):
-            self._logged = (version, cause)
-            log.warning("weights refused version=%d cause=%s error=%s", version, cause, error)
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Differs whenever a file was replaced or appended to; None if there is no file."""
-    try:
-        stat = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _read(path: Path) -> np.ndarray:

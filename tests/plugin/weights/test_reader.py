@@ -8,9 +8,11 @@ import time
 import pytest
 import torch
 
-from aurora_sglang_plugin.weights import reader as watch
+from aurora_sglang_plugin.config import CanaryConfig
+from aurora_sglang_plugin.weights import watcher as watch
 from aurora_sglang_plugin.weights.manifest import ManifestError
-from aurora_sglang_plugin.weights.reader import Expected, Watcher, canonical_name, read_weights
+from aurora_sglang_plugin.weights.reader import Expected, canonical_name, read_weights
+from aurora_sglang_plugin.weights.watcher import Watcher
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 
 EXPECTED = Expected("t", {"fc.weight": (2, 3)}, target_vocab=10, config={"hidden_size": 2})
@@ -153,3 +155,59 @@ def test_canonical_names():
     assert canonical_name("model.midlayer.mlp.up_proj.weight") == "layers.0.mlp.up_proj.weight"
     assert canonical_name("aux_norm_mid.weight") == "fc_norm.1.weight"
     assert canonical_name("lm_head.weight") == "lm_head.weight"
+
+
+def test_others_wait_for_what_the_first_servers_find(tmp_path, monkeypatch):
+    """What waited long enough is staged, what was rejected meanwhile is not, and neither is what is
+    gone by then."""
+    now = 0.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    publish(tmp_path, 1)
+    staged = []
+    watcher = Watcher(
+        tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True, wait_s=30
+    )
+    # there when the server starts
+    watcher.poll()
+    assert staged == [1]
+    for version, at in ((2, 10.0), (3, 20.0), (4, 30.0)):
+        now = at
+        publish(tmp_path, version, parent=version - 1)
+        watcher.poll()
+    assert staged == [1]
+    now = 41.0
+    watcher.poll()
+    assert staged == [1, 2]
+    (tmp_path / "REJECTED").write_text('{"version": 3}\n')
+    now = 51.0
+    watcher.poll()
+    assert staged == [1, 2]
+    now = 61.0
+    watcher.poll()
+    watcher.poll()
+    assert staged == [1, 2, 4] and watcher.failures == {} and not watcher._waiting
+    # the one that it serves is rejected by another server
+    (tmp_path / "REJECTED").write_text('{"version": 3}\n{"version": 4}\n')
+    watcher.poll()
+    assert staged[3:] == [2] and watcher.seen_version == 2
+
+
+def test_the_first_version_of_all_waits_too(tmp_path):
+    staged = []
+    watcher = Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(1) or True, wait_s=0.2)
+    watcher.poll()
+    publish(tmp_path, 1)
+    watcher.poll()
+    assert not staged
+    time.sleep(0.25)
+    watcher.poll()
+    assert staged == [1]
+
+
+def test_a_share_of_the_servers_goes_first():
+    servers = [f"host-{n}:30000" for n in range(1000)]
+    few = [s for s in servers if CanaryConfig(share=0.1).waits(s) == 0]
+    assert 60 < len(few) < 140
+    assert all(CanaryConfig(share=0.2).waits(s) == 0 for s in few)
+    assert not any(CanaryConfig().waits(s) for s in servers)
+    assert CanaryConfig(share=0, wait_s=7).waits("host:1") == 7

@@ -1,0 +1,192 @@
+"""Watch a weights directory from a server: notice new versions, heed rejections, and have what was
+read and checked (reader.py) staged.
+
+All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
+tried again only when CURRENT names another or the server's target changes; only `missing` (a race
+with the trainer's clean-up, or a slow network file system) is tried again at the next poll. A
+version that a server rolled back (REJECTED) gives way to its parent, also while it drafts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from aurora_sglang_plugin.weights.manifest import (
+    CURRENT,
+    REJECTED,
+    ManifestError,
+    current_version,
+    read_manifest,
+    rejected_versions,
+    version_name,
+)
+from aurora_sglang_plugin.weights.reader import Expected, Weights, read_weights
+
+log = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Polls CURRENT on a daemon thread and hands each new, checked version to `stage`.
+
+    `stage(weights)` runs on this thread and returns True where the version was staged, False where
+    there is no room yet (it is offered again at the next poll). Any exception is counted under its
+    ManifestError cause, or as `stage`.
+
+    wait_s: a version is handed over so long after it was noticed, unless it was rejected meanwhile;
+        one that the first poll finds, at once.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        poll_s: float,
+        expected: Expected,
+        stage: Callable[[Weights], bool],
+        wait_s: float = 0.0,
+    ):
+        self.directory = Path(directory)
+        self.poll_s = poll_s
+        self.expected = expected
+        self.stage = stage
+        # by cause, one per version (a cause `missing`: one per try)
+        self.failures: Counter[str] = Counter()
+        # the newest version that needs no further attention: staged, or refused
+        self.seen_version = 0
+        # of CURRENT and REJECTED, by `_identity`
+        self._seen_stats: tuple | None = None
+        # What `look_again` was last told, and what of it was heeded: a new tuple each time.
+        self._asked: tuple[int] | None = None
+        self._heeded: tuple[int] | None = None
+        self._logged: tuple[int, str] | None = None
+        self._wait_s, self._polls = wait_s, 0
+        # versions that wait, by when they may be handed over (monotonic)
+        self._waiting: dict[int, float] = {}
+        # versions to be written to REJECTED
+        self._rejects: deque[int] = deque()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="aurora-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    def look_again(self, version: int, target: str | None = None) -> None:
+        """From another thread: at the next poll read what CURRENT names, unless it is `version`.
+
+        `target`: from now on versions must be made for this one.
+        """
+        if target is not None:
+            self.expected = replace(self.expected, target=target)
+        self._asked = (version,)
+
+    def reject(self, version: int, served: int, write: bool) -> None:
+        """From another thread: `version` was rolled back, and `served` drafts. At the next poll it
+        is written to REJECTED (`write`: on one rank of a server), and CURRENT is read again."""
+        if write:
+            self._rejects.append(version)
+        self.look_again(served)
+
+    def _run(self) -> None:
+        while not self._stop.wait(self.poll_s):
+            self.poll()
+
+    def poll(self) -> None:
+        """Look once.
+
+        Never raises: this is the serving boundary, a bad file must not end the server's thread.
+        """
+        version = 0
+        self._polls += 1
+        self._write_rejected()
+        if (asked := self._asked) is not self._heeded:
+            self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
+        try:
+            stats = (_identity(self.directory / CURRENT), _identity(self.directory / REJECTED))
+            if stats[0] is None or stats == self._seen_stats:
+                # nothing was published yet, or nothing is new
+                return
+            version = self._wanted()
+            done = version in (0, self.seen_version) or self.stage(
+                read_weights(self.directory / version_name(version), self.expected)
+            )
+            if done:
+                self.seen_version = version
+                # what waits is looked at again, though no file changes
+                self._seen_stats = None if self._waiting else stats
+        except ManifestError as error:
+            self._fail(version, error.cause, error)
+            if error.cause != "missing":
+                self.seen_version, self._seen_stats = version, stats
+        except Exception as error:
+            self._fail(version, "stage", error)
+            self.seen_version = version
+
+    def _write_rejected(self) -> None:
+        while self._rejects:
+            line = json.dumps({"version": self._rejects[0], "unix_s": round(time.time(), 3)}) + "\n"
+            try:
+                # one write of one line: other servers append to the same file
+                with open(self.directory / REJECTED, "ab", buffering=0) as file:
+                    file.write(line.encode())
+            except OSError as error:
+                self._fail(self._rejects[0], "rejected", error)
+                return
+            self._rejects.popleft()
+
+    def _wanted(self) -> int:
+        """CURRENT's version, or the newest that waited long enough, or its first ancestor that no
+        server rolled back; 0 where that is the initial draft.
+        """
+        rejected = rejected_versions(self.directory)
+        version = self._waited(current_version(self.directory) or 0, rejected)
+        while version in rejected:
+            error = ManifestError(
+                "rejected", f"a server rolled {version_name(version)} back; looking at its parent"
+            )
+            if self._logged != (version, error.cause):
+                self._fail(version, error.cause, error)
+            parent = read_manifest(self.directory / version_name(version)).parent
+            # whatever the file says, this ends
+            version = max(0, min(parent, version - 1))
+        return version
+
+    def _waited(self, current: int, rejected: set[int]) -> int:
+        """The newest version that need not wait any longer, the one that is served if there is
+        none."""
+        now, waiting = time.monotonic(), self._waiting
+        if not self._wait_s or self._polls == 1 or current in (self.seen_version, 0):
+            waiting.clear()
+            return current
+        waiting.setdefault(current, now + self._wait_s)
+        ready = [v for v, at in waiting.items() if at <= now and v not in rejected]
+        newest = max([self.seen_version, *ready])
+        for version in [v for v in waiting if v < newest or v in rejected | {self.seen_version}]:
+            del waiting[version]
+        return newest
+
+    def _fail(self, version: int, cause: str, error: Exception) -> None:
+        self.failures[cause] += 1
+        if self._logged != (version, cause):
+            self._logged = (version, cause)
+            log.warning("weights refused version=%d cause=%s error=%s", version, cause, error)
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """Differs whenever a file was replaced or appended to; None if there is no file."""
+    try:
+        stat = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
