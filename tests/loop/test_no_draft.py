@@ -1,11 +1,12 @@
 """Nobody trained a draft: the server starts without one, or with what init-draft made, decodes
 plainly and teaches a real trainer. The server tries its versions in the same process, and output
-stays what it is.
+stays what it is; also if either side is killed in any mode.
 """
 
 from __future__ import annotations
 
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 from bench_control import decode_rounds
@@ -36,6 +37,20 @@ every_s = 0.5
 PARAMS = {"max_new_tokens": 48}
 
 
+@contextmanager
+def trainer(config, log):
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            [*TRAINER, "run", "--config", config], stdout=file, stderr=file,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 @pytest.mark.parametrize("made", [False, True], ids=["no draft", "an untrained one"])
 def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
     target, plain, stream, tmp_path, made
@@ -47,36 +62,61 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
     config.write_text(CONFIG.format(port=free_port(), home=tmp_path, target=target, draft=said))
     batch = prompts(stream, 64000)
     expected = outputs(generate(plain, batch, PARAMS, None))
-    with open(tmp_path / "trainer.log", "wb") as log:
-        trainer = subprocess.Popen(
-            [*TRAINER, "run", "--config", config], stdout=log, stderr=log,
-            preexec_fn=die_with_parent,
-        )  # fmt: skip
-    try:
-        with Server(
-            target, draft=draft, algorithm="AURORA", num_steps=3, args=["--enable-metrics"],
-            env={"AURORA_CONFIG": str(config)}, log=tmp_path / "server.log",
-        ) as server:  # fmt: skip
-            assert outputs(generate(server, batch, PARAMS, None)) == expected
-            wait_until(lambda: decode_rounds(server), "rounds in the metrics", 10)
-            assert set(decode_rounds(server)) == {"cold"}
+    places = iter(range(1000, 60000, 97))
+    serve = dict(
+        draft=draft, algorithm="AURORA", num_steps=3, args=["--enable-metrics"],
+        env={"AURORA_CONFIG": str(config)}, log=tmp_path / "server.log",
+    )  # fmt: skip
 
-            places = iter(range(1000, 30000, 97))
+    def check(server: Server) -> None:
+        assert outputs(generate(server, batch, PARAMS, None)) == expected
 
-            def drafted() -> bool:
-                more = [stream[at : at + 32] for at in (next(places) for _ in range(8))]
-                generate(server, more, PARAMS, None)
-                return any(steps in decode_rounds(server) for steps in "123")
+    def traffic(server: Server) -> None:
+        more = [stream[at : at + 32] for at in (next(places) for _ in range(8))]
+        generate(server, more, PARAMS, None)
 
-            wait_until(drafted, lambda: f"a round that drafts: {decode_rounds(server)}", 120)
+    def drafted(server: Server) -> bool:
+        traffic(server)
+        return any(steps in decode_rounds(server) for steps in "123")
+
+    def at_version(server: Server, version: float) -> bool:
+        traffic(server)
+        return metrics(server)["aurora_draft_version"] >= version
+
+    with Server(target, **serve) as server:
+        check(server)
+        wait_until(lambda: decode_rounds(server), "rounds in the metrics", 10)
+        assert set(decode_rounds(server)) == {"cold"}
+        # killed while the server is cold: the next one goes on
+        with trainer(config, tmp_path / "trainer.log") as first:
+            wait_until(lambda: at_version(server, 1), "a version", 120)
+            first.kill()
+        check(server)
+        with trainer(config, tmp_path / "trainer.log") as second:
+            wait_until(
+                lambda: drafted(server),
+                lambda: f"a round that drafts: {decode_rounds(server)}",
+                120,
+            )
             found = metrics(server)
             assert found["aurora_draft_version"] >= 1 and found["aurora_attached"] == 1
             for _ in range(3):
-                assert outputs(generate(server, batch, PARAMS, None)) == expected
-    finally:
-        trainer.terminate()
-        trainer.wait(30)
+                check(server)
+            # killed while it drafts, or while it rests again
+            second.kill()
+        check(server)
+        version = metrics(server)["aurora_draft_version"]
+        server.kill()
+    with Server(target, **serve | {"log": tmp_path / "again.log"}) as server:
+        check(server)
+        wait_until(lambda: "aurora_draft_version" in metrics(server), "metrics", 10)
+        assert metrics(server)["aurora_draft_version"] >= version
+        with trainer(config, tmp_path / "trainer.log"):
+            wait_until(lambda: at_version(server, version + 1), "a newer version", 120)
+        check(server)
     assert (tmp_path / "weights" / "CURRENT").exists()
     drafts = [*(tmp_path / "checkpoints").glob("initial-draft-*"), *([draft] if draft else [])]
     (initial,) = drafts
     assert {f.name for f in initial.iterdir()} >= {"config.json", "model.safetensors"}
+    log = (tmp_path / "trainer.log").read_text()
+    assert "Traceback" not in log, log[-3000:]
