@@ -17,6 +17,7 @@ from sglang.srt.runtime_context import get_parallel
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics_thread import ServerMetrics
+from aurora_sglang_plugin.serve.audit import Audit
 from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.serve.control import Control
 from aurora_sglang_plugin.serve.speculation import Speculation
@@ -30,8 +31,9 @@ logger = logging.getLogger(__name__)
 # Who hands an operator's calls to the model runners.
 UPDATES = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
-# of this process; the release hook has no other way to find it
+# of this process; the release hook has no other way to find them
 _capture: Capture | None = None
+_audit: Audit | None = None
 
 
 def on_release(req: Any) -> None:
@@ -40,6 +42,8 @@ def on_release(req: Any) -> None:
     """
     if _capture is not None:
         _capture.ended(req)
+    if _audit is not None:
+        _audit.ended(req)
 
 
 class Attached:
@@ -114,6 +118,8 @@ class Attached:
                 rejection=bool(self.server_args.speculative_use_rejection_sampling),
             )
             _capture = self.capture
+        if config.plugin.audit.share and tp.rank_in_group == 0:
+            self._start_audit(config.plugin.audit.share)
         self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
         ServerMetrics(self.capture, self.reloader, self.control, **ranks).start()
@@ -125,6 +131,20 @@ class Attached:
             self.reloader.version,
             target,
         )
+
+    def _start_audit(self, share: float) -> None:
+        global _audit
+        args = self.server_args
+        if self._speculation is None or args.ssl_certfile:
+            logger.warning(
+                "aurora audits nothing: %s",
+                "this server's HTTP is encrypted" if args.ssl_certfile else "draft steps are fixed",
+            )
+            return
+        host = "127.0.0.1" if args.host in ("0.0.0.0", "::", None) else args.host
+        url = f"http://[{host}]:{args.port}" if ":" in host else f"http://{host}:{args.port}"
+        self.control.audit = _audit = Audit(share, url, args.api_key)
+        _audit.start()
 
     def prewarm_sampling(self) -> Any:
         """SGLang calls it after the capture of graphs, before anything is served."""

@@ -157,12 +157,20 @@ class CanaryConfig(Section):
         return 0.0 if first else self.wait_s
 
 
+class AuditConfig(Section):
+    """Whether finished requests are decoded again without speculation, while the server is idle."""
+
+    # of the greedy requests; 0: none
+    share: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class PluginConfig(Section):
     capture: CaptureConfig = CaptureConfig()
     publish: PublishConfig = PublishConfig()
     swap: SwapConfig = SwapConfig()
     speculation: SpeculationConfig = SpeculationConfig()
     canary: CanaryConfig = CanaryConfig()
+    audit: AuditConfig = AuditConfig()
 
 
 class ServerConfig(Section):

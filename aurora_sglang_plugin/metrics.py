@@ -22,6 +22,7 @@ from aurora_sglang_plugin.link.rows import CAUSES as ROW_CAUSES
 from aurora_sglang_plugin.link.wire import MAX_STEPS
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
 from aurora_sglang_plugin.serve.accepted_counts import ROLES, accepted, mean_length
+from aurora_sglang_plugin.serve.audit import RESULTS
 from aurora_sglang_plugin.serve.capture import KINDS
 from aurora_sglang_plugin.serve.capture_boundary import SECONDS
 from aurora_sglang_plugin.serve.excluded import CAUSES
@@ -117,6 +118,14 @@ OF_RANK: dict[str, Family] = {
         "Versions that were rolled back and written to REJECTED",
         look="Any: the trainer's gate let a bad version pass; see both logs.",
         read=lambda s: s.control.canary.rejected,
+    ),
+    "aurora_audited_requests": counter(
+        "Requests that were decoded again without speculation, by what came of it",
+        look="`plugin.audit.share` of the greedy ones, while the server is idle. `different`:"
+        " output that plain decoding does not give; report it. `tie`: two tokens were as good as"
+        " equal. `interrupted`: others ran meanwhile.",
+        read=lambda s: s.control.audit.results if s.control.audit else {},
+        result=RESULTS,
     ),
     "aurora_draft_version": gauge(
         "Version of the draft's weights that drafts now, 0: those the server started with",

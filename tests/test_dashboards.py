@@ -112,7 +112,7 @@ def promtool(*arguments: str) -> str:
 
 
 def test_prometheus_accepts_rules_and_example():
-    assert "22 rules found" in promtool("check", "rules", "rules.yml")
+    assert "24 rules found" in promtool("check", "rules", "rules.yml")
     assert "valid" in promtool("check", "config", "prometheus.yml")
 
 

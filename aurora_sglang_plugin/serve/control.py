@@ -14,12 +14,14 @@ All calls are the scheduler thread's.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from aurora_sglang_plugin.config import PluginConfig
+from aurora_sglang_plugin.serve.audit import Audit, is_audit
 from aurora_sglang_plugin.serve.canary import Canary
 from aurora_sglang_plugin.serve.rank_agreement import Agreement
 from aurora_sglang_plugin.serve.speculation import Speculation
@@ -70,6 +72,10 @@ class Control:
         self._trial_rounds = 0
         # what is known of the version that could be gone back to
         self._other_rates: Rates | None = None
+        # on the rank that audits
+        self.audit: Audit | None = None
+        # a request that is decoded again runs
+        self._auditing = False
         reloader.control = self
 
     @property
@@ -93,6 +99,11 @@ class Control:
         if self.speculation is None:
             self._rounds[self.most] += 1
             return
+        if self.audit is not None:
+            self.audit.round_at = time.monotonic()
+        if self._auditing and self._alone(reqs):
+            self.speculation.begin_plain()
+            return
         warm = self._warm(reqs)
         due = self.speculation.begin(len(reqs), len(reqs) if warm is None else sum(warm))
         if due and self.reloader.agreement is None:
@@ -103,6 +114,7 @@ class Control:
         for req in reqs:
             if not hasattr(req, "aurora_since"):
                 req.aurora_since = self._changes
+                self._auditing = self._auditing or is_audit(req)
         if self.speculation is None:
             return
         self.speculation.interrupted()
@@ -210,6 +222,15 @@ class Control:
             self.reloader.renewal.renew()
 
     # ----
+
+    def _alone(self, reqs: Sequence[Any]) -> bool:
+        """Whether only requests that are decoded again run. Others are not made to wait for them:
+        they draft, and the answer counts for nothing if it differs."""
+        audits = sum(map(is_audit, reqs))
+        self._auditing = audits > 0
+        if self.audit is not None and 0 < audits < len(reqs):
+            self.audit.disturbed = True
+        return 0 < audits == len(reqs)
 
     def _probation(self) -> int:
         """Request-steps after which the canary has seen what it needs."""

@@ -6,10 +6,10 @@ taken (worth.py). Acceptance is counted for the version that drafts; before it h
 gate's accept length stands for it. Costs are measured in bursts of 8 rounds between rounds of the
 present count: for a batch size that is new at once, later for at most `explore` of all rounds.
 
-If no bucket in use is worth drafting, the server is cold: it leaves out the draft's passes
-altogether, also over prompts, and a round costs what it costs without speculation. A request that
-ran cold has holes in its draft's KV, so its acceptance never counts, and a server that leaves the
-cold drafts only once half of the running requests have none.
+If no bucket in use is worth drafting, the server is cold: it leaves out all of the draft's passes,
+also over prompts, and a round costs what it costs without speculation. A request that ran cold has
+holes in its draft's KV: its acceptance never counts, and a server that leaves the cold drafts once
+half of the running requests have none.
 
 One rank decides, since clocks differ; others need its `plan` alone.
 """
@@ -123,11 +123,9 @@ class Speculation:
         self._graph_sizes = cuda_graph_bs
 
     def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-        """Every count may be taken at every batch size."""
         return self._graph_sizes
 
     def get_steps_for_batch(self, batch_size: int) -> int:
-        """Of the round that `begin` began."""
         return max(0, self.steps)
 
     # ---- the worker's calls
@@ -155,13 +153,18 @@ class Speculation:
         self._count += 1
         return self._count % EVERY == 0
 
+    def begin_plain(self) -> None:
+        """A decode round begins that must not draft, and says nothing of the others."""
+        self.interrupted()
+        self.steps, self._since = COLD if self.cold else 0, 0
+        self.rounds[self.steps] += 1
+
     def interrupted(self) -> None:
-        """Something else than a decode round runs: the time until the next one is not the last
-        one's."""
+        """Something else than a decode round runs until the next one."""
         self._began = None
 
     def judged(self, steps: int, accepted: Sequence[int]) -> None:
-        """Drafts that requests of the present version accepted, in a round of `steps` > 0."""
+        """Drafts of the present version that were accepted, in a round of `steps` > 0."""
         self.rates.add(steps, accepted)
         self.probation = max(0, self.probation - len(accepted))
 
@@ -173,8 +176,8 @@ class Speculation:
             self._draft_s += draft_s
 
     def expect(self, predicted: float) -> Rates:
-        """What is expected of a version that its gate gave this accept length; nan, of one that
-        nothing is said of: as much as of the present one."""
+        """What is expected of a version that its gate gave this accept length; nan: as much as of
+        the present one."""
         if math.isnan(predicted):
             present = self.rates
             return Rates(self.most, present.length(self.most) if present.known else math.nan)
@@ -192,16 +195,13 @@ class Speculation:
         return before
 
     def gain(self) -> float:
-        """Tokens a second over those of plain decoding, at the present batch size and by what was
-        measured; nan: not known yet."""
-        at = bucket(self._size)
-        return self._value(at, self._choice[at])
+        """Tokens a second over those of plain decoding, at the present batch size, as measured."""
+        return self._value(bucket(self._size), self._choice[bucket(self._size)])
 
     # ---- decisions
 
     def decide(self) -> list[int]:
-        """On the rank that decides, every 8 rounds: the plan from here on, as numbers for
-        `apply`."""
+        """On the rank that decides, every 8 rounds: the plan from here on, for `apply`."""
         at = bucket(self._size)
         keep = 1 - EVERY / 2048
         self._use = [use * keep for use in self._use]

@@ -279,6 +279,14 @@ def metrics(server: Server) -> dict[str, float]:
     return found
 
 
+def by_label(server: Server, name: str, label: str) -> dict[str, float]:
+    """A counter of /metrics by the values of a label."""
+    lines = re.findall(
+        rf'^{name}_total\{{.*?{label}="(\w+)".*?\}} (\S+)$', server.get("/metrics"), re.M
+    )
+    return {value: float(count) for value, count in lines}
+
+
 def checksums(server: Server, which: str) -> dict[str, Any]:
     """SGLang's own checksums of every parameter of the `target` or the `draft`, by name."""
     answer = server.post("/weights_checker", {"action": "checksum", "selector": which})

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from bench_control import decode_rounds
 from children import TRAINER, die_with_parent
-from rig import generate, metrics, wait_until
+from rig import by_label, generate, metrics, wait_until
 from serve import Server, free_port
 from test_control import outputs, prompts
 
@@ -65,7 +65,8 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
     places = iter(range(1000, 60000, 97))
     serve = dict(
         draft=draft, algorithm="AURORA", num_steps=3, args=["--enable-metrics"],
-        env={"AURORA_CONFIG": str(config)}, log=tmp_path / "server.log",
+        env={"AURORA_CONFIG": str(config), "AURORA_SET": "plugin.audit.share=1"},
+        log=tmp_path / "server.log",
     )  # fmt: skip
 
     def check(server: Server) -> None:
@@ -83,15 +84,22 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
         traffic(server)
         return metrics(server)["aurora_draft_version"] >= version
 
+    def audited(server: Server) -> float:
+        """Requests that were decoded again, and gave the same."""
+        results = by_label(server, "aurora_audited_requests", "result")
+        assert not results.get("different") and not results.get("failed"), results
+        return results.get("same", 0.0)
+
     with Server(target, **serve) as server:
         check(server)
         wait_until(lambda: decode_rounds(server), "rounds in the metrics", 10)
         assert set(decode_rounds(server)) == {"cold"}
-        # killed while the server is cold: the next one goes on
-        with trainer(config, tmp_path / "trainer.log") as first:
-            wait_until(lambda: at_version(server, 1), "a version", 120)
-            first.kill()
-        check(server)
+        if not made:
+            # killed while the server is cold: the next one goes on
+            with trainer(config, tmp_path / "trainer.log") as first:
+                wait_until(lambda: at_version(server, 1), "a version", 120)
+                first.kill()
+            check(server)
         with trainer(config, tmp_path / "trainer.log") as second:
             wait_until(
                 lambda: drafted(server),
@@ -102,6 +110,11 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
             assert found["aurora_draft_version"] >= 1 and found["aurora_attached"] == 1
             for _ in range(3):
                 check(server)
+            # while nobody asks, what it said is decoded plainly, alone
+            before = audited(server)
+            wait_until(lambda: audited(server) > before, "an audit", 30)
+            if made:
+                return
             # killed while it drafts, or while it rests again
             second.kill()
         check(server)
@@ -115,8 +128,7 @@ def test_it_learns_from_plain_decoding_and_drafts_in_the_same_process(
             wait_until(lambda: at_version(server, version + 1), "a newer version", 120)
         check(server)
     assert (tmp_path / "weights" / "CURRENT").exists()
-    drafts = [*(tmp_path / "checkpoints").glob("initial-draft-*"), *([draft] if draft else [])]
-    (initial,) = drafts
+    (initial,) = (tmp_path / "checkpoints").glob("initial-draft-*")
     assert {f.name for f in initial.iterdir()} >= {"config.json", "model.safetensors"}
     log = (tmp_path / "trainer.log").read_text()
     assert "Traceback" not in log, log[-3000:]

@@ -54,6 +54,7 @@ control = SimpleNamespace(
     mode="live", rounds=lambda: {"cold": 4, "3": 5},
     canary=SimpleNamespace(suspected=2, rejected=1),
     speculation=SimpleNamespace(explored=8, gain=lambda: 1.5),
+    audit=SimpleNamespace(results={"same": 3}),
 )
 metrics = ServerMetrics(capture, reloader, control, tp_rank=rank)
 metrics.start()

@@ -41,7 +41,8 @@ def control():
 
 
 def requests(control, count):
-    reqs = [SimpleNamespace() for _ in range(count)]
+    params = SimpleNamespace(custom_params=None)
+    reqs = [SimpleNamespace(sampling_params=params) for _ in range(count)]
     control.prefill(reqs)
     return reqs
 
