@@ -22,6 +22,8 @@ from torch.optim.adamw import adamw
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.drafts.kinds import ENDS, HEAD
 
+# of learning rates that nobody chose
+HIGHEST, PER_WIDTH = 1e-3, 0.45
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,8 +34,9 @@ class OptimizerConfig(Section):
     # muon: matrices but those at either end of the draft, in bfloat16, which is slow on a CPU that
     # lacks it; the rest by AdamW
     kind: Literal["adamw", "muon"] = "adamw"
-    # learning rate
-    lr: Positive = 1e-3
+    # learning rate; auto: 0.45 over the draft's width (5e-4 at 896, 1.1e-4 at 4096), at most 1e-3,
+    # and 1e-3 for muon
+    lr: Positive | Literal["auto"] = "auto"
     # factor on lr for the draft's head
     head_lr: Positive = 1.0
     # AdamW
@@ -59,6 +62,13 @@ class OptimizerConfig(Section):
     # factor on lr at the end of the cosine
     final_lr: Annotated[float, Field(ge=0, le=1)] = 0.1
 
+    def peak(self, width: int) -> float:
+        """The learning rate after warm-up, of a draft of this width. A wider one wants less, about
+        in proportion: 5e-4 won at 896 (docs/learning.md), others train 4,096 at 5e-5 to 1e-4."""
+        if self.lr != "auto":
+            return self.lr
+        return HIGHEST if self.kind == "muon" else min(HIGHEST, PER_WIDTH / max(1, width))
+
 
 @dataclass(frozen=True)
 class Update:
@@ -76,13 +86,18 @@ class Optimizer:
     """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones.
 
     `masters` are float32, by name; the draft's parameters are their rounding, or they themselves.
-    Given are those to start from, None: the draft's own values.
+    Given are those to start from, None: the draft's own values. `width` is the draft's, for a
+    learning rate that nobody chose.
     """
 
     def __init__(
-        self, draft: nn.Module, config: OptimizerConfig, masters: Mapping[str, Tensor] | None = None
+        self,
+        draft: nn.Module,
+        config: OptimizerConfig,
+        masters: Mapping[str, Tensor] | None = None,
+        width: int = 1,
     ):
-        self.config = config
+        self.config, self._peak = config, config.peak(width)
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.updates = 0
         self.skipped = 0
@@ -121,7 +136,7 @@ class Optimizer:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
         whole = torch.stack(norms).norm() if norms else torch.zeros(())
         value, norm = torch.stack([torch.as_tensor(loss).detach().to(whole), whole]).tolist()
-        lr = learning_rate(self.config, self.updates)
+        lr = self._peak * schedule(self.config, self.updates)
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.skipped += 1
             return Update(False, norm, lr, value)
@@ -199,16 +214,12 @@ class Optimizer:
         self.updates, self.skipped = rest["updates"], rest["skipped"]
 
 
-def learning_rate(config: OptimizerConfig, updates: int) -> float:
-    """Of the update that follows `updates` applied ones: linear warm-up, then constant or
-    cosine.
+def schedule(config: OptimizerConfig, updates: int) -> float:
+    """Share of the learning rate of the update that follows `updates` applied ones: linear warm-up,
+    then constant or cosine.
     """
     warm = min(1.0, (updates + 1) / (config.warmup_updates + 1))
     if config.schedule == "constant":
-        return config.lr * warm
+        return warm
     done = min(1.0, updates / config.cosine_updates)
-    return (
-        config.lr
-        * warm
-        * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
-    )
+    return warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -309,7 +309,8 @@ class Training:
         masters = {n: p.detach() for n, p in draft.named_parameters()}
         self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
         config = self.config.trainer.optimizer
-        self.optimizer = Optimizer(self.draft, config, masters)
+        width = self.draft.config.hidden_size
+        self.optimizer = Optimizer(self.draft, config, masters, width)
         self.mean = RunningMean(config.average, self.optimizer.masters)
 
     def _keep(self, sample: Sample) -> None:

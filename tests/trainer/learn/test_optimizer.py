@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 
 from aurora_trainer.drafts.batch import BatchConfig, pack
 from aurora_trainer.learn.objective import LossConfig, objective
-from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig, learning_rate
+from aurora_trainer.learn.optimizer import Optimizer, OptimizerConfig, schedule
 
 KINDS = ["adamw", "muon"]
 
@@ -119,10 +119,22 @@ def test_schedule():
     config = OptimizerConfig(
         lr=1.0, warmup_updates=3, schedule="cosine", cosine_updates=100, final_lr=0.1
     )
-    assert learning_rate(config, 0) == pytest.approx(0.25)
-    assert learning_rate(config, 50) == pytest.approx(0.55)
-    assert learning_rate(config, 100) == learning_rate(config, 500) == pytest.approx(0.1)
-    assert learning_rate(OptimizerConfig(lr=2.0, warmup_updates=0), 9) == 2.0
+    assert schedule(config, 0) == pytest.approx(0.25)
+    assert schedule(config, 50) == pytest.approx(0.55)
+    assert schedule(config, 100) == schedule(config, 500) == pytest.approx(0.1)
+    assert schedule(OptimizerConfig(lr=2.0, warmup_updates=0), 9) == 1.0
+
+
+def test_a_rate_that_nobody_chose_follows_the_width():
+    auto = OptimizerConfig()
+    assert auto.peak(896) == pytest.approx(5e-4, rel=0.01)
+    assert auto.peak(4096) == pytest.approx(1.1e-4, rel=0.01) and auto.peak(64) == 1e-3
+    assert OptimizerConfig(kind="muon").peak(4096) == 1e-3
+    assert OptimizerConfig(lr=2.0).peak(4096) == OptimizerConfig(lr=2.0).peak(64) == 2.0
+    layer = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(layer, OptimizerConfig(warmup_updates=0), width=4096)
+    layer.weight.grad = torch.ones_like(layer.weight)
+    assert optimizer.step(1.0).lr == auto.peak(4096)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (4, 20), (20, 4)])
