@@ -17,13 +17,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import children
-from lab_replay import ARMS, read_arms
+from lab_replay import ARMS, arm_of, read_arms, settings_hash
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "lab"
 LINES = "lines.jsonl"
@@ -36,16 +37,31 @@ Key = tuple[str, str, int, int]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """One line of each run, the newest; half a line, of a run that was killed, is none."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            line = json.loads(text)
+            lines[line["arm"], line["recording"], line["seed"], line["hash"]] = line
+    return list(lines.values())
 
 
-def missing(stage: dict[str, Any], done: set[Key]) -> Iterator[Key]:
-    """The runs of a stage that are not done, first seeds first."""
+def missing(
+    stage: dict[str, Any], arms: dict[str, Any], lines: Sequence[dict[str, Any]]
+) -> Iterator[Key]:
+    """The runs of a stage that no line has, first seeds first. A longer run has the shorter one in
+    it; one with other settings counts for nothing."""
+    wanted = stage.get("requests", 0)
+    done = {
+        (line["arm"], line["recording"], line["seed"], line["hash"])
+        for line in lines
+        if line["of_requests"] == 0 or 0 < wanted <= line["of_requests"]
+    }
     for seed in stage["seeds"]:
         for arm in stage["arms"]:
-            key = (arm, stage["recording"], seed, stage.get("requests", 0))
-            if key not in done:
-                yield key
+            same = settings_hash(arm_of(arms, arm))
+            if (arm, stage["recording"], seed, same) not in done:
+                yield arm, stage["recording"], seed, wanted
 
 
 def record(options: argparse.Namespace) -> None:
@@ -76,18 +92,25 @@ def count_tokens(options: argparse.Namespace, text: str) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    stages = {stage["name"]: stage for stage in read_arms(options.arms)["stages"]}
+    arms = read_arms(options.arms)
+    stages = {stage["name"]: stage for stage in arms["stages"]}
     if options.stage not in stages:
         raise SystemExit(f"lab: no stage {options.stage!r}; expected one of {', '.join(stages)}")
     stage = stages[options.stage]
     lines = options.results / LINES
-    done = {(x["arm"], x["recording"], x["seed"], x["of_requests"]) for x in read_lines(lines)}
-    keys = list(missing(stage, done))
+    keys = list(missing(stage, arms, read_lines(lines)))
     print(f"{stage['name']}: {len(keys)} runs to do", flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(options.jobs) as pool:
+    failed = 0
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
         for future in as_completed([pool.submit(replay, options, key) for key in keys]):
-            line = future.result()
+            try:
+                line = future.result()
+            except ChildProcessError as error:
+                print(f"lab: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
             with lines.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             half = len(line["steps"]) // 2
@@ -97,6 +120,10 @@ def run(options: argparse.Namespace) -> None:
                 f" {length:.3f}  {line['cpu_s']:.0f} s of training",
                 flush=True,
             )
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if failed:
+        raise SystemExit(f"lab: {failed} runs failed")
 
 
 def replay(options: argparse.Namespace, key: Key) -> dict[str, Any]:
@@ -118,7 +145,7 @@ def replay(options: argparse.Namespace, key: Key) -> dict[str, Any]:
         [str(word) for word in words], stdout=subprocess.PIPE, text=True, preexec_fn=in_background
     )
     if done.returncode:
-        raise SystemExit(f"lab: the run of {key} failed with {done.returncode}; see above")
+        raise ChildProcessError(f"the run of {key} failed with {done.returncode}; see above")
     return json.loads(done.stdout.splitlines()[-1]) | {"of_requests": requests}
 
 
@@ -130,7 +157,14 @@ def in_background() -> None:
 def report(options: argparse.Namespace) -> None:
     from lab_report import write
 
-    write(read_lines(options.results / LINES), options.results)
+    arms = read_arms(options.arms)
+    current = {name: settings_hash(arm_of(arms, name)) for name in arms["arms"]}
+    lines = [
+        line
+        for line in read_lines(options.results / LINES)
+        if current.get(line["arm"]) == line["hash"]
+    ]
+    write(lines, arms.get("claims", []), options.results)
 
 
 def main() -> None:

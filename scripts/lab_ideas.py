@@ -39,6 +39,28 @@ class Float8Features(Idea):
         sample.features = rounded.flatten(1).to(sample.features.dtype)
 
 
+class OnlyKnown(Idea):
+    """As the reference does: no loss where the target's first choice is a token that the draft
+    cannot propose."""
+
+    def __init__(self, training: Training):
+        super().__init__(training)
+        trainer.losses = self._losses
+
+    def _losses(self, draft, batch, config, counts=None):
+        known = draft.to_draft_ids(batch.topk_ids[:, 0]) >= 0
+        weigh = objective._weight
+
+        def weighed(level, depth, config, counts):
+            return weigh(level, depth, config, counts) * known[level.target[level.rows]]
+
+        objective._weight = weighed
+        try:
+            return objective.losses(draft, batch, config, counts)
+        finally:
+            objective._weight = weigh
+
+
 class UsesByNeed(Idea):
     """Many passes over each sample at first, few later: uses(n) = clip(16 sqrt(50 / n), 2, 16) of
     request n, where the arm's own pace stands for 8."""
@@ -104,6 +126,7 @@ class Anchored(Idea):
 
 
 IDEAS: dict[str, Callable[[Training], Idea]] = {
+    "only_known": OnlyKnown,
     "uses_by_need": UsesByNeed,
     "anchored": Anchored,
     "float8_features": Float8Features,

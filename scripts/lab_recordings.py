@@ -10,6 +10,7 @@ arms.toml.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -85,15 +86,25 @@ def deal(prompts: Sequence[Prompt], traffics: Sequence[Traffic]) -> dict[str, li
     return dealt
 
 
+def digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256("\0".join(prompt.text for prompt in prompts).encode()).hexdigest()[:16]
+
+
 def record(
     home: Path, target: Path, traffic: Traffic, prompts: Sequence[Prompt], clients: int
 ) -> dict[str, Any]:
     """Record the prompts into home/recordings/NAME, unless that is complete; returns what is known
     of it."""
     directory = home / "recordings" / traffic.name
-    about = directory / ABOUT
+    about, said = directory / ABOUT, digest(prompts)
     if about.exists():
-        return json.loads(about.read_text())
+        found = json.loads(about.read_text())
+        if found.get("prompts", said) != said:
+            raise ValueError(
+                f"{directory} was recorded with other prompts than {traffic.name} has now; expected"
+                " the same file and arms, or a directory that is not there"
+            )
+        return found
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     config = directory / "aurora.toml"
@@ -126,6 +137,7 @@ def record(
     tokens = [reply.tokens for reply in replies]
     figures = {
         "requests": len(replies),
+        "prompts": said,
         "tokens": sum(map(len, tokens)),
         "seconds": round(time.monotonic() - began),
         "sampling": "greedy" if traffic.greedy else "the server's defaults",

@@ -5,7 +5,8 @@
 Every request is scored before it is trained on, with the weights that would have been served then,
 by the one definition of accept length (aurora_trainer/learn/accept_length.py). That is exact for a
 chain under SGLang's default verification, greedy or sampled, because a server's output does not
-depend on its draft. Weights are swapped every so many requests, the same for all arms.
+depend on its draft. Weights are swapped every so many requests, the same for all arms. Chains are
+of as many drafts as the recording's header says (3 for a server without a draft).
 
 A line has the steps and the tokens of each request's walk, what training cost in CPU seconds, and
 everything that it takes to run it again.
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -60,20 +63,34 @@ def initial_draft(home: Path, target: Path, words: list[str], seed: int) -> Path
     """The untrained draft of `init-draft` with these words and this seed, made once."""
     said = json.dumps([words, seed, str(target)])
     draft = home / "drafts" / hashlib.sha256(said.encode()).hexdigest()[:16]
-    if not (draft / "config.json").exists():
+    if not draft.exists():
+        # whole, or not there: another run may make it at the same time
+        made = Path(tempfile.mkdtemp(dir=home)) / "draft"
         counts = ["--counts", home / "counts.json"]
-        command = [*children.TRAINER, "init-draft", target, draft, "--seed", str(seed), *words]
+        command = [*children.TRAINER, "init-draft", target, made, "--seed", str(seed), *words]
         subprocess.run(list(map(str, [*command, *counts])), check=True, stdout=sys.stderr)
+        draft.parent.mkdir(exist_ok=True)
+        with suppress(OSError):
+            made.rename(draft)
+        shutil.rmtree(made.parent)
     return draft
 
 
 def configure(arm: dict[str, Any], target: Path, draft: Path, weights: str, seed: int):
     """The trainer's configuration of an arm."""
-    config = Path(weights) / "aurora.toml"
-    config.write_text(f'[trainer.model]\ntarget = "{target}"\ndraft = "{draft}"\n')
-    own = ["gate.enabled=false", f"pace.seed={seed}", *arm.get("settings", [])]
+    own = [f"model.target={target}", f"model.draft={draft}", "gate.enabled=false"]
+    own += [f"pace.seed={seed}", *arm.get("settings", [])]
     directory = f"weights.directory={weights}"
-    return load_trainer_config(config, [directory, *(f"trainer.{setting}" for setting in own)])
+    return load_trainer_config(None, [directory, *(f"trainer.{setting}" for setting in own)])
+
+
+def settings_hash(arm: dict[str, Any]) -> str:
+    """Of all that decides what an arm does, the trainer's defaults among it: lines of other
+    settings are not compared."""
+    config = configure(arm, Path("target"), Path("draft"), tempfile.gettempdir(), 0)
+    said = config.trainer.model_dump(mode="json", exclude={"model": {"target", "draft"}})
+    rest = {key: value for key, value in arm.items() if key not in ("settings", "like")}
+    return hashlib.sha256(json.dumps([said, rest], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def windows(recording: Path, config: TrainerFile, size: int) -> Iterator[list[Sample]]:
@@ -154,7 +171,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--requests", type=int, default=0, help="of the recording; 0: all")
     options = parser.parse_args()
-    arm = arm_of(read_arms(options.arms), options.arm)
+    arm, at_commit = arm_of(read_arms(options.arms), options.arm), commit()
     draft = initial_draft(options.home, options.target, arm.get("draft", []), options.seed)
     recording = options.home / "recordings" / options.recording / MESSAGES
     with tempfile.TemporaryDirectory() as weights:
@@ -165,9 +182,10 @@ def main() -> None:
         "recording": options.recording,
         "seed": options.seed,
         "how": arm,
+        "hash": settings_hash(arm),
         "target": options.target.name,
         "date": str(date.today()),
-        "commit": commit(),
+        "commit": at_commit,
         "torch": version("torch"),
         **figures,
     }

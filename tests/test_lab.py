@@ -108,9 +108,8 @@ def test_every_arm_of_a_stage_can_be_run(tmp_path):
             config = lab_replay.configure(arm, tmp_path, tmp_path, str(tmp_path), 3)
             assert config.trainer.pace.seed == 3 and not config.trainer.gate.enabled
             assert all(idea in lab_replay.IDEAS for idea in arm.get("ideas", []))
-    last = lab_replay.configure(
-        lab_replay.arm_of(arms, "ref-1e-3"), tmp_path, tmp_path, str(tmp_path), 0
-    )
+    arm = lab_replay.arm_of(arms, "ref-1e-3")
+    last = lab_replay.configure(arm, tmp_path, tmp_path, str(tmp_path), 0)
     assert last.trainer.optimizer.lr == 1e-3 and last.trainer.buffer.max_uses == 1
 
 
