@@ -98,7 +98,10 @@ class Attached:
         self.reloader = Reloader(
             model, self._target_ids(), config.weights, config.plugin.swap, target, group,
             has_draft=self._drafts_at_start, writes=tp.rank_in_group == 0,
-            wait_s=config.plugin.canary.waits(f"{socket.gethostname()}:{args.port}"),
+            wait_s=config.plugin.canary.waits(
+                # the same on every node of a server
+                args.dist_init_addr or f"{socket.gethostname()}:{args.port}"
+            ),
         )  # fmt: skip
         self.control = Control(
             config.plugin, self._most_steps, self.reloader, self._speculation,
@@ -119,7 +122,7 @@ class Attached:
             )
             _capture = self.capture
         if config.plugin.audit.share and tp.rank_in_group == 0:
-            self._start_audit(config.plugin.audit.share)
+            self._start_audit(config.plugin.audit.share, get_parallel().dp_rank)
         self._keep_the_draft(draft.draft_runner)
         ranks = dict(tp_rank=tp.rank_in_group, dp_rank=get_parallel().dp_rank or 0)
         ServerMetrics(self.capture, self.reloader, self.control, **ranks).start()
@@ -132,18 +135,22 @@ class Attached:
             target,
         )
 
-    def _start_audit(self, share: float) -> None:
+    def _start_audit(self, share: float, replica: int | None) -> None:
         global _audit
         args = self.server_args
-        if self._speculation is None or args.ssl_certfile:
-            logger.warning(
-                "aurora audits nothing: %s",
-                "this server's HTTP is encrypted" if args.ssl_certfile else "draft steps are fixed",
-            )
+        cause = (
+            "draft steps are fixed" if self._speculation is None
+            else "this server's HTTP is encrypted" if args.ssl_certfile
+            # the scheduler would compute with memory that was given back
+            else "its memory may be given back (--enable-memory-saver)" if args.enable_memory_saver
+            else None
+        )  # fmt: skip
+        if cause is not None:
+            logger.warning("aurora audits nothing: %s", cause)
             return
-        host = "127.0.0.1" if args.host in ("0.0.0.0", "::", None) else args.host
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", None: "127.0.0.1"}.get(args.host, args.host)
         url = f"http://[{host}]:{args.port}" if ":" in host else f"http://{host}:{args.port}"
-        self.control.audit = _audit = Audit(share, url, args.api_key)
+        self.control.audit = _audit = Audit(share, url, args.api_key, replica)
         _audit.start()
 
     def prewarm_sampling(self) -> Any:
@@ -216,6 +223,8 @@ class Attached:
         if target == self.target:
             return
         self.target = target
+        if self.control.audit is not None:
+            self.control.audit.forget()
         self.reloader.retarget(target)
         if self.capture is not None:
             self.capture.publisher.retarget(target)

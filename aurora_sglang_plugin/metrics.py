@@ -124,7 +124,7 @@ OF_RANK: dict[str, Family] = {
         look="`plugin.audit.share` of the greedy ones, while the server is idle. `different`:"
         " output that plain decoding does not give; report it. `tie`: two tokens were as good as"
         " equal. `interrupted`: others ran meanwhile.",
-        read=lambda s: s.control.audit.results if s.control.audit else {},
+        read=lambda s: dict(s.control.audit.results) if s.control.audit else {},
         result=RESULTS,
     ),
     "aurora_draft_version": gauge(
@@ -268,7 +268,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             " `sample_rate`: `plugin.capture.sample_rate`. `no_trainer`: nobody takes messages, so"
             " that 1 request in 256 is captured. `multimodal`, `embeddings`: what no token id says."
             " `request_id`: an id that no message may carry. `scoring`, `lora`:"
-            " another attention or another target. `health_check`: SGLang's own."
+            " another attention or another target. `health_check`: SGLang's own, `audit`: Aurora's."
             " `failing`: capture failed three times in a row and rests, at first for a minute.",
             read=lambda s: dict(s.capture.excluded),
             cause=CAUSES,

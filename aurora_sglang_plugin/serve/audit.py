@@ -22,17 +22,17 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
-from aurora_sglang_plugin.serve.excluded import OPT_OUT, why_excluded
+from aurora_sglang_plugin.serve.excluded import AUDIT, OPT_OUT, why_excluded
 
 log = logging.getLogger(__name__)
 
-# A key of sampling_params.custom_params.
-AUDIT = "aurora_audit"
 RESULTS = ("same", "tie", "different", "interrupted", "failed")
 # logprobs that differ by less are a tie: bfloat16 rounds logits of 16 to 32 to eighths
 TIE = 0.25
 # without a round: then the server is idle; how often that is looked at
 IDLE_S, POLL_S = 1.0, 0.25
+# best tokens of each position that the answer names
+BEST = 8
 # that wait, the newest; tokens of a prompt, and of an output that are compared
 WAITING, PROMPT_TOKENS, OUTPUT_TOKENS = 4, 4096, 256
 TIMEOUT_S = 120.0
@@ -49,15 +49,20 @@ class Finished:
 
 
 class Audit:
-    """`results` counts by RESULTS. `url` is the server's own, `api_key` what it asks for."""
+    """`results` counts by RESULTS. `url` is the server's own, `api_key` what it asks for, `replica`
+    the data-parallel one that audits."""
 
-    def __init__(self, share: float, url: str, api_key: str | None = None):
+    def __init__(
+        self, share: float, url: str, api_key: str | None = None, replica: int | None = None
+    ):
         self.results: Counter[str] = Counter()
-        # when the last decode round began (monotonic); and whether another request ran beside the
-        # one that is audited. Written by the scheduler's thread.
+        # when the last round began (monotonic); and whether another request ran beside the one that
+        # is audited, or the target was changed. Written by the scheduler's thread.
         self.round_at = time.monotonic()
         self.disturbed = False
-        self._share, self._url, self._api_key = share, url, api_key
+        self._share, self._url, self._api_key, self._replica = share, url, api_key, replica
+        # not by way of a proxy that the environment names
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._waiting: deque[Finished] = deque(maxlen=WAITING)
         self._stop = threading.Event()
         self._logged: set[str] = set()
@@ -70,6 +75,11 @@ class Audit:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+
+    def forget(self) -> None:
+        """The target is another one: what was said says nothing of it."""
+        self._waiting.clear()
+        self.disturbed = True
 
     def ended(self, req: Any) -> None:
         """A request of SGLang's gave back its KV: remember it, if it is of the share and can be
@@ -104,7 +114,7 @@ class Audit:
             result, position, gap = "failed", 0, 0.0
             if "failed" not in self._logged:
                 log.warning("aurora audit failed (counted, logged once) error=%r", error)
-        if self.disturbed and result == "different":
+        if self.disturbed and result != "failed":
             result = "interrupted"
         self.results[result] += 1
         if result == "different":
@@ -125,7 +135,8 @@ class Audit:
                 **NEUTRAL,
             },
             "return_logprob": True,
-            "top_logprobs_num": 2,
+            "top_logprobs_num": BEST,
+            **({"routed_dp_rank": self._replica} if self._replica is not None else {}),
         }
         headers = {"Content-Type": "application/json"}
         if self._api_key:
@@ -133,13 +144,14 @@ class Audit:
         request = urllib.request.Request(
             f"{self._url}/generate", json.dumps(body).encode(), headers
         )
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with self._opener.open(request, timeout=TIMEOUT_S) as response:
             return json.loads(response.read())
 
 
 def compare(output: list[int], answer: dict[str, Any]) -> tuple[str, int, float]:
-    """(result, position, gap in logprob) of an output and what /generate answers, with the two best
-    tokens of every position. The gap is infinite if the output's token is neither of them."""
+    """(result, position, gap in logprob) of an output and what /generate answers, with the best
+    tokens of every position. A token that is none of them is as far as the last of them, at
+    least."""
     again = answer["output_ids"]
     for position, (one, other) in enumerate(zip(output, again)):
         if one == other:
@@ -148,10 +160,11 @@ def compare(output: list[int], answer: dict[str, Any]) -> tuple[str, int, float]
             token: logprob
             for logprob, token, *_ in answer["meta_info"]["output_top_logprobs"][position]
         }
-        gap = abs(best[other] - best[one]) if one in best and other in best else float("inf")
+        gap = max(best.values()) - best.get(one, min(best.values()))
         return ("tie" if gap < TIE else "different"), position, gap
+    # aborted, by whoever operates the server
     if len(again) < len(output):
-        return "different", len(again), float("inf")
+        return "interrupted", len(again), 0.0
     return "same", len(output), 0.0
 
 
@@ -170,6 +183,7 @@ def _can_be_repeated(req: Any) -> bool:
         and all(getattr(params, name, value) in (value, None) for name, value in NEUTRAL.items())
         and not params.logit_bias
         and req.grammar is None
+        and not getattr(req, "custom_logit_processor", None)
         and not any(
             getattr(params, name, None)
             for name in ("json_schema", "regex", "ebnf", "structural_tag")

@@ -61,7 +61,7 @@ class Capture:
             self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
             self.transfer = HostTensors()
-        self.boundary = Boundary(KINDS, proofs=("prefill", "verify"))
+        self.boundary = Boundary(KINDS)
         self.acceptance = Acceptance(num_steps)
         # beyond max_prompt_features
         self.prompt_tokens_skipped = 0
@@ -127,6 +127,7 @@ class Capture:
                 reqs = [req for _, req, *_ in group]
                 about = dict(domains=_domains(reqs), draft_version=version, extend_version=version)
                 self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
+            self.boundary.worked("prefill")
 
     def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int, Sequence[int]]]:
         """(row, request, features to take, end of its rows in the batch, ids before them) of every
@@ -175,6 +176,7 @@ class Capture:
                 index = torch.tensor(rows, pin_memory=device.type == "cuda")
                 self._index = index.to(device, non_blocking=True)
             self._rows = rows
+            self.boundary.worked("rows")
 
     def verify(
         self, batch: Any, tree: Any, result: Any, draft_version: int, extend_version: int
@@ -222,6 +224,7 @@ class Capture:
                 topk=self.topk,
                 rejection=self.rejection,
             )
+            self.boundary.worked("verify")
 
     def ended(self, req: Any) -> None:
         """A request gives back its KV rows: it finished, was aborted or was retracted."""
@@ -233,6 +236,7 @@ class Capture:
             self.publisher.offer(
                 "end", end, requests=[req.rid], reasons=[_reason(req)], domains=_domains([req])
             )
+            self.boundary.worked("end")
 
     def _judged(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is kept of the logits [B * N, V], of the sampled rows."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,31 +16,27 @@ logger = logging.getLogger(__name__)
 
 # buckets
 SECONDS = (0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
-# Failures in a row after which capture rests, how long at first, and at most.
+# Failures of a part, without success, after which capture rests, how long at first, and at most.
 FAILURES, REST_S, LONGEST_REST_S = 3, 60.0, 3600.0
 
 
 class Boundary:
     """One of the two serving boundaries (style rule 10); used by the scheduler's thread alone.
 
-    A part of a message is run inside `of(what)`. `kinds` end a message: what its parts took is
-    observed then. Success of one of `proofs` says that capture works.
+    A part of a message is run inside `of(what)`, and calls `worked(what)` once it did something: a
+    step that had nothing to do proves nothing. `kinds` end a message: what its parts took is
+    observed then. What fails FAILURES times without having worked makes capture rest.
     """
 
-    def __init__(
-        self,
-        kinds: Sequence[str],
-        proofs: Sequence[str],
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, kinds: Sequence[str], clock: Callable[[], float] = time.monotonic):
         # for each message
         self.seconds = {kind: Tally(SECONDS) for kind in kinds}
         self.errors = 0
-        self._proofs = frozenset(proofs)
         self._clock = clock
         # of the message that is being made
         self._spent_s = 0.0
-        self._failures_in_a_row = 0
+        # by what failed, since it last worked
+        self._failures: Counter[str] = Counter()
         self._rests_until: float | None = None
         self._rest_s = 0.0
 
@@ -52,6 +49,11 @@ class Boundary:
         """Another message: forget what an earlier one, which was not ended, had taken."""
         self._spent_s = 0.0
 
+    def worked(self, what: str) -> None:
+        """A part did what it is for."""
+        if self._failures.pop(what, 0) and not self._failures:
+            self._rest_s = 0.0
+
     @contextmanager
     def of(self, what: str) -> Iterator[None]:
         """Time what is inside; count its failures, log the first, let serving go on."""
@@ -60,9 +62,6 @@ class Boundary:
             yield
         except Exception:
             self._failed(what)
-        else:
-            if what in self._proofs:
-                self._failures_in_a_row, self._rest_s = 0, 0.0
         self._spent_s += time.perf_counter() - start
         if what in self.seconds:
             self.seconds[what].observe(self._spent_s)
@@ -70,15 +69,15 @@ class Boundary:
 
     def _failed(self, what: str) -> None:
         self.errors += 1
-        self._failures_in_a_row += 1
+        self._failures[what] += 1
         if self.errors == 1:
             logger.exception(
                 "aurora capture failed what=%s: serving goes on, further failures are counted", what
             )
-        if self._failures_in_a_row >= FAILURES and not self.resting:
+        if self._failures[what] >= FAILURES and not self.resting:
             self._rest_s = min(2 * self._rest_s or REST_S, LONGEST_REST_S)
             self._rests_until = self._clock() + self._rest_s
             logger.error(
-                "aurora capture rests for %.0f s after %d failures in a row, the last one of %s",
-                self._rest_s, self._failures_in_a_row, what, exc_info=True,
+                "aurora capture rests for %.0f s: %s failed %d times and did not work in between",
+                self._rest_s, what, self._failures[what], exc_info=True,
             )  # fmt: skip

@@ -114,7 +114,9 @@ class Control:
         for req in reqs:
             if not hasattr(req, "aurora_since"):
                 req.aurora_since = self._changes
-                self._auditing = self._auditing or is_audit(req)
+        self._auditing = self._auditing or any(map(is_audit, reqs))
+        if self.audit is not None:
+            self.audit.round_at = time.monotonic()
         if self.speculation is None:
             return
         self.speculation.interrupted()
@@ -204,6 +206,12 @@ class Control:
             if trusted:
                 self._other_rates = before
         return trusted
+
+    def forget(self) -> None:
+        """A swap was undone, and there is no version to go back to."""
+        self.canary.forget()
+        self._other_rates = None
+        self._changes += 1
 
     def propose(self) -> list[int]:
         """For the ranks' agreement: the plan of the rank that decides, else what never wins."""

@@ -14,10 +14,14 @@ from aurora_sglang_plugin.link.rows import request_id_fits
 # fails closed.
 OPT_OUT = "aurora_capture"
 
+# The same, of Aurora's own: a request that is decoded again (audit.py).
+AUDIT = "aurora_audit"
+
 # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX).
 HEALTH_CHECK = "HEALTH_CHECK"
 
 CAUSES = (
+    "audit",
     "opt_out",
     "health_check",
     "request_id",
@@ -41,6 +45,8 @@ def why_excluded(req: Any, sample_rate: float, no_trainer: bool = False) -> str 
     is captured.
     """
     custom = req.sampling_params.custom_params
+    if isinstance(custom, dict) and custom.get(AUDIT) is True:
+        return "audit"
     if custom is not None and (
         not isinstance(custom, dict) or custom.get(OPT_OUT, True) is not True
     ):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 
 FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
 START_TRIES = 5
-# a version that is staged here for so long, and not on every rank, is told of
-RANKS_DIFFER_S = 30.0
 # of the ranks' plan: steps by bucket, and whether the server is cold
 PLAN_SIZE = 17
 
@@ -81,10 +80,12 @@ class Reloader:
         # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
         self._in_previous = 0
         self._in_staging: int | None = None
-        # swaps that raised, here or on another rank
+        # faults after which no version is swapped in; whether a swap was one, and was undone
         self._failed = 0
-        # staged here and not on every rank, and told of
-        self._told_of = 0
+        self._broken = self._gone_back = False
+        # of the last swap: what drafted before, if a copy of it was kept, if live was written
+        self._before = (0, self.created_unix_s)
+        self._kept = self._wrote = False
         self._target = target
         self.target_changes = 0
         self._state = FREE
@@ -111,17 +112,21 @@ class Reloader:
         """Once per verify step of every rank, before draft-extend: swap if a version is ready.
 
         Returns it, or None. Starts the watcher at the first call: staging allocates, which the
-        capture of CUDA graphs forbids. With several tensor-parallel ranks the swap happens at the
-        same step on all of them (`rank_agreement.py`).
+        capture of CUDA graphs forbids. Tensor-parallel ranks swap at the same step
+        (`rank_agreement.py`).
         """
         try:
             return self._step()
         except Exception:
             # a serving boundary: what is loaded goes on drafting, and no later version is tried
             self._failed += 1
+            self._broken = self._broken or self._state == APPLYING
             log.exception(
                 "draft swap failed: serving goes on with version=%d, no further swaps", self.version
             )
+            if self._broken and self.agreement is None:
+                with suppress(Exception):
+                    self._go_back()
             return None
 
     def _step(self) -> int | None:
@@ -137,10 +142,12 @@ class Reloader:
             if not self._failed:
                 # what is offered stays staged until the ranks have answered
                 self._hand_over(READY, OFFERED)
-            offered = self._staged_version if self._state == OFFERED and not held else 0
+            ready = self._state == OFFERED and not self._failed and not held
+            offered = self._staged_version if ready else 0
             self.agreement.offer(
-                Agreement.FAILED if self._failed else offered,
+                Agreement.FAILED if self._broken else offered,
                 self.control.propose() if self.control is not None else (),
+                since=self._staged[1] if offered and self._staged else 0.0,
             )
         answer = self.agreement.answer()
         if answer is None:
@@ -149,12 +156,10 @@ class Reloader:
         if plan and self.control is not None:
             self.control.take(plan)
         if agreed == Agreement.FAILED:
-            self._all_go_back()
+            self._go_back()
             return None
         if self._state != OFFERED:
             return None
-        if not agreed:
-            self._tell_of_ranks_that_differ()
         # not by way of READY, from where this rank's watcher could take it back after all had
         # agreed
         if agreed and not held:
@@ -162,26 +167,22 @@ class Reloader:
         self._hand_over(OFFERED, READY)
         return None
 
-    def _all_go_back(self) -> None:
-        """A swap raised on some rank: on all of them what drafted before it drafts again, since
-        shards of two versions accept nothing. No version is tried from here on."""
-        if self.version != self._in_previous or self._failed:
+    def _go_back(self) -> None:
+        """A swap raised, here or on another rank: on all of them what drafted before drafts again,
+        since shards of two versions accept nothing, or what was kept before that. Once; no version
+        is tried from here on."""
+        if self._gone_back:
+            return
+        self._gone_back, self._failed = True, self._failed or 1
+        # where it raised before live was written, live is what drafted before
+        if self._wrote or not self._kept:
             self._memory.put(self._memory.previous)
-            log.error(
-                "draft swap failed on a rank: all ranks go back to version=%d, no further swaps",
-                self._in_previous,
-            )
-            self.version = self._in_previous
-        self._failed = self._failed or 1
-
-    def _tell_of_ranks_that_differ(self) -> None:
-        version, (_, noticed_at) = self._staged_version, self._staged
-        if version != self._told_of and time.monotonic() - noticed_at > RANKS_DIFFER_S:
-            self._told_of = version
-            log.warning(
-                "draft version=%d is ready on this rank and not on every other: it is not swapped"
-                " in; expected every rank to see the same weights.directory", version,
-            )  # fmt: skip
+        version = self._before if self._kept else (self._in_previous, self._previous_created)
+        self.version, self.created_unix_s = version
+        self.previous_version = None
+        if self.control is not None:
+            self.control.forget()
+        log.error("draft goes back to version=%d on every rank, no further swaps", self.version)
 
     def apply_at_start(self) -> int | None:
         """Load the newest published version on this thread, before anything is served; returns it,
@@ -202,8 +203,8 @@ class Reloader:
     def apply_pending(self) -> int | None:
         """On the scheduler thread, between verify and draft-extend: swap in what is staged.
 
-        Returns the new version. Never waits: where nothing is staged it costs one comparison. On
-        CUDA the copies are queued on the current stream, after the staging stream's.
+        Returns the new version. Never waits. On CUDA the copies are queued on the current stream,
+        after the staging stream's.
         """
         return self._apply(READY) if self._state == READY else None
 
@@ -219,10 +220,13 @@ class Reloader:
             torch.cuda.current_stream().wait_event(self._staged_event)
         self.times.begin()
         first = not self._watching or (self.version == 0 and not self.has_draft)
-        if self.control is None or self.control.swapped(manifest, first):
+        self._before, self._wrote = (self.version, self.created_unix_s), False
+        self._kept = self.control is None or self.control.swapped(manifest, first)
+        if self._kept:
             self._memory.keep()
             self.previous_version = self._in_previous = self.version
             self._previous_created = self.created_unix_s
+        self._wrote = True
         self._memory.put(self._memory.staged)
         self.times.end()
         if self._stream:
@@ -237,8 +241,7 @@ class Reloader:
         return self.version
 
     def exchange(self) -> None:
-        """On the scheduler thread, where `step` is called: the version that drafts and the one
-        before change places. No memory is allocated."""
+        """Where `step` is called: the version that drafts and the one before change places."""
         self.times.begin()
         self._memory.exchange()
         self.times.end()
@@ -260,11 +263,8 @@ class Reloader:
             self._watcher.reject(version, self.version, write=self.writes)
 
     def retarget(self, target: str) -> None:
-        """On the scheduler thread: the server has another target.
-
-        What drafts stays; what is staged for another target is not swapped in, and what was
-        refused is looked at again.
-        """
+        """On the scheduler thread: the server has another target. What drafts stays; what is staged
+        for another one is not swapped in, and what was refused is looked at again."""
         self._target = target
         self.target_changes += 1
         self._watcher.look_again(self.version, target)

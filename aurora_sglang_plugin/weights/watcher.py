@@ -128,7 +128,8 @@ class Watcher:
         except ManifestError as error:
             self._fail(version, error.cause, error)
             if error.cause != "missing":
-                self.seen_version, self._seen_stats = version, stats
+                self.seen_version = version
+                self._seen_stats = None if self._waiting else stats
         except Exception as error:
             self._fail(version, "stage", error)
             self.seen_version = version
@@ -166,12 +167,14 @@ class Watcher:
         """The newest version that need not wait any longer, the one that is served if there is
         none."""
         now, waiting = time.monotonic(), self._waiting
-        if not self._wait_s or self._polls == 1 or current in (self.seen_version, 0):
+        # at the start, if nothing is known to draft (look_again), and in a directory made anew
+        at_once = self._polls == 1 or (self._asked is not None and not self.seen_version)
+        if not self._wait_s or at_once or current <= self.seen_version or not current:
             waiting.clear()
             return current
         waiting.setdefault(current, now + self._wait_s)
         ready = [v for v, at in waiting.items() if at <= now and v not in rejected]
-        newest = max([self.seen_version, *ready])
+        newest = ready[-1] if ready else self.seen_version
         for version in [v for v in waiting if v < newest or v in rejected | {self.seen_version}]:
             del waiting[version]
         return newest

@@ -41,6 +41,9 @@ def test_greedy_requests_of_tokens_alone_are_repeated():
     assert kept(finished(custom_params={"aurora_capture": False})) == 0
     assert kept(finished(custom_params={AUDIT: True})) == 0
     assert kept(finished("HEALTH_CHECK_1")) == 0
+    processed = finished()
+    processed.custom_logit_processor = object()
+    assert kept(processed) == 0
 
 
 def test_a_share_of_them_and_few_at_a_time():
@@ -68,8 +71,11 @@ def test_what_differs_is_a_tie_or_not():
     assert (result, position) == ("tie", 1) and gap == pytest.approx(0.1)
     far = {7: -0.1, 6: -3.0}
     assert compare([5, 6], answer([5, 7], sure, far))[:2] == ("different", 1)
-    assert compare([5, 4], answer([5, 7], sure, close)) == ("different", 1, float("inf"))
-    assert compare([5, 6], answer([5], sure)) == ("different", 1, float("inf"))
+    # a token that is not among the best is at least as far as the last of them
+    assert compare([5, 4], answer([5, 7], sure, close))[0] == "tie"
+    assert compare([5, 4], answer([5, 7], sure, far))[0] == "different"
+    # aborted
+    assert compare([5, 6], answer([5], sure)) == ("interrupted", 1, 0.0)
 
 
 @pytest.fixture
@@ -112,16 +118,17 @@ def test_results_are_counted(server, caplog):
     params = asked["sampling_params"]
     assert params["temperature"] == 0 and params["max_new_tokens"] == 3 and params["ignore_eos"]
     assert params["custom_params"] == {"aurora_audit": True, "aurora_capture": False}
-    # others ran beside it: what differs proves nothing
-    server.during = lambda: setattr(audit, "disturbed", True)
-    server.answers = [answer([5, 6, 8], sure, sure, sure)]
-    audit.ended(finished())
-    audit.look(audit._waiting.popleft())
+    # others ran beside it, or the target was changed: what it says proves nothing
+    for during in (lambda: setattr(audit, "disturbed", True), audit.forget):
+        server.during = during
+        server.answers = [answer([5, 6, 8], sure, sure, sure)]
+        audit.ended(finished())
+        audit.look(audit._waiting.popleft())
     # nobody answers
     audit._url = "http://127.0.0.1:1"
     audit.ended(finished())
     audit.look(audit._waiting.popleft())
-    assert audit.results == {"same": 1, "different": 1, "interrupted": 1, "failed": 1}
+    assert audit.results == {"same": 1, "different": 1, "interrupted": 2, "failed": 1}
 
 
 def test_an_audit_alone_is_decoded_plainly_and_nobody_waits_for_it():
@@ -140,3 +147,7 @@ def test_an_audit_alone_is_decoded_plainly_and_nobody_waits_for_it():
     assert control.speculation.steps == 3 and audit.disturbed
     control.begin([user])
     assert control.speculation.steps == 3 and not control._auditing
+    # between the chunks of its prompt others decode; then it is alone
+    control.prefill([again])
+    control.begin([again])
+    assert control.speculation.steps == 0

@@ -9,7 +9,7 @@ import torch
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
-from aurora_sglang_plugin.serve.capture import Capture
+from aurora_sglang_plugin.serve.capture import KINDS, Capture
 from aurora_sglang_plugin.serve.capture_boundary import Boundary
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
@@ -292,7 +292,7 @@ def test_failures_are_counted_and_never_raised(caplog):
 
 def test_what_fails_again_and_again_rests_and_tries_again_later(caplog):
     capture, now = make_capture(), 0.0
-    capture.boundary = Boundary(("verify",), ("verify",), clock=lambda: now)
+    capture.boundary = Boundary(KINDS, clock=lambda: now)
     broken = SimpleNamespace(reqs=None, seq_lens=None)
 
     def fail(times: int) -> None:
@@ -330,3 +330,16 @@ def test_what_fails_again_and_again_rests_and_tries_again_later(caplog):
     assert rests == [60, 60, 120]
     # a request that was left out once stays out
     assert capture.excluded == {"failing": 3}
+
+
+def test_what_had_nothing_to_do_proves_nothing():
+    """Neither a prefill of requests that are not captured, nor another part that works."""
+    capture = make_capture()
+    out = request("out", custom_params={"aurora_capture": False})
+    for n in range(3):
+        assert not capture.boundary.resting
+        capture.before_verify(SimpleNamespace(reqs=None, seq_lens=None))
+        prefill_step(capture, [out], [0], [2])
+        prefill_step(capture, [request(f"in {n}")], [0], [2])
+        capture.ended(out)
+    assert capture.boundary.resting

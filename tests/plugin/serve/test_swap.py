@@ -145,6 +145,11 @@ def rank(number, directory, port, results, breaks):
     if breaks:
         site.assert_whole(1)
         assert reloader.version == 1 and reloader.counters()["refused_swap"] == 1
+        # once
+        written = site.count_writes()
+        for _ in range(40):
+            reloader.step()
+        assert site.count_writes() == written
     results.put((number, steps))
     torch.distributed.destroy_process_group()
 
@@ -183,6 +188,27 @@ def test_a_swap_that_fails_on_one_rank_is_undone_on_all(tmp_path):
     """Shards of two versions would accept nothing: rank 0 had swapped, rank 1 raised."""
     first, second = two_ranks(tmp_path, breaks=True)
     assert [v for _, v in first] == [1, 2] and [v for _, v in second] == [1]
+
+
+def test_a_swap_that_fails_halfway_is_undone(site):
+    site.publish(checkpoint(1))
+    site.step()
+    put = site.reloader._memory.put
+
+    def fails(tensors):
+        site.reloader._memory.put = put
+        put([torch.full_like(t, 7) for t in tensors])
+        raise RuntimeError("no copy")
+
+    site.reloader._memory.put = fails
+    # no thread beside this one
+    site.reloader._watching = True
+    for seed in (2, 3):
+        site.publish(checkpoint(seed))
+        site.reloader._watcher.poll()
+        assert site.reloader.step() is None and site.reloader.version == 1
+        site.assert_whole(1)
+    assert site.reloader.counters()["refused_swap"] == 1
 
 
 def test_a_whole_vocabulary_needs_no_offsets(tmp_path):

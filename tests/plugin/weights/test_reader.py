@@ -192,6 +192,30 @@ def test_others_wait_for_what_the_first_servers_find(tmp_path, monkeypatch):
     assert staged[3:] == [2] and watcher.seen_version == 2
 
 
+def test_what_waits_is_not_forgotten_when_another_is_refused(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    staged = []
+    watcher = Watcher(
+        tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True, wait_s=30
+    )
+    watcher.poll()
+    for version, at in ((1, 0.0), (2, 10.0)):
+        now = at
+        publish(tmp_path, version, target="another" if version == 1 else "t")
+        watcher.poll()
+    now = 31.0
+    watcher.poll()
+    assert watcher.failures == {"target": 1} and not staged
+    now = 41.0
+    watcher.poll()
+    assert staged == [2]
+    # nobody knows what drafts: CURRENT is read at once
+    watcher.look_again(0)
+    watcher.poll()
+    assert staged == [2, 2]
+
+
 def test_the_first_version_of_all_waits_too(tmp_path):
     staged = []
     watcher = Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(1) or True, wait_s=0.2)
