@@ -1,12 +1,16 @@
 """What the lab's lines say: tables, and pictures of the curves.
 
     accept length   tokens over steps of the walks, of all requests of a span together
-    requests to X   where the accept length of blocks of 20 requests, made monotone (isotonic
-                    regression, weighted by steps), first comes to X, between the middles of blocks
-    ratio r         of requests that an arm needs to come to what the other has at last, over those
-                    that the other needs
-    interval        95%, from 2,000 draws: seeds, then requests within each block of 20, the same
-                    requests for both arms (they are paired: same requests, same order)
+    curve           of blocks of 24 requests, each divided by how easy the block is: what the frozen
+                    initial draft accepts there, over its mean. Made monotone (isotonic regression,
+                    weighted by steps)
+    requests to X   those that the weights had learned from where the curve first comes to X,
+                    between blocks; 0 if the initial draft has it
+    ratio r         of requests that an arm needs to come to what the other has in its last 3
+                    blocks, over those that the other needs
+    interval        95%, from 2,000 draws: seeds, then requests within each block, the same requests
+                    for both arms (they are paired). Of fewer than 3 seeds there is none: two of
+                    them hide half of their variance
 
 Dimensions: S seeds, N requests, B blocks.
 """
@@ -21,14 +25,18 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 20
-DRAWS = 2000
-# steps, tokens
+# as many as between two swaps
+BLOCK = 24
+# of the other arm's last blocks, that an arm has to come to
+LAST = 3
+DRAWS, FEWEST_SEEDS = 2000, 3
+TODAY, FROZEN = "today", "frozen-copying"
+# steps, tokens: float64 [S, N, 2]
 Walks = np.ndarray
 
 
 def walks(lines: Sequence[dict[str, Any]]) -> Walks:
-    """float64 [S, N, 2] of one arm's lines; N of the shortest."""
+    """Of one arm's lines; N of the shortest."""
     size = min(len(line["steps"]) for line in lines)
     return np.stack(
         [np.stack([line["steps"][:size], line["tokens"][:size]], -1) for line in lines]
@@ -40,11 +48,17 @@ def accept_length(found: Walks) -> float:
     return float(tokens / steps) if steps else math.nan
 
 
-def blocks(found: Walks) -> tuple[np.ndarray, np.ndarray]:
-    """(accept length, steps) of each block of requests, all seeds together, [B]."""
+def blocks(found: Walks, ease: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """(accept length over the block's ease, steps) of each block, all seeds together, [B]."""
     size = found.shape[1] // BLOCK
     sums = found[:, : size * BLOCK].reshape(len(found), size, BLOCK, 2).sum((0, 2))
-    return sums[:, 1] / np.maximum(sums[:, 0], 1), sums[:, 0]
+    length = sums[:, 1] / np.maximum(sums[:, 0], 1)
+    return (length if ease is None else length / ease[:size]), sums[:, 0]
+
+
+def ease_of(frozen: Walks) -> np.ndarray:
+    """How easy each block is, [B], 1 on average."""
+    return blocks(frozen)[0] / accept_length(frozen)
 
 
 def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -61,22 +75,24 @@ def monotone(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def requests_to(curve: np.ndarray, aim: float) -> float:
-    """Requests after which the monotone curve [B] is at `aim`; infinite if it never is."""
+    """Requests after which the monotone curve [B] is at `aim`; infinite if it never is. The weights
+    of block b had learned from b blocks."""
     reached = np.flatnonzero(curve >= aim - 1e-12)
     if not len(reached):
         return math.inf
     first = int(reached[0])
-    middle = (first + 0.5) * BLOCK
     if first == 0 or curve[first] == curve[first - 1]:
-        return middle
-    return middle - BLOCK * (curve[first] - aim) / (curve[first] - curve[first - 1])
+        return first * BLOCK
+    return BLOCK * (first - (curve[first] - aim) / (curve[first] - curve[first - 1]))
 
 
-def ratio(arm: Walks, other: Walks) -> float:
+def ratio(arm: Walks, other: Walks, ease: np.ndarray | None = None) -> float:
     """r of the arm, see above."""
-    curves = [monotone(*blocks(found)) for found in (arm, other)]
-    aim = float(curves[1][-1])
-    return requests_to(curves[0], aim) / requests_to(curves[1], aim)
+    values, weights = blocks(other, ease)
+    aim = float(np.average(values[-LAST:], weights=weights[-LAST:]))
+    one, two = (monotone(*blocks(found, ease)) for found in (arm, other))
+    needed = requests_to(two, min(aim, float(two[-1])))
+    return requests_to(one, aim) / needed if needed else math.nan
 
 
 def drawn(pair: Sequence[Walks], generator: np.random.Generator) -> list[Walks]:
@@ -92,22 +108,31 @@ def interval(figures: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def compare(arm: Walks, other: Walks, span: slice, seed: int = 0) -> dict[str, Any]:
-    """Figures of an arm against the other: change of the accept length in a span of requests, and
-    r, each with its interval; and how often a draw of the change was not above 0 (one-sided p)."""
-    generator = np.random.default_rng(seed)
-    changes, ratios = [], []
+def compare(
+    arm: Walks, other: Walks, ease: np.ndarray | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Figures of an arm against the other, over the requests that both have: change of the accept
+    length in their later half, and r, each with its interval (None of too few seeds), and the
+    one-sided p of r not being below a half."""
+    size = min(arm.shape[1], other.shape[1]) // BLOCK * BLOCK
+    arm, other = arm[:, :size], other[:, :size]
+    figures: dict[str, Any] = {
+        "change": accept_length(half(arm)) / accept_length(half(other)) - 1,
+        "ratio": ratio(arm, other, ease),
+        "change_interval": None,
+        "ratio_interval": None,
+        "p": None,
+    }
+    if min(len(arm), len(other)) < FEWEST_SEEDS:
+        return figures
+    generator, changes, ratios = np.random.default_rng(seed), [], []
     for _ in range(DRAWS):
         one, two = drawn((arm, other), generator)
-        changes.append(accept_length(one[:, span]) / accept_length(two[:, span]) - 1)
-        ratios.append(ratio(one, two))
-    return {
-        "change": accept_length(arm[:, span]) / accept_length(other[:, span]) - 1,
-        "change_interval": interval(changes),
-        "p": float(np.mean(np.array(changes) <= 0)),
-        "ratio": ratio(arm, other),
-        "ratio_interval": interval(ratios),
-    }
+        changes.append(accept_length(half(one)) / accept_length(half(two)) - 1)
+        ratios.append(ratio(one, two, ease))
+    above = sum(not r < 0.5 for r in ratios)
+    figures |= {"change_interval": interval(changes), "ratio_interval": interval(ratios)}
+    return figures | {"p": (1 + above) / (1 + DRAWS)}
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
@@ -120,52 +145,96 @@ def holm(p: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def table(lines: Sequence[dict[str, Any]], against: str) -> list[str]:
-    """A table of all arms of one recording and one number of requests, in Markdown; the later half
-    is compared with that of `against`."""
-    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for line in lines:
-        by_arm[line["arm"]].append(line)
-    found = {arm: walks(own) for arm, own in by_arm.items()}
-    rows = [
-        f"| arm | seeds | accept length | second half | against `{against}` | r | CPU s |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for arm in sorted(found, key=lambda name: -accept_length(half(found[name]))):
-        own = found[arm]
-        cpu = np.mean([line["cpu_s"] for line in by_arm[arm]])
-        change = fewer = ""
-        if arm != against and against in found:
-            size = min(own.shape[1], found[against].shape[1])
-            figures = compare(own, found[against], slice(size // 2, size))
-            low, high = figures["change_interval"]
-            change = f"{figures['change']:+.1%} ({low:+.1%} to {high:+.1%})"
-            low, high = figures["ratio_interval"]
-            fewer = f"{figures['ratio']:.2f} ({low:.2f} to {high:.2f})"
-        curve, _ = blocks(own)
-        every = max(1, len(curve) // 5)
-        points = " ".join(f"{x:.2f}" for x in fold(own, every))
-        rows.append(
-            f"| `{arm}` | {len(own)} | {points} | {accept_length(half(own)):.3f} | {change} |"
-            f" {fewer} | {cpu:.0f} |"
-        )
-    return rows
-
-
 def half(found: Walks) -> Walks:
     return found[:, found.shape[1] // 2 :]
 
 
-def fold(found: Walks, every: int) -> list[float]:
-    """Accept length of each `every` blocks."""
-    size = found.shape[1] // BLOCK // every
-    return [
-        accept_length(found[:, n * every * BLOCK : (n + 1) * every * BLOCK]) for n in range(size)
+def bar(found: dict[str, Walks]) -> str | None:
+    """The reference as it does best here: its own uses of each request, its rate and step chosen
+    among those that were tried."""
+    own = [arm for arm in found if arm.startswith("ref-") and not arm.startswith("ref-uses")]
+    return max(own, key=lambda arm: accept_length(half(found[arm])), default=None)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of all arms of one recording, in Markdown."""
+    by_arm: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        by_arm[line["arm"]].append(line)
+    found = {arm: walks(own) for arm, own in by_arm.items()}
+    size = min(own.shape[1] for own in found.values()) // BLOCK * BLOCK
+    found = {arm: own[:, :size] for arm, own in found.items()}
+    ease = ease_of(found[FROZEN]) if FROZEN in found else None
+    reference = bar(found)
+    rows = [
+        f"The first {size} requests of each run.",
+        "",
+        f"| arm | seeds | accept length by quarters | later half | against `{TODAY}` |"
+        f" r against `{reference}` | updates | CPU s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    for arm in sorted(found, key=lambda name: -accept_length(half(found[name]))):
+        own, change, fewer = found[arm], "", ""
+        if arm != TODAY and TODAY in found:
+            figures = compare(own, found[TODAY], ease)
+            change = _with(f"{figures['change']:+.1%}", figures["change_interval"], "+.1%")
+        if reference is not None and arm != reference:
+            figures = compare(own, found[reference], ease)
+            fewer = _with(f"{figures['ratio']:.2f}", figures["ratio_interval"], ".2f")
+        each = [accept_length(half(seed[None])) for seed in own]
+        later = " ".join(f"{length:.3f}" for length in each)
+        quarters = " ".join(f"{accept_length(part):.2f}" for part in np.array_split(own, 4, 1))
+        updates, cpu = (
+            np.mean([line[name] for line in by_arm[arm]]) for name in ("updates", "cpu_s")
+        )
+        rows.append(
+            f"| `{arm}` | {len(own)} | {quarters} | {later} | {change} | {fewer} | {updates:.0f} |"
+            f" {cpu:.0f} |"
+        )
+    return rows
+
+
+def _with(figure: str, interval_: tuple[float, float] | None, form: str) -> str:
+    if interval_ is None:
+        return figure
+    return f"{figure} ({interval_[0]:{form}} to {interval_[1]:{form}})"
+
+
+def claims(lines: Sequence[dict[str, Any]], named: Sequence[dict[str, str]]) -> list[str]:
+    """Rows of the claims that were named before their recordings were opened: that an arm needs
+    less than half of the requests of another one."""
+    p, rows = {}, {}
+    for claim in named:
+        pair = [
+            [
+                line
+                for line in lines
+                if (line["arm"], line["recording"]) == (arm, claim["recording"])
+            ]
+            for arm in (claim["arm"], claim["against"])
+        ]
+        if not all(pair):
+            continue
+        frozen = [
+            line
+            for line in lines
+            if (line["arm"], line["recording"]) == (FROZEN, claim["recording"])
+        ]
+        figures = compare(
+            walks(pair[0]), walks(pair[1]), ease_of(walks(frozen)) if frozen else None
+        )
+        name = f"`{claim['arm']}` against `{claim['against']}` on {claim['recording']}"
+        if figures["p"] is not None:
+            p[name] = figures["p"]
+        rows[name] = _with(f"{figures['ratio']:.2f}", figures["ratio_interval"], ".2f")
+    corrected = holm(p)
+    head = ["| claim: r below 0.5 | r | p (Holm) |", "|---|---|---|"]
+    body = [f"| {n} | {r} | {corrected.get(n, math.nan):.4f} |" for n, r in rows.items()]
+    return [*head, *body] if rows else []
 
 
 def picture(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
-    """Accept length over requests, a curve for each arm; a moving mean of 40 requests."""
+    """Accept length over requests, a curve for each arm; a moving mean of two blocks."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -186,12 +255,13 @@ def picture(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
         steps, tokens = (sums[end] - sums[start]).T
         axes.plot(end, tokens / np.maximum(steps, 1), color=colours[n % 20], linewidth=1.6)
         last.append((tokens[-1] / max(steps[-1], 1), arm, colours[n % 20]))
-    places = spread([value for value, _, _ in sorted(last)], axes.get_ylim())
-    for place, (_, arm, colour) in zip(places, sorted(last), strict=True):
+    last.sort(key=lambda item: item[0])
+    places = spread([value for value, _, _ in last], axes.get_ylim())
+    for place, (_, arm, colour) in zip(places, last, strict=True):
         axes.text(1.005, place, arm, color=colour, fontsize=8, va="center",
                   transform=axes.get_yaxis_transform())  # fmt: skip
     axes.set_xlabel("requests", color=MUTED)
-    axes.set_ylabel("accept length, last 40 requests", color=MUTED)
+    axes.set_ylabel(f"accept length, last {2 * BLOCK} requests", color=MUTED)
     axes.set_title(title, loc="left", color=INK)
     axes.grid(axis="y", color=GRID)
     for side in ("top", "right"):
@@ -209,18 +279,19 @@ def spread(values: Sequence[float], limits: tuple[float, float]) -> list[float]:
     return places
 
 
-def write(lines: Sequence[dict[str, Any]], directory: Path) -> None:
-    """tables.md and a picture for each recording and number of requests."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+def write(
+    lines: Sequence[dict[str, Any]], named: Sequence[dict[str, str]], directory: Path
+) -> None:
+    """tables.md, and a picture for each recording."""
+    by_recording: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        groups[line["recording"], line["of_requests"]].append(line)
-    text = ["# The lab's tables", "", "Printed by `python scripts/lab.py report` from lines.jsonl;"]
-    text += ["docs/learning.md says what they mean.", ""]
-    for (recording, requests), own in sorted(groups.items()):
-        name = f"{recording}{f'-{requests}' if requests else ''}"
-        arms = {line["arm"] for line in own}
-        against = "today" if "today" in arms else min(arms)
-        text += [f"## {recording}, {requests or 'all'} requests", "", *table(own, against), ""]
-        picture(directory / f"{name}.png", own, f"{recording}: accept length by request")
-        text += [f"![curves]({name}.png)", ""]
+        by_recording[line["recording"]].append(line)
+    text = ["# The lab's tables", "", "Printed by `make lab ARGS=report` from lines.jsonl;"]
+    text += ["[learning.md](../../learning.md) says what they mean.", ""]
+    for recording, own in sorted(by_recording.items()):
+        text += [f"## {recording}", "", *table(own), ""]
+        picture(directory / f"{recording}.png", own, f"{recording}: accept length by request")
+        text += [f"![curves]({recording}.png)", ""]
+    if found := claims(lines, named):
+        text += ["## Claims", "", *found, ""]
     (directory / "tables.md").write_text("\n".join(text).rstrip() + "\n")

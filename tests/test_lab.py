@@ -43,22 +43,42 @@ arms = ["base", "frozen", "reference"]
 """
 
 
-def curve(rate: float, seeds: int = 3, requests: int = 400, noise: float = 0.0) -> np.ndarray:
-    """Walks whose accept length rises with the logarithm of requests, as fast as `rate`."""
+def curve(rate: float, seeds: int = 3, requests: int = 480, noise: float = 0.0) -> np.ndarray:
+    """Walks whose accept length rises with the logarithm of requests, as fast as `rate`, swap by
+    swap."""
     generator = np.random.default_rng(7)
     steps = np.full((seeds, requests), 100.0)
-    length = 1 + 0.2 * np.log2(1 + rate * np.arange(requests) / 20)
+    learned = np.arange(requests) // lab_report.BLOCK * lab_report.BLOCK
+    length = 1 + 0.2 * np.log2(1 + rate * learned / 24)
     length = length + noise * generator.standard_normal((seeds, requests))
     return np.stack([steps, steps * length], -1)
 
 
 def test_half_of_the_requests_is_a_ratio_of_a_half():
-    figures = lab_report.compare(curve(2, noise=0.05), curve(1, noise=0.05), slice(200, 400))
+    figures = lab_report.compare(curve(2, noise=0.05), curve(1, noise=0.05))
     low, high = figures["ratio_interval"]
-    assert figures["ratio"] == pytest.approx(0.5, abs=0.08) and low < 0.5 < high < 0.75
-    assert figures["change_interval"][0] > 0 and figures["p"] == 0
-    same = lab_report.compare(curve(1, noise=0.05), curve(1, noise=0.05), slice(200, 400))
-    assert same["change"] == 0 and same["ratio"] == 1 and same["p"] > 0.02
+    assert figures["ratio"] == pytest.approx(0.5, abs=0.06) and low < 0.5 < high < 0.75
+    assert figures["change_interval"][0] > 0 and 0.05 < figures["p"] < 0.95
+    same = lab_report.compare(curve(1, noise=0.05), curve(1, noise=0.05))
+    assert same["change"] == 0 and same["ratio"] == pytest.approx(1) and same["p"] == 1
+    fast = lab_report.compare(curve(4, noise=0.05), curve(1, noise=0.05))
+    assert fast["ratio_interval"][1] < 0.5 and fast["p"] == 1 / (1 + lab_report.DRAWS)
+
+
+def test_two_seeds_have_no_interval():
+    figures = lab_report.compare(curve(2, seeds=2), curve(1))
+    assert figures["ratio_interval"] is figures["p"] is None and figures["ratio"] < 0.6
+
+
+def test_easy_requests_are_nobodys_merit():
+    """The blocks of one half are easier by a fifth for everybody; r stays what it is."""
+    ease = np.where(np.arange(480) // 24 % 2, 1.2, 1.0)[None, :, None] * [[[0.0, 1.0]]] + [[[1, 0]]]
+    slow, fast, frozen = (walks * ease for walks in (curve(1), curve(2), curve(0)))
+    plain = lab_report.ratio(curve(2), curve(1))
+    assert lab_report.ratio(fast, slow, lab_report.ease_of(frozen)) == pytest.approx(
+        plain, rel=0.05
+    )
+    assert lab_report.ratio(fast, slow) != pytest.approx(plain, rel=0.05)
 
 
 def test_a_length_that_is_never_reached_has_no_ratio():
@@ -69,7 +89,7 @@ def test_a_length_that_is_never_reached_has_no_ratio():
 def test_monotone_pools_what_falls():
     found = lab_report.monotone(np.array([1.0, 3.0, 2.0, 4.0]), np.array([1.0, 1.0, 3.0, 1.0]))
     assert found.tolist() == [1.0, 2.25, 2.25, 4.0]
-    assert lab_report.requests_to(found, 2.25) == 30
+    assert lab_report.requests_to(found, 2.25) == 24 and lab_report.requests_to(found, 1.0) == 0
     assert lab_report.requests_to(found, 4.1) == math.inf
 
 
@@ -133,11 +153,19 @@ def test_from_traffic_to_tables(chatting, tmp_path):  # noqa: F811
         assert len(line["steps"]) == len(line["tokens"]) == len(line["domains"]) == 30
         assert all(t >= s > 0 for s, t in zip(line["steps"], line["tokens"], strict=True))
     assert lines["frozen"]["updates"] == 0 and lines["reference"]["updates"] == 3
+    # half a line, of a run that was killed
+    with open(tmp_path / "results" / lab.LINES, "a") as file:
+        file.write('{"arm": "bas')
     assert lines["base"]["updates"] > 5
     # until the first swap the draft is the initial one
     assert lines["base"]["tokens"][:10] == lines["frozen"]["tokens"][:10]
     assert lines["base"]["tokens"][10:] != lines["frozen"]["tokens"][10:]
     assert "0 runs to do" in tell("run", "all", *target, *home, *shared)
+    # other settings are other runs, also if nobody gave the arm another name
+    other = tmp_path / "other.toml"
+    other.write_text(ARMS.replace("lr=3e-3", "lr=1e-3"))
+    found, given = lab.read_lines(tmp_path / "results" / lab.LINES), lab_replay.read_arms(other)
+    assert len(list(lab.missing(given["stages"][0], given, found))) == 3
     tell("report", *shared)
     tables = (tmp_path / "results" / "tables.md").read_text()
     assert "| `frozen` | 1 |" in tables and (tmp_path / "results" / "T.png").stat().st_size > 10_000
