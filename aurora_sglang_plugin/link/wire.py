@@ -330,6 +330,9 @@ def _check_structure(header: Header, a: dict[str, np.ndarray], sizes: dict[str, 
             raise WireError(
                 "values", f"trees of {n} nodes in {s} steps, paths of {p}, {k} kept logits"
             )
+        k = header.topk
+        if 1 < k < MAX_NODES and n > 1 + k + (s - 1) * k * k:
+            raise WireError("values", f"trees of {n} nodes from {k} a step in {s} steps")
         if not 1 <= header.topk <= MAX_NODES or len(header.flags) != b:
             raise WireError(
                 "values", f"topk {header.topk}, {len(header.flags)} flags for {b} requests"

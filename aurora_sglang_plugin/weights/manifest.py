@@ -102,15 +102,15 @@ def rejected_versions(directory: Path) -> set[int]:
     `version`.
     """
     try:
-        lines = (Path(directory) / REJECTED).read_text().splitlines()
+        lines = (Path(directory) / REJECTED).read_bytes().splitlines()
     except FileNotFoundError:
         return set()
     rejected = set()
     for line in lines:
         try:
             rejected.add(int(json.loads(line)["version"]))
-        except (ValueError, KeyError, TypeError):
-            # a line that is still being written; it is read again next time
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            # nobody's, or still being written: it is read again next time
             continue
     return rejected
 

@@ -119,12 +119,13 @@ def walked(
         if sample.rejection:
             out[n] = expected_walk(chain.overlap[mine, :steps], known, roots[mine])
             continue
-        if shape[1] > 1:
+        if shape[1] > 1 and shape[2] > 1:
             if shape not in grown:
                 grown[shape] = tree_runs(draft, batch, *shape)
             runs = grown[shape][mine]
         else:
-            runs = 1 + chain.match[mine, :steps].long().cumprod(1).sum(1)
+            # of a tree that is its root alone, nothing
+            runs = 1 + chain.match[mine, :steps].long().cumprod(1).sum(1) * (shape[1] == 1)
         visited = walk(runs, known, roots[mine])
         out[n] = len(visited), sum(visited)
     return out

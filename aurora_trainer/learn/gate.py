@@ -1,10 +1,11 @@
 """The gate: is the candidate ahead of the weights being served, on requests that it never saw?
 
-Every other request is held back from training until `requests` newer ones were held. At each
-decision the candidate itself, the served weights and the initial draft are walked along the held
-requests (accept_length.py), so that a score is never that of an earlier candidate. With A the
-accept length of all n held requests together (tokens over steps), and s the standard error of a
-difference between two drafts, paired by request,
+Every other request is held back from training until `requests` newer ones were held: of every
+domain and server alike, and what is too much goes from whoever has most, so that no flood and no
+rhythm of traffic is all that is judged. At each decision the candidate itself, the served weights
+and the initial draft are walked along the held requests (accept_length.py), so that a score is
+never that of an earlier candidate. With A the accept length of all n held requests together (tokens
+over steps), and s the standard error of a difference between two drafts, paired by request,
 
     passes   where   A(candidate) - A(served) > z s                      `better`
     refused  where   A(candidate) - A(served) < -WORSE s                 `worse`
@@ -29,7 +30,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -48,8 +49,13 @@ WORSE = 1.64
 # of one request: the parts of a longer one go to training at once
 HELD_POSITIONS = 2048
 
+# domains, and servers of one, that are told apart; all others are one
+MAX_SHARES, REST = 16, "(rest)"
+
 # session, request id
 Key = tuple[str, str]
+# domain, session
+Share = tuple[str, str]
 # Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
 Walk = Callable[[str, list[Sample]], np.ndarray]
 
@@ -98,7 +104,8 @@ class Decision:
 
 @dataclass
 class _Held:
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample]
+    share: Share
     # Steps and tokens by role, of as many of the samples as there were.
     scores: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
@@ -108,18 +115,22 @@ class _Held:
 
 
 class Gate:
-    """Owns the requests that are held back, their scores, and the counts of decisions."""
+    """Owns the requests that are held back, their scores, and the counts of decisions.
 
-    def __init__(self, config: GateConfig):
+    `left_out` counts samples that no walk is possible of (`unwalkable`).
+    """
+
+    def __init__(self, config: GateConfig, left_out: Counter[str] | None = None):
         self.config = config
+        self.left_out: Counter[str] = Counter() if left_out is None else left_out
         # by reason
         self.decisions: Counter[str] = Counter()
         self.newest: Decision | None = None
         self.worse_in_a_row = 0
         # oldest first
         self._held: OrderedDict[Key, _Held] = OrderedDict()
-        # requests, held or not
-        self._seen = 0
+        # requests of each share, held or not
+        self._seen: dict[Share, int] = {}
 
     @property
     def held(self) -> int:
@@ -138,12 +149,13 @@ class Gate:
                 return [sample]
             self._held[key].samples.append(sample)
             return []
-        self._seen += 1
-        if self._seen % self.config.hold_every:
+        share = self._share(sample)
+        self._seen[share] = self._seen.get(share, 0) + 1
+        if self._seen[share] % self.config.hold_every:
             return [sample]
-        self._held[key] = _Held([sample])
+        self._held[key] = _Held([sample], share)
         if len(self._held) > self.config.requests:
-            return self._held.popitem(last=False)[1].samples
+            return self._held.pop(self._oldest_of_the_largest()).samples
         return []
 
     def decide(self, finite: bool, walk: Walk, initial_served: bool = False) -> Decision:
@@ -182,7 +194,7 @@ class Gate:
         return {
             "decisions": dict(self.decisions),
             "worse_in_a_row": self.worse_in_a_row,
-            "seen": self._seen,
+            "seen": [[*share, count] for share, count in self._seen.items()],
             "held": self.held,
         }
 
@@ -190,8 +202,23 @@ class Gate:
         """`live`: go on with no request held; over a recording those come again."""
         self.decisions = Counter(state["decisions"])
         self.worse_in_a_row = state["worse_in_a_row"]
-        if live:
-            self._seen = state["seen"]
+        if live and isinstance(state["seen"], list):
+            self._seen = {(domain, server): count for domain, server, count in state["seen"]}
+
+    def _share(self, sample: Sample) -> Share:
+        domains = {domain for domain, _ in self._seen}
+        known = sample.domain in domains or len(domains) < MAX_SHARES
+        domain = sample.domain if known else REST
+        servers = {server for own, server in self._seen if own == domain}
+        known = sample.session in servers or len(servers) < MAX_SHARES
+        return domain, sample.session if known else REST
+
+    def _oldest_of_the_largest(self) -> Key:
+        """Of the server that has most, of the domain that has most."""
+        shares = [held.share for held in self._held.values()]
+        (domain, _), *_ = Counter(domain for domain, _ in shares).most_common(1)
+        (largest, _), *_ = Counter(s for s in shares if s[0] == domain).most_common(1)
+        return next(key for key, held in self._held.items() if held.share == largest)
 
     def _judge(self, finite: bool, walk: Walk, initial_served: bool) -> Decision:
         def decision(passed: bool, reason: str, *lengths: float) -> Decision:
@@ -203,8 +230,13 @@ class Gate:
             return decision(True, "off")
         if len(self._held) < max(2, self.config.min_requests):
             return decision(False, "few_requests")
-        served, candidate = (self._scores(role, walk) for role in ("served", "candidate"))
-        initial = served if initial_served else self._scores("initial", walk)
+        roles = ("served", "candidate") if initial_served else ("served", "candidate", "initial")
+        for role in roles:
+            self._score(role, walk)
+        if len(self._held) < 2:
+            return decision(False, "few_requests")
+        served, candidate = self._scores("served"), self._scores("candidate")
+        initial = served if initial_served else self._scores("initial")
         ahead, stderr = difference(candidate, served)
         lengths = (*map(accept_length, (served, candidate, initial)), stderr)
         # no request has a chain that is known to its end
@@ -220,19 +252,45 @@ class Gate:
             return decision(False, "worse", *lengths)
         return decision(False, "not_better", *lengths)
 
-    def _scores(self, role: str, walk: Walk) -> np.ndarray:
-        """float64 [n, 2]: steps and tokens of each held request; those known from before are
-        kept.
-        """
+    def _scores(self, role: str) -> np.ndarray:
+        """float64 [n, 2]: steps and tokens of each held request."""
+        return np.stack([held.scores[role][1] for held in self._held.values()])
+
+    def _score(self, role: str, walk: Walk) -> None:
+        """Walk the held requests; scores that are known from before are kept. One that cannot be
+        walked is held no longer."""
         if role == "candidate":
             for held in self._held.values():
                 held.scores.pop(role, None)
         missing = [h for h in self._held.values() if h.scores.get(role, (0,))[0] < len(h.samples)]
         if missing:
-            found = walk(role, [sample for held in missing for sample in held.samples])
-            at = 0
-            for held in missing:
-                end = at + len(held.samples)
-                held.scores[role] = (len(held.samples), found[at:end].sum(0))
-                at = end
-        return np.stack([held.scores[role][1] for held in self._held.values()])
+            try:
+                self._walk(role, walk, missing)
+            except Exception:
+                # one request at a time: whatever one of them is, it costs itself
+                log.warning(
+                    "gate cannot walk its requests together, walking each alone", exc_info=True
+                )
+                self._walk_each(role, walk, missing)
+
+    def _walk(self, role: str, walk: Walk, some: Sequence[_Held]) -> None:
+        found, at = walk(role, [sample for held in some for sample in held.samples]), 0
+        for held in some:
+            end = at + len(held.samples)
+            held.scores[role] = (len(held.samples), found[at:end].sum(0))
+            at = end
+
+    def _walk_each(self, role: str, walk: Walk, some: Sequence[_Held]) -> None:
+        failed = []
+        for held in some:
+            try:
+                self._walk(role, walk, [held])
+            except Exception:
+                failed.append(held)
+        # a fault of the draft or the device, not of a request
+        if len(failed) == len(some):
+            raise ValueError(f"no held request can be walked with the {role} draft")
+        for key, held in list(self._held.items()):
+            if any(held is one for one in failed):
+                del self._held[key]
+                self.left_out["unwalkable"] += len(held.samples)

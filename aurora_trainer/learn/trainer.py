@@ -75,7 +75,9 @@ class Training:
         eos = trainer.assemble.eos_token_ids or target.eos_token_ids
         self.assembler = Assembler(trainer.assemble.model_copy(update={"eos_token_ids": eos}))
         self.buffer = Buffer(trainer.buffer, trainer.pace.seed)
-        self.gate = Gate(trainer.gate)
+        # by what became of them before the buffer
+        self.samples: Counter[str] = Counter()
+        self.gate = Gate(trainer.gate, self.samples)
         rejected = bool(trainer.loss.rejected) and trainer.batch.rejected
         self._packing = trainer.batch.model_copy(update={"rejected": rejected})
         # the version that training went on from
@@ -88,8 +90,6 @@ class Training:
         self.positions = 0
         # capture of the newest step that the draft was trained on
         self.trained_until_ns = 0
-        # by what became of them before the buffer
-        self.samples: Counter[str] = Counter()
         self.published: Counter[str] = Counter()
         # verify steps of requests, and tokens that they committed
         self.traffic = {"steps": 0, "tokens": 0}

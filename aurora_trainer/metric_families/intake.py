@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 UNUSABLE = (
     "wrong_feature_width", "token_out_of_vocabulary", "without_targets", "altered",
-    "wrong_target_messages", "lost_open", "lost_held",
+    "wrong_target_messages", "lost_open", "lost_held", "unwalkable",
 )  # fmt: skip
 EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes",
@@ -138,7 +138,7 @@ SAMPLES: dict[str, Family] = {
     "aurora_trainer_unusable_samples": counter(
         "Samples or messages that training could not use",
         look="`wrong_*`: a server whose target or layers differ. `lost_open`: were open at a"
-        " restart.",
+        " restart. `unwalkable`: the gate could not score them, and holds them no longer.",
         read=at("unusable"),
         cause=UNUSABLE,
     ),

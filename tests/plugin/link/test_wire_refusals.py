@@ -95,6 +95,7 @@ REFUSED = BAD_HEADER | {
     "steps that are not the paths'": ("verify", head(num_steps=3), "values"),
     "no beams": ("verify", head(topk=0), "values"),
     "a million beams": ("verify", head(topk=10**6), "values"),
+    "more nodes than beams make": ("verify", wide("N", 17), "values"),
 }
 
 # What costs one request: the other one of the message goes on.

@@ -235,3 +235,15 @@ def test_a_share_of_the_servers_goes_first():
     assert all(CanaryConfig(share=0.2).waits(s) == 0 for s in few)
     assert not any(CanaryConfig().waits(s) for s in servers)
     assert CanaryConfig(share=0, wait_s=7).waits("host:1") == 7
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff", b'{"version": 1e400}', b"[" * 5000, b'{"version": null}', b"7"]
+)
+def test_a_line_of_rejected_that_is_nobodys_stops_nothing(tmp_path, line):
+    for version in (1, 2):
+        publish(tmp_path, version, parent=version - 1)
+    (tmp_path / "REJECTED").write_bytes(line + b'\n{"version": 2}\n')
+    staged = []
+    Watcher(tmp_path, 0.001, EXPECTED, lambda w: staged.append(w.manifest.version) or True).poll()
+    assert staged == [1]

@@ -1,6 +1,6 @@
-"""Whatever decodes is assembled, packed and trained on: random mutations of valid messages either
-are refused by the contract, or go all the way to a finite loss. And the requests that were not
-mutated are whole."""
+"""Whatever decodes is assembled, packed, trained on and walked: random mutations of valid messages
+either are refused by the contract, or go all the way to a finite loss and a walk. And the requests
+that were not mutated are whole."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from aurora_trainer.drafts.batch import pack
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.buffer import Buffer, BufferConfig
 from aurora_trainer.intake.usable import unusable
+from aurora_trainer.learn.accept_length import measure
 from aurora_trainer.learn.objective import losses
 
 MAX = 1 << 20
@@ -166,6 +167,9 @@ def test_what_decodes_trains(training, stream, data):
         gradients = [p.grad for p in training.draft.parameters() if p.grad is not None]
         assert bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients)
         training.draft.zero_grad(set_to_none=True)
+        trainer = training.config.trainer
+        walked = measure(training.served.draft, samples, trainer.batch, trainer.loss, "cpu")
+        assert np.isfinite(walked).all() and (walked[:, 1] >= walked[:, 0]).all()
     other = [s for s in samples if s.request == "f-0"]
     if assembler.counters["holes"] == 0 and other:
         assert sum(int((s.position_node >= 0).sum()) for s in other) > 4

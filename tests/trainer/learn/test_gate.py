@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +15,12 @@ from aurora_trainer.learn.gate import Gate, GateConfig
 STEPS = 30
 
 
-def sample(request: str, positions: int = 10, session: str = "e") -> SimpleNamespace:
-    return SimpleNamespace(session=session, request=request, features=range(positions))
+def sample(
+    request: str, positions: int = 10, session: str = "e", domain: str = ""
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        session=session, request=request, features=range(positions), domain=domain
+    )
 
 
 class World:
@@ -195,6 +200,50 @@ def test_what_is_held_back():
     assert [s.request for s in gate.hold(sample("8", session="other"))] == ["8"]
 
 
+def shares(gate: Gate) -> dict[str, int]:
+    return Counter(held.samples[0].domain for held in gate._held.values())
+
+
+def test_a_flood_is_not_all_that_is_judged():
+    gate, chance = Gate(GateConfig(requests=24)), random.Random(0)
+    for n in range(4000):
+        gate.hold(sample(str(n), domain="flood" if chance.random() < 0.95 else "others"))
+    assert shares(gate) == {"flood": 12, "others": 12}
+
+
+def test_a_rhythm_of_traffic_chooses_nobody():
+    """Two domains by turns, and two servers by turns: of all of them some are held."""
+    gate = Gate(GateConfig(requests=24, hold_every=2))
+    for n in range(400):
+        which = n % 2
+        gate.hold(sample(str(n), domain=("code", "chat")[which], session=f"server {which}"))
+    assert shares(gate) == {"code": 12, "chat": 12}
+
+
+def test_labels_without_end_are_one_share():
+    gate = Gate(GateConfig(requests=24, hold_every=2))
+    for n in range(4000):
+        gate.hold(sample(str(n), domain=f"label {n}", session=f"server {n}"))
+    assert len(gate._held) == 24 and len(gate._seen) <= 17 * 17
+
+
+def test_a_request_that_cannot_be_walked_costs_itself(caplog):
+    gate, walk = filled(), World(0, candidate=1.0, initial=-9.0)
+
+    def broken(role: str, samples: list) -> np.ndarray:
+        if any(s.request == "r3" for s in samples):
+            raise RuntimeError("selected index k out of range")
+        return walk(role, samples)
+
+    decision = gate.decide(True, broken)
+    assert decision.passed and decision.requests == 23 and gate.left_out == {"unwalkable": 1}
+    assert gate.decide(True, broken).requests == 23
+    # a fault of the draft or the device costs none of them
+    with pytest.raises(ValueError, match="no held request can be walked with the candidate draft"):
+        gate.decide(True, lambda role, samples: 1 / 0)
+    assert len(gate._held) == 23
+
+
 def test_off_passes_everything_that_is_finite_and_holds_nothing():
     gate = Gate(GateConfig(enabled=False))
     walk = World(0)
@@ -216,4 +265,4 @@ def test_state_round_trip():
     assert again.held == 0 and again.state() == gate.state() | {"held": 0}
     replayed = Gate(GateConfig())
     replayed.restore(gate.state(), live=False)
-    assert replayed.state() == gate.state() | {"held": 0, "seen": 0}
+    assert replayed.state() == gate.state() | {"held": 0, "seen": []}
