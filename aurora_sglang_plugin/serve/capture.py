@@ -19,15 +19,12 @@ from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
 from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.capture_boundary import Boundary
-from aurora_sglang_plugin.serve.excluded import why_excluded
+from aurora_sglang_plugin.serve.excluded import DOMAIN_LABEL, why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.link.publisher import Publisher
-
-# A key of sampling_params.custom_params: a label of wire.DOMAIN's form, that travels along.
-DOMAIN_LABEL = "aurora_domain"
 
 KINDS = ("prefill", "verify", "end")
 

@@ -17,6 +17,10 @@ OPT_OUT = "aurora_capture"
 # The same, of Aurora's own: a request that is decoded again (audit.py).
 AUDIT = "aurora_audit"
 
+# A label that travels along, of wire.DOMAIN's form.
+DOMAIN_LABEL = "aurora_domain"
+KEYS = {OPT_OUT, AUDIT, DOMAIN_LABEL}
+
 # SGLang's own requests begin so (constants.HEALTH_CHECK_RID_PREFIX).
 HEALTH_CHECK = "HEALTH_CHECK"
 
@@ -48,7 +52,7 @@ def why_excluded(req: Any, sample_rate: float, no_trainer: bool = False) -> str 
     if isinstance(custom, dict) and custom.get(AUDIT) is True:
         return "audit"
     if custom is not None and (
-        not isinstance(custom, dict) or custom.get(OPT_OUT, True) is not True
+        not isinstance(custom, dict) or custom.get(OPT_OUT, True) is not True or _misspelt(custom)
     ):
         return "opt_out"
     # What a trainer would refuse with the whole message that carries it.
@@ -79,3 +83,15 @@ def why_excluded(req: Any, sample_rate: float, no_trainer: bool = False) -> str 
     if no_trainer and place >= sample_rate * NO_TRAINER_RATE:
         return "no_trainer"
     return None
+
+
+def _misspelt(custom: dict) -> bool:
+    """Whether a key, also one level down, is meant for Aurora and is none of its own: whatever was
+    meant, the request stays out."""
+    inner = [key for value in custom.values() if isinstance(value, dict) for key in value]
+    return any(_is_auroras(key) for key in (*(key for key in custom if key not in KEYS), *inner))
+
+
+def _is_auroras(key: Any) -> bool:
+    letters = "".join(filter(str.isalpha, str(key).casefold()))
+    return letters.startswith("aurora")

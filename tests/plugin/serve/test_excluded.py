@@ -24,7 +24,22 @@ def test_an_opt_out_fails_closed(value):
     assert cause(params={"custom_params": {"aurora_capture": value}}) == "opt_out"
 
 
+@pytest.mark.parametrize(
+    "custom",
+    [
+        {"Aurora_Capture": False}, {"AURORA_CAPTURE": True}, {"aurora-capture": False},
+        {"auroraCapture": False}, {"aurora_capture ": False}, {"aurora_captrue": False},
+        {"aurora": {"capture": False}}, {"custom_params": {"aurora_capture": False}},
+        {"aurora_opt_out": True}, {"aurora_domain": "code", "aurora_opt-out": 1},
+    ],
+)  # fmt: skip
+def test_a_key_that_is_nearly_auroras_keeps_the_request_out(custom):
+    """Whatever was meant by it: nobody who wanted to stay out is taken because of a spelling."""
+    assert cause(params={"custom_params": custom}) == "opt_out"
+
+
 def test_what_says_nothing_of_capture_is_taken():
+    assert cause(params={"custom_params": {"aurora_domain": "code", "other": {"a": 1}}}) is None
     for custom in (None, {}, {"something": "else"}, {"aurora_capture": True}):
         assert cause(params={"custom_params": custom}) is None
     # nobody can tell what was meant
