@@ -15,16 +15,10 @@ from torch import Tensor
 
 from aurora_sglang_plugin.drafts.tensor_files import INDEX, read_header, read_json, weight_map
 from aurora_sglang_plugin.weights.manifest import EMBEDDING, spellings
+from aurora_trainer.drafts.target_config import is_zero_centred, language_model_config
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-OF_THE_WHOLE = (
-    "eos_token_id",
-    "dtype",
-    "torch_dtype",
-    "tie_word_embeddings",
-    "quantization_config",
-)
 # what stands in the place of `weight`: GPTQ and AWQ, compressed-tensors
 PACKED = ("qweight", "weight_packed")
 
@@ -42,15 +36,18 @@ class Target:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Those of config.json and of generation_config.json, where there is one."""
+        """Those of config.json and of generation_config.json, where there is one, that are tokens
+        of the vocabulary (-1 says there is none).
+        """
         path = self.directory / "generation_config.json"
         try:
             generation = read_json(path) if path.exists() else {}
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from None
         named = (config.get("eos_token_id") for config in (self.config, generation))
-        ids = {i for e in named for i in (e if isinstance(e, list) else [e])}
-        return tuple(sorted(i for i in ids if type(i) is int))
+        ids = [i for e in named for i in (e if isinstance(e, list) else [e])]
+        v = self.config.get("vocab_size", 0)
+        return tuple(sorted({i for i in ids if type(i) is int and 0 <= i < v}))
 
     def tensor(self, name: str) -> Tensor:
         """In the checkpoint's dtype; float32 where it is stored as codes with scales.
@@ -78,6 +75,13 @@ class Target:
         language_model.model.norm.weight, or None.
         """
         return next((n for n in spellings(name) if n in self.files), None)
+
+    def norm(self, name: str) -> Tensor:
+        """[H] float32: what an RMS norm multiplies by, e.g. that of model.norm.weight; one more
+        than what is stored where the target's norms are zero-centred.
+        """
+        weight = self.tensor(name).float()
+        return weight + 1 if is_zero_centred(self.config, name) else weight
 
     def embedding(self) -> Tensor:
         """[V, H], in the checkpoint's dtype."""
@@ -194,22 +198,7 @@ def read_config(model: str | Path) -> Target:
         raw = read_json(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    config = raw.get("text_config", raw) if "hidden_size" not in raw else raw
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{file} has a text_config that is no object; expected the config of a language model"
-        )
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [k for k in needed if type(config.get(k)) is not int]
-    if missing and config:
-        raise ValueError(
-            f"{file} lacks {', '.join(missing)}; expected the config of a language model"
-        )
-    # what the whole says of the language model
-    if config is not raw:
-        config = {k: raw[k] for k in OF_THE_WHOLE if raw.get(k) is not None} | config
-        # by which SGLang chooses the model
-        config["architectures"] = raw.get("architectures")
+    config = language_model_config(file, raw)
     return Target(path if path.is_dir() else path.parent, config, {})
 
 
