@@ -117,6 +117,22 @@ def is_zero_centred(config: Mapping[str, Any], name: str) -> bool:
     return not stems.isdisjoint(ZERO_CENTRED)
 
 
+def block_sizes(quantization: Mapping[str, Any]) -> list[list[int]]:
+    """[rows, columns] that share a scale, of all that a quantization_config names."""
+    groups = quantization.get("config_groups")
+    said = [quantization.get("weight_block_size")]
+    for group in groups.values() if isinstance(groups, dict) else []:
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            said += [weights.get("block_structure"), [1, weights.get("group_size")]]
+    return [
+        block
+        for block in said
+        if isinstance(block, list) and len(block) == 2
+        and all(type(n) is int and n > 0 for n in block)
+    ]  # fmt: skip
+
+
 def _stem(name: str) -> str:
     """qwen35 of qwen3_5_moe_text and of Qwen3_5MoeForCausalLM."""
     bare = name.split("For")[0].lower().replace("_", "")
