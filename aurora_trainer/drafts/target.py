@@ -164,7 +164,6 @@ class Target:
             ]
         return codes.float() * scale
 
-
     def _block(self, name: str, size: torch.Size, scales: torch.Size) -> list[int]:
         """Rows and columns that share a scale: as the config says, a whole row, or, where it says
         nothing, as many as go into them evenly.

@@ -39,7 +39,7 @@ def rewrite(directory, tensors, shift, **more):
     ids=str,
 )
 def test_a_draft_has_what_the_norms_multiply_by(family, tmp_path):
-    """The same target, saved with its norms as they are and less one: the same draft, to the bit."""
+    """The same target, saved with its norms as they are and less one: the same draft."""
     tensors = write_target(tmp_path)
     # that one more and one less is exact
     tensors = {n: t.abs().mul(64).round() / 64 if "norm" in n else t for n, t in tensors.items()}
