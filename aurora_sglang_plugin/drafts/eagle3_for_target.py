@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from aurora_sglang_plugin.drafts.aux_layers import ids_that_name
-from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
+from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig, read_draft_config
 from aurora_sglang_plugin.drafts.eagle3_rope import nested, read_rope
 
 Kind = Literal["random", "target"]
@@ -65,7 +65,8 @@ def draft_config(
     eagle31: the shape of EAGLE 3.1, one norm over all features before fc, and the normed state
         handed on.
     """
-    raw = dict(target)
+    # null is as good as absent
+    raw = {key: value for key, value in target.items() if value is not None}
     draft_vocab_size = draft_vocab_size or min(DRAFT_VOCAB, raw["vocab_size"])
     inner = raw.get("intermediate_size") or 0
     if not inner or (is_mixture(target) and inner < 2 * raw["hidden_size"]):
@@ -93,13 +94,13 @@ def draft_config(
         intermediate_size=inner,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim(target),
+        head_dim=head_dim(raw),
         vocab_size=raw["vocab_size"],
         draft_vocab_size=draft_vocab_size,
         aux_layer_ids=tuple(ids),
         entered_layer_ids=None if ids == list(outputs) else tuple(o + 1 for o in outputs),
         num_aux=len(outputs),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=raw.get("max_position_embeddings", 2048),
@@ -109,6 +110,13 @@ def draft_config(
     if kind == "target" and not eagle31:
         heads = chosen or enough_key_heads(config)
         config = replace(config, fc_norm=True, num_key_value_heads=heads)
+    _, problems = read_draft_config(config.to_json())
+    if problems:
+        raise ValueError(
+            "the target's config asks for a draft that no server loads:"
+            f" {' '.join(problems)} Correct the target's config.json where it is wrong; else no"
+            " draft of this kind can be made for it"
+        )
     return config
 
 

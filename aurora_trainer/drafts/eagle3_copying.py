@@ -128,7 +128,7 @@ def _last_mlp(draft: Draft, target: Target) -> None:
     weights = [target.tensor(f"{at}mlp.{name}.weight").float() for name in names]
     if weights[0].shape == layer.mlp.gate_proj.weight.shape:
         layer.post_attention_layernorm.weight.copy_(
-            target.tensor(at + "post_attention_layernorm.weight")
+            target.norm(at + "post_attention_layernorm.weight")
         )
         for name, weight, share in zip(names, weights, (1.0, 1.0, MLP), strict=True):
             getattr(layer.mlp, name).weight.copy_(share * weight)
@@ -145,7 +145,7 @@ def low_features(target: Target, layers_up_to: int, x: Tensor, eps: float) -> Te
         at = f"model.layers.{n}."
         names = [f"{at}mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
         if all(map(target.stored, [*names, at + "post_attention_layernorm.weight"])):
-            weight = target.tensor(at + "post_attention_layernorm.weight").float()
+            weight = target.norm(at + "post_attention_layernorm.weight")
             y = F.rms_norm(x, weight.shape, weight, eps)
             gate, up, down = (target.tensor(name).float() for name in names)
             x = x + (F.silu(y @ gate.T) * (y @ up.T)) @ down.T

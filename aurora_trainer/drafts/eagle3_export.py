@@ -66,8 +66,11 @@ class Weights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What "same" means: the head's, or what servers hold."""
-        return self.cast_to or self.tensors["lm_head.weight"].dtype
+        """What "same" means: the head's, or what servers hold; float32 for float64, which no server
+        computes in.
+        """
+        own = self.cast_to or self.tensors["lm_head.weight"].dtype
+        return torch.float32 if own == torch.float64 else own
 
     @property
     def target_ids(self) -> Tensor:
@@ -170,8 +173,12 @@ def write_draft(weights: Weights, out: Path, dtype: str = "same", force: bool = 
     cast = dtype != "same" or weights.cast_to is not None
     tensors = {
         _written(n, weights.config): (
-            (t.to(to) if cast and t.is_floating_point() else t).contiguous()
-        )
+            t.to(to)
+            if cast and t.is_floating_point()
+            else t.float()
+            if t.dtype == torch.float64
+            else t
+        ).contiguous()
         for n, t in weights.tensors.items()
     }
     files = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from aurora_sglang_plugin.drafts.eagle3_check import harmless
@@ -52,13 +51,14 @@ def tensor_of(entry: Entry) -> Tensor:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """That of the head in the draft's file. Raises ValueError where there is none."""
-    for path in sorted(directory.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                if name.endswith("lm_head.weight"):
-                    return DTYPES[file.get_slice(name).get_dtype()]
-    raise ValueError(
-        f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its own"
-        " head"
-    )
+    """That of the head that SGLang loads. Raises ValueError where there is none."""
+    try:
+        head = read_entries(Path(directory)).get("lm_head.weight")
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    if head is None or head.dtype not in DTYPES:
+        raise ValueError(
+            f"{directory} has no lm_head.weight in *.safetensors; expected an EAGLE3 draft with its"
+            " own head"
+        )
+    return DTYPES[head.dtype]

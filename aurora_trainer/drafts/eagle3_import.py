@@ -68,6 +68,9 @@ def explain(directory: Path, target: Target) -> Explained:
                 said = [p for p in said if not p.startswith(f"d2t is {d2t.dtype},")]
             problems += said
             problems += _value_problems(found, target, notes)
+            wide = [n for n, e in found.entries.items() if e.dtype == "F64" and n not in EXCLUDED]
+            if wide:
+                found.conversions.append(f"{len(wide)} tensors are F64: written as F32")
     return Explained(found, tuple(problems), tuple(found.conversions), tuple(notes))
 
 
@@ -120,10 +123,12 @@ def _value_problems(found: ExternalDraft, target: Target, notes: list[str]) -> l
     """What only the weights themselves can say; notes are added for what is harmless."""
     problems, dtypes = [], set()
     for name, entry in found.entries.items():
-        if name == "d2t" or name in EXCLUDED or entry.dtype not in DTYPES:
+        # F64 is written as F32, in which it must be finite
+        dtype = "F32" if entry.dtype == "F64" else entry.dtype
+        if name == "d2t" or name in EXCLUDED or dtype not in DTYPES:
             continue
-        dtypes.add(entry.dtype)
-        if not tensor_of(entry).isfinite().all():
+        dtypes.add(dtype)
+        if not tensor_of(entry).float().isfinite().all():
             problems.append(f"{name} holds NaN or infinite values.")
     if len(dtypes) > 1:
         notes.append(

@@ -105,10 +105,10 @@ def start_from_target(draft: Draft, target: Target, outputs: tuple[int, ...], se
     features.
     """
     layer = draft.layers[0]
-    layer.input_layernorm.weight.copy_(target.tensor("model.layers.0.input_layernorm.weight"))
+    layer.input_layernorm.weight.copy_(target.norm("model.layers.0.input_layernorm.weight"))
     # The target's head is sharp because its states know the next token. These do not: sharp and
     # wrong costs more than a uniform guess.
-    norm = target.tensor("model.norm.weight").float()
+    norm = target.norm("model.norm.weight")
     head = target.head()[vocab.target_ids(draft.d2t)].float()
     spread = (head * norm).square().sum(-1).mean().sqrt()
     draft.norm.weight.copy_(norm * (SPREAD / spread).clamp(max=1.0))
@@ -118,5 +118,5 @@ def start_from_target(draft: Draft, target: Target, outputs: tuple[int, ...], se
     # The target's next layer reads the output through this norm, which makes massive dimensions
     # small.
     for fc_norm, output in zip(draft.fc_norm, outputs, strict=True):
-        fc_norm.weight.copy_(target.tensor(f"model.layers.{output + 1}.input_layernorm.weight"))
+        fc_norm.weight.copy_(target.norm(f"model.layers.{output + 1}.input_layernorm.weight"))
     copy_from_context(draft, target, outputs[0], head * norm, seed)

@@ -15,18 +15,18 @@ from torch import Tensor
 
 from aurora_sglang_plugin.drafts.tensor_files import INDEX, read_header, read_json, weight_map
 from aurora_sglang_plugin.weights.manifest import EMBEDDING, spellings
+from aurora_trainer.drafts.target_config import (
+    block_sizes,
+    is_zero_centred,
+    language_model_config,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-OF_THE_WHOLE = (
-    "eos_token_id",
-    "dtype",
-    "torch_dtype",
-    "tie_word_embeddings",
-    "quantization_config",
-)
 # what stands in the place of `weight`: GPTQ and AWQ, compressed-tensors
 PACKED = ("qweight", "weight_packed")
+# several codes in one number: NVFP4, MXFP4 and bitsandbytes' 4 bits, under the weight's own name
+PACKED_DTYPES = ("U8", "I32", "U32", "I16", "U16", "F4", "F6_E2M3", "F6_E3M2")
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,18 @@ class Target:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Those of config.json and of generation_config.json, where there is one."""
+        """Those of config.json and of generation_config.json, where there is one, that are tokens
+        of the vocabulary (-1 says there is none).
+        """
         path = self.directory / "generation_config.json"
         try:
             generation = read_json(path) if path.exists() else {}
         except ValueError as error:
             raise ValueError(f"{self.directory}: {error}") from None
         named = (config.get("eos_token_id") for config in (self.config, generation))
-        ids = {i for e in named for i in (e if isinstance(e, list) else [e])}
-        return tuple(sorted(i for i in ids if type(i) is int))
+        ids = [i for e in named for i in (e if isinstance(e, list) else [e])]
+        v = self.config.get("vocab_size", 0)
+        return tuple(sorted({i for i in ids if type(i) is int and 0 <= i < v}))
 
     def tensor(self, name: str) -> Tensor:
         """In the checkpoint's dtype; float32 where it is stored as codes with scales.
@@ -75,9 +78,17 @@ class Target:
 
     def stored(self, name: str) -> str | None:
         """What a language model's tensor is called in the files, e.g.
-        language_model.model.norm.weight, or None.
+        language_model.model.norm.weight; None where it is not there, or packed.
         """
-        return next((n for n in spellings(name) if n in self.files), None)
+        found = next((n for n in spellings(name) if n in self.files), None)
+        return None if found is None or self._is_packed(found) else found
+
+    def norm(self, name: str) -> Tensor:
+        """[H] float32: what an RMS norm multiplies by, e.g. that of model.norm.weight; one more
+        than what is stored where the target's norms are zero-centred.
+        """
+        weight = self.tensor(name).float()
+        return weight + 1 if is_zero_centred(self.config, name) else weight
 
     def embedding(self) -> Tensor:
         """[V, H], in the checkpoint's dtype."""
@@ -114,7 +125,17 @@ class Target:
     def packed(self, name: str) -> str | None:
         """Under which name a quantized tensor is stored in its stead, e.g. lm_head.qweight."""
         names = (s.replace(".weight", f".{part}") for s in spellings(name) for part in PACKED)
-        return next((n for n in names if n in self.files), None)
+        own = (n for n in spellings(name) if n in self.files and self._is_packed(n))
+        return next((n for n in names if n in self.files), None) or next(own, None)
+
+    def _is_packed(self, stored: str) -> bool:
+        path = self.directory / self.files[stored]
+        # absent or damaged: who reads the tensor says so
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice(stored).get_dtype() in PACKED_DTYPES
+        except (OSError, SafetensorError):
+            return False
 
     def _dequantized(self, stored: str, codes: Tensor) -> Tensor:
         """float32 from codes and the scales beside them: one, one for each row, or one for each
@@ -131,21 +152,33 @@ class Target:
                 " expected float weights: give the unquantized model, or for init-draft --kind"
                 " random"
             )
-        scale, size = self._read(names[0]).float(), codes.shape
+        scale, size = self._read(names[0]), codes.shape
+        # an exponent of two, as microscaling formats store it
+        scale = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
         if scale.dim() == 1 and scale.numel() == size[0] > 1:
             scale = scale[:, None]
         if scale.numel() > 1:
-            block = (self.config.get("quantization_config") or {}).get("weight_block_size")
-            block = block or [-(-s // n) for s, n in zip(size, scale.shape)]
-            if [-(-s // b) for s, b in zip(size, block)] != list(scale.shape) or len(size) != 2:
-                raise ValueError(
-                    f"{self.directory}: {names[0]} is {list(scale.shape)}, expected one scale for"
-                    f" each block of {block} of {list(size)}; give the unquantized model"
-                )
+            block = self._block(names[0], size, scale.shape)
             scale = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[
                 : size[0], : size[1]
             ]
         return codes.float() * scale
+
+    def _block(self, name: str, size: torch.Size, scales: torch.Size) -> list[int]:
+        """Rows and columns that share a scale: as the config says, a whole row, or, where it says
+        nothing, as many as go into them evenly.
+        """
+        said = block_sizes(self.config.get("quantization_config") or {})
+        if len(size) == len(scales) == 2 and 0 not in scales:
+            even = [s // n for s, n in zip(size, scales)]
+            blocks = [*said, [1, size[1]]] if said else [even]
+            for block in blocks:
+                if [-(-s // min(b, s)) for s, b in zip(size, block)] == list(scales):
+                    return block
+        raise ValueError(
+            f"{self.directory}: {name} is {list(scales)}, expected one scale for each block of"
+            f" {said or 'equal size'} of {list(size)}; give the unquantized model"
+        )
 
 
 class TargetTensors:
@@ -194,22 +227,7 @@ def read_config(model: str | Path) -> Target:
         raw = read_json(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    config = raw.get("text_config", raw) if "hidden_size" not in raw else raw
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{file} has a text_config that is no object; expected the config of a language model"
-        )
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [k for k in needed if type(config.get(k)) is not int]
-    if missing and config:
-        raise ValueError(
-            f"{file} lacks {', '.join(missing)}; expected the config of a language model"
-        )
-    # what the whole says of the language model
-    if config is not raw:
-        config = {k: raw[k] for k in OF_THE_WHOLE if raw.get(k) is not None} | config
-        # by which SGLang chooses the model
-        config["architectures"] = raw.get("architectures")
+    config = language_model_config(file, raw)
     return Target(path if path.is_dir() else path.parent, config, {})
 
 

@@ -21,6 +21,9 @@ def most_frequent(counts: Tensor, size: int, keep: tuple[int, ...] = ()) -> Tens
         raise ValueError(
             f"draft vocabulary of {size}: expected {len(keep)} (tokens to keep) to {len(counts)}"
         )
+    outside = [i for i in keep if not 0 <= i < len(counts)]
+    if outside:
+        raise ValueError(f"tokens to keep {outside}: expected ids from 0 to {len(counts) - 1}")
     rank = counts.to(torch.float64).clone()
     rank[list(keep)] = torch.inf
     ids = torch.argsort(rank, descending=True, stable=True)[:size].sort().values

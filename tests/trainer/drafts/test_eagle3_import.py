@@ -9,12 +9,13 @@ import pytest
 import torch
 from foreign_drafts import H, V, rewrite, speculators
 from models import make_random_draft, make_random_target
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from aurora_sglang_plugin.drafts.aux_layers import aux_layer_ids
 from aurora_sglang_plugin.drafts.eagle3_check import check_draft
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_trainer.drafts.eagle3 import Draft
+from aurora_trainer.drafts.eagle3_files import stored_dtype
 from aurora_trainer.drafts.eagle3_import import explain, import_draft
 from aurora_trainer.drafts.target import open_target
 
@@ -243,3 +244,36 @@ def test_fused_tensors_are_taken_apart(source, target, tmp_path):
     import_draft(directory, tmp_path / "out", str(target))
     own = Draft.load(tmp_path / "out", open_target(target).embedding()).checkpoint()
     assert own.keys() == reference.keys() and all(torch.equal(own[n], reference[n]) for n in own)
+
+
+@pytest.mark.parametrize("some", [False, True])
+def test_float64_is_written_as_float32(some, source, target, tmp_path):
+    directory, tensors, config = source
+    wide = {
+        n: t.double() if t.is_floating_point() and (not some or "fc" in n) else t
+        for n, t in tensors.items()
+    }
+    rewrite(directory, wide, config)
+    explained = import_draft(directory, tmp_path / "out", str(target))
+    assert any("F64: written as F32" in c for c in explained.conversions)
+    check_draft(tmp_path / "out", open_target(target).config)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert not [n for n, t in written.items() if t.dtype == torch.float64]
+    assert torch.equal(written["fc.weight"], tensors["fc.weight"].float())
+    # finite in float64 alone
+    wide["fc.weight"] = torch.full_like(tensors["fc.weight"].double(), 1e300)
+    rewrite(directory, wide, config)
+    problems = explain(directory, open_target(target)).problems
+    assert "fc.weight holds NaN or infinite values." in problems
+
+
+def test_a_file_beside_the_index_does_not_decide_the_dtype(source, tmp_path):
+    directory, tensors, _ = source
+    halves = {n: t.half() for n, t in tensors.items() if "lm_head" in n}
+    save_file(halves, directory / "backup.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert stored_dtype(directory) == tensors["lm_head.weight"].dtype
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"{directory}: .* names files that are not there"):
+        stored_dtype(directory)

@@ -159,3 +159,61 @@ def test_latent_attention_experts_and_a_foreign_rope_scaling(tmp_path):
     save_file(kept, tmp_path / "model.safetensors")
     started = init_draft(tmp_path, tmp_path / "e", "target")
     assert torch.equal(started.lm_head.weight, tensors["lm_head.weight"])
+
+
+def test_exponents_of_two_as_scales(tmp_path):
+    """MXFP8: codes, and a byte for each 8 of a row, whose 127 means 1."""
+    tensors = write_target(tmp_path)
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    meant = low_features(open_target(tmp_path), 2, x, 1e-6) - x
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        weight = tensors[name]
+        blocks = weight.unflatten(1, (-1, 8))
+        power = blocks.abs().amax(-1).log2().floor() - 7
+        tensors[f"{name}_scale_inv"] = (power + 127).to(torch.uint8)
+        codes = blocks / torch.exp2(power)[..., None]
+        tensors[name] = codes.flatten(1).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    for said in ({}, {"quant_method": "mxfp8", "weight_block_size": [1, 8]}):
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+        own = low_features(open_target(tmp_path), 2, x, 1e-6) - x
+        assert float(own.norm() / meant.norm()) == pytest.approx(1, abs=0.1)
+
+
+def test_blocks_are_of_the_size_that_the_config_says(tmp_path):
+    """compressed-tensors: 3 blocks of 10 in 24 rows are not 3 of 8."""
+    tensors = write_target(tmp_path)
+    name = "model.layers.0.mlp.gate_proj.weight"
+    scale = torch.tensor([[1.0, 2.0], [4.0, 8.0], [16.0, 32.0]])
+    tensors[name] = torch.ones(24, 16).to(torch.float8_e4m3fn)
+    save_file({**tensors, f"{name}_scale": scale}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = {"num_bits": 8, "strategy": "block", "block_structure": [10, 10]}
+    config["quantization_config"] = {"config_groups": {"group_0": {"weights": weights}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = open_target(tmp_path).tensor(name)
+    assert found[[0, 9, 10, 20], 9].tolist() == [1, 1, 4, 16] and found[23, 10] == 32
+    # 5 rows of scales, which neither the config explains nor an even share
+    scale = torch.ones(5, 2)
+    save_file({**tensors, f"{name}_scale": scale}, tmp_path / "model.safetensors")
+    for said in (config, config | {"quantization_config": {}}):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        with pytest.raises(ValueError, match="one scale for each block"):
+            open_target(tmp_path).tensor(name)
+
+
+def test_layers_of_four_bits_under_their_own_name_are_left_out(tmp_path):
+    """NVFP4: two codes a byte, a scale for each 16 and one of all; the head is float."""
+    tensors = write_target(tmp_path)
+    for name in [n for n in tensors if n.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        tensors[name] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+        tensors[f"{name}_scale"] = torch.ones(rows, 1).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_2"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    x = torch.randn(40, 16)
+    assert torch.equal(low_features(open_target(tmp_path), 2, x, 1e-6), x)
+    init_draft(tmp_path, tmp_path / "d", "target")
+    with pytest.raises(ValueError, match="gate_proj.weight packed"):
+        open_target(tmp_path).tensor("model.layers.0.mlp.gate_proj.weight")
