@@ -66,6 +66,7 @@ BAD_HEADER = {
     "negative counter": ("verify", head(dropped={"queue_full": -1}), "values"),
     "huge counter": ("verify", head(sent_seq=1 << 60), "values"),
     "version beyond int32": ("verify", head(draft_version=1 << 40), "values"),
+    "more requests than a step has": ("heartbeat", head(requests=["r"] * 4097), "values"),
     "time beyond int64": ("verify", head(time_ns=1 << 63), "values"),
 }
 
@@ -99,7 +100,8 @@ REFUSED = BAD_HEADER | {
 
 # What costs one request: the other one of the message goes on.
 BAD_ROW = {
-    "long id": ("verify", head(requests=["x" * 1025, "b"]), "request"),
+    "long id": ("verify", head(requests=["x" * 257, "b"]), "request"),
+    "long id in bytes": ("verify", head(requests=["😀" * 65, "b"]), "request"),
     "domain too long": ("end", head(domains=["x" * 33, ""]), "domain"),
     "domain with a control character": ("end", head(domains=["a\x1b[2J", ""]), "domain"),
     "negative position": ("verify", at("positions", 0, -1), "position"),
