@@ -50,7 +50,13 @@ def test_ids_that_no_message_may_carry(rid):
 
 
 def test_ids_that_a_message_may_carry():
-    for rid in ("x" * MAX_REQUEST_ID_BYTES, "😀" * (MAX_REQUEST_ID_BYTES // 4), "трасса-1", "😀", "HEALTH"):
+    for rid in (
+        "x" * MAX_REQUEST_ID_BYTES,
+        "😀" * (MAX_REQUEST_ID_BYTES // 4),
+        "трасса-1",
+        "😀",
+        "HEALTH",
+    ):
         assert request_id_fits(rid) and cause(rid) is None
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(rid)) == rid
 
