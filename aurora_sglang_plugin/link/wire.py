@@ -254,6 +254,11 @@ def read_header(part: bytes | memoryview) -> Header:
     counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
     if header.sent_seq < 1 or min(counters) < 0 or max(header.sent_seq, *counters) >= 1 << 53:
         raise WireError("values", "counters out of bounds")
+    # what send_queue.py keeps to: only a heartbeat counts what is queued behind it
+    most = header.sent_seq - header.heartbeats + sum(header.dropped.values())
+    most += header.queued if header.kind == "heartbeat" else 0
+    if header.heartbeats > header.sent_seq or header.captured_seq > most:
+        raise WireError("values", f"captured {header.captured_seq}, of which it tells {most}")
     if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
         raise WireError("values", "version out of bounds")
     if not 0 <= header.time_ns < 1 << 63:
