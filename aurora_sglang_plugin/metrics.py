@@ -221,7 +221,7 @@ def of_capture(num_steps: int) -> dict[str, Family]:
         "aurora_excluded_rows": counter(
             "Requests left out of a captured message: unfit to be used",
             look="The rest of the message goes. `not_finite`: NaN or infinite features or logits,"
-            " a broken target or token. `request`: a client's id of more than 256 characters."
+            " a broken target or token. `request`: a client's id of more than 256 bytes."
             " Others: a fault, report it.",
             read=lambda s: s.link["excluded"],
             cause=ROW_CAUSES,

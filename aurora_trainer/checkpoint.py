@@ -154,3 +154,18 @@ def _read(path: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ):
             raise ValueError(f"{name} is not the file that the manifest describes")
     return load(data["state.safetensors"]), json.loads(data["state.json"])
+
+
+def check_replay(found: Checkpoint, path: Path, cursor: int, buffer: dict[str, Any]) -> None:
+    """Whether a recording led to where the checkpoint was taken.
+
+    Raises ValueError where the buffer does not stand as it stood: it is another one.
+    """
+    state = found.state
+    if state["cursor"] != cursor or state["buffer"] != json.loads(json.dumps(buffer)):
+        raise ValueError(
+            f"recording {path} does not lead to the checkpoint of step {found.step} (message"
+            f" {cursor}, the checkpoint was at {state['cursor']}); expected the same recording and"
+            " settings as before"
+        )
+    log.info("resumed step=%d cursor=%d damaged=%d", found.step, cursor, found.damaged)

@@ -12,7 +12,6 @@ run, resumed from its last checkpoint, ends with the same bits.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -27,7 +26,7 @@ from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.link.receiver import Receiver
 from aurora_trainer.background_writer import Background
-from aurora_trainer.checkpoint import load_newest, save_checkpoint
+from aurora_trainer.checkpoint import check_replay, load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.trainer import Training
@@ -88,6 +87,7 @@ class Daemon:
         self._taught = Schedule(QUIET_S, 0)
         self._lessons = Lessons()
         self._saved_step = self.resumed.step if self.resumed else None
+        self._unsaved = False
         self._jobs = {
             name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")
         }
@@ -167,7 +167,7 @@ class Daemon:
             while training.due() and training.steps < last and not self.stopping:
                 self._step(now_s, replay=training.steps < replayed)
                 if training.steps == replayed:
-                    self._check_replay(path, cursor)
+                    check_replay(self.resumed, path, cursor, training.buffer.state())
                     self._start_cadences(now_s)
                 if training.steps > replayed:
                     self._keep_cadences(None, now_s, cursor)
@@ -182,7 +182,7 @@ class Daemon:
         if training.steps > replayed:
             if ended:
                 self._offer(now_s, at_once=True)
-            self._save(cursor, now_s, at_once=True)
+            self._save_last(cursor, now_s)
         self._end(None)
 
     def status(self, receiver: Receiver | None) -> dict[str, Any]:
@@ -308,25 +308,19 @@ class Daemon:
         self._background.start("checkpoint", snapshot, saved, failed, now, at_once)
         self.metrics.clock.turn_to("other")
 
-    def _check_replay(self, path: Path, cursor: int) -> None:
-        """The buffer must stand where it stood, or the recording is not the checkpoint's."""
-        state, buffer = self.resumed.state, json.loads(json.dumps(self.training.buffer.state()))
-        if state["cursor"] != cursor or state["buffer"] != buffer:
-            raise ValueError(
-                f"recording {path} does not lead to the checkpoint of step {self.resumed.step}"
-                f" (message {cursor}, the checkpoint was at {state['cursor']}); expected the same"
-                " recording and settings as before"
-            )
-        log.info(
-            "resumed step=%d cursor=%d damaged=%d", self.resumed.step, cursor, self.resumed.damaged
-        )
+    def _save_last(self, cursor: int | None, now: float) -> None:
+        self._save(cursor, now, at_once=True)
+        self._background.wait(now)
+        self._unsaved = self._saved_step != self.training.steps
 
     def _end(self, receiver: Receiver | None) -> None:
-        """The last checkpoint (live), the last status."""
+        """The last checkpoint (live), the last status.
+
+        Raises OSError where the last checkpoint could not be written.
+        """
         self._background.wait(time.monotonic())
         if receiver is not None and self.training.steps != self._saved_step:
-            self._save(None, time.monotonic(), at_once=True)
-            self._background.wait(time.monotonic())
+            self._save_last(None, time.monotonic())
         self._background.close()
         self._lessons.look(self.training)
         self.metrics.report(self.status(receiver), LINE)
@@ -336,6 +330,12 @@ class Daemon:
             self.training.steps,
             self.training.served.version,
         )
+        if self._unsaved:
+            unsaved = (
+                f"no checkpoint of the last step, {self.training.steps}, in {self.checkpoints}"
+            )
+            log.error("%s", unsaved)
+            raise OSError(f"{unsaved}; expected a directory that can be written, with room for it")
 
     def _catch_signals(self) -> None:
         def stop(number: int, frame: object) -> None:

@@ -11,7 +11,8 @@ lost, as it is.
 
 There are entries for many more sessions than servers can be at work at once, those of ended ones
 included: the entry that is forgotten, at the bound, is of the session that was silent for longest.
-Should it speak again, what it had sent before is not counted as lost.
+Should it speak again, what it had sent before is not counted as lost. So it is for a session that a
+ledger without an older one on the disk meets in the middle.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 1.0
 MAX_SESSIONS = 8192
+# No server sends more, lost or not: a header that says so would have all later ones of its session
+# taken for repetitions.
+MOST_PER_S, MOST_AT_ONCE, MOST_EVER = 100_000, 1 << 16, 1 << 40
 # A server's clock counts as this one's within so much: what is older than that waited on the way,
 # perhaps.
 CLOCK_S = 5.0
@@ -73,7 +77,10 @@ class Ledger:
 
     def __init__(self, path: Path | None):
         self._path = Path(path) if path else None
-        file = _load(self._path)
+        found = _load(self._path)
+        # which sessions there were before is not known
+        self._new = found is None
+        file = found or _File()
         self.sessions: OrderedDict[str, Session] = OrderedDict(file.sessions)
         self.rejected = file.rejected
         self.forgotten_sessions = file.forgotten_sessions
@@ -83,10 +90,11 @@ class Ledger:
     def accept(self, header: wire.Header) -> bool:
         """Count a message as received.
 
-        False (and rejected, cause `order`) if it repeats or precedes one.
+        False (and rejected) if it repeats or precedes one, cause `order`, or its counters cannot be
+        those of its session, cause `values`.
         """
-        if not self._enter(header):
-            self.reject("order", None)
+        if cause := self._enter(header):
+            self.reject(cause, None)
             return False
         self.sessions[header.session].received += 1
         return True
@@ -99,18 +107,24 @@ class Ledger:
         """
         self.rejected[cause] = self.rejected.get(cause, 0) + 1
         self._unwritten = True
-        if header is None or not self._enter(header):
+        if header is None or self._enter(header):
             return False
         self.sessions[header.session].rejected += 1
         return True
 
-    def _enter(self, header: wire.Header) -> bool:
-        session = self.sessions.get(header.session)
+    def _enter(self, header: wire.Header) -> str | None:
+        """Take a header in, or why not: a cause."""
+        session, now_s, most = self.sessions.get(header.session), time.time(), MOST_EVER
+        if session is not None:
+            if header.sent_seq <= session.sent_seq:
+                return "order"
+            most = MOST_AT_ONCE + int(MOST_PER_S * max(0.0, now_s - session.last_unix_s))
+        known = session or Session()
+        if max(header.sent_seq - known.sent_seq, header.captured_seq - known.captured) > most:
+            return "values"
         if session is None:
-            before = header.sent_seq - 1 if self.forgotten_sessions else 0
+            before = header.sent_seq - 1 if self.forgotten_sessions or self._new else 0
             session = Session(header.target, sent_seq=before, before=before)
-        if header.sent_seq <= session.sent_seq:
-            return False
         self.sessions[header.session] = session
         self.sessions.move_to_end(header.session)
         if len(self.sessions) > MAX_SESSIONS:
@@ -125,13 +139,13 @@ class Ledger:
         session.dropped, session.queued = header.dropped, header.queued
         # an `end` does not say
         session.draft_version = header.draft_version or session.draft_version
-        session.quiet, session.last_unix_s = header.kind == "heartbeat", time.time()
+        session.quiet, session.last_unix_s = header.kind == "heartbeat", now_s
         ahead_s = header.time_ns / 1e9 - session.last_unix_s
         # only a heartbeat is sent as soon as it is made
         if session.quiet or ahead_s > CLOCK_S:
             session.ahead_s = ahead_s if abs(ahead_s) > CLOCK_S else 0.0
         self._unwritten = True
-        return True
+        return None
 
     def balanced(self, name: str) -> bool | str:
         """True if both equations hold after a heartbeat, else what is not equal."""
@@ -186,11 +200,11 @@ class Ledger:
             raise
 
 
-def _load(path: Path | None) -> _File:
+def _load(path: Path | None) -> _File | None:
     if path is None or not path.exists():
-        return _File()
+        return None
     try:
         return msgspec.json.decode(path.read_bytes(), type=_File)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         log.warning("the ledger is damaged, starting a new one path=%s error=%s", path, error)
-        return _File()
+        return None

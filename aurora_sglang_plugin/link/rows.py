@@ -20,7 +20,8 @@ CAUSES = (
     "request", "domain", "position", "length", "token", "not_finite", "tree", "path", "logits",
 )  # fmt: skip
 
-MAX_REQUEST_ID_CHARS = 1024
+# of its UTF-8: so MAX_REQUESTS of them fit in a header
+MAX_REQUEST_ID_BYTES = 256
 # Token positions and lengths: far above any context, far below what an int32 holds.
 MAX_POSITION = 1 << 24
 # Features beyond it overflow when a norm squares and sums them. No model comes near.
@@ -72,11 +73,17 @@ def bad_rows(
 
 
 def request_id_fits(rid: object) -> bool:
-    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_CHARS characters."""
-    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_CHARS:
+    """Whether a message may carry this request id: text of 1 to MAX_REQUEST_ID_BYTES in UTF-8."""
+    # no character takes less than a byte
+    if not isinstance(rid, str) or not 0 < len(rid) <= MAX_REQUEST_ID_BYTES:
         return False
-    # JSON can hold half of a UTF-16 pair, which has no UTF-8: the encoder would raise.
-    return rid.isascii() or not any("\ud800" <= character <= "\udfff" for character in rid)
+    if rid.isascii():
+        return True
+    try:
+        return len(rid.encode()) <= MAX_REQUEST_ID_BYTES
+    except UnicodeEncodeError:
+        # JSON can hold half of a UTF-16 pair, which has no UTF-8
+        return False
 
 
 def excluded(

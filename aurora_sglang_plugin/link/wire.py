@@ -36,7 +36,10 @@ from aurora_sglang_plugin.link.rows import DOMAIN as DOMAIN
 from aurora_sglang_plugin.link.rows import bad_rows
 
 SCHEMA_VERSION = 2
-MAX_HEADER_BYTES = 1 << 20
+# a header of MAX_REQUESTS, each with the longest id, label and reason, is smaller
+MAX_HEADER_BYTES = 2 << 20
+# Of one step: SGLang runs fewer at a time, 4,096 only where nothing else bounds them.
+MAX_REQUESTS = 4096
 MAX_FRAMES = 32
 # Characters of a session's or a cause's name, and of the target's fingerprint.
 MAX_NAME = 64
@@ -246,9 +249,16 @@ def read_header(part: bytes | memoryview) -> Header:
         )
     if len(header.dropped) > MAX_CAUSES:
         raise WireError("header", f"{len(header.dropped)} causes of drops, at most {MAX_CAUSES}")
+    if len(header.requests) > MAX_REQUESTS:
+        raise WireError("values", f"{len(header.requests)} requests, at most {MAX_REQUESTS}")
     counters = (header.captured_seq, header.heartbeats, header.queued, *header.dropped.values())
     if header.sent_seq < 1 or min(counters) < 0 or max(header.sent_seq, *counters) >= 1 << 53:
         raise WireError("values", "counters out of bounds")
+    # what send_queue.py keeps to: only a heartbeat counts what is queued behind it
+    most = header.sent_seq - header.heartbeats + sum(header.dropped.values())
+    most += header.queued if header.kind == "heartbeat" else 0
+    if header.heartbeats > header.sent_seq or header.captured_seq > most:
+        raise WireError("values", f"captured {header.captured_seq}, of which it tells {most}")
     if not (0 <= header.draft_version < 1 << 31 and 0 <= header.extend_version < 1 << 31):
         raise WireError("values", "version out of bounds")
     if not 0 <= header.time_ns < 1 << 63:

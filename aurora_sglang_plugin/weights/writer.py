@@ -213,6 +213,6 @@ def manifests(directory: Path) -> list[contract.Manifest]:
     for version in versions(directory):
         try:
             found.append(contract.read_manifest(Path(directory) / contract.version_name(version)))
-        except contract.ManifestError as error:
+        except (contract.ManifestError, OSError) as error:
             log.warning("version unreadable version=%d error=%s", version, error)
     return found

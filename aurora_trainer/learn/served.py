@@ -2,7 +2,8 @@
 draft, for the gate to score.
 
 Read from the weights directory when the trainer starts, because servers may serve a version that is
-newer than the checkpoint, and when a server rolled a version back.
+newer than the checkpoint, and when a server rolled a version back. What is damaged there costs that
+version and nothing else: its bytes are held against its manifest, as servers do.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 import torch
 
 from aurora_sglang_plugin.weights.manifest import (
+    Manifest,
     ManifestError,
     current_version,
     read_manifest,
     rejected_versions,
+    sha256_file,
     version_name,
 )
 from aurora_trainer.drafts.kinds import Draft, load, stored_dtype
@@ -40,7 +43,7 @@ class Served:
         # versions whose rejection was already heeded
         self.rolled_back: set[int] = set()
         # what the gate compares with; never changed
-        self.initial = self._load(self._initial)
+        self.initial = self._frozen(load(self._initial, tensors))
         self.version, self.draft = self._newest(current_version(self._directory) or 0)
 
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
@@ -52,13 +55,21 @@ class Served:
 
     def to_train(self) -> Draft:
         """A draft of its own, in float32 on the CPU, with the weights as they were published."""
-        path = self._directory / version_name(self.version) if self.version else self._initial
-        return load(path, self._tensors)
+        if not self.version:
+            return load(self._initial, self._tensors)
+        path = self._directory / version_name(self.version)
+        try:
+            return self._checked(path, read_manifest(path))
+        except (ValueError, OSError) as error:
+            log.warning("published version damaged, training goes on from memory error=%s", error)
+            draft = load(self._initial, self._tensors)
+            draft.load_checkpoint(self.draft.checkpoint())
+            return draft
 
     def roll_back(self) -> int | None:
         """If the version was rejected: load the newest that was not, and return it. Else None.
 
-        Raises OSError if the disk refuses; then the rejection is heeded the next time.
+        Raises OSError if the list of them cannot be read; then it is heeded the next time.
         """
         new = rejected_versions(self._directory) - self.rolled_back
         found = self._newest(self.version) if self.version in new else None
@@ -73,25 +84,42 @@ class Served:
         initial draft.
         """
         rejected = rejected_versions(self._directory)
-        while version:
+        while version > 0:
             path = self._directory / version_name(version)
             try:
                 manifest = read_manifest(path)
-                if manifest.target != self._target:
-                    raise ValueError(
-                        f"{path} is for another target; expected one weights.directory for each"
-                        " target"
-                    )
-                if version not in rejected:
-                    return version, self._load(path)
-            except ManifestError as error:
+            except (ValueError, OSError) as error:
                 log.warning(
                     "published version unreadable, going back to the initial draft error=%s", error
                 )
                 break
-            version = manifest.parent
+            if manifest.target != self._target:
+                raise ValueError(
+                    f"{path} is for another target; expected one weights.directory for each target"
+                )
+            if version not in rejected:
+                try:
+                    return version, self._frozen(self._checked(path, manifest))
+                except (ValueError, OSError) as error:
+                    log.warning(
+                        "published version damaged, going back to its parent version=%d error=%s",
+                        version, error,
+                    )  # fmt: skip
+            # a damaged manifest must not lead in a circle
+            version = min(manifest.parent, version - 1)
         return 0, self.initial
 
-    def _load(self, path: Path) -> Draft:
-        draft, of = load(path, self._tensors), self._tensors
+    def _checked(self, path: Path, manifest: Manifest) -> Draft:
+        """The draft of a published version, in float32 on the CPU.
+
+        Raises ManifestError where its bytes are not those of its manifest, ValueError where they
+        are no draft, OSError where they cannot be read.
+        """
+        for name, file in manifest.files.items():
+            if sha256_file(path / name) != file.sha256:
+                raise ManifestError("hash", f"{path / name} is not what was published")
+        return load(path, self._tensors)
+
+    def _frozen(self, draft: Draft) -> Draft:
+        of = self._tensors
         return draft.compute_in(of.device, of.dtype).requires_grad_(False)

@@ -116,7 +116,8 @@ RECORDING: dict[str, Family] = {
     ),
     "aurora_trainer_unrecorded_messages": counter(
         "Messages that were not written to the recording",
-        look="`disk`: the disk refused them, full perhaps; it is tried again every second."
+        look="`disk`: the disk refused them, full perhaps, or their file was removed; it is"
+        " tried again every second."
         " `full`: `trainer.record.max_bytes` is reached and `when_full` is `stop`.",
         read=at("unrecorded"),
         cause=UNRECORDED,

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 SUFFIX = ".trace"
 # after the disk refused a message
 RETRY_S = 1.0
+# between two looks at whether what is written to is still there
+LOOK_S = 1.0
 # that is read back; what is written passed link.max_message_bytes
 MAX_MESSAGE_BYTES = 1 << 30
 OnDamage = Callable[[TraceError], None]
@@ -96,6 +98,8 @@ class Recording:
             os.close(self._lock)
             raise
         self._retry_at = 0.0
+        # when to look again, and what was written since the last look
+        self._look_at, self._unseen = 0.0, 0
 
     @property
     def files(self) -> int:
@@ -110,7 +114,10 @@ class Recording:
             self.counters["disk"] += 1
             return
         try:
+            if time.monotonic() >= self._look_at:
+                self._look()
             self._write(parts)
+            self._unseen += 1
             self._retry_at = 0.0
         except OSError as error:
             if not self._retry_at:
@@ -133,6 +140,35 @@ class Recording:
             log.error("recording not synced directory=%s error=%s", self.directory, error)
         os.close(self._lock)
         self._lock = -1
+
+    def _look(self) -> None:
+        """Begin anew where the directory or the file that is written to was removed or replaced.
+
+        What was written since the last look counts as `disk`.
+        """
+        here = _same(self.directory, self._lock)
+        if here and (self._writer is None or _same(self._writer.path, self._writer.fileno)):
+            self._look_at, self._unseen = time.monotonic() + LOOK_S, 0
+            return
+        self.counters["disk"] += self._unseen
+        writer, self._writer, self._unseen = self._writer, None, 0
+        if writer is not None:
+            log.error("recording removed while it was written path=%s", writer.path)
+            writer.close()
+        if not here:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise
+            os.close(self._lock)
+            self._lock = lock
+        self._files = {path: path.stat().st_size for path in _files(self.directory)}
+        # numbers are never used again
+        self._next = max(self._next, 1 + max(map(_number, self._files), default=-1))
+        self.nbytes = sum(self._files.values())
 
     def _write(self, parts: Sequence[bytes | memoryview]) -> None:
         nbytes, limit = record_bytes(parts), self.config
@@ -274,6 +310,14 @@ class CorruptionLog:
         if len(self.texts) < self.MAX:
             self.texts.append(str(error))
             log.error("recording damaged, going on after it %s", error)
+
+
+def _same(path: Path, fd: int) -> bool:
+    """Whether the path leads to what is open."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _files(directory: Path) -> list[Path]:

@@ -81,6 +81,10 @@ class TraceWriter:
             os.close(self._fd)
             raise
 
+    @property
+    def fileno(self) -> int:
+        return self._fd
+
     def write(self, parts: Sequence[bytes | memoryview]) -> None:
         """Append one record.
 

@@ -18,11 +18,12 @@ import pytest
 import torch
 from published import FIELDS, read_current, tensors
 from test_checkpoint import assert_content, content
-from trainer_process import config, live, status_when, traffic
+from traffic import HIDDEN, VOCAB, write_trace
+from trainer_process import command, config, live, status_when, traffic
 
 from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.link import wire
-from aurora_sglang_plugin.weights.manifest import read_manifest
+from aurora_sglang_plugin.weights.manifest import read_manifest, target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter, versions
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
 from aurora_trainer.daemon import Daemon
@@ -215,6 +216,35 @@ def test_the_loop_survives_the_disk(models, tmp_path):
         and "publish works again" in log
         and "Traceback" not in log
     )
+
+
+def test_a_last_checkpoint_that_is_not_written_is_an_error(models, tmp_path):
+    """Over a recording and live: what was learnt is lost, and both log and exit code say so."""
+    about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
+    write_trace(tmp_path / "trace", requests=6, **about)
+    directory = tmp_path / "checkpoints"
+    refused = ["prlimit", "--fsize=20000:", *command(models, tmp_path, "replay")]
+    ended = subprocess.run(
+        [*refused, str(tmp_path / "trace"), "--steps", "3"], capture_output=True, text=True
+    )
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
+    errors = [line for line in ended.stderr.splitlines() if "no checkpoint of the last" in line]
+    assert errors and all("step, 3, in" in e and str(directory) in e for e in errors)
+    # what the disk takes ends well
+    subprocess.run(
+        [*command(models, tmp_path, "replay"), str(tmp_path / "trace"), "--steps", "3"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert steps(directory) == [3]
+
+    with live(models, tmp_path, trainer__checkpoint__every_steps=0) as (process, server):
+        server.send(traffic(models, 3, "t"))
+        status_when(tmp_path, lambda s: s["steps"] > 3)
+        limit(process, 20_000)
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in log, log
+    assert "no checkpoint of the last step, " in log and str(directory) in log
 
 
 def test_one_sample_that_cannot_be_trained_on_costs_itself(models, tmp_path, caplog):

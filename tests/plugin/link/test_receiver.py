@@ -77,8 +77,8 @@ def test_every_message_arrives_in_order_and_the_ledger_balances(publish, receive
 def test_a_full_receiver_pushes_back_and_the_drops_are_the_publishers(publish, receive):
     receiver, publisher = receive(ReceiveConfig(queue_bytes=1 << 20)), publish(queue_messages=4)
     for value in range(400):
-        # 150 kB with its header
-        offer(publisher, value, 20_000)
+        # 30 kB with its header
+        offer(publisher, value, 4096)
         time.sleep(0.001)
     assert receiver.ledger()["queued_bytes"] < 2 << 20
     dropped = publisher.counters()["dropped"]["queue_full"]
@@ -149,7 +149,7 @@ def test_the_ledger_balances_after_the_trainer_was_killed_or_stopped(
     until(lambda: ledger_path.exists() and publisher.counters()["sent"])
     os.kill(process.pid, harm)
     for value in range(100):
-        offer(publisher, value, 20_000)
+        offer(publisher, value, 4096)
     time.sleep(0.2)
     process.kill()
     process.join()

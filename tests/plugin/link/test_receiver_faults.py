@@ -184,6 +184,56 @@ def test_the_ledger_of_many_servers_stay_exact(bound, monkeypatch, tmp_path):
         assert ledger.forgotten_sessions > 0 and sum(e.lost for e in ledger.sessions.values()) <= 16
 
 
+BAD_COUNTERS = [
+    dict(captured_seq=1 << 52),
+    dict(sent_seq=1 << 52),
+    dict(sent_seq=1 << 52, captured_seq=1 << 52),
+    dict(sent_seq=1 << 30),
+    dict(captured_seq=1 << 52, dropped={"queue_full": 1 << 52}),
+    dict(heartbeats=1 << 52),
+    dict(sent_seq=1 << 52, heartbeats=1 << 52),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_COUNTERS, ids=str)
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_header_with_wrong_counters_costs_itself(bad, at, receive, push):
+    """Whichever counter is wrong, all later messages of its session count as they would without.
+
+    As the first of a session one that could be true is believed.
+    """
+    if at == 1 and bad == dict(sent_seq=1 << 30):
+        pytest.skip("a session may have sent so much before")
+    receiver = receive()
+    for number in range(1, 8):
+        push.send_multipart(parts_of(number, **(bad if number == at else {})))
+    assert values(receiver, 6) == [n for n in range(1, 8) if n != at]
+    ledger = receiver.ledger()
+    assert ledger["rejected"] == {"values": 1}
+    session = ledger["sessions"]["fuzz"]
+    assert session["received"] == 6 and session["lost"] == (at > 1)
+
+
+@pytest.mark.parametrize("old", [None, b"damaged"])
+def test_a_new_ledger_counts_from_where_it_meets_a_session(old, tmp_path):
+    path = tmp_path / "ledger.json"
+    if old is not None:
+        path.write_bytes(old)
+    ledger = Ledger(path)
+    # in the middle; then exact
+    for number in (1000, 1001, 1004):
+        assert ledger.accept(header_of("middle", number))
+    # from the beginning: exact at once
+    for number in (1, 4):
+        assert ledger.accept(header_of("begins", number))
+    assert {n: s.lost for n, s in ledger.sessions.items()} == {"middle": 2, "begins": 2}
+    assert ledger.sessions["middle"].before == 999
+    ledger.write(at_once=True)
+    # one that is whole knows that this session is new
+    ledger = Ledger(path)
+    assert ledger.accept(header_of("later", 3)) and ledger.sessions["later"].lost == 2
+
+
 @pytest.mark.parametrize("ahead_s", [HOUR_S, -HOUR_S, 1.0])
 def test_a_servers_wrong_clock_is_put_right_by_its_heartbeats(ahead_s, receive, push):
     receiver, now_ns = receive(target="target"), time.time_ns()

@@ -11,6 +11,7 @@ from trees import NAMED_TREES
 from wire_messages import MAX, MESSAGES, header, parts_of, verify_arrays
 
 from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link.rows import MAX_REQUEST_ID_BYTES, request_id_fits
 
 
 @pytest.mark.parametrize("kind", MESSAGES)
@@ -88,6 +89,20 @@ def test_size_caps():
     with pytest.raises(wire.WireError) as error:
         wire.decode([b"x" * (wire.MAX_HEADER_BYTES + 1)], max_bytes=1 << 30)
     assert error.value.cause == "header"
+
+
+@pytest.mark.parametrize("kind", ["prefill", "verify", "end"])
+def test_the_largest_message_that_is_allowed_fits_a_header(kind):
+    """Each row is fit to be sent, so their number must not make a message that nobody takes."""
+    b, large = wire.MAX_REQUESTS, (1 << 53) - 1
+    sent = header(
+        kind, requests=["😀" * (MAX_REQUEST_ID_BYTES // 4)] * b, domains=["x" * 32] * b,
+        reasons=["retract"] * b, flags=[1] * b, session="s" * 64, target="t" * 64,
+        dropped={f"{n:064d}": large for n in range(wire.MAX_CAUSES)},
+    )  # fmt: skip
+    assert all(map(request_id_fits, sent.requests))
+    part = wire.encode(sent, MESSAGES[kind]()[1])[0]
+    assert wire.read_header(part).requests == sent.requests
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True, database=None)

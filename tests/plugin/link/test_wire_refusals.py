@@ -65,7 +65,20 @@ BAD_HEADER = {
     "many causes": ("verify", head(dropped={str(n): 1 for n in range(33)}), "header"),
     "negative counter": ("verify", head(dropped={"queue_full": -1}), "values"),
     "huge counter": ("verify", head(sent_seq=1 << 60), "values"),
+    "captured more than it tells of": ("verify", head(captured_seq=1 << 52), "values"),
+    "captured what is still queued": ("verify", head(captured_seq=5, queued=4), "values"),
+    "heartbeat of more than it tells of": (
+        "heartbeat",
+        head(captured_seq=7, queued=4, dropped={"queue_full": 1}),
+        "values",
+    ),
+    "more heartbeats than messages": (
+        "verify",
+        head(heartbeats=2, dropped={"queue_full": 9}),
+        "values",
+    ),
     "version beyond int32": ("verify", head(draft_version=1 << 40), "values"),
+    "more requests than a step has": ("heartbeat", head(requests=["r"] * 4097), "values"),
     "time beyond int64": ("verify", head(time_ns=1 << 63), "values"),
 }
 
@@ -100,7 +113,8 @@ REFUSED = BAD_HEADER | {
 
 # What costs one request: the other one of the message goes on.
 BAD_ROW = {
-    "long id": ("verify", head(requests=["x" * 1025, "b"]), "request"),
+    "long id": ("verify", head(requests=["x" * 257, "b"]), "request"),
+    "long id in bytes": ("verify", head(requests=["😀" * 65, "b"]), "request"),
     "domain too long": ("end", head(domains=["x" * 33, ""]), "domain"),
     "domain with a control character": ("end", head(domains=["a\x1b[2J", ""]), "domain"),
     "negative position": ("verify", at("positions", 0, -1), "position"),

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from test_capture import make_capture, prefill_step, request, verify_step
 
-from aurora_sglang_plugin.link.rows import MAX_REQUEST_ID_CHARS, request_id_fits
+from aurora_sglang_plugin.link.rows import MAX_REQUEST_ID_BYTES, request_id_fits
 from aurora_sglang_plugin.serve.excluded import CAUSES, why_excluded
 
 
@@ -47,14 +47,31 @@ def test_what_says_nothing_of_capture_is_taken():
 
 
 @pytest.mark.parametrize(
-    "rid", ["", "x" * (MAX_REQUEST_ID_CHARS + 1), 7, None, ["a"], "\ud800", "a\udfffb"]
+    "rid",
+    [
+        "",
+        "x" * (MAX_REQUEST_ID_BYTES + 1),
+        "😀" * (MAX_REQUEST_ID_BYTES // 4) + "x",
+        "я" * MAX_REQUEST_ID_BYTES,
+        7,
+        None,
+        ["a"],
+        "\ud800",
+        "a\udfffb",
+    ],
 )
 def test_ids_that_no_message_may_carry(rid):
     assert not request_id_fits(rid) and cause(rid) == "request_id"
 
 
 def test_ids_that_a_message_may_carry():
-    for rid in ("x" * MAX_REQUEST_ID_CHARS, "трасса-1", "😀", "HEALTH"):
+    for rid in (
+        "x" * MAX_REQUEST_ID_BYTES,
+        "😀" * (MAX_REQUEST_ID_BYTES // 4),
+        "трасса-1",
+        "😀",
+        "HEALTH",
+    ):
         assert request_id_fits(rid) and cause(rid) is None
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(rid)) == rid
 

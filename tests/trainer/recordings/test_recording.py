@@ -3,6 +3,7 @@ reported where it is.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,70 @@ recording.close()
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], check=True)
     assert [parts[0] for parts in read(tmp_path / "r")] == [b"0", b"1", b"2", b"3", b"4", b"again"]
     assert RETRY_S <= 2
+
+
+def replaced(path):
+    path.rename(path.with_name("away"))
+    path.mkdir() if path.with_name("away").is_dir() else path.touch()
+
+
+def directory_removed(directory):
+    shutil.rmtree(directory)
+
+
+def file_removed(directory):
+    recording_files(directory)[-1].unlink()
+
+
+@pytest.mark.parametrize(
+    "remove",
+    [
+        directory_removed,
+        file_removed,
+        replaced,
+        lambda directory: directory.rename(directory.with_name("away")),
+        lambda directory: replaced(recording_files(directory)[-1]),
+    ],
+    ids=["directory", "file", "another directory", "directory renamed", "another file"],
+)
+def test_a_recording_that_is_removed_begins_anew(tmp_path, remove, monkeypatch, caplog):
+    monkeypatch.setattr("aurora_trainer.recordings.recording.LOOK_S", 0.05)
+    recording = Recording(tmp_path / "r", RecordConfig())
+    for parts in MESSAGES[:5]:
+        recording.write(parts)
+    remove(tmp_path / "r")
+    time.sleep(0.06)
+    for parts in MESSAGES[5:10]:
+        recording.write(parts)
+    # what went into nothing since the last look, and neither more nor less of it
+    assert 1 <= recording.counters["disk"] <= 5
+    assert sum("removed while" in r.getMessage() for r in caplog.records) == 1
+    # what was put in the file's place may be no trace
+    assert read(tmp_path / "r", [].append)[-5:] == MESSAGES[5:10]
+    assert recording.files == len(recording_files(tmp_path / "r"))
+    assert recording.nbytes == sum(f.stat().st_size for f in recording_files(tmp_path / "r"))
+    # its lock is of the directory that is there
+    with pytest.raises(ValueError, match="another process"):
+        Recording(tmp_path / "r", CONFIG)
+    recording.close()
+
+
+def test_a_directory_that_cannot_come_back_is_tried_again(tmp_path, monkeypatch):
+    for name in ("LOOK_S", "RETRY_S"):
+        monkeypatch.setattr(f"aurora_trainer.recordings.recording.{name}", 0.0)
+    recording = Recording(tmp_path / "r", CONFIG)
+    recording.write(MESSAGES[0])
+    shutil.rmtree(tmp_path / "r")
+    (tmp_path / "r").write_text("in the way")
+    for parts in MESSAGES[1:3]:
+        recording.write(parts)
+    faults = recording.counters["disk"]
+    # the one before, and the two that were refused
+    assert faults == 3 and recording.counters["messages"] == 1
+    (tmp_path / "r").unlink()
+    recording.write(MESSAGES[3])
+    assert recording.counters["messages"] == 2 and read(tmp_path / "r") == [MESSAGES[3]]
+    recording.close()
 
 
 def damaged(directory, damage):
