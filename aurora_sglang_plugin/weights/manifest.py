@@ -86,8 +86,8 @@ def current_version(directory: Path) -> int | None:
     Raises ManifestError("current").
     """
     try:
-        with open(Path(directory) / CURRENT) as file:
-            text = file.read(64).strip()
+        with open(Path(directory) / CURRENT, "rb") as file:
+            text = file.read(64).decode(errors="replace").strip()
     except FileNotFoundError:
         return None
     if not re.fullmatch(r"v\d{6,12}", text):

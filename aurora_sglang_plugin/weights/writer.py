@@ -70,7 +70,7 @@ class WeightsWriter:
         self._lock = _lock(self.directory)
         for name in remove_temporaries(self.directory):
             log.warning("stale temporary removed name=%s", name)
-        current = contract.current_version(self.directory) or 0
+        current = served_version(self.directory)
         self.newest = max([current, *versions(self.directory)])
         # A version that a killed writer never named by CURRENT was never served: its weights may
         # come again.
@@ -200,6 +200,17 @@ def _lock(directory: Path) -> TextIO:
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def served_version(directory: Path) -> int:
+    """The version that CURRENT names, 0 if there is none; of a damaged CURRENT, the newest that is
+    there: the next publication mends it."""
+    try:
+        return contract.current_version(directory) or 0
+    except contract.ManifestError as error:
+        newest = max(versions(directory), default=0)
+        log.warning("damaged, taking version=%d for it error=%s", newest, error)
+        return newest
 
 
 def versions(directory: Path) -> list[int]:

@@ -16,12 +16,12 @@ import torch
 from aurora_sglang_plugin.weights.manifest import (
     Manifest,
     ManifestError,
-    current_version,
     read_manifest,
     rejected_versions,
     sha256_file,
     version_name,
 )
+from aurora_sglang_plugin.weights.writer import served_version
 from aurora_trainer.drafts.kinds import Draft, load, stored_dtype
 from aurora_trainer.drafts.target import TargetTensors
 
@@ -44,7 +44,7 @@ class Served:
         self.rolled_back: set[int] = set()
         # what the gate compares with; never changed
         self.initial = self._frozen(load(self._initial, tensors))
-        self.version, self.draft = self._newest(current_version(self._directory) or 0)
+        self.version, self.draft = self._newest(served_version(self._directory))
 
     def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
         """A new version was published."""

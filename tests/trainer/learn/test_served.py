@@ -122,3 +122,15 @@ def test_all_damaged_is_the_initial_draft(models, site):
     training = Daemon(config(models, site)).training
     assert training.served.version == 0
     training.close()
+
+
+@pytest.mark.parametrize("content", [b"", b"v1\n", b"\xff\xfe", b"../../etc"])
+def test_a_damaged_current_is_taken_for_the_newest_and_mended(models, site, content):
+    (site / "weights" / "CURRENT").write_bytes(content)
+    training = Daemon(config(models, site)).training
+    assert training.served.version == training.writer.newest == 3
+    about = dict(target=training.target, parent=3, optimizer_step=9)
+    tensors = training.draft.checkpoint(training.served.dtype)
+    training.writer.publish(tensors, training.draft.config.to_json("float32"), **about)
+    training.close()
+    assert (site / "weights" / "CURRENT").read_text() == "v000004\n"
