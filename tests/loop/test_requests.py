@@ -148,7 +148,7 @@ def test_odd_ids_and_opt_outs_cost_their_own_requests_only(loop, stream):
     before = loop.metrics()
     out = [{"aurora_capture": value} for value in (False, "false", 0, None)]
     custom = [*out, None, None, {"aurora_capture": True}]
-    rids = [*(uuid.uuid4().hex for _ in out), "x" * 2000, "y" * 1024, uuid.uuid4().hex]
+    rids = [*(uuid.uuid4().hex for _ in out), "x" * 2000, "é" * 128, uuid.uuid4().hex]
     params = [{"max_new_tokens": 12, "custom_params": c} for c in custom]
     answers = loop.generate(prompts(stream, 35000, len(rids)), params, rids)
     assert all(len(a["output_ids"]) == 12 for a in answers)

@@ -29,7 +29,8 @@ def test_round_trip(kind):
 def test_every_named_tree_travels(name):
     arrays = verify_arrays(NAMED_TREES[name])
     steps = arrays["accept_path"][1].shape[1] - 1
-    message = wire.decode(wire.encode(header(num_steps=steps), arrays), max_bytes=MAX)
+    about = header(num_steps=steps, topk=wire.MAX_NODES)
+    message = wire.decode(wire.encode(about, arrays), max_bytes=MAX)
     nodes = len(NAMED_TREES[name])
     assert (
         message.arrays["parents"][:, :nodes].tolist() == [NAMED_TREES[name]] * 2 and not message.bad
