@@ -19,6 +19,7 @@ import time
 import urllib.request
 import zlib
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,6 @@ class Audit:
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._waiting: deque[Finished] = deque(maxlen=WAITING)
         self._stop = threading.Event()
-        self._logged: set[str] = set()
         self._thread = threading.Thread(target=self._run, name="aurora-audit", daemon=True)
 
     def start(self) -> None:
@@ -86,8 +86,8 @@ class Audit:
         decoded again. Never raises."""
         try:
             self._remember(req)
-        except Exception:
-            self.results["failed"] += 1
+        except Exception as error:
+            self._failed(error)
 
     def _remember(self, req: Any) -> None:
         if zlib.crc32(str(req.rid).encode(errors="replace")) >= self._share * 2**32:
@@ -102,19 +102,19 @@ class Audit:
     def _run(self) -> None:
         while not self._stop.wait(POLL_S):
             if self._waiting and time.monotonic() - self.round_at > IDLE_S:
-                self.look(self._waiting.popleft())
+                self.disturbed = False
+                # the target may be changed at any moment, and then nothing waits
+                with suppress(IndexError):
+                    self.look(self._waiting.popleft())
 
     def look(self, finished: Finished) -> None:
         """Decode it again, and count the result."""
-        self.disturbed = False
         try:
             result, position, gap = compare(finished.output, self._decode(finished))
         except Exception as error:
-            # an audit that fails harms nobody
-            result, position, gap = "failed", 0, 0.0
-            if "failed" not in self._logged:
-                log.warning("aurora audit failed (counted, logged once) error=%r", error)
-        if self.disturbed and result != "failed":
+            self._failed(error)
+            return
+        if self.disturbed:
             result = "interrupted"
         self.results[result] += 1
         if result == "different":
@@ -122,7 +122,12 @@ class Audit:
                 "aurora audit: a request's output differs from plain decoding at token=%d of %d,"
                 " gap=%.3f", position, len(finished.output), gap,
             )  # fmt: skip
-        self._logged.add(result)
+
+    def _failed(self, error: Exception) -> None:
+        """An audit that fails harms nobody."""
+        if not self.results["failed"]:
+            log.warning("aurora audit failed (counted, logged once) error=%r", error)
+        self.results["failed"] += 1
 
     def _decode(self, finished: Finished) -> dict[str, Any]:
         body = {
