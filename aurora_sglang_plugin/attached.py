@@ -47,6 +47,8 @@ def on_release(req: Any) -> None:
 
 
 class Attached:
+    """Mixed in before a worker of SGLang's, whose methods it calls with `super()`."""
+
     # SGLang's: once it is made
     server_args: Any
     target_worker: Any

@@ -171,15 +171,14 @@ def write_draft(weights: Weights, out: Path, dtype: str = "same", force: bool = 
         )
     to = weights.dtype if dtype == "same" else NAMES[dtype]
     cast = dtype != "same" or weights.cast_to is not None
+
+    def written(t: Tensor) -> Tensor:
+        if cast and t.is_floating_point():
+            return t.to(to)
+        return t.float() if t.dtype == torch.float64 else t
+
     tensors = {
-        _written(n, weights.config): (
-            t.to(to)
-            if cast and t.is_floating_point()
-            else t.float()
-            if t.dtype == torch.float64
-            else t
-        ).contiguous()
-        for n, t in weights.tensors.items()
+        _written(n, weights.config): written(t).contiguous() for n, t in weights.tensors.items()
     }
     files = {
         "config.json": (json.dumps(_config(weights, to), indent=2) + "\n").encode(),
