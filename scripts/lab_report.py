@@ -170,7 +170,7 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
         f"The first {size} requests of each run.",
         "",
         f"| arm | seeds | accept length by quarters | later half | against `{TODAY}` |"
-        f" r against `{reference}` | updates | CPU s |",
+        f" r against `{reference}` | updates a request | CPU s a request |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(found, key=lambda name: -accept_length(half(found[name]))):
@@ -184,12 +184,14 @@ def table(lines: Sequence[dict[str, Any]]) -> list[str]:
         each = [accept_length(half(seed[None])) for seed in own]
         later = " ".join(f"{length:.3f}" for length in each)
         quarters = " ".join(f"{accept_length(part):.2f}" for part in np.array_split(own, 4, 1))
+        # runs may be of different lengths
         updates, cpu = (
-            np.mean([line[name] for line in by_arm[arm]]) for name in ("updates", "cpu_s")
+            np.mean([line[name] / len(line["steps"]) for line in by_arm[arm]])
+            for name in ("updates", "cpu_s")
         )
         rows.append(
-            f"| `{arm}` | {len(own)} | {quarters} | {later} | {change} | {fewer} | {updates:.0f} |"
-            f" {cpu:.0f} |"
+            f"| `{arm}` | {len(own)} | {quarters} | {later} | {change} | {fewer} | {updates:.2f} |"
+            f" {cpu:.2f} |"
         )
     return rows
 
