@@ -110,12 +110,21 @@ def run(recording: Path, arm: dict[str, Any], config: TrainerFile, requests: int
     torch.set_num_threads(config.trainer.pace.threads)
     training, cpu_s = Training(config), 0.0
     ideas = [IDEAS[name](training) for name in arm.get("ideas", [])]
-    scores, domains, due = [], [], 0
-    for window in windows(recording, config, arm["swap_every"]):
-        scores += accept(training, window)
+    # what is learned does not depend on when it is served, so that one run tells of several
+    lags = [arm["swap_every"], *arm.get("also_every", [])]
+    scores: dict[int, list[tuple[float, float]]] = {lag: [] for lag in lags}
+    domains, due = [], 0
+    for window in windows(recording, config, max(lags)):
         domains += [sample.domain for sample in window]
-        began = time.process_time()
-        for sample in window:
+        for number, sample in enumerate(window):
+            swapped = [lag for lag in lags if number % lag == 0]
+            began = time.process_time()
+            if swapped and training.updates:
+                training.publish()
+            cpu_s += time.process_time() - began
+            for lag in swapped:
+                scores[lag] += accept(training, window[number : number + lag])
+            began = time.process_time()
             for idea in ideas:
                 idea.request(sample)
             training._keep(sample)
@@ -123,18 +132,22 @@ def run(recording: Path, arm: dict[str, Any], config: TrainerFile, requests: int
             while enough(arm, training, due):
                 due = 0
                 training.step()
-        training.publish()
-        cpu_s += time.process_time() - began
-        if requests and len(scores) >= requests:
+            cpu_s += time.process_time() - began
+        if requests and len(domains) >= requests:
             break
+    first, *others = (
+        {"steps": [int(n) for n, _ in found], "tokens": [int(n) for _, n in found]}
+        for found in scores.values()
+    )
     figures = {
-        "steps": [int(steps) for steps, _ in scores],
-        "tokens": [int(tokens) for _, tokens in scores],
+        **first,
         "domains": domains,
         "updates": training.updates,
         "positions": training.positions,
         "cpu_s": round(cpu_s, 1),
     }
+    if others:
+        figures["by_lag"] = dict(zip(lags[1:], others))
     training.close()
     return figures
 
