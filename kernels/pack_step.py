@@ -48,8 +48,8 @@ def pack_step(step: dict[str, Tensor | None], ints: Tensor, features: Tensor,
 
     step: hidden [B * N, F], accepted nodes in front of each request's; accept_lens [B];
     accept_index [B, P], row * N + node; positions, draft_tokens, next_tokens [B * N]; next_token
-    and next_sibling [B * N], or None where trees are chains; rows int64 [b], the kept requests, or
-    None for all. Integers of any width; contiguous but for hidden's rows, which may lie apart.
+    and next_sibling [B * N], None or left out where trees are chains; rows int64 [b], the kept
+    requests, or None for all. Integers of any width; hidden's rows may lie apart.
     """
     hidden = step["hidden"]
     if use_kernels(hidden) and len(ints):
@@ -67,13 +67,15 @@ def pack_step_ref(
     step: dict[str, Tensor | None], layers: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ints, features [T, F], scales [T, layers]) of pack_step; `layers` 0: features as they are,
-    no scales."""
+    no scales. hidden, positions and next_tokens may be those of a path's nodes alone, [B * P]."""
     lens, index, rows = step["accept_lens"], step["accept_index"], step.get("rows")
     size, path = index.shape
-    nodes = len(step["draft_tokens"]) // size
+    nodes = step["draft_tokens"].numel() // size
 
     def of_nodes(name: str) -> Tensor:
-        return step[name].reshape(size, nodes, *step[name].shape[1:])
+        # where not all nodes matter, they need not all be there
+        columns = step[name].shape[1:] if name == "hidden" else ()
+        return step[name].reshape(size, -1, *columns)
 
     on_path = torch.arange(path, device=lens.device) < lens[:, None]
     parts = [
@@ -120,11 +122,11 @@ def _launches(
     """(kernel, grid, arguments, constexprs, options) of pack_step."""
     path, (hidden, size) = step["accept_index"].shape[1], (step["hidden"], len(step["accept_lens"]))
     assert hidden.stride(1) == 1 and path <= MAX_NODES
-    nodes = len(step["draft_tokens"]) // size
+    nodes = step["draft_tokens"].numel() // size
     constexprs, options = _width(hidden, scales, features)
     layers = hidden.shape[1] // constexprs["WIDTH"]
     names = ("accept_lens", "accept_index", "positions", "draft_tokens", "next_tokens")
-    arguments = {name: step[name] for name in ("hidden", *names)}
+    arguments = {"hidden": hidden} | {name: step[name].contiguous() for name in names}
     arguments |= {name: step.get(name) for name in ("next_token", "next_sibling", "rows")}
     arguments |= dict(ints=ints, features=features, scales=scales, nodes=nodes, path=path)
     return [
