@@ -1,5 +1,6 @@
 """The manifests of docs/deploy: kustomize builds them, the published schemas take them, and every
-command, setting, port, path and figure in them is the program's own.
+command, setting, port, path and figure in them is the program's own. That SGLang takes the servers'
+commands is in tests/plugin/test_algorithm.py, which asks it once for all.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import tomllib
 from pathlib import Path
 
 import jsonschema
+import manifests
 import pytest
 import yaml
-from models import make_random_draft, make_random_target
+from manifests import DEPLOY, MODELS, ROOT, VERSIONS, WAYS, config_text, container, kubectl, pod
+from models import make_random_target
 from typer.main import get_command
 
-from aurora_sglang_plugin.algorithm import TESTED
 from aurora_sglang_plugin.config import ENV_CONFIG, ServerConfig, load
 from aurora_sglang_plugin.endpoint import is_local
 from aurora_sglang_plugin.link.keys import check_pair, load_server_keys, load_trainer_keys
@@ -33,55 +35,21 @@ from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.target import read_config
 from aurora_trainer.tools import plan, sizes
 
-ROOT = Path(__file__).parents[1]
-DEPLOY = ROOT / "docs" / "deploy"
 DASHBOARDS = ROOT / "docs" / "dashboards"
 CRDS = Path(__file__).parent / "support" / "crds"
-WAYS = ("with-draft", "untrained-draft", "without-draft")
 NAME = "app.kubernetes.io/name"
 UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
-# what a pod's paths are here
-MODELS, VERSIONS = "/models", "/aurora/versions"
-
-
-def kubectl(*words: str) -> str:
-    """What it prints. It talks to no cluster."""
-    beside = Path(sys.executable).parent / "kubectl"
-    tool = os.environ.get("KUBECTL") or (beside if beside.exists() else shutil.which("kubectl"))
-    if not tool:
-        pytest.skip("no kubectl: `make setup` installs one on Linux, or name it in KUBECTL")
-    return subprocess.run([tool, *words], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[tuple[str, str], dict]]:
     """Way of use -> (kind, name) -> object."""
-    found = {}
-    for way in WAYS:
-        objects = list(yaml.safe_load_all(kubectl("kustomize", str(DEPLOY / "overlays" / way))))
-        found[way] = {(o["kind"], o["metadata"]["name"]): o for o in objects}
-        assert len(found[way]) == len(objects)
-    return found
+    return {way: manifests.build(way) for way in WAYS}
 
 
 @pytest.fixture(scope="module")
 def base(built):
     return built["without-draft"]
-
-
-def pod(objects: dict, kind: str) -> dict:
-    (found,) = (o for (of, _), o in objects.items() if of == kind)
-    return found["spec"]["template"]
-
-
-def container(objects: dict, kind: str, name: str = "", init: bool = False) -> dict:
-    found = pod(objects, kind)["spec"]["initContainers" if init else "containers"]
-    return next(c for c in found if c["name"] == name) if name else found[0]
-
-
-def config_text(objects: dict) -> str:
-    (found,) = (o for (_, name), o in objects.items() if name.startswith("aurora-config"))
-    return found["data"]["aurora.toml"]
 
 
 def trainer_words(objects: dict) -> list[str]:
@@ -252,43 +220,6 @@ def test_the_trainers_command_is_its_own(built, way, tmp_path):
     assert option(server, "--model-path") == config.trainer.model.target
 
 
-# What SGLang and the plugin make of a server's command line (tests/plugin/test_algorithm.py).
-RESOLVE = """
-import json, sys
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.server_args import prepare_server_args
-for line in json.loads(sys.argv[1]):
-    args = prepare_server_args(line)
-    args.resolve_once()
-    print("RESULT", args.speculative_algorithm, args.host, args.port, args.enable_metrics)
-"""
-
-
-def test_sglang_and_the_plugin_take_the_servers_command(built, tmp_path):
-    target = make_random_target(tmp_path / "models" / "target")
-    for folder in ("models", "versions"):
-        make_random_draft(tmp_path / folder / "draft", target, aux_layer_ids=[0, 2, 4])
-    (tmp_path / "aurora.toml").write_text(config_text(built["with-draft"]))
-    lines = []
-    for way in WAYS:
-        server = container(built[way], "Deployment")
-        assert server["command"][1:] == ["-m", "sglang.launch_server"]
-        text = json.dumps(server["args"])
-        text = text.replace(MODELS, f"{tmp_path}/models").replace(VERSIONS, f"{tmp_path}/versions")
-        # what this machine is not
-        lines.append([*json.loads(text), "--device=cpu", "--dtype=bfloat16"])
-    environment = {
-        **os.environ, "SGLANG_USE_CPU_ENGINE": "1", ENV_CONFIG: str(tmp_path / "aurora.toml")
-    }  # fmt: skip
-    command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    assert found == ["RESULT AURORA 0.0.0.0 30000 True"] * 3
-    assert container(built["with-draft"], "Deployment")["ports"][0]["containerPort"] == 30000
-
-
 def test_probes_ask_for_what_is_there(base):
     sglang = Path(importlib.util.find_spec("sglang").origin).parent / "srt" / "entrypoints"
     source = (sglang / "http_server.py").read_text()
@@ -366,7 +297,6 @@ def test_the_untrained_draft_is_made_once_and_waited_for(built, tmp_path):
     target = make_random_target(tmp_path / "models" / "target", vocab=64, hidden=32)
     versions = tmp_path / "versions"
     (versions / "draft.new").mkdir(parents=True)
-    here = {f"{MODELS}/": Path(f"{target.parent}/"), VERSIONS: versions}
     here = {MODELS: target.parent, VERSIONS: versions}
     make = container(objects, "StatefulSet", "make-draft", init=True)
     shell(make, here)
@@ -420,4 +350,5 @@ def test_the_container_files_are_of_this_repository(base, side, kind):
     command = container(base, kind)["command"]
     assert command[: len(entry)] == entry
     torch = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text())[0]
-    assert f"FROM lmsysorg/sglang:v{TESTED}\n" in text if side == "server" else torch in text
+    sglang = re.search(r"sglang==([\d.]+)", (ROOT / "Makefile").read_text())[1]
+    assert f"FROM lmsysorg/sglang:v{sglang}\n" in text if side == "server" else torch in text
