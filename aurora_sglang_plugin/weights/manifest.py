@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def read_manifest(version_dir: Path) -> Manifest:
     """Read and check manifest.json against its directory's name and files' sizes; hashes are for
     the loader to check.
 
-    Raises ManifestError with cause one of: missing, manifest, format, name, size.
+    Raises ManifestError with cause one of: missing (not there, or cannot be read now), manifest,
+    format, name, size.
     """
     path = Path(version_dir) / "manifest.json"
     try:
@@ -128,8 +130,8 @@ def read_manifest(version_dir: Path) -> Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestError("manifest", f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
         manifest = msgspec.json.decode(data, type=Manifest)
-        sizes = {name: (Path(version_dir) / name).stat().st_size for name in FILES}
-    except FileNotFoundError as error:
+        sizes = {name: _size(Path(version_dir) / name) for name in FILES}
+    except OSError as error:
         raise ManifestError("missing", str(error)) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ManifestError("manifest", f"{path}: {error}") from None
@@ -146,6 +148,12 @@ def read_manifest(version_dir: Path) -> Manifest:
             "size", f"{version_dir}: files are {sizes}, the manifest says {manifest.files}"
         )
     return manifest
+
+
+def _size(path: Path) -> int:
+    """Of the file as it is: by its name a network file system may tell what it was."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def sha256_file(path: Path) -> str:
