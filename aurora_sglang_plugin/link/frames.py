@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-SCHEMA_VERSION, FLOAT8_SCHEMA = 2, 3
+from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA
+
 MAX_NODES = 64
 MAX_STEPS = 16
 MAX_KEPT = 128

@@ -35,7 +35,6 @@ import numpy as np
 from aurora_sglang_plugin.link.frames import (
     DTYPES,
     FEATURES,
-    FLOAT8_SCHEMA,
     FRAMES,
     MAX_FEATURES,
     MAX_KEPT,
@@ -43,11 +42,12 @@ from aurora_sglang_plugin.link.frames import (
     MAX_NODES,
     MAX_STEPS,
     SCALES,
-    SCHEMA_VERSION,
     frames_of,
 )
 from aurora_sglang_plugin.link.rows import DOMAIN as DOMAIN
 from aurora_sglang_plugin.link.rows import bad_rows
+from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA, SCHEMAS, refusal
+from aurora_sglang_plugin.link.schemas import SCHEMA_VERSION as SCHEMA_VERSION
 
 # a header of MAX_REQUESTS, each with the longest id, label and reason, is smaller
 MAX_HEADER_BYTES = 2 << 20
@@ -80,7 +80,7 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
-class Header(msgspec.Struct, forbid_unknown_fields=True):
+class Header(msgspec.Struct, omit_defaults=True):
     """Part 0 of every message. Counters are cumulative for the session."""
 
     schema: int
@@ -169,11 +169,10 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
 
 
 def decode(parts: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
-    """Check and view a received message; nothing is allocated before it is checked, nothing is
-    copied.
+    """Check and view a received message; nothing is allocated before it is checked, or copied.
 
-    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values. A
-    request whose row alone is at fault does not raise: it is in the message's `bad`.
+    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values; a
+    request whose row alone is at fault is in the message's `bad`.
     """
     if not parts or len(parts) > MAX_FRAMES + 1:
         raise WireError("header", f"{len(parts)} parts")
@@ -193,14 +192,12 @@ def read_header(part: bytes | memoryview) -> Header:
     if len(part) > MAX_HEADER_BYTES:
         raise WireError("header", f"header of {len(part)} bytes, at most {MAX_HEADER_BYTES}")
     try:
-        header = _decoder.decode(part)
+        header, problem = _decoder.decode(part), ""
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise WireError("header", str(error)) from None
-    if header.schema not in (SCHEMA_VERSION, FLOAT8_SCHEMA):
-        raise WireError(
-            "schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION} and"
-            f" {FLOAT8_SCHEMA}: install the same version of Aurora on both sides",
-        )  # fmt: skip
+        header, problem = None, str(error)
+    if header is None or header.schema not in SCHEMAS:
+        refused = refusal(part)
+        raise WireError("schema" if refused else "header", refused or problem)
     if not 0 < len(header.session) <= MAX_NAME or any(
         len(n) > MAX_NAME for n in (header.target, *header.dropped)
     ):

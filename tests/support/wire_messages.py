@@ -6,7 +6,8 @@ from aurora_kernels.pack_step import float8_ref
 from trees import depths
 
 from aurora_sglang_plugin.link import rows, wire
-from aurora_sglang_plugin.link.frames import FEATURES, FLOAT8_SCHEMA, SCALES
+from aurora_sglang_plugin.link.frames import FEATURES, SCALES
+from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA
 
 MAX = 1 << 20
 

@@ -220,7 +220,7 @@ def test_a_bad_row_is_its_own_and_can_be_left_out(name):
 def test_an_unknown_schema_names_its_remedy():
     sent, arrays = MESSAGES["verify"]()
     sent.schema = 4
-    with pytest.raises(wire.WireError, match="this side speaks 2 and 3: install the same version"):
+    with pytest.raises(wire.WireError, match="this side reads 2 to 3: upgrade the"):
         wire.decode(wire.encode(sent, arrays), max_bytes=MAX)
 
 
