@@ -65,6 +65,8 @@ CAUSES = ("accept_length", "initial")
 
 # steps, tokens
 Walked = tuple[float, float]
+# number of the request, walk with the served draft, walk with the initial one
+Pair = tuple[int, Walked, Walked]
 
 
 class DriftConfig(Section):
@@ -102,8 +104,8 @@ class Drift:
         self.sum = 0.0
         self._since = 0
         self._count, self._mean, self._variance = 0, 0.0, 0.0
-        # number, served, initial: walked with the draft that is served now
-        self._pairs: deque[tuple[int, Walked, Walked]] = deque(maxlen=RECENT)
+        # walked with the draft that is served now
+        self._pairs: deque[Pair] = deque(maxlen=RECENT)
         # requests since the change for which it is fresh, and where it began
         self._fresh, self._fresh_since = 0, 0
         # the initial draft was said to be ahead of the draft that is served now
@@ -127,8 +129,8 @@ class Drift:
         if self.config.rest_requests:
             self._lengths.append(x)
             events += self._rest(number)
-        if not self._said and self.ahead() is not None:
-            self._said, since = True, self._compared()[0][0]
+        if not self._said and (ahead := self.ahead()) is not None:
+            self._said, since = True, self._pairs[-ahead.requests][0]
             events.append(Event("initial", since))
             if not self._fresh:
                 self._change("initial", number, since)
@@ -137,18 +139,12 @@ class Drift:
 
     def ahead(self) -> Decision | None:
         """What says that the initial draft is ahead of the served one, if it is."""
-        pairs = self._compared()
-        if len(pairs) < (SOON if self._fresh else AT_ONCE):
-            return None
-        served, initial = (np.array([pair[at] for pair in pairs]) for at in (1, 2))
-        mean, stderr = difference(initial, served)
-        # Student's t, to its first order
-        bound = BOUND + (BOUND**3 + BOUND) / (4 * (len(pairs) - 1))
-        # a draft that is the same has no error
-        if not mean > (1.0 if self._fresh else bound) * stderr:
-            return None
-        lengths = accept_length(served), math.nan, accept_length(initial)
-        return Decision("initial", "initial", len(pairs), *lengths, stderr=stderr)
+        pairs = list(self._pairs)
+        if not self._fresh:
+            return _ahead(pairs, AT_ONCE, BOUND)
+        # the change is dated to a few requests, and some before it may be among them
+        since = [pair for pair in pairs if pair[0] >= self._fresh_since]
+        return _ahead(since, SOON, 1.0) or _ahead(since[-AT_ONCE:], SOON, 1.0)
 
     def serve(self) -> None:
         """Another draft is served from now on."""
@@ -195,10 +191,6 @@ class Drift:
         self.changed_at = number
         log.warning("traffic changed cause=%s request=%d since=%d", cause, number, since)
 
-    def _compared(self) -> list[tuple[int, Walked, Walked]]:
-        since = self._fresh_since if self._fresh else 0
-        return [pair for pair in self._pairs if pair[0] >= since]
-
     def _rest(self, number: int) -> list[Event]:
         half = self.config.rest_requests
         # an alarm of this very request
@@ -227,3 +219,23 @@ class Drift:
         self._lengths.clear()
         rested, self.resting = self.resting, False
         return [Event("works", number)] if rested else []
+
+
+def _ahead(pairs: list[Pair], least: int, bound: float) -> Decision | None:
+    """What says that the initial draft is ahead by so many standard errors, of at least so many."""
+    if len(pairs) < least:
+        return None
+    served, initial = (np.array([pair[at] for pair in pairs]) for at in (1, 2))
+    mean, stderr = difference(initial, served)
+    # Student's t, to its first order
+    bound += (bound**3 + bound) / (4 * (len(pairs) - 1))
+    if not mean > bound * stderr:
+        return None
+    return Decision(
+        "initial",
+        "initial",
+        len(pairs),
+        served=accept_length(served),
+        initial=accept_length(initial),
+        stderr=stderr,
+    )
