@@ -22,9 +22,11 @@ from aurora_trainer.daemon import Daemon
 from aurora_trainer.learn.drift import Event
 
 GATE = (
-    "trainer.gate.enabled=true", "trainer.gate.requests=6", "trainer.gate.min_requests=3",
-    "trainer.optimizer.average=0.9",
-)  # fmt: skip
+    "trainer.gate.enabled=true",
+    "trainer.gate.requests=6",
+    "trainer.gate.min_requests=3",
+)
+AVERAGE = "trainer.optimizer.average=0.9"
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_an_initial_draft_that_the_trainer_made_is_neither_walked_nor_published(
 
 
 def test_the_best_of_weights_and_mean_is_published(models, stream, tmp_path):
-    training = open_training(models, tmp_path, "float32", *GATE)
+    training = open_training(models, tmp_path, "float32", *GATE, AVERAGE)
     for number, message in enumerate(stream):
         training.feed(message, number)
         while training.due():
@@ -140,7 +142,7 @@ def test_the_best_of_weights_and_mean_is_published(models, stream, tmp_path):
 
 def test_a_change_of_traffic_wakes_training(models, stream, tmp_path):
     site = "trainer.optimizer.schedule=cosine", "trainer.optimizer.cosine_updates=40"
-    training = open_training(models, tmp_path, "float32", *GATE, *site)
+    training = open_training(models, tmp_path, "float32", *GATE, AVERAGE, *site)
     train(training, stream, 60)
     per_step = training.new_positions_per_step
     training.arrivals._follow((0, 0), [Event("rests", 0)])
