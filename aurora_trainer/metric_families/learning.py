@@ -185,7 +185,7 @@ VERSIONS: dict[str, Family] = {
     ),
     "aurora_trainer_publications": counter(
         "What became of the draft each time that it was offered",
-        look="`refused_*`: the gate. `unchanged`: exactly these weights were published before."
+        look="`refused_*`: the gate. `unchanged`: the newest version has these weights."
         " `rolled_back`: by a server. `gone_back`: the candidate stayed worse, and training began"
         " again from the served weights. `failed`: the disk refused, see the log; it is tried"
         " again.",
