@@ -135,7 +135,8 @@ ANNOTATIONS = {
             "enable": True,
             "iconColor": "orange",
             "datasource": DATASOURCE,
-            "expr": "sum by (instance) (changes(aurora_trainer_traffic_changes_total[$__interval])) > 0",
+            "expr": "sum by (instance) (changes(aurora_trainer_traffic_changes_total[$__interval]))"
+            " > 0",
             "titleFormat": "traffic changed",
             "textFormat": "{{instance}}",
         },

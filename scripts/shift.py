@@ -192,7 +192,9 @@ def main() -> None:
             training = Training(configure(options, home, draft, seed))
             if barred:
                 # the gate and drift.py are told that there is none
-                training.config.trainer.model.draft = None
+                model = training.config.trainer.model.model_copy(update={"draft": None})
+                trainer = training.config.trainer.model_copy(update={"model": model})
+                training.config = training.config.model_copy(update={"trainer": trainer})
             scores, roles = follow(training, recorded[1], options.every)
             ahead = windows(scores, [count, 2 * count])
             line = {
