@@ -125,7 +125,7 @@ class Drift:
             self._change("accept_length", number, self._since)
             events.append(Event("changed", self._since))
             self._fresh, self._fresh_since = RECENT, self._since
-            self._begin()
+            self.begin()
         if self.config.rest_requests:
             self._lengths.append(x)
             events += self._rest(number)
@@ -181,8 +181,8 @@ class Drift:
         self._variance = (1 - weight) * (self._variance + weight * off * off)
         return self.sum > self.config.limit
 
-    def _begin(self) -> None:
-        """What was learned of traffic is of other traffic."""
+    def begin(self) -> None:
+        """What was learned until now is of other traffic, or of a draft that servers gave up."""
         self.sum, self._count, self._mean, self._variance = 0.0, 0, 0.0, 0.0
         self._said = False
 

@@ -91,6 +91,8 @@ def apply_rollbacks(training: Training) -> None:
         training._take_served()
         training.gate.restart()
         training.arrivals.drift.serve()
+        # what the draft of before accepts says nothing of traffic
+        training.arrivals.drift.begin()
         training._behind_served = False
 
 

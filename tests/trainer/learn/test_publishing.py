@@ -177,17 +177,18 @@ def test_a_resumed_run_over_a_recording_follows_the_same_events(models, tmp_path
     settings = {
         "trainer__drift__limit": 0.2,
         "trainer__drift__rest_requests": 6,
+        "trainer__drift__rest_factor": 2,
         "trainer__optimizer__average": 0.9,
         "trainer__optimizer__schedule": "cosine",
         "trainer__optimizer__cosine_updates": 30,
     }
     ends = {}
-    for name, counts in (("whole", (36,)), ("parts", (13, 25, 36))):
+    for name, counts in (("whole", (None,)), ("parts", (20, 45, None))):
         (tmp_path / name).mkdir()
         for count in counts:
             daemon = Daemon(config(models, tmp_path / name, **settings))
             daemon.run_recording(path, count)
-            assert daemon.training.steps == count
+            assert count is None or daemon.training.steps == count
         ends[name] = load_newest(tmp_path / name / "checkpoints")
     whole, parts = ends["whole"], ends["parts"]
     assert whole.state["arrivals"]["events"] == parts.state["arrivals"]["events"]
