@@ -274,13 +274,13 @@ class Daemon:
         # not while a version is written: it names its parent
         if cursor is None and not background.busy("publish") and self._rejected.due(now, 0):
             jobs["rejected"].run(training.apply_rollbacks, now)
-        for name, schedule, start in (
-            ("publish", self._publish, lambda: self._offer(now)),
-            ("checkpoint", self._checkpoint, lambda: self._save(cursor, now)),
+        for name, schedule, urgent, start in (
+            ("publish", self._publish, training.urgent, lambda: self._offer(now)),
+            ("checkpoint", self._checkpoint, False, lambda: self._save(cursor, now)),
         ):
             # what is still being written keeps its turn
             if not background.busy(name):
-                if schedule.due(now, training.steps) or jobs[name].due(now):
+                if schedule.due(now, training.steps) or jobs[name].due(now) or urgent:
                     start()
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
@@ -345,6 +345,6 @@ class Daemon:
         signal.signal(signal.SIGINT, stop)
 
     def _start_cadences(self, now: float) -> None:
-        for cadence in (self._publish, self._checkpoint, self._rejected, self._taught):
-            cadence.restart(now, self.training.steps)
+        for schedule in (self._publish, self._checkpoint, self._rejected, self._taught):
+            schedule.restart(now, self.training.steps)
         self._status.restart(time.monotonic(), self.training.steps)

@@ -79,6 +79,8 @@ def initial_draft(home: Path, target: Path, words: list[str], seed: int) -> Path
 def configure(arm: dict[str, Any], target: Path, draft: Path, weights: str, seed: int):
     """The trainer's configuration of an arm."""
     own = [f"model.target={target}", f"model.draft={draft}", "gate.enabled=false"]
+    # as it was when the first lines were made, so that they stay comparable; the gate is off
+    own.append("gate.z=1.28")
     own += [f"pace.seed={seed}", *arm.get("settings", [])]
     directory = f"weights.directory={weights}"
     return load_trainer_config(None, [directory, *(f"trainer.{setting}" for setting in own)])
@@ -88,7 +90,9 @@ def settings_hash(arm: dict[str, Any]) -> str:
     """Of all that decides what an arm does, the trainer's defaults among it: lines of other
     settings are not compared."""
     config = configure(arm, Path("target"), Path("draft"), tempfile.gettempdir(), 0)
-    said = config.trainer.model_dump(mode="json", exclude={"model": {"target", "draft"}})
+    # drift is off with the gate
+    left_out = {"model": {"target", "draft"}, "drift": True}
+    said = config.trainer.model_dump(mode="json", exclude=left_out)
     rest = {key: value for key, value in arm.items() if key not in ("settings", "like")}
     return hashlib.sha256(json.dumps([said, rest], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -84,13 +84,16 @@ class WeightsWriter:
             log.warning("stale temporary removed name=%s", name)
         current = served_version(self.directory)
         self.newest = max([current, *versions(self.directory)])
-        # A version that a killed writer never named by CURRENT was never served: its weights may
-        # come again.
-        self._digests = {
-            m.files["model.safetensors"].sha256
-            for m in manifests(self.directory)
-            if m.version <= current
-        }
+        # of the weights that servers have; those of a version that a killed writer never named by
+        # CURRENT are not
+        self._digest = next(
+            (
+                m.files["model.safetensors"].sha256
+                for m in manifests(self.directory)
+                if m.version == current
+            ),
+            "",
+        )
 
     def publish(
         self,
@@ -106,16 +109,17 @@ class WeightsWriter:
         """Write the next version and make it CURRENT. Returns its number.
 
         `tensors` are as they are to be served; the target's embedding is left out. Returns None,
-        and writes nothing, where a version with exactly these weights was published before. Raises
-        OSError where the disk refuses, ValueError where the directory is another writer's by now:
-        then servers have what they had, and the same weights may be published again.
+        and writes nothing, where the newest version has exactly these weights; those of an earlier
+        one, such as the initial draft's, may come again. Raises OSError where the disk refuses,
+        ValueError where the directory is another writer's by now: then servers have what they had,
+        and the same weights may be published again.
         """
         tensors = {
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
         }
         weights = safetensors_buffers(tensors)
         digest = sha256(weights)
-        if digest in self._digests:
+        if digest == self._digest:
             return None
         config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
         self._hold_the_lock()
@@ -158,7 +162,7 @@ class WeightsWriter:
             self._take_back(record)
             raise
         self.newest = version
-        self._digests.add(digest)
+        self._digest = digest
         self._remove_old(version)
         return version
 

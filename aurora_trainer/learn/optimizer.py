@@ -101,6 +101,8 @@ class Optimizer:
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.updates = 0
         self.skipped = 0
+        # updates at which the schedule began
+        self.began = 0
         self.masters = {
             n: (
                 p.data
@@ -136,7 +138,7 @@ class Optimizer:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
         whole = torch.stack(norms).norm() if norms else torch.zeros(())
         value, norm = torch.stack([torch.as_tensor(loss).detach().to(whole), whole]).tolist()
-        lr = self._peak * schedule(self.config, self.updates)
+        lr = self._peak * schedule(self.config, self.updates - self.began)
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.skipped += 1
             return Update(False, norm, lr, value)
@@ -147,6 +149,12 @@ class Optimizer:
             for name in list(gradients):
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
         return Update(True, norm, lr, value)
+
+    def warm_up_again(self) -> None:
+        """Begin the schedule again, if the rate fell by it: to the peak, and down from there. A
+        constant rate is at its peak."""
+        if self.config.schedule != "constant":
+            self.began = self.updates
 
     def _orthogonal(self, name: str) -> bool:
         matrix = self.masters[name].dim() == 2 and not name.startswith(ENDS)
@@ -181,6 +189,7 @@ class Optimizer:
             "kind": self.config.kind,
             "updates": self.updates,
             "skipped": self.skipped,
+            "began": self.began,
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -212,6 +221,7 @@ class Optimizer:
             if parameter.dtype != torch.float32:
                 parameter.copy_(self.masters[name])
         self.updates, self.skipped = rest["updates"], rest["skipped"]
+        self.began = rest.get("began", 0)
 
 
 def schedule(config: OptimizerConfig, updates: int) -> float:

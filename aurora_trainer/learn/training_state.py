@@ -33,6 +33,10 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "pending_tokens": training._pending_tokens,
         "samples": dict(training.samples),
         "published": dict(training.published),
+        "published_roles": dict(training.published_roles),
+        "arrivals": training.arrivals.state(),
+        "initial_barred": training.initial_barred,
+        "average_began": training.mean.began,
         "traffic": dict(training.traffic),
         "rows": dict(training.rows),
         "earlier_updates": training.earlier_updates,
@@ -80,7 +84,9 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
         state["optimizer"],
     )
     mean = {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
-    training.mean.load(mean or training.optimizer.masters)
+    # one that was off begins now
+    began = state.get("average_began", 0) if mean else training.optimizer.updates
+    training.mean.load(mean or training.optimizer.masters, began)
     torch.set_rng_state(tensors["random/torch"])
     training.parent, training.positions = state["parent"], state["positions"]
     training.earlier_updates = state["earlier_updates"]
@@ -88,9 +94,17 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
     training._failed_steps.extend(() if live else state.get("failed_steps", ()))
     training.published = Counter(state["published"])
     training.served.rolled_back = set(state["rolled_back"])
+    training.published_roles = Counter(state.get("published_roles", {}))
+    training.initial_barred = state.get("initial_barred", False)
+    if "arrivals" in state:
+        training.arrivals.restore(state["arrivals"], live)
     training.gate.restore(state["gate"], live)
+    if not live:
+        training.replayed_steps = found.step
+        training.served.go_back_to(state["served"])
     if state["served"] != training.served.version:
         training.gate.restart()
+        training.arrivals.drift.serve()
     if live:
         training.steps = state["steps"]
         training.samples = Counter(state["samples"])
