@@ -368,9 +368,8 @@ def test_durations_and_freshness_of_swaps_while_it_serves(tmp_path):
     while site.reloader.step() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     site.reloader.close()
-    # of each swap two copies, which on a CPU both stand between steps
     assert (
-        sum(site.reloader.times.stalls.counts) == 4
+        sum(site.reloader.times.stalls.counts) == 2
         and sum(site.reloader.times.durations.counts) == 1
     )
     assert (
