@@ -83,8 +83,13 @@ class DraftMemory:
 
     def keep(self) -> None:
         """previous <- live; allocates nothing."""
-        with self._timed() if self._staging_stream is None else self._staging():
+        if self._staging_stream is None:
+            # of a swap's time as well
+            self.stopwatch.start(0)
+        with self._staging():
             torch._foreach_copy_(self.previous, self.live)
+        if self._staging_stream is None:
+            self.stopwatch.pause()
 
     def put(self, tensors: list[torch.Tensor]) -> None:
         """live <- staged, or previous"""
@@ -120,18 +125,13 @@ class DraftMemory:
         """In the current stream, after the staging stream's last copy."""
         if self._staged_event:
             torch.cuda.current_stream().wait_event(self._staged_event)
-        with self._timed():
-            yield
+        self.stopwatch.start(0)
+        yield
+        self.stopwatch.stop()
         # writes through .data do not count up a parameter's version, which marks old copies
         torch.autograd.graph.increment_version(self._parameters)
         if self._written_event:
             self._written_event.record()
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        self.stopwatch.start(0)
-        yield
-        self.stopwatch.stop()
 
 
 def _as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:

@@ -152,7 +152,11 @@ class StepShape:
     @cached_property
     def nbytes(self) -> int:
         name, dtype, shape, first = self.parts[-1]
-        return first + math.prod(shape) * dtype.itemsize
+        return first + ALIGNED * math.ceil(math.prod(shape) * dtype.itemsize / ALIGNED)
+
+    @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        return {dtype for _, dtype, *_ in self.parts}
 
     @cached_property
     def layout(self) -> Layout:
@@ -162,8 +166,10 @@ class StepShape:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The parts of a buffer, uint8 [nbytes]."""
+        # few calls: this is the scheduler's thread
+        whole = {dtype: buffer.view(dtype) for dtype in self._dtypes}
         return {
-            name: buffer[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            name: whole[dtype].as_strided(shape, (*shape[1:], 1), first // dtype.itemsize)
             for name, dtype, shape, first in self.parts
         }
 
