@@ -72,6 +72,7 @@ Pair = tuple[int, Walked, Walked]
 class DriftConfig(Section):
     """What is made of how requests are accepted that just came. Off where the gate is."""
 
+    # false: requests are judged by the gate alone, when a version is offered
     enabled: bool = True
     # of the CUSUM that says that traffic changed, in standard deviations of a request; 8: one false
     # alarm in some 20,000 requests

@@ -36,6 +36,8 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "published_roles": dict(training.published_roles),
         "arrivals": training.arrivals.state(),
         "initial_barred": training.initial_barred,
+        "urgent": training.urgent,
+        "offered_at": training._offered_at,
         "average_began": training.mean.began,
         "traffic": dict(training.traffic),
         "rows": dict(training.rows),
@@ -96,6 +98,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
     training.served.rolled_back = set(state["rolled_back"])
     training.published_roles = Counter(state.get("published_roles", {}))
     training.initial_barred = state.get("initial_barred", False)
+    training.urgent = state.get("urgent", False)
+    training._offered_at = state.get("offered_at", 0)
     if "arrivals" in state:
         training.arrivals.restore(state["arrivals"], live)
     training.gate.restore(state["gate"], live)

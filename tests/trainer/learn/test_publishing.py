@@ -19,6 +19,7 @@ from aurora_sglang_plugin.weights.manifest import (
 )
 from aurora_trainer.checkpoint import load_newest
 from aurora_trainer.daemon import Daemon
+from aurora_trainer.learn import drift
 from aurora_trainer.learn.drift import Event
 
 GATE = (
@@ -169,14 +170,16 @@ def test_a_change_of_traffic_wakes_training(models, stream, tmp_path):
     training.close()
 
 
-def test_a_resumed_run_over_a_recording_follows_the_same_events(models, tmp_path):
-    """Limits that are always passed, so that traffic changes and training rests all the time."""
+def test_a_resumed_run_over_a_recording_follows_the_same_events(models, tmp_path, monkeypatch):
+    """With a slack below zero every request is a little of an alarm, so that there are some."""
+    monkeypatch.setattr(drift, "SLACK", -3.0)
+    monkeypatch.setattr(drift, "WARM", 4)
     path = tmp_path / "trace"
     about = dict(target=target_fingerprint(models / "target"), vocab=VOCAB, features=3 * HIDDEN)
     write_trace(path, requests=60, **about)
     settings = {
-        "trainer__drift__limit": 0.2,
-        "trainer__drift__rest_requests": 6,
+        "trainer__drift__limit": 20,
+        "trainer__drift__rest_requests": 3,
         "trainer__drift__rest_factor": 2,
         "trainer__optimizer__average": 0.9,
         "trainer__optimizer__schedule": "cosine",
