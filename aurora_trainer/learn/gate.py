@@ -17,8 +17,10 @@ today's traffic, and says nothing of whether the trained one, which has seen som
 less as a start; after `give_up_after` answers of `worse` in a row, against whatever is served,
 training goes back to that: a diverged draft does not come back by itself.
 
-The requests that come are compared as well, with the served and the initial draft alone (drift.py):
-where those say that the initial one is ahead, and no trained one passes here, it is published.
+The requests that come are compared as well, with the served and the initial draft alone (drift.py).
+Where those say that the initial one is ahead of what is served, or the held ones do, a trained
+draft passes only if it is ahead of the initial one by ANCHOR s; and while the initial one is served
+(`z`): it is what a user had without us, so that doubt is in its favour.
 
 Error rates of one answer at z = 1, for differences of a request with a standard deviation of 0.4
 and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 80, an equal
@@ -51,7 +53,7 @@ from aurora_trainer.learn.walk_apart import Walk, walk_apart
 log = logging.getLogger(__name__)
 
 # standard errors: one-sided, 1 equal candidate in 20
-WORSE = 1.64
+WORSE = ANCHOR = 1.64
 # of one request: the parts of a longer one go to training at once
 HELD_POSITIONS = 2048
 
@@ -197,13 +199,16 @@ class Gate:
         walk: Walk,
         initial: bool = True,
         coming: Decision | None = None,
+        z: float | None = None,
     ) -> Decision:
         """Which draft should be published? `roles`: what is trained and finite, `live` first.
 
         `walk` scores samples with one of the roles, `served` or `initial`; `initial` False: that
         draft is served, or is none that may be. `coming`: what requests that come say of it, if
-        they say that it is ahead. Counts and logs the answer."""
-        decision = self.newest = self._judge(roles, walk, initial, coming)
+        they say that it is ahead. `z`: in place of the configured one. Counts and logs the
+        answer."""
+        z = self.config.z if z is None else z
+        decision = self.newest = self._judge(roles, walk, initial, coming, z)
         self.decisions[decision.reason] += 1
         worse = decision.reason in ("worse", "not_finite")
         self.worse_in_a_row = self.worse_in_a_row + 1 if worse else 0
@@ -260,7 +265,12 @@ class Gate:
         return next(key for key, held in self._held.items() if held.share == largest)
 
     def _judge(
-        self, roles: Sequence[str], walk: Walk, initial: bool, coming: Decision | None
+        self,
+        roles: Sequence[str],
+        walk: Walk,
+        initial: bool,
+        coming: Decision | None,
+        z: float,
     ) -> Decision:
         few = coming or Decision("", "few_requests", len(self._held))
         if not roles:
@@ -280,8 +290,13 @@ class Gate:
         # no request has a chain that is known to its end
         if not all(math.isfinite(mean) for mean, _ in ahead.values()):
             return few
-        lower = {role: mean - self.config.z * stderr for role, (mean, stderr) in ahead.items()}
+        lower = {role: mean - z * stderr for role, (mean, stderr) in ahead.items()}
         best, trained = max(others, key=lower.__getitem__), max(roles, key=lower.__getitem__)
+        anchor = initial and (coming is not None or lower["initial"] > 0)
+        if anchor and best != "initial":
+            mean, stderr = difference(scores[best], scores["initial"])
+            if mean <= ANCHOR * stderr:
+                best = "initial"
 
         def decision(role: str, reason: str) -> Decision:
             return Decision(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from aurora_trainer.learn.gate import ANCHOR
 from aurora_trainer.learn.offer import Offer
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ def offer(training: Training) -> Offer | None:
     roles = [role for role, weights in drafts.items() if _finite(weights, training.served.dtype)]
     initial = may_be_initial(training)
     coming = training.arrivals.drift.ahead() if initial else None
-    decision = training.gate.decide(roles, training._walk, initial, coming)
+    anchored = was_given(training) and training.served.draft is training.served.initial
+    z = max(ANCHOR, training.gate.config.z) if anchored else None
+    decision = training.gate.decide(roles, training._walk, initial, coming, z)
     if decision.role == "initial":
         return _offer(training, training.served.initial.checkpoint(training.served.dtype), decision)
     if decision.passed:
@@ -96,12 +99,16 @@ def apply_rollbacks(training: Training) -> None:
         training._behind_served = False
 
 
+def was_given(training: Training) -> bool:
+    """Whether there is an initial draft worth coming back to. One that the trainer made itself was
+    never trained, and servers that have no other do not draft with it."""
+    return training.config.trainer.model.draft is not None
+
+
 def may_be_initial(training: Training) -> bool:
-    """Whether the initial draft is one that could be published now. One that the trainer made
-    itself was never trained, and servers that have no other do not draft with it."""
-    served = training.served
-    given = training.config.trainer.model.draft is not None
-    return given and not training.initial_barred and served.draft is not served.initial
+    """Whether the initial draft is one that could be published now."""
+    served, barred = training.served, training.initial_barred
+    return was_given(training) and not barred and served.draft is not served.initial
 
 
 def _offer(training: Training, tensors: dict[str, torch.Tensor], decision: Decision) -> Offer:
