@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aurora_trainer.learn.accept_length import accept_length, difference
-from aurora_trainer.learn.gate import Decision, Gate, GateConfig
+from aurora_trainer.learn.gate import ANCHOR, Decision, Gate, GateConfig
 
 # of a request's walk
 STEPS = 30
@@ -194,6 +194,21 @@ def test_what_comes_says_that_the_initial_draft_is_ahead():
     assert filled(2).decide(LIVE, worse, coming=said) is said
     assert filled().decide((), worse, coming=said) is said
     assert filled().decide(LIVE, better, coming=said).role == "live"
+
+
+def test_doubt_is_in_the_initial_drafts_favour():
+    """Where it leads what is served, a trained draft that is about as good does not pass."""
+    passed = Counter()
+    for seed in range(200):
+        walk = World(seed, live=0.5, initial=0.5)
+        passed[filled().decide(LIVE, walk).role] += 1
+        # the initial draft is served, and the trained one as good: one in 20
+        passed["equal"] += (
+            filled().decide(LIVE, World(seed, live=0.0), initial=False, z=ANCHOR).passed
+        )
+    assert passed["live"] < 20 < 160 < passed["initial"] and passed["equal"] < 24, passed
+    walk = World(0, live=1.2, initial=0.5)
+    assert filled().decide(LIVE, walk).role == "live"
 
 
 def test_what_is_held_from_before_a_change_goes_to_training():
