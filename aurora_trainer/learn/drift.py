@@ -56,8 +56,8 @@ LEAST_SPREAD = 0.05
 # a request of fewer verify steps says nothing
 LEAST_STEPS = 4
 RECENT, AT_ONCE, SOON = 24, 8, 4
-# standard errors of a one-sided 95% bound, as two-sided ones are usually drawn
-BOUND = 1.96
+# standard errors: of equal ones, one look in ten
+BOUND = 1.28
 BEGUN = 1.2
 REST_BELOW, WAKE_ABOVE = 1.0, 2.0
 # causes of a change, for metrics

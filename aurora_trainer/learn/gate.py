@@ -17,10 +17,11 @@ today's traffic, and says nothing of whether the trained one, which has seen som
 less as a start; after `give_up_after` answers of `worse` in a row, against whatever is served,
 training goes back to that: a diverged draft does not come back by itself.
 
-The requests that come are compared as well, with the served and the initial draft alone (drift.py).
-Where those say that the initial one is ahead of what is served, or the held ones do, a trained
-draft passes only if it is ahead of the initial one by ANCHOR s; and while the initial one is served
-(`z`): it is what a user had without us, so that doubt is in its favour.
+The initial draft is what a user had without us, so that doubt is in its favour: where it is ahead
+of what is served at all, a trained draft passes only if it is ahead of the initial one by ANCHOR s,
+and else the initial one does; while that is served, ANCHOR stands for z. The requests that come are
+compared as well, with the served and the initial draft alone (drift.py): where those say that the
+initial one is ahead, and no trained one passes here, it is published.
 
 Error rates of one answer at z = 1, for differences of a request with a standard deviation of 0.4
 and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 80, an equal
@@ -292,8 +293,9 @@ class Gate:
             return few
         lower = {role: mean - z * stderr for role, (mean, stderr) in ahead.items()}
         best, trained = max(others, key=lower.__getitem__), max(roles, key=lower.__getitem__)
-        anchor = initial and (coming is not None or lower["initial"] > 0)
-        if anchor and best != "initial":
+        passes = lower[best] > 0
+        # in doubt it is the initial one
+        if best != "initial" and initial and (coming is not None or ahead["initial"][0] > 0):
             mean, stderr = difference(scores[best], scores["initial"])
             if mean <= ANCHOR * stderr:
                 best = "initial"
@@ -309,7 +311,7 @@ class Gate:
                 stderr=ahead[role or trained][1],
             )
 
-        if lower[best] > 0:
+        if passes:
             return decision(best, "initial" if best == "initial" else "better")
         if coming is not None:
             return coming
