@@ -38,6 +38,13 @@ MODELS = {
     "MiniMax M2.1": ("minimax-m2.1", 4),
     "Kimi K2.5": ("kimi-k2.5", 8),
 }
+# of docs/scale.md: name in the table -> trainers, each with servers and directories of its own
+FLEETS = {"Qwen3-8B": 3, "MiniMax M2.1": 1, "Kimi K2.5": 1}
+FLEET_GPUS, TAKEN_TOKENS_PER_S = 10_000, 2000
+FLEET_SETTINGS = [
+    "plugin.publish.heartbeat_s=5", "plugin.swap.poll_s=5", "plugin.canary.share=0.02",
+    "plugin.canary.wait_s=600", "trainer.publish.every_s=1800",
+]  # fmt: skip
 BLOCK = re.compile(r"^(<!-- make docs: (.+?) -->\n)(.*?)^(<!-- end -->)$", re.M | re.S)
 
 
@@ -144,6 +151,40 @@ def models() -> list[str]:
     return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *map(model_row, MODELS)]
 
 
+def fleet_row(name: str, trainers: int) -> str:
+    """10,000 GPUs of one model, as docs/scale.md sets them up."""
+    stem, tp = MODELS[name]
+    servers = round(FLEET_GPUS / tp / trainers)
+    share = TAKEN_TOKENS_PER_S / (servers * sizes.Load().tokens_per_s)
+    overrides = [*FLEET_SETTINGS, f"plugin.capture.sample_rate={share}"]
+    config = load(TrainerFile, DOCS / "examples" / f"{stem}.toml", overrides)
+    target = read_config(DOCS / "examples" / "models" / f"{stem}.json")
+    found = plan.plan(target, config, sizes.Load(tp=tp, servers=servers))
+    fleet = found["fleet"]
+    assert fleet["trainers_at_least"] == 1
+    cells = [
+        name, str(tp), f"{trainers} x {servers:,}", f"{100 * share:.2g}%",
+        f"{found['link']['bytes_per_s'] / 1e6:.0f}",
+        f"{fleet['trainer_socket_bytes'] / 1e9:.1f}",
+        f"{fleet['heartbeats_per_s']:,.0f}",
+        f"{fleet['files_opened_per_s']:,.0f}",
+        f"{found['weights']['version_bytes'] / 1e9:.2f}",
+        f"{fleet['read_bytes_per_version'] / 1e12:.1f}",
+        f"{fleet['read_bytes_at_once'] / 1e9:.0f}",
+        f"{fleet['read_bytes_per_s'] / 1e9:.1f}",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def fleets() -> list[str]:
+    """What `plan` says of 10,000 GPUs; figures of one trainer, where there are several."""
+    names = "model, TP, trainers x servers, captured, link MB/s, sockets GB, heartbeats/s"
+    names += ", opens/s, version GB, TB read per version, GB at once, GB/s on average"
+    head = names.split(", ")
+    rows = [fleet_row(name, trainers) for name, trainers in FLEETS.items()]
+    return [f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "metrics of every rank": lambda: metrics(server.OF_RANK),
     "metrics of capture": lambda: metrics(server.of_capture(3)),
@@ -154,6 +195,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "metrics of versions": lambda: metrics(learning.VERSIONS),
     "settings": settings,
     "models": models,
+    "fleets": fleets,
 }
 
 

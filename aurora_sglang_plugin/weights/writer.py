@@ -6,8 +6,8 @@ servers the old version or the new one.
 
 One writer at a time. The directory's LOCK file is locked, which other processes of this machine
 heed, and on some file systems those of others. Across machines it is what LOCK says: each writer
-writes its name at the start, and one that finds another's there publishes no more. So a trainer can
-be moved though nobody knows whether the old one is gone.
+writes its name there for as long as it lives, and one that finds another's publishes no more. So a
+trainer can be moved though nobody knows whether the old one is gone.
 """
 
 from __future__ import annotations
@@ -167,6 +167,10 @@ class WeightsWriter:
         return version
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._lock.seek(0)
+            if self._lock.read(MAX_CLAIM).strip() == self._claim:
+                self._lock.truncate(0)
         self._lock.close()
 
     def _take_back(self, record: contract.Manifest) -> None:

@@ -20,6 +20,7 @@ from aurora_sglang_plugin.drafts.kinds import check_draft, draft_problems, first
 from aurora_sglang_plugin.endpoint import is_local
 from aurora_sglang_plugin.link.keys import check_pair, load_server_keys, load_trainer_keys
 from aurora_sglang_plugin.link.receiver import ReceiveConfig, Receiver
+from aurora_sglang_plugin.weights.atomic_files import discard, replace_file, write_directory
 from aurora_sglang_plugin.weights.manifest import current_version, target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.config import TrainerFile
@@ -137,6 +138,7 @@ def _endpoint(link: LinkConfig) -> str:
 
 def _weights(directory: Path) -> str:
     _writable(directory)
+    _publishes(directory)
     version = current_version(directory)
     return (
         f"{directory.absolute()} is writable, current version"
@@ -157,6 +159,30 @@ def _writable(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory):
         pass
+
+
+def _publishes(directory: Path) -> None:
+    """What versions need of a file system, beyond a disk's: a mounted object store often lacks it.
+
+    Raises ValueError.
+    """
+    name = f"check.tmp-{os.getpid()}"
+    try:
+        path = write_directory(directory, name, {"file": b"one"})
+        replace_file(path / "file", b"two")
+        with open(path / "file", "ab", buffering=0) as file:
+            file.write(b"three")
+        found = (path / "file").read_bytes()
+    except OSError as error:
+        found = str(error).encode()
+    finally:
+        discard(directory / name)
+    if found != b"twothree":
+        raise ValueError(
+            f"{directory}: a directory was made and renamed, a file in it replaced by rename and"
+            f" appended to, and what came of it is {found.decode(errors='replace')!r}; expected a"
+            " file system that can (docs/deploy/README.md)"
+        )
 
 
 def _sglang() -> str:

@@ -1,11 +1,12 @@
 """`aurora-trainer plan`: what a target needs, from its config.json alone: bytes on the link, memory
-of the server and the trainer, size of a version, optimizer steps. No weights, no network. The
-formulas are in `sizes.py`.
+of the server and the trainer, size of a version, optimizer steps, what many servers cost together.
+No weights, no network. The formulas are in `sizes.py` and `fleet.py`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from aurora_trainer.config import TrainerFile
@@ -17,6 +18,7 @@ from aurora_trainer.drafts.kinds import (
     version_bytes,
 )
 from aurora_trainer.drafts.target import Target
+from aurora_trainer.tools.fleet import fleet
 from aurora_trainer.tools.sizes import (
     Load,
     checkpoint_bytes,
@@ -48,6 +50,9 @@ def plan(
     draft = draft_config(target.config, draft_vocab)
     rate = capture.sample_rate * load.servers
     per_step = verify_bytes(draft, load, size, capture.topk_logits, capture.features)
+    # requests of a step that are captured
+    few = replace(load, running=max(1, round(load.running * capture.sample_rate)))
+    message = verify_bytes(draft, few, size, capture.topk_logits, capture.features)
     per_token = per_step / (load.running * load.accept_length)
     prompt = min(load.prompt_tokens, capture.max_prompt_features)
     per_prompt = prefill_bytes(draft, prompt, size, capture.features)
@@ -118,11 +123,11 @@ def plan(
         "weights": {
             "version_bytes": version,
             "write_bytes_per_s": version / every_s if every_s else 0.0,
-            "read_bytes_per_s": load.servers * version / every_s if every_s else 0.0,
             "disk_bytes": version * trainer.publish.keep,
             "checkpoint_bytes": checkpoint,
             "checkpoints_disk_bytes": trainer.checkpoint.keep * checkpoint,
         },
+        "fleet": fleet(config, load, message, version),
     }
 
 

@@ -22,6 +22,7 @@ from aurora_sglang_plugin.weights.manifest import rejected_versions
 from aurora_sglang_plugin.weights.reader import Expected
 from aurora_sglang_plugin.weights.watcher import Watcher
 from aurora_sglang_plugin.weights.writer import WeightsWriter
+from aurora_trainer.tools.check import _publishes
 
 SHAPES = {"fc.weight": (4, 6), "norm.weight": (4,), "d2t": (5,)}
 EXPECTED = Expected(FIELDS["target"], SHAPES, target_vocab=10, config={})
@@ -149,6 +150,20 @@ def test_a_file_system_that_syncs_no_directory_is_published_to(tmp_path, monkeyp
     with pytest.raises(OSError):
         writing.publish(tensors(2.0), {}, **FIELDS)
     assert read_current(tmp_path) == (1, 1.0)
+
+
+def test_check_finds_a_file_system_that_lacks_what_versions_need(tmp_path, monkeypatch):
+    _publishes(tmp_path)
+    for name, number in (("rename", errno.ENOSYS), ("replace", errno.EPERM)):
+        with monkeypatch.context() as patched:
+            patched.setattr(atomic_files.os, name, lambda *how, n=number: refuse_to(n))
+            with pytest.raises(ValueError, match="expected a file system that can"):
+                _publishes(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def refuse_to(number):
+    raise OSError(number, os.strerror(number))
 
 
 # ---- a file system that cannot be read now
