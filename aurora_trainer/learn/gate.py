@@ -17,11 +17,12 @@ today's traffic, and says nothing of whether the trained one, which has seen som
 less as a start; after `give_up_after` answers of `worse` in a row, against whatever is served,
 training goes back to that: a diverged draft does not come back by itself.
 
-The initial draft is what a user had without us, so that doubt is in its favour: where it is ahead
-of what is served at all, a trained draft passes only if it is ahead of the initial one by ANCHOR s,
-and else the initial one does; while that is served, ANCHOR stands for z. The requests that come are
-compared as well, with the served and the initial draft alone (drift.py): where those say that the
-initial one is ahead, and no trained one passes here, it is published.
+The initial draft is what a user had without us, so that doubt is in its favour. Where it is ahead
+of what is served, on all held requests or on the newest `min_requests`, a trained draft passes only
+if it is ahead of the initial one by ANCHOR s, and at all on the newest; else the initial one does.
+The same is asked of it while the initial one is served. The requests that come are compared as
+well, with the served and the initial draft alone (drift.py): where those say that the initial one
+is ahead, and no trained one passes here, it is published.
 
 Error rates of one answer at z = 1, for differences of a request with a standard deviation of 0.4
 and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 80, an equal
@@ -198,18 +199,16 @@ class Gate:
         self,
         roles: Sequence[str],
         walk: Walk,
-        initial: bool = True,
+        anchor: str = "initial",
         coming: Decision | None = None,
-        z: float | None = None,
     ) -> Decision:
         """Which draft should be published? `roles`: what is trained and finite, `live` first.
 
-        `walk` scores samples with one of the roles, `served` or `initial`; `initial` False: that
-        draft is served, or is none that may be. `coming`: what requests that come say of it, if
-        they say that it is ahead. `z`: in place of the configured one. Counts and logs the
-        answer."""
-        z = self.config.z if z is None else z
-        decision = self.newest = self._judge(roles, walk, initial, coming, z)
+        `walk` scores samples with one of the roles, `served` or `initial`. `anchor`: the role that
+        the initial draft has, `served` if that is what is served, "" if it is none that may be.
+        `coming`: what requests that come say of it, if they say that it is ahead. Counts and logs
+        the answer."""
+        decision = self.newest = self._judge(roles, walk, anchor, coming)
         self.decisions[decision.reason] += 1
         worse = decision.reason in ("worse", "not_finite")
         self.worse_in_a_row = self.worse_in_a_row + 1 if worse else 0
@@ -266,12 +265,7 @@ class Gate:
         return next(key for key, held in self._held.items() if held.share == largest)
 
     def _judge(
-        self,
-        roles: Sequence[str],
-        walk: Walk,
-        initial: bool,
-        coming: Decision | None,
-        z: float,
+        self, roles: Sequence[str], walk: Walk, anchor: str, coming: Decision | None
     ) -> Decision:
         few = coming or Decision("", "few_requests", len(self._held))
         if not roles:
@@ -280,6 +274,7 @@ class Gate:
             return Decision(roles[-1], "off", len(self._held))
         if len(self._held) < max(2, self.config.min_requests):
             return few
+        initial = anchor == "initial"
         others = (*roles, "initial") if initial else roles
         for role in ("served", *others):
             self._score(role, walk)
@@ -291,14 +286,14 @@ class Gate:
         # no request has a chain that is known to its end
         if not all(math.isfinite(mean) for mean, _ in ahead.values()):
             return few
-        lower = {role: mean - z * stderr for role, (mean, stderr) in ahead.items()}
+        lower = {role: mean - self.config.z * stderr for role, (mean, stderr) in ahead.items()}
         best, trained = max(others, key=lower.__getitem__), max(roles, key=lower.__getitem__)
-        passes = lower[best] > 0
-        # in doubt it is the initial one
-        if best != "initial" and initial and (coming is not None or ahead["initial"][0] > 0):
-            mean, stderr = difference(scores[best], scores["initial"])
-            if mean <= ANCHOR * stderr:
-                best = "initial"
+        passes, first = lower[best] > 0, scores.get(anchor, served)
+        leads = not initial or coming is not None or any(self._ahead(first, served, least=0.0))
+        if best != "initial" and anchor and leads:
+            # in doubt it is the initial one
+            if not all(self._ahead(scores[best], first, least=ANCHOR)):
+                passes, best = passes and initial, "initial"
 
         def decision(role: str, reason: str) -> Decision:
             return Decision(
@@ -317,6 +312,13 @@ class Gate:
             return coming
         mean, stderr = ahead[trained]
         return decision("", "worse" if mean < -WORSE * stderr else "not_better")
+
+    def _ahead(self, one: np.ndarray, other: np.ndarray, least: float) -> tuple[bool, bool]:
+        """Whether a draft is ahead by so many standard errors, and whether it is at all on the
+        newest requests alone: what is held may be of traffic that is over."""
+        mean, stderr = difference(one, other)
+        newest = slice(-self.config.min_requests, None)
+        return mean > least * stderr, difference(one[newest], other[newest])[0] > 0
 
     def _scores(self, role: str) -> np.ndarray:
         """float64 [n, 2]: steps and tokens of each held request."""

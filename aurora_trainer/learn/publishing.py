@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from aurora_trainer.learn.gate import ANCHOR
 from aurora_trainer.learn.offer import Offer
 
 if TYPE_CHECKING:
@@ -35,11 +34,12 @@ def offer(training: Training) -> Offer | None:
     if training.mean.weights:
         drafts["mean"] = training.mean.weights
     roles = [role for role, weights in drafts.items() if _finite(weights, training.served.dtype)]
-    initial = may_be_initial(training)
-    coming = training.arrivals.drift.ahead() if initial else None
-    anchored = was_given(training) and training.served.draft is training.served.initial
-    z = max(ANCHOR, training.gate.config.z) if anchored else None
-    decision = training.gate.decide(roles, training._walk, initial, coming, z)
+    anchor, coming = "", None
+    if may_be_initial(training):
+        anchor, coming = "initial", training.arrivals.drift.ahead()
+    elif was_given(training) and training.served.draft is training.served.initial:
+        anchor = "served"
+    decision = training.gate.decide(roles, training._walk, anchor, coming)
     if decision.role == "initial":
         return _offer(training, training.served.initial.checkpoint(training.served.dtype), decision)
     if decision.passed:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from aurora_trainer.learn.accept_length import accept_length, difference
-from aurora_trainer.learn.gate import ANCHOR, Decision, Gate, GateConfig
+from aurora_trainer.learn.gate import Decision, Gate, GateConfig
 
 # of a request's walk
 STEPS = 30
@@ -181,7 +181,7 @@ def test_the_best_by_its_lower_bound_is_published():
 
 def test_the_initial_draft_is_left_out_if_it_is_served_or_never_may_be():
     served = World(0, live=0.9)
-    decision = filled().decide(LIVE, served, initial=False)
+    decision = filled().decide(LIVE, served, anchor="")
     assert decision.role == "live" and math.isnan(decision.initial)
     assert not [role for role, _ in served.walked if role == "initial"]
 
@@ -203,12 +203,15 @@ def test_doubt_is_in_the_initial_drafts_favour():
         walk = World(seed, live=0.5, initial=0.5)
         passed[filled().decide(LIVE, walk).role] += 1
         # the initial draft is served, and the trained one as good: one in 20
-        passed["equal"] += (
-            filled().decide(LIVE, World(seed, live=0.0), initial=False, z=ANCHOR).passed
-        )
+        passed["equal"] += filled().decide(LIVE, World(seed, live=0.0), anchor="served").passed
     assert passed["live"] < 20 < 160 < passed["initial"] and passed["equal"] < 24, passed
     walk = World(0, live=1.2, initial=0.5)
     assert filled().decide(LIVE, walk).role == "live"
+    # ahead on what is held of traffic that is over, and not on what comes now
+    for n in range(24):
+        walk = World(n, live=1.5, initial=0.0)
+        walk.known = {("live", f"r{n}"): -1.9 for n in range(16, 24)}
+        assert not filled().decide(LIVE, walk, anchor="served").passed
 
 
 def test_what_is_held_from_before_a_change_goes_to_training():
