@@ -90,8 +90,8 @@ def settings_hash(arm: dict[str, Any]) -> str:
     """Of all that decides what an arm does, the trainer's defaults among it: lines of other
     settings are not compared."""
     config = configure(arm, Path("target"), Path("draft"), tempfile.gettempdir(), 0)
-    # drift is off with the gate
-    left_out = {"model": {"target", "draft"}, "drift": True}
+    # drift is off with the gate; how many train and who may read figures changes nothing
+    left_out = {"model": {"target", "draft"}, "drift": True, "ranks": True, "metrics": {"host"}}
     said = config.trainer.model_dump(mode="json", exclude=left_out)
     rest = {key: value for key, value in arm.items() if key not in ("settings", "like")}
     return hashlib.sha256(json.dumps([said, rest], sort_keys=True).encode()).hexdigest()[:12]
