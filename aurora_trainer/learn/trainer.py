@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from aurora_kernels.tree_loss import TreeLoss
 
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
-from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.first import initial_draft
 from aurora_trainer.drafts.kinds import Draft, load
 from aurora_trainer.drafts.target import TargetTensors, open_target
@@ -33,15 +31,16 @@ from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.intake.usable import unusable
-from aurora_trainer.learn.accept_length import chains, measure, walked
+from aurora_trainer.learn.accept_length import measure
 from aurora_trainer.learn.gate import Decision, Gate
-from aurora_trainer.learn.objective import losses, score
+from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
-from aurora_trainer.learn.running_mean import RunningMean
 from aurora_trainer.learn.served import Served
+from aurora_trainer.learn.shares import deal
 from aurora_trainer.learn.step_record import Step
 from aurora_trainer.learn.training_state import restore, state_of
+from aurora_trainer.ranks import Ranks
 
 if TYPE_CHECKING:
     from aurora_trainer.config import TrainerFile
@@ -60,15 +59,17 @@ class Training:
     Raises ValueError if target, draft or weights directory cannot be used.
     """
 
-    def __init__(self, config: TrainerFile):
+    def __init__(self, config: TrainerFile, ranks: Ranks | None = None):
         self.config, trainer = config, config.trainer
+        self.ranks = ranks or Ranks()
+        self.learner = Learner(trainer, self.ranks)
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         dtype = getattr(torch, trainer.model.compute_dtype)
         tensors = TargetTensors(target, trainer.model.device, dtype)
         model = trainer.model
         initial = initial_draft(model.target, model.draft, trainer.checkpoint.directory)
-        self._train(load(initial, tensors))
+        self.learner.start(load(initial, tensors))
         directory = config.weights.directory
         self.writer = WeightsWriter(directory, trainer.publish.keep)
         self.served = Served(directory, initial, self.target, tensors, trainer.publish.dtype)
@@ -78,8 +79,6 @@ class Training:
         # by what became of them before the buffer
         self.samples: Counter[str] = Counter()
         self.gate = Gate(trainer.gate, self.samples)
-        rejected = bool(trainer.loss.rejected) and trainer.batch.rejected
-        self._packing = trainer.batch.model_copy(update={"rejected": rejected})
         # the version that training went on from
         self.parent = 0
         # of optimizers before the last rollback
@@ -110,12 +109,22 @@ class Training:
         torch.manual_seed(trainer.pace.seed)
 
     @property
+    def draft(self) -> Draft:
+        """The one that is trained."""
+        return self.learner.draft
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.learner.optimizer
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that changed the weights."""
         return self.earlier_updates + self.optimizer.updates
 
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
+        self.ranks.keep_alive()
         # a plain round says nothing of how long a draft is accepted
         if message.header.kind == "verify" and message.arrays["parents"].shape[1] > 1:
             good = [row for row in range(len(message.header.requests)) if row not in message.bad]
@@ -126,6 +135,7 @@ class Training:
 
     def idle(self, now_s: float) -> None:
         """Tell the time while nothing comes."""
+        self.ranks.keep_alive()
         for sample in self.assembler.idle(now_s):
             self._keep(sample)
 
@@ -153,39 +163,27 @@ class Training:
             if self.steps in self._failed_steps:
                 self.buffer.failed()
             return None
-        batch = pack(samples, self._packing).to(trainer.model.device)
-        if not any(len(level.rows) for level in batch.on_cpu.levels):
-            # nothing to learn: an update would only be the momentum's
-            return None
-        # Everything is queued on the device before anything is read from it.
-        result = losses(self.draft, batch, trainer.loss)
-        result.loss_sum.backward()
-        scored = score(batch, result)
         every = trainer.metrics.rescore_every_steps
-        rescored = bool(unseen) and every > 0 and self.steps % every == 0
-        before = after = None
+        after = bool(unseen) and every > 0 and self.steps % every == 0
         # A chain's walk comes with the loss; a tree has to be grown.
-        if unseen and (rescored or all(s.topk == 1 for s in unseen)):
-            before = self._walk_batch(batch, samples, unseen, result)
-        update = self.optimizer.step(result.loss_sum)
-        if update.applied:
-            self.mean.update(self.optimizer.masters, self.optimizer.updates)
+        before = bool(unseen) and (after or all(s.topk == 1 for s in unseen))
+        depth = trainer.batch.depth or max(s.num_steps for s in samples)
+        learned = self.learner.learn(deal(samples, unseen, self.ranks.size, depth, before, after))
+        if learned is None:
+            return None
+        if learned.update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         else:
             self._failed()
         positions = sum(len(s.features) for s in samples)
         self.positions += positions
-        self._show(update.loss, before)
-        if rescored:
-            with torch.no_grad():
-                again = losses(self.draft, batch, trainer.loss)
-            after = self._walk_batch(batch, samples, unseen, again)
+        self._show(learned.update.loss, learned.before)
         return Step(
-            update=update,
-            score=scored,
+            update=learned.update,
+            score=learned.score,
             positions=positions,
-            before=before,
-            after=after,
+            before=learned.before,
+            after=learned.after,
             time_ns=[s.time_ns for s in samples],
             staleness=[
                 self.served.version - int(s.tree_version[-1])
@@ -196,17 +194,14 @@ class Training:
 
     def give_up(self) -> None:
         """The step that raised is over: no gradient stays, its batch is tried again in parts."""
-        self.draft.zero_grad(set_to_none=True)
+        self.learner.give_up()
         self._failed()
-        if self.config.trainer.model.device == "cuda":
-            torch.cuda.empty_cache()
 
     def offer(self) -> Offer | None:
         """What to publish, if the draft was trained and the gate lets it pass: copies."""
         if self.updates == self._offered_at:
             return None
-        weights = self.mean.weights or self.optimizer.masters
-        tensors = self.draft.checkpoint(self.served.dtype, weights)
+        tensors = self.draft.checkpoint(self.served.dtype, self.learner.weights())
         finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
         decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
         if decision.reason == "initial":
@@ -293,6 +288,7 @@ class Training:
 
     def close(self) -> None:
         self.writer.close()
+        self.ranks.tell("stop")
 
     def _failed(self) -> None:
         self._failed_steps.append(self.steps)
@@ -301,17 +297,7 @@ class Training:
     def _take_served(self) -> None:
         self.parent = self.served.version
         self.earlier_updates = self.updates
-        self._train(self.served.to_train())
-
-    def _train(self, draft: Draft) -> None:
-        """Train `draft` from here on: its float32 weights become the masters of what computes."""
-        model = self.config.trainer.model
-        masters = {n: p.detach() for n, p in draft.named_parameters()}
-        self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
-        config = self.config.trainer.optimizer
-        width = self.draft.config.hidden_size
-        self.optimizer = Optimizer(self.draft, config, masters, width)
-        self.mean = RunningMean(config.average, self.optimizer.masters)
+        self.learner.start(self.served.to_train())
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
@@ -329,18 +315,8 @@ class Training:
         trainer, served = self.config.trainer, self.served
         draft = served.draft if role == "served" else served.initial
         if role == "candidate":
-            draft = self.mean.draft(self.draft)
+            draft = self.learner.candidate()
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
-
-    @torch.no_grad()
-    def _walk_batch(
-        self, batch: Batch, samples: list[Sample], unseen: list[Sample], found: TreeLoss
-    ) -> tuple[float, float]:
-        """Steps and tokens of the walk over the `unseen` of a batch's samples."""
-        chosen = {id(s) for s in unseen}
-        some = [s if id(s) in chosen else None for s in samples]
-        steps, tokens = walked(self.draft, batch, some, chains(self.draft, batch, found)).sum(0)
-        return float(steps), float(tokens)
 
     def _show(self, loss: float, walk: tuple[float, float] | None) -> None:
         figures = {"loss": loss}
