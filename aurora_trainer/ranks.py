@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,10 +78,36 @@ def join(config: RanksConfig, device: str) -> Ranks:
             )
         torch.cuda.set_device(local)
     if ranks.size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo"
-        with ranks.together():
-            dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout_s))
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        wait = timedelta(seconds=config.timeout_s)
+        with ranks._linked():
+            store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+            store = dist.PrefixStore(_meet(store, rank, size, config.timeout_s), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     return ranks
+
+
+def _meet(store: dist.Store, rank: int, size: int, timeout_s: float) -> str:
+    """A name for this start of all ranks, the same at each.
+
+    torchrun's store outlives the processes that it starts again, and keeps their addresses: rank 0
+    answers each of the others only under the name that this one has just made up.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    others = range(1, size)
+    while not all(store.check([f"{own}/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"asks/{other}"]):
+                store.set(f"answer/{store.get(f'asks/{other}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not all of {size} ranks came within {timeout_s:g} s")
+        time.sleep(0.02)
+    return own
 
 
 class Ranks:
@@ -93,16 +120,25 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All ranks do what is in here. What raises at one would leave them apart: it ends it."""
+        """All ranks do what is in here. What raises at one leaves them apart: that ends it."""
         try:
             yield
         except Exception as error:
             if self.size == 1:
                 raise
+            log.exception("rank %d of %d failed where all take part", self.rank, self.size)
+            raise SystemExit(APART) from error
+
+    @contextmanager
+    def _linked(self) -> Iterator[None]:
+        """Something is sent or awaited in here."""
+        try:
+            yield
+        except RuntimeError as error:
             log.error(
-                "rank %d of %d ends: another one is gone or silent, or this one failed while all"
-                " took part (torchrun starts them again from the last checkpoint) error=%s",
-                self.rank, self.size, error, exc_info=not isinstance(error, RuntimeError),
+                "rank %d of %d ends, another one is gone or silent: torchrun starts them again,"
+                " from the last checkpoint, if it has restarts left (--max-restarts) error=%s",
+                self.rank, self.size, error,
             )  # fmt: skip
             raise SystemExit(APART) from error
 
@@ -118,7 +154,7 @@ class Ranks:
 
     def tell_each(self, orders: Sequence[Order]) -> None:
         """Rank 0 gives each other rank an order of its own, in the order of the ranks."""
-        with self.together():
+        with self._linked():
             packed: dict[int, Tensor] = {}
             sent = []
             for rank, order in enumerate(orders, 1):
@@ -132,7 +168,7 @@ class Ranks:
 
     def hear(self) -> Order:
         """The next order of rank 0."""
-        with self.together():
+        with self._linked():
             dist.recv(size := torch.zeros(1, dtype=torch.int64), 0)
             dist.recv(packed := torch.empty(int(size), dtype=torch.uint8), 0)
             return _unpacked(packed)
@@ -167,26 +203,26 @@ class Ranks:
     def sum_(self, tensor: Tensor) -> Tensor:
         """In place: the sum over all ranks."""
         if self.size > 1:
-            with self.together():
+            with self._linked():
                 dist.all_reduce(tensor)
         return tensor
 
     def reduce_(self, tensor: Tensor, to: int) -> None:
         """In place at rank `to`: the sum over all ranks. What others hold then means nothing."""
-        with self.together():
+        with self._linked():
             dist.reduce(tensor, to)
 
     def broadcast_(self, tensor: Tensor, of: int) -> None:
         """In place: what rank `of` holds."""
-        with self.together():
+        with self._linked():
             dist.broadcast(tensor, of)
 
     def send(self, tensor: Tensor, to: int) -> None:
-        with self.together():
+        with self._linked():
             dist.send(tensor, to)
 
     def receive_(self, tensor: Tensor, of: int) -> None:
-        with self.together():
+        with self._linked():
             dist.recv(tensor, of)
 
 

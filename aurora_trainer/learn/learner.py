@@ -139,7 +139,12 @@ class Learner:
         if self.leads_others:
             self.ranks.tell("candidate")
         with self.ranks.together():
-            return self.mean.draft(self.draft, self._whole(self.mean.weights))
+            whole = self._whole(self.mean.weights)
+            if not self.ranks.rank:
+                return self.mean.draft(self.draft, whole)
+            for _ in whole:
+                pass
+            return self.draft
 
     def weights(self) -> dict[str, Tensor]:
         """At rank 0, what would be published, whole and in float32."""

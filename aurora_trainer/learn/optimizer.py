@@ -142,8 +142,9 @@ class Optimizer:
         for name, p in self.parameters.items():
             gradient, p.grad = p.grad, None
             if gradient is not None or several:
-                gradient = torch.zeros_like(p) if gradient is None else gradient
-                gradients[name] = self.shards.summed(name, gradient)
+                gradients[name] = torch.zeros_like(p) if gradient is None else gradient
+            del gradient
+        gradients = self.shards.summed(gradients)
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
         whole = torch.stack(norms).norm() if norms else torch.zeros(())
         if several:
@@ -159,7 +160,7 @@ class Optimizer:
             # one float32 gradient at a time
             for name in list(gradients):
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
-                self._spread(name)
+            self._spread()
         return Update(True, norm, lr, value)
 
     def _orthogonal(self, name: str) -> bool:
@@ -189,12 +190,13 @@ class Optimizer:
                 weight_decay=decay, eps=c.eps, maximize=False,
             )  # fmt: skip
 
-    def _spread(self, name: str) -> None:
-        """The parameter, from the masters of all ranks."""
-        parameter = self.parameters[name].data
-        if parameter.dtype != torch.float32:
-            self.shards.own(name, parameter).copy_(self.masters[name])
-        self.shards.spread_(name, parameter)
+    def _spread(self) -> None:
+        """The parameters, from the masters of all ranks."""
+        parameters = {name: p.data for name, p in self.parameters.items()}
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                self.shards.own(name, parameter).copy_(self.masters[name])
+        self.shards.spread_(parameters)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, rest): masters and moments, this rank's rows, as the next step changes them; a
@@ -210,7 +212,7 @@ class Optimizer:
         return {f"{part}.{name}": t for part, held in parts.items() for name, t in held.items()}
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of `state_dict` by name, whole at rank 0. All ranks go through it together."""
+        """The tensors of `state_dict`, whole at rank 0; all ranks go through it together."""
         for key, rows in self._tensors().items():
             yield key, self.shards.gathered(key.partition(".")[2], rows)
 
@@ -242,8 +244,7 @@ class Optimizer:
         for key, rows in self._tensors().items():
             whole = None if tensors is None else tensors[key]
             self.shards.scatter_(key.partition(".")[2], whole, rows)
-        for name in self.parameters:
-            self._spread(name)
+        self._spread()
         self.updates, self.skipped = rest["updates"], rest["skipped"]
 
 

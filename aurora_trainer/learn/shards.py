@@ -7,7 +7,7 @@ A matrix' rows are cut evenly over the ranks. A vector, and a matrix that is upd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,27 +43,34 @@ class Shards:
         """This rank's rows, a view."""
         return self.of(name, self.ranks.rank, tensor)
 
-    def summed(self, name: str, gradient: Tensor) -> Tensor:
-        """This rank's rows of the sum over all ranks, added up in float32.
+    def summed(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of the sums over all ranks, added up in float32: one message a rank.
 
-        Alone it is the gradient itself.
+        Alone they are the gradients themselves.
         """
         if self.ranks.size == 1:
-            return gradient
-        parts = [
-            self.of(name, rank, gradient).float().contiguous() for rank in range(self.ranks.size)
-        ]
-        for rank, part in enumerate(parts):
-            if len(part):
-                self.ranks.reduce_(part, rank)
-        return parts[self.ranks.rank]
+            return gradients
+        own: dict[str, Tensor] = {}
+        for rank in range(self.ranks.size):
+            parts = self._parts(gradients, rank)
+            piece = torch.cat([part.flatten().float() for part in parts.values()])
+            self.ranks.reduce_(piece, rank)
+            if rank == self.ranks.rank:
+                own = dict(zip(parts, _cut(piece, parts.values())))
+        return own
 
-    def spread_(self, name: str, tensor: Tensor) -> None:
-        """In place: every rank's own rows, to all."""
+    def spread_(self, tensors: dict[str, Tensor]) -> None:
+        """In place: every rank's own rows, to all: one message a rank."""
         for rank in range(self.ranks.size if self.ranks.size > 1 else 0):
-            rows = self.of(name, rank, tensor)
-            if len(rows):
-                self.ranks.broadcast_(rows, rank)
+            parts = self._parts(tensors, rank)
+            piece = torch.cat([part.flatten() for part in parts.values()])
+            self.ranks.broadcast_(piece, rank)
+            if rank != self.ranks.rank:
+                for part, new in zip(parts.values(), _cut(piece, parts.values())):
+                    part.copy_(new)
+
+    def _parts(self, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+        return {name: self.of(name, rank, t) for name, t in tensors.items()}
 
     def gathered(self, name: str, rows: Tensor) -> Tensor:
         """At rank 0 the whole tensor, of every rank's rows; elsewhere the rows."""
@@ -92,3 +99,10 @@ class Shards:
             part = self.of(name, rank, whole).to(rows.device, rows.dtype)
             if len(part):
                 self.ranks.send(part.contiguous(), rank)
+
+
+def _cut(piece: Tensor, parts: Iterable[Tensor]) -> list[Tensor]:
+    """Views of a piece that was put together from parts, each in its part's shape."""
+    shapes = [part.shape for part in parts]
+    flat = piece.split([shape.numel() for shape in shapes])
+    return [own.view(shape) for own, shape in zip(flat, shapes)]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from trainer_process import Server, command, config, status_when, traffic
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.daemon import Daemon, open_daemon
-from aurora_trainer.ranks import APART
+from aurora_trainer.learn import learner
+from aurora_trainer.ranks import APART, RanksConfig, join
 
 TIMEOUT = dict(trainer__ranks__timeout_s=60)
 # everything that is held by rows, both ways of updating, and walks before and after an update
@@ -54,64 +56,150 @@ def run(daemon: Daemon, trace, until: int) -> tuple[list, dict[str, torch.Tensor
 def two_ranks(models, site, trace, monkeypatch, **settings):
     """This process as rank 0 and another one as rank 1; what rank 0 does is up to the caller."""
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    follower = subprocess.Popen(
-        command(models, site, "replay", str(trace), **settings),
-        env=os.environ | about | {"RANK": "1"} | ONE_THREAD,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with open(site / "rank1.log", "w") as said:
+        follower = subprocess.Popen(
+            command(models, site, "replay", str(trace), **settings),
+            env=os.environ | about | {"RANK": "1"} | ONE_THREAD,
+            stderr=said,
+        )
     for name, value in (about | {"RANK": "0"}).items():
         monkeypatch.setenv(name, value)
     try:
         daemon = open_daemon(config(models, site, **settings))
         assert daemon.training.ranks.size == 2
-        yield daemon, follower
+        yield daemon
+        assert follower.wait(60) == 0
     finally:
+        print((site / "rank1.log").read_text())
         dist.destroy_process_group()
         monkeypatch.undo()
         follower.kill()
         follower.wait()
 
 
-def assert_alike(one, two, tolerance: float, loss_tolerance: float):
+def assert_alike(one, two, weights: float, loss: float):
+    """The same batches, counts and steps; losses within a part of them, weights within a figure."""
     (steps_1, end_1), (steps_2, end_2) = one, two
     assert len(steps_1) == len(steps_2) > 0
     for number, (a, b) in enumerate(zip(steps_1, steps_2)):
-        assert a.update.loss == pytest.approx(b.update.loss, rel=loss_tolerance), number
+        assert a.update.loss == pytest.approx(b.update.loss, rel=loss), number
         assert torch.equal(a.score.count, b.score.count) and a.positions == b.positions
         assert (a.before is None) == (b.before is None) and (a.after is None) == (b.after is None)
-    for name in ("steps", "positions", "buffer", "samples", "cursor", "rows"):
+    for name in ("steps", "positions", "buffer", "samples", "cursor", "rows", "failed_steps"):
         assert end_1["state"][name] == end_2["state"][name], name
-    for name, tensor in end_1.items():
-        if name != "state" and tensor.is_floating_point():
-            assert torch.allclose(tensor, end_2[name], rtol=0, atol=tolerance), (
-                name,
-                float((tensor - end_2[name]).abs().max()),
-            )
+    apart = {n: float((t - end_2[n]).abs().max()) for n, t in end_1.items() if n != "state"}
+    assert all(difference <= weights for difference in apart.values()), apart
+
+
+@contextmanager
+def failing_once(monkeypatch, call: int):
+    """This process cannot pack its share, once."""
+    pack, calls = learner.pack, []
+
+    def failing(*given):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError("as on a device that is full")
+        return pack(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "pack", failing)
+        yield
+    assert len(calls) > call
 
 
 def test_two_ranks_learn_what_one_does_and_one_goes_on(models, trace, tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one = run(Daemon(config(models, tmp_path / "one", **ADAMW)), trace, 24)
-    with two_ranks(models, tmp_path / "two", trace, monkeypatch, **ADAMW) as (daemon, follower):
-        whole = daemon.training.learner.mean.weights["lm_head.weight"].shape
-        first, middle = run(daemon, trace, 13)
-        assert follower.wait(60) == 0, follower.stderr.read()
-        # rank 0 held half of the rows, and saved all of them
-        assert whole[0] == middle["average/lm_head.weight"].shape[0] // 2
-    second, end = run(Daemon(config(models, tmp_path / "two", **ADAMW)), trace, 24)
-    assert_alike(one, (first + second, end), 1e-3, 1e-4)
-    assert any(s.after for s in first)
+    with failing_once(monkeypatch, 5):
+        one = run(Daemon(config(models, tmp_path / "one", **ADAMW)), trace, 18)
+    with two_ranks(models, tmp_path / "two", trace, monkeypatch, **ADAMW) as daemon:
+        # what one rank cannot train on, all of them try again in parts
+        with failing_once(monkeypatch, 5):
+            first, middle = run(daemon, trace, 12)
+        assert middle["state"]["failed_steps"] == [5] and any(s.after for s in first)
+        # it held half of the rows, and saved all of them
+        own = daemon.training.learner.mean.weights["lm_head.weight"]
+        assert 2 * len(own) == len(middle["average/lm_head.weight"]) == VOCAB
+    second, end = run(Daemon(config(models, tmp_path / "two", **ADAMW)), trace, 18)
+    assert_alike(one, (first + second, end), weights=1e-5, loss=1e-5)
 
 
 def test_two_ranks_go_on_from_ones_checkpoint(models, trace, tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one = run(Daemon(config(models, tmp_path / "one", **MUON)), trace, 20)
+    one = run(Daemon(config(models, tmp_path / "one", **MUON)), trace, 14)
     first, _ = run(Daemon(config(models, tmp_path / "two", **MUON)), trace, 7)
-    with two_ranks(models, tmp_path / "two", trace, monkeypatch, **MUON) as (daemon, follower):
-        # a batch that one rank cannot train on is both ranks' fault, and tried again in parts
-        second, end = run(daemon, trace, 20)
-        assert follower.wait(60) == 0, follower.stderr.read()
-    assert_alike(one, (first + second, end), 1e-2, 1e-2)
+    with two_ranks(models, tmp_path / "two", trace, monkeypatch, **MUON) as daemon:
+        # it lets the other one know that it is there, however little there is to do
+        monkeypatch.setattr(daemon.training.ranks, "_speaks_s", 0.02)
+        second, end = run(daemon, trace, 14)
+    # the last bit of bfloat16 at 1.0
+    assert_alike(one, (first + second, end), weights=1 / 128, loss=1e-3)
+
+
+def test_a_silent_rank_ends_the_other(tmp_path, monkeypatch, caplog):
+    script = (
+        "import os, time; from aurora_trainer.ranks import RanksConfig, join;"
+        "open('ready', 'w').close(); join(RanksConfig(timeout_s=30), 'cpu'); time.sleep(60)"
+    )
+    about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    silent = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | about | {"RANK": "1"}
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for name, value in (about | {"RANK": "0"}).items():
+            monkeypatch.setenv(name, value)
+        ranks, began = join(RanksConfig(timeout_s=3), "cpu"), time.monotonic()
+        with pytest.raises(SystemExit) as ended:
+            ranks.sum_(torch.zeros(1))
+        assert ended.value.code == APART and time.monotonic() - began < 20
+        assert "another one is gone or silent" in caplog.text
+    finally:
+        dist.destroy_process_group()
+        silent.kill()
+        silent.wait()
+
+
+def test_a_rank_that_dies_ends_the_job_and_torchrun_starts_it_again(models, tmp_path):
+    """From the checkpoint, with the same endpoint; SIGTERM ends it with one of its last step."""
+    run = command(models, tmp_path, "run", **TIMEOUT)
+    torchrun = [*run[:2], "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    server = Server(tmp_path)
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(
+            [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.1", *run[1:]],
+            env=os.environ | ONE_THREAD,
+            stderr=log,
+        )
+    try:
+        server.send(traffic(models, 14, "first"))
+        status = status_when(tmp_path, lambda s: steps(tmp_path / "checkpoints"))
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        (other,) = [int(pid) for pid in children if int(pid) != status["pid"]]
+        os.kill(other, signal.SIGKILL)
+        saved = steps(tmp_path / "checkpoints")[-1]
+        server.send(traffic(models, 14, "second"))
+        again = status_when(
+            tmp_path, lambda s: s["pid"] != status["pid"] and s["steps"] > saved + 2
+        )
+        job.send_signal(signal.SIGTERM)
+        # torchrun's own, for a signal
+        assert job.wait(90) not in (0, -signal.SIGKILL)
+    finally:
+        print(
+            "\n".join(s for s in (tmp_path / "log").read_text().splitlines() if "buffer" not in s)
+        )
+        job.kill()
+        job.wait()
+        server.socket.close()
+    said = (tmp_path / "log").read_text()
+    assert "rank 0 of 2 ends, another one is gone or silent" in said
+    last = json.loads((tmp_path / "status.json").read_text())["steps"]
+    assert f"resumed step={saved}" in said and again["steps"] <= last
+    assert steps(tmp_path / "checkpoints")[-1] == last
+    # what all do, one of them says
+    assert said.count("trainer ready") == 2 and said.count("trainer ended") == 1
