@@ -11,6 +11,7 @@ import torch
 from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.kinds import rebuild
 from aurora_trainer.drafts.target import TargetTensors, open_target
+from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.shares import LEARN, share_of
 from aurora_trainer.ranks import Order, Ranks
@@ -27,6 +28,8 @@ class Follower:
         self._tensors = TargetTensors(open_target(model.target), model.device, dtype)
         self._learner = Learner(config.trainer, ranks)
         self._ranks = ranks
+        # those that rank 0 dealt to this one and may ask for again
+        self._samples: dict[int, Sample] = {}
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
         """Follow rank 0, which receives."""
@@ -50,8 +53,10 @@ class Follower:
     def _do(self, order: Order) -> None:
         learner = self._learner
         if order.name == LEARN:
+            with self._ranks.together():
+                share = share_of(order, self._samples)
             try:
-                learner.learn([share_of(order)])
+                learner.learn([share])
             except Exception:
                 # so does rank 0, which tries it again in parts
                 learner.give_up()

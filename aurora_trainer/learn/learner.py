@@ -77,7 +77,8 @@ class Learner:
         What raises at one rank before the update raises at all of them: then call `give_up`.
         """
         if self.leads_others:
-            self.ranks.tell_each([share.order() for share in shares[1:]])
+            with self.ranks.together():
+                self.ranks.tell_each([share.order() for share in shares[1:]])
         share, ranks = shares[0], self.ranks
         batch: Batch | None = None
         empty = torch.zeros(share.depth, 2, dtype=torch.float64)

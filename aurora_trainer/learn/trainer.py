@@ -37,7 +37,7 @@ from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
 from aurora_trainer.learn.served import Served
-from aurora_trainer.learn.shares import deal
+from aurora_trainer.learn.shares import Dealer
 from aurora_trainer.learn.step_record import Step
 from aurora_trainer.learn.training_state import restore, state_of
 from aurora_trainer.ranks import Ranks
@@ -62,7 +62,7 @@ class Training:
     def __init__(self, config: TrainerFile, ranks: Ranks | None = None):
         self.config, trainer = config, config.trainer
         self.ranks = ranks or Ranks()
-        self.learner = Learner(trainer, self.ranks)
+        self.learner, self.dealer = Learner(trainer, self.ranks), Dealer(self.ranks.size)
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         dtype = getattr(torch, trainer.model.compute_dtype)
@@ -168,7 +168,7 @@ class Training:
         # A chain's walk comes with the loss; a tree has to be grown.
         before = bool(unseen) and (after or all(s.topk == 1 for s in unseen))
         depth = trainer.batch.depth or max(s.num_steps for s in samples)
-        learned = self.learner.learn(deal(samples, unseen, self.ranks.size, depth, before, after))
+        learned = self.learner.learn(self.dealer.deal(samples, unseen, depth, before, after))
         if learned is None:
             return None
         if learned.update.applied:

@@ -182,10 +182,9 @@ def test_a_rank_that_dies_ends_the_job_and_torchrun_starts_it_again(models, tmp_
         (other,) = [int(pid) for pid in children if int(pid) != status["pid"]]
         os.kill(other, signal.SIGKILL)
         saved = steps(tmp_path / "checkpoints")[-1]
+        status_when(tmp_path, lambda s: s["pid"] != status["pid"])
         server.send(traffic(models, 14, "second"))
-        again = status_when(
-            tmp_path, lambda s: s["pid"] != status["pid"] and s["steps"] > saved + 2
-        )
+        again = status_when(tmp_path, lambda s: s["steps"] > saved + 2)
         job.send_signal(signal.SIGTERM)
         # torchrun's own, for a signal
         assert job.wait(90) not in (0, -signal.SIGKILL)
