@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aurora_trainer.config import TrainerConfig
 from aurora_trainer.drafts.batch import Batch, pack
+from aurora_trainer.drafts.kept_features import KeptFeatures
 from aurora_trainer.drafts.kinds import Draft
 from aurora_trainer.learn.accept_length import chains, walked
 from aurora_trainer.learn.objective import Score, losses, score
@@ -53,6 +54,7 @@ class Learner:
     def __init__(self, config: TrainerConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
         rejected = bool(config.loss.rejected) and config.batch.rejected
+        self.features = KeptFeatures(config.model.device)
         self.packing = config.batch.model_copy(update={"rejected": rejected})
 
     def start(self, draft: Draft) -> None:
@@ -86,8 +88,7 @@ class Learner:
         def packed() -> Tensor:
             nonlocal batch
             if share.samples:
-                packing = self.packing.model_copy(update={"depth": share.depth})
-                batch = pack(share.samples, packing).to(self.config.model.device)
+                batch = self._packed(share)
             return (batch.counts() if batch else empty).flatten()
 
         counts = ranks.sum_of(packed, empty.numel()).view_as(empty)
@@ -130,6 +131,8 @@ class Learner:
     def give_up(self) -> None:
         """The update that raised is over: no gradient stays."""
         self.draft.zero_grad(set_to_none=True)
+        # the device may be full
+        self.features.clear()
         if self.config.model.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -188,6 +191,12 @@ class Learner:
             mean = mean or _under(own, "master", ".")
             for name, rows in self.mean.weights.items():
                 self.optimizer.shards.scatter_(name, mean.get(name), rows)
+
+    def _packed(self, share: Share) -> Batch:
+        packing = self.packing.model_copy(update={"depth": share.depth})
+        return pack(share.samples, packing, self.features.of(share.samples)).to(
+            self.features.device
+        )
 
     def _whole(self, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, own in rows.items():
