@@ -71,8 +71,7 @@ class Daemon:
     """Owns the training, the schedules and the signals."""
 
     def __init__(self, config: TrainerFile, ranks: Ranks | None = None):
-        self.config = config
-        self.stopping = False
+        self.config, self.stopping = config, False
         self.training = Training(config, ranks)
         self.checkpoints = config.trainer.checkpoint.directory
         self.resumed = load_newest(self.checkpoints)
