@@ -162,12 +162,14 @@ def trainer_device_bytes(
     embedding   c V H, shared by both
     loss        the head's gradient in float32, twice (tree_loss keeps it, then scales it); a chunk
                 of logits, twice
+    features    those of the buffer's samples at most, shared by the ranks; none are kept on the CPU
     activations rows of `activation_bytes`, for a rank's share of a batch of batch.max_positions
     positions that all have a target
     """
     count, c = parameter_count(draft, target), compute
     head = 4 * draft.draft_vocab_size * draft.hidden_size
     depth = trainer.batch.depth or load.num_steps
+    kept = trainer.buffer.max_bytes // load.ranks if trainer.model.device == "cuda" else 0
     rows, own = -(-trainer.batch.max_positions // load.ranks), -(-count // load.ranks)
     summed = 8 * own if load.ranks > 1 else 4 * count * (c < 4)
     return {
@@ -178,6 +180,7 @@ def trainer_device_bytes(
         "served_bytes": 2 * count * c,
         "embedding_bytes": c * draft.vocab_size * (draft.target_hidden_size or draft.hidden_size),
         "loss_bytes": 2 * head + 2 * 4 * max(32 * draft.draft_vocab_size, CHUNK_LOGITS),
+        "features_bytes": kept,
         "activations_bytes": activation_bytes(draft, rows, rows, depth, c),
     }
 
@@ -201,5 +204,6 @@ def ranks_bytes(draft: DraftConfig, target: Target, compute: int) -> int:
 def largest_draft(device: dict[str, int], parameters: int, device_bytes: float) -> int:
     """Parameters of a draft of this shape that a device of so many bytes would hold: what grows
     with them (`trainer_device_bytes`) in what the rest leaves."""
-    rest = device["embedding_bytes"] + device["loss_bytes"] + device["activations_bytes"]
+    fixed = "embedding_bytes", "loss_bytes", "features_bytes", "activations_bytes"
+    rest = sum(device[name] for name in fixed)
     return int(max(0.0, device_bytes - rest) * parameters / (sum(device.values()) - rest))
