@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.ranks import Order
@@ -52,8 +53,8 @@ def share_of(order: Order, held: dict[int, Sample]) -> Share:
     about = dict(order.about)
     for n, (number, other) in enumerate(zip(about["new"], about.pop("samples"))):
         # of its own: what came is one piece
-        tensors = {name: order.tensors[f"{n}.{name}"].clone() for name in TENSORS}
-        held[number] = Sample(**other, **tensors)
+        own: dict[str, Any] = {name: order.tensors[f"{n}.{name}"].clone() for name in TENSORS}
+        held[number] = Sample(**other, **own)
     for number in about["gone"]:
         del held[number]
     return Share(samples=[held[number] for number in about["numbers"]], **about)
