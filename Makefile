@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards docs test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer bench-trainer-cpu bench-background bench-control bench-gil bench-publish lab house lint clean
+.PHONY: bench-trainer bench-trainer-cpu bench-background bench-control bench-rollback bench-gil bench-publish lab house
+.PHONY: lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -88,6 +89,9 @@ bench-background: setup ## what writing versions and checkpoints costs the train
 
 bench-control: setup ## a server that chooses its draft steps against a plain one: ARGS="--good TRAINED_DRAFT"
 	$(BIN)/python scripts/bench_control.py $(ARGS)
+
+bench-rollback: setup ## bad versions on a real server, changes of traffic, 1,000 swaps of equal drafts: ARGS="--good TRAINED_DRAFT"
+	$(BIN)/python scripts/bench_rollback.py $(ARGS)
 
 bench-gil: setup ## how long a new version keeps the scheduler's thread from running
 	$(BIN)/python scripts/bench_gil.py $(ARGS)

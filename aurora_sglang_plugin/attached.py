@@ -15,6 +15,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.runtime_context import get_parallel
 
 from aurora_sglang_plugin.config import load_server_config
+from aurora_sglang_plugin.drafts.kinds import feature_layers
 from aurora_sglang_plugin.link.publisher import Publisher
 from aurora_sglang_plugin.metrics_thread import ServerMetrics
 from aurora_sglang_plugin.serve.audit import Audit
@@ -121,6 +122,7 @@ class Attached:
                 self._most_steps,
                 self.topk,
                 rejection=bool(self.server_args.speculative_use_rejection_sampling),
+                layers=feature_layers(model),
             )
             _capture = self.capture
         if config.plugin.audit.share and tp.rank_in_group == 0:
@@ -159,7 +161,8 @@ class Attached:
         """SGLang calls it after the capture of graphs, before anything is served."""
         result = super().prewarm_sampling()  # type: ignore[misc]
         if self.capture is not None:
-            self.capture.prewarm(self.target_worker.model_config.vocab_size)
+            target = self.target_worker.model_config
+            self.capture.prewarm(target.vocab_size, target.dtype)
         return result
 
     def _mark_new_requests(self) -> None:

@@ -15,7 +15,7 @@ import tomllib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
@@ -93,6 +93,8 @@ class CaptureConfig(Section):
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # kept target logits per node
     topk_logits: Annotated[int, Field(ge=1, le=128)] = 32
+    # what features travel in: the target's dtype, or a byte each with a scale a layer ("float8")
+    features: Literal["model", "float8"] = "model"
     # of a prompt's last tokens; the rest is counted
     max_prompt_features: Annotated[int, Field(ge=0)] = 1024
     # CUDA: steps on their way to the host; none free is a counted drop

@@ -151,8 +151,9 @@ OF_RANK: dict[str, Family] = {
     ),
     "aurora_swap_stall_seconds": histogram(
         "Time that the copies of a swap took, on the device",
-        look="What a swap costs running requests: on a GPU by events in the stream of the steps,"
-        " on a CPU of the scheduler's thread.",
+        look="What a swap costs running requests: on a GPU by events in the stream of the steps, "
+        "which the new version is copied in; on a CPU of the scheduler's thread, which also copies "
+        "the version before aside, a step before.",
         read=lambda s: s.reloader.times.stalls,
         bounds=STALL_S,
     ),

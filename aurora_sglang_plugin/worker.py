@@ -8,6 +8,8 @@ One decode step, in SGLang's order, with ours marked:
                      draft-extend)
     verify           the target's forward, sampling (which edits the logits in place), acceptance,
                      compaction
+    on_publish       the lengths, which the scheduler needs to prepare the next step: nothing of
+                     ours stands before them
   > swap             every tree of the next step, level 1 included, comes from one version
   > capture.verify   trees, accepted path, features, the logits that judged
     draft-extend     writes the draft's KV for the accepted path, proposes level 1
@@ -17,6 +19,8 @@ One decode step, in SGLang's order, with ours marked:
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +48,9 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # whether SGLang is yet to publish lengths in this round, and what is to be done after that
+        self._publishes = False
+        self._after_publish: Callable[[], None] | None = None
         self._has_draft = get_spec().speculative_draft_load_format != NO_DRAFT
         if self.adaptive_controller is not None:
             config = load_server_config().plugin.speculation
@@ -81,7 +88,19 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
                 control.prefill(batch.reqs)
             else:
                 control.begin(batch.reqs)
+        on_publish = kwargs.get("on_publish")
+        self._publishes, self._after_publish = on_publish is not None, None
+        if on_publish is not None:
+            kwargs["on_publish"] = partial(self._publish, on_publish)
         return super().forward_batch_generation(batch, *args, **kwargs)
+
+    def _publish(self, on_publish: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        on_publish(*args, **kwargs)
+        self._publishes = False
+        if self._after_publish is not None:
+            self._after_publish()
+            # it holds the step's tensors
+            self._after_publish = None
 
     def activate_step_by_batch(self, batch_size: int) -> None:
         super().activate_step_by_batch(batch_size)
@@ -95,23 +114,27 @@ class AuroraWorker(Attached, EAGLEWorkerV2):
         # an SGLang whose scheduler does not allocate through the worker
         if self.reloader is None:
             self._attach()
-        if batch.forward_mode.is_idle():
-            result = super().verify(batch, *args, **kwargs)
-            # every rank counts every step
-            self.control.step()
-            self.reloader.step()
-            return result
+        idle = batch.forward_mode.is_idle()
         tree = batch.spec_info
-        if self.capture is not None:
+        if self.capture is not None and not idle:
             self.capture.before_verify(batch)
         result = super().verify(batch, *args, **kwargs)
+        after = partial(self._verified, None if idle else batch, tree, result)
+        if self._publishes:
+            self._after_publish = after
+        else:
+            after()
+        return result
+
+    def _verified(self, batch: Any | None, tree: Any, result: Any) -> None:
+        """Between verify and the draft's extend; every rank counts every step, idle or not."""
         drafted_by = self.reloader.version
-        self.control.verified(batch.reqs, self.speculative_num_steps)
+        if batch is not None:
+            self.control.verified(batch.reqs, self.speculative_num_steps)
         self.control.step()
         self.reloader.step()
-        if self.capture is not None:
+        if batch is not None and self.capture is not None:
             self.capture.verify(batch, tree, result, drafted_by, self.reloader.version)
-        return result
 
     def on_verify_complete_cpu(self, accepted: list[int], batch_size: int = 0) -> None:
         """Called for each verify step in their order, when its accepted drafts are known."""

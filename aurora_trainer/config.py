@@ -17,6 +17,7 @@ from aurora_trainer.checkpoint import CheckpointConfig
 from aurora_trainer.drafts.batch import BatchConfig
 from aurora_trainer.intake.assemble import AssembleConfig
 from aurora_trainer.intake.buffer import BufferConfig
+from aurora_trainer.learn.drift import DriftConfig
 from aurora_trainer.learn.gate import GateConfig
 from aurora_trainer.learn.objective import LossConfig
 from aurora_trainer.learn.optimizer import OptimizerConfig
@@ -78,6 +79,7 @@ class TrainerConfig(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     gate: GateConfig = GateConfig()
+    drift: DriftConfig = DriftConfig()
     publish: PublishConfig = PublishConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -169,6 +169,8 @@ class Daemon:
                 if training.steps == replayed:
                     check_replay(self.resumed, path, cursor, training.buffer.state())
                     self._start_cadences(now_s)
+                    # what is served, and when, is part of what drift.py sees
+                    self._publish.restart(*self.resumed.state.get("publish", self._publish.last))
                 if training.steps > replayed:
                     self._keep_cadences(None, now_s, cursor)
         else:
@@ -274,13 +276,13 @@ class Daemon:
         # not while a version is written: it names its parent
         if cursor is None and not background.busy("publish") and self._rejected.due(now, 0):
             jobs["rejected"].run(training.apply_rollbacks, now)
-        for name, schedule, start in (
-            ("publish", self._publish, lambda: self._offer(now)),
-            ("checkpoint", self._checkpoint, lambda: self._save(cursor, now)),
+        for name, schedule, urgent, start in (
+            ("publish", self._publish, training.urgent, lambda: self._offer(now)),
+            ("checkpoint", self._checkpoint, False, lambda: self._save(cursor, now)),
         ):
             # what is still being written keeps its turn
             if not background.busy(name):
-                if schedule.due(now, training.steps) or jobs[name].due(now):
+                if schedule.due(now, training.steps) or jobs[name].due(now) or urgent:
                     start()
         if self._status.due(time.monotonic(), 0):
             self.metrics.report(self.status(receiver), LINE)
@@ -293,7 +295,7 @@ class Daemon:
 
         def snapshot() -> Callable[[], object]:
             tensors, state = self.training.checkpoint()
-            state["cursor"] = cursor
+            state |= {"cursor": cursor, "publish": self._publish.last}
             return lambda: save_checkpoint(self.checkpoints, step, tensors, state, keep)
 
         def saved(path: object) -> None:
@@ -325,11 +327,8 @@ class Daemon:
         self._lessons.look(self.training)
         self.metrics.report(self.status(receiver), LINE)
         self.training.close()
-        log.info(
-            "trainer ended steps=%d draft_version=%d",
-            self.training.steps,
-            self.training.served.version,
-        )
+        steps, version = self.training.steps, self.training.served.version
+        log.info("trainer ended steps=%d draft_version=%d", steps, version)
         if self._unsaved:
             unsaved = (
                 f"no checkpoint of the last step, {self.training.steps}, in {self.checkpoints}"
@@ -345,6 +344,6 @@ class Daemon:
         signal.signal(signal.SIGINT, stop)
 
     def _start_cadences(self, now: float) -> None:
-        for cadence in (self._publish, self._checkpoint, self._rejected, self._taught):
-            cadence.restart(now, self.training.steps)
+        for each in (self._publish, self._checkpoint, self._rejected, self._taught):
+            each.restart(now, self.training.steps)
         self._status.restart(time.monotonic(), self.training.steps)

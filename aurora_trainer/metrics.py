@@ -47,7 +47,10 @@ FAMILIES: dict[str, Family] = STREAM | RECORDING | SAMPLES | TRAINING | VERSIONS
 class MetricsConfig(Section):
     """Where the figures go."""
 
-    # of http://127.0.0.1:PORT/metrics; 0: none
+    # that the figures are served on; `0.0.0.0` for every interface. There is no password: let a
+    # firewall or a NetworkPolicy keep strangers out
+    host: str = "127.0.0.1"
+    # of http://HOST:PORT/metrics; 0: none
     port: Annotated[int, Field(ge=0, le=65535)] = 0
     # JSON, replaced whole
     status_file: Path | None = None
@@ -74,7 +77,7 @@ class Clock:
 
 
 class Metrics:
-    """Raises ValueError if the port is taken."""
+    """Raises ValueError if the port is taken, or the host is not this machine's."""
 
     def __init__(self, config: MetricsConfig):
         self.config = config
@@ -91,11 +94,11 @@ class Metrics:
             config.status_file.parent.mkdir(parents=True, exist_ok=True)
         if config.port:
             try:
-                start_http_server(config.port, "127.0.0.1", self.registry)
+                start_http_server(config.port, config.host, self.registry)
             except OSError as error:
                 raise ValueError(
-                    f"trainer.metrics.port {config.port}: {error}; expected a free port, or 0 for"
-                    " none"
+                    f"trainer.metrics.port {config.port} of trainer.metrics.host {config.host}:"
+                    f" {error}; expected a free port, or 0 for none, of an address of this machine"
                 ) from None
 
     def begin(self, status: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 def status_of(training: Training) -> dict[str, Any]:
     """Every figure of what was assembled, trained and published."""
-    decided = training.gate.newest
+    decided, drift = training.gate.newest, training.arrivals.drift
     return {
         "steps": training.steps,
         "optimizer_step": training.updates,
@@ -29,7 +29,13 @@ def status_of(training: Training) -> dict[str, Any]:
         "accept_length_traffic": training.traffic["tokens"] / max(training.traffic["steps"], 1),
         "traffic": dict(training.traffic),
         "published": dict(training.published),
+        "published_roles": dict(training.published_roles),
         "gate": dict(training.gate.decisions),
+        "watched_requests": drift.requests,
+        "traffic_changes": dict(drift.changes),
+        "change_score": drift.sum / drift.config.limit,
+        "requests_since_change": training.samples["assembled"] - (drift.changed_at or 0),
+        "resting": int(training.arrivals.resting),
         "rows": dict(training.rows),
         "samples": dict(training.samples),
         "unusable": {cause: n for cause, n in training.samples.items() if cause != "assembled"},

@@ -29,7 +29,10 @@ BLOCK = 8192
 
 
 def topk_logprobs(
-    logits: Tensor, k: int, rows: Tensor | None = None
+    logits: Tensor,
+    k: int,
+    rows: Tensor | None = None,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ids int32 [R, K], logits [R, K] in the input's dtype, largest first, logsumexp float32 [R])
     of logits [.., V].
@@ -38,11 +41,16 @@ def topk_logprobs(
     may lie apart (stride(0) > V). All outputs are finite: -inf becomes the dtype's most negative
     number; only NaN, which counts as the largest, and +inf stay what they are, in the logits and as
     the log-sum-exp. The input is not changed. The kernels keep the lowest ids of equal logits, in
-    their order; the reference, whichever torch.topk picks.
+    their order; the reference, whichever torch.topk picks. `out`: where the results are to go.
     """
     if use_kernels(logits) and logits.numel() and 0 < min(k, logits.shape[1]) <= MAX_K:
-        return _topk_logprobs(logits, k, rows)
-    return topk_logprobs_ref(logits, k, rows)
+        return _topk_logprobs(logits, k, rows, out)
+    found = topk_logprobs_ref(logits, k, rows)
+    if out is None:
+        return found
+    for place, values in zip(out, found):
+        place.copy_(values)
+    return out
 
 
 def topk_logprobs_ref(
@@ -84,14 +92,18 @@ def topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top, candidates.gather(1, found)
 
 
-def _topk_logprobs(logits: Tensor, k: int, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _topk_logprobs(
+    logits: Tensor, k: int, rows: Tensor | None, out: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     device, k = logits.device, min(k, logits.shape[1])
     count = len(logits) if rows is None else len(rows)
-    ids = torch.empty(count, k, dtype=torch.int32, device=device)
-    kept = torch.empty(count, k, dtype=logits.dtype, device=device)
-    logsumexp = torch.empty(count, dtype=torch.float32, device=device)
+    ids, kept, logsumexp = out or (
+        torch.empty(count, k, dtype=torch.int32, device=device),
+        torch.empty(count, k, dtype=logits.dtype, device=device),
+        torch.empty(count, dtype=torch.float32, device=device),
+    )
     if count:
         for kernel, grid, arguments, constexprs, options in _launches(
             logits, rows, ids, kept, logsumexp

@@ -70,6 +70,25 @@ def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
     }
 
 
+def wire_bytes(server: Server, prompts: list[list[int]]) -> float:
+    """Bytes that a committed token costs on the wire to a trainer that receives: of requests whose
+    prompts are cached, and send no features."""
+    list(send(server, prompts, tokens=1))
+    before = _sent_bytes(server)
+    tokens = sum(len(reply.tokens) for reply in send(server, prompts, tokens=96))
+    return (_sent_bytes(server) - before) / tokens
+
+
+def _sent_bytes(server: Server, timeout_s: float = 30) -> float:
+    """Once nothing waits to be sent."""
+    deadline = time.monotonic() + timeout_s
+    while metric(server, "aurora_queued_messages"):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the trainer did not take all messages within {timeout_s:g} s")
+        time.sleep(0.1)
+    return metric(server, "aurora_sent_bytes_total")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -78,7 +97,7 @@ def main() -> None:
         "--init", choices=("random", "target"), default="target", help="the untrained draft"
     )
     parser.add_argument(
-        "--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.topk_logits=32"
+        "--set", default="", help="AURORA_SET of both servers, e.g. plugin.capture.features=float8"
     )
     parser.add_argument("--target", type=Path, default=TARGET)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -122,6 +141,8 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
                 trainer.process.send_signal(signal.SIGCONT)
                 time.sleep(1)
                 figures["receiving"].append(measure(capturing, turn))
+                if number == options.rounds:
+                    per_token = wire_bytes(capturing, turn)
             with Trainer(config, home / "training.log"):
                 wait_until_received(home)
                 figures["training"].append(measure(capturing, turn))
@@ -131,6 +152,8 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
             " MiB after; dropped because the queue was full:"
             f" {metric(capturing, 'aurora_dropped_messages_total'):.0f} messages"
         )
+        print(f"{per_token:,.0f} bytes on the wire a committed token")
+        figures["receiving"][-1]["wire_bytes_per_token"] = per_token
     return figures
 
 
@@ -158,7 +181,7 @@ def show(figures: dict[str, list[dict[str, float]]]) -> None:
             values = sorted(r[name] / b[name] for r, b in zip(rounds, base))
             return f"{statistics.median(values):.3f} ({values[0]:.3f} to {values[-1]:.3f})"
 
-        mid = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+        mid = {name: statistics.median(r[name] for r in rounds) for name in base[0]}
         print(
             f"{mode:10} {mid['tokens_per_s']:9.0f}  {ratio('tokens_per_s'):>24} "
             f" {ratio('latency_p95_s'):>24}  {ratio('cpu_s')[:5]:>10} "

@@ -129,7 +129,17 @@ ANNOTATIONS = {
             "expr": "max by (instance) (changes(aurora_draft_version[$__interval])) > 0",
             "titleFormat": "draft swapped",
             "textFormat": "{{instance}}",
-        }
+        },
+        {
+            "name": "Changes of traffic",
+            "enable": True,
+            "iconColor": "orange",
+            "datasource": DATASOURCE,
+            "expr": "sum by (instance) (changes(aurora_trainer_traffic_changes_total[$__interval]))"
+            " > 0",
+            "titleFormat": "traffic changed",
+            "textFormat": "{{instance}}",
+        },
     ]
 }
 

@@ -1,6 +1,6 @@
 """The main job, end to end: a real SGLang server whose untrained draft learns while it serves.
 
-    python scripts/demo.py [--init random] [--minutes 10]
+    python scripts/demo.py [--init random|target|none] [--minutes 10]
 
 Makes an untrained draft, starts the trainer and the server, sends code prompts, then prose prompts,
 and shows how the accept length climbs, dips and climbs again. A second
@@ -52,8 +52,10 @@ def main(options: argparse.Namespace, home: Path) -> None:
     # what was learned before
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
-    draft = home / "draft"
-    children.run_to_end([*children.TRAINER, "init-draft", target, draft, "--kind", options.init])
+    draft = None if options.init == "none" else home / "draft"
+    if draft:
+        made = ["init-draft", target, draft, "--kind", options.init]
+        children.run_to_end([*children.TRAINER, *made])
     config = write_config(home, target, draft, LEARNING)
     site = Site("the demo's target", home, target, draft, config, NUM_STEPS)
     prompts = make_prompts(target, options.requests)
@@ -80,12 +82,13 @@ def main(options: argparse.Namespace, home: Path) -> None:
         for domain, count in counts.items():
             yield from send(server, prompts[domain][:count:every], tokens=TOKENS, domain=domain)
 
-    if not options.no_frozen:
+    if draft and not options.no_frozen:
         print(
             f"\nfrozen: 1 in {every} of the same requests, the initial draft, no trainer",
             flush=True,
         )
         frozen = site.frozen(lambda server: again(server, every), str(len(live.replies) // every))
+    if not options.no_frozen:
         few = every * PLAIN_EVERY
         fresh = prompts["prose"][counts["prose"] :][: len(live.replies) // few]
         print(f"\nlearned: {len(fresh)} new requests, the last version, no trainer", flush=True)
@@ -124,9 +127,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--init",
-        choices=("random", "target"),
+        choices=("random", "target", "none"),
         default="random",
-        help="how the untrained draft starts",
+        help="how the untrained draft starts; none: the server starts without, the trainer makes"
+        " one and the server chooses when to draft",
     )
     parser.add_argument("--minutes", type=float, default=10.0, help="of live traffic")
     parser.add_argument(
@@ -145,7 +149,7 @@ def arguments() -> argparse.Namespace:
         help="the frozen pass serves 1 in so many requests: it is slow, and flat",
     )
     parser.add_argument(
-        "--no-frozen", action="store_true", help="leave out the second pass and the third"
+        "--no-frozen", action="store_true", help="leave out the passes after the first"
     )
     return parser.parse_args()
 

@@ -79,6 +79,8 @@ def initial_draft(home: Path, target: Path, words: list[str], seed: int) -> Path
 def configure(arm: dict[str, Any], target: Path, draft: Path, weights: str, seed: int):
     """The trainer's configuration of an arm."""
     own = [f"model.target={target}", f"model.draft={draft}", "gate.enabled=false"]
+    # as it was when the first lines were made, so that they stay comparable; the gate is off
+    own.append("gate.z=1.28")
     own += [f"pace.seed={seed}", *arm.get("settings", [])]
     directory = f"weights.directory={weights}"
     return load_trainer_config(None, [directory, *(f"trainer.{setting}" for setting in own)])
@@ -88,7 +90,9 @@ def settings_hash(arm: dict[str, Any]) -> str:
     """Of all that decides what an arm does, the trainer's defaults among it: lines of other
     settings are not compared."""
     config = configure(arm, Path("target"), Path("draft"), tempfile.gettempdir(), 0)
-    said = config.trainer.model_dump(mode="json", exclude={"model": {"target", "draft"}})
+    # drift is off with the gate
+    left_out = {"model": {"target", "draft"}, "drift": True}
+    said = config.trainer.model_dump(mode="json", exclude=left_out)
     rest = {key: value for key, value in arm.items() if key not in ("settings", "like")}
     return hashlib.sha256(json.dumps([said, rest], sort_keys=True).encode()).hexdigest()[:12]
 
@@ -110,12 +114,21 @@ def run(recording: Path, arm: dict[str, Any], config: TrainerFile, requests: int
     torch.set_num_threads(config.trainer.pace.threads)
     training, cpu_s = Training(config), 0.0
     ideas = [IDEAS[name](training) for name in arm.get("ideas", [])]
-    scores, domains, due = [], [], 0
-    for window in windows(recording, config, arm["swap_every"]):
-        scores += accept(training, window)
+    # what is learned does not depend on when it is served, so that one run tells of several
+    lags = [arm["swap_every"], *arm.get("also_every", [])]
+    scores: dict[int, list[tuple[float, float]]] = {lag: [] for lag in lags}
+    domains, due = [], 0
+    for window in windows(recording, config, max(lags)):
         domains += [sample.domain for sample in window]
-        began = time.process_time()
-        for sample in window:
+        for number, sample in enumerate(window):
+            swapped = [lag for lag in lags if number % lag == 0]
+            began = time.process_time()
+            if swapped and training.updates:
+                training.publish()
+            cpu_s += time.process_time() - began
+            for lag in swapped:
+                scores[lag] += accept(training, window[number : number + lag])
+            began = time.process_time()
             for idea in ideas:
                 idea.request(sample)
             training._keep(sample)
@@ -123,18 +136,22 @@ def run(recording: Path, arm: dict[str, Any], config: TrainerFile, requests: int
             while enough(arm, training, due):
                 due = 0
                 training.step()
-        training.publish()
-        cpu_s += time.process_time() - began
-        if requests and len(scores) >= requests:
+            cpu_s += time.process_time() - began
+        if requests and len(domains) >= requests:
             break
+    first, *others = (
+        {"steps": [int(n) for n, _ in found], "tokens": [int(n) for _, n in found]}
+        for found in scores.values()
+    )
     figures = {
-        "steps": [int(steps) for steps, _ in scores],
-        "tokens": [int(tokens) for _, tokens in scores],
+        **first,
         "domains": domains,
         "updates": training.updates,
         "positions": training.positions,
         "cpu_s": round(cpu_s, 1),
     }
+    if others:
+        figures["by_lag"] = dict(zip(lags[1:], others))
     training.close()
     return figures
 

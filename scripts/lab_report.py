@@ -30,6 +30,8 @@ BLOCK = 24
 # of the other arm's last blocks, that an arm has to come to
 LAST = 3
 DRAWS, FEWEST_SEEDS = 2000, 3
+# requests over which what is served must not fall below the frozen draft
+WINDOW = 20
 TODAY, FROZEN = "today", "frozen-copying"
 # steps, tokens: float64 [S, N, 2]
 Walks = np.ndarray
@@ -235,6 +237,52 @@ def claims(lines: Sequence[dict[str, Any]], named: Sequence[dict[str, str]]) -> 
     return [*head, *body] if rows else []
 
 
+def by_lag(lines: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Accept length of the later half by the requests between two swaps, of runs that were scored
+    at several distances."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for line in lines:
+        if "by_lag" in line:
+            found[line["how"]["swap_every"]].append(line)
+            for lag, scores in line["by_lag"].items():
+                found[int(lag)].append(scores)
+    return {lag: accept_length(half(walks(own))) for lag, own in sorted(found.items())}
+
+
+def lowest(arm: Walks, frozen: Walks, domains: Sequence[str]) -> tuple[float, int]:
+    """(smallest difference of the accept lengths of arm and frozen draft over 20 consecutive
+    requests, of any seed; the request where they begin). Windows begin 20 requests after the start
+    or after a change of the domain, at the earliest, and end before the next change."""
+    changes = [n for n in range(1, len(domains)) if domains[n] != domains[n - 1]]
+    worst = (math.inf, 0)
+    for begin, end in zip([0, *changes], [*changes, min(arm.shape[1], frozen.shape[1])]):
+        for first in range(begin + WINDOW, end - WINDOW + 1):
+            span = slice(first, first + WINDOW)
+            still = accept_length(frozen[:, span])
+            for own in arm:
+                worst = min(worst, (accept_length(own[span]) - still, first))
+    return worst
+
+
+def floors(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Rows for the recordings whose domain comes in stretches: how far below the frozen draft."""
+    rows = []
+    frozen = [line for line in lines if line["arm"] == FROZEN]
+    for arm in sorted({line["arm"] for line in lines} - {FROZEN}):
+        own = [line for line in lines if line["arm"] == arm]
+        domains = own[0]["domains"]
+        changes = sum(one != two for one, two in zip(domains, domains[1:]))
+        if frozen and 0 < changes < len(domains) / (2 * WINDOW):
+            by, at = lowest(walks(own), walks(frozen), domains)
+            rows.append(f"| `{arm}` | {len(own)} | {changes} | {by:+.3f} | {at} |")
+    head = [
+        f"| arm | seeds | changes of domain | lowest over {WINDOW} requests, from {WINDOW} after a"
+        " change, against the frozen draft | from request |",
+        "|---|---|---|---|---|",
+    ]
+    return [*head, *rows] if rows else []
+
+
 def picture(path: Path, lines: Sequence[dict[str, Any]], title: str) -> None:
     """Accept length over requests, a curve for each arm; a moving mean of two blocks."""
     import matplotlib
@@ -294,6 +342,11 @@ def write(
         text += [f"## {recording}", "", *table(own), ""]
         picture(directory / f"{recording}.png", own, f"{recording}: accept length by request")
         text += [f"![curves]({recording}.png)", ""]
-    if found := claims(lines, named):
-        text += ["## Claims", "", *found, ""]
+        if found := floors(own):
+            text += [*found, ""]
+        if lags := by_lag(own):
+            text += ["| requests between swaps | accept length of the later half |", "|---|---|"]
+            text += [f"| {lag} | {length:.3f} |" for lag, length in lags.items()] + [""]
+    if claimed := claims(lines, named):
+        text += ["## Claims", "", *claimed, ""]
     (directory / "tables.md").write_text("\n".join(text).rstrip() + "\n")

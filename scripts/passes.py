@@ -18,6 +18,9 @@ from children import Trainer
 from clients import CLIENTS, Reply, tokens_per_s
 from serve import Server, free_port, has_gpu
 
+from aurora_sglang_plugin.weights.manifest import version_name
+from aurora_sglang_plugin.weights.writer import served_version
+
 # requests in a mean
 WINDOW = 40
 STATUS, SUMMARY, PICTURE = "status.json", "summary.json", "accept_length.png"
@@ -32,10 +35,10 @@ endpoint = "tcp://127.0.0.1:{port}"
 [weights]
 directory = "{home}/weights"
 [plugin.speculation]
-adaptive = false
+adaptive = {adaptive}
 [trainer.model]
 target = "{target}"
-draft = "{draft}"
+{draft}
 device = "{device}"
 {learning}\
 [trainer.checkpoint]
@@ -46,16 +49,18 @@ every_s = 1.0
 """
 
 
-def write_config(home: Path, target: Path, draft: Path, learning: str) -> Path:
-    """Write home/aurora.toml, the file of server and trainer. `learning`: more of [trainer.*]; its
-    first lines belong to [trainer.model]."""
+def write_config(home: Path, target: Path, draft: Path | None, learning: str) -> Path:
+    """Write home/aurora.toml, the file of server and trainer. Without a draft the trainer makes
+    one, and the server chooses when to draft. `learning`: more of [trainer.*]; its first lines
+    belong to [trainer.model]."""
     path = home / "aurora.toml"
     path.write_text(
         CONFIG.format(
             port=free_port(),
             home=home,
             target=target,
-            draft=draft,
+            draft=f'draft = "{draft}"' if draft else "",
+            adaptive="false" if draft else "true",
             device="cuda" if has_gpu() else "cpu",
             learning=learning,
             status=STATUS,
@@ -72,7 +77,8 @@ class Site:
     model: str
     home: Path
     target: Path
-    draft: Path
+    # None: the server starts without
+    draft: Path | None
     config: Path
     num_steps: int
     args: list[str] = field(default_factory=list)
@@ -93,10 +99,16 @@ class Site:
         with self._server("frozen", {"AURORA_SET": FROZEN_SET}) as server:
             return Pass(server.log, of, self.clients).follow(traffic(server))
 
+    @property
+    def last(self) -> Path:
+        """The last published version."""
+        weights = self.home / "weights"
+        return weights / version_name(served_version(weights))
+
     def learned(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """AURORA with the last published version, which captures nothing; no trainer."""
-        settings = f"plugin.capture.enabled=false weights.directory={self.home}/weights"
-        settings += f" {ALWAYS_DRAFT}"
+        self.draft = self.last
+        settings = f"plugin.capture.enabled=false plugin.swap.enabled=false {ALWAYS_DRAFT}"
         with self._server("learned", {"AURORA_SET": settings}) as server:
             return Pass(server.log, of, self.clients).follow(traffic(server))
 

@@ -5,7 +5,7 @@
 
 A table stands between `<!-- make docs: NAME -->` and `<!-- end -->`; `TABLES` says what makes it.
 A metric's row is its declaration, a setting's its field and the comment above it, a model's what
-`aurora-trainer plan` says of it.
+`aurora-trainer plan` says of it. The rules for Prometheus are printed for its operator too.
 """
 
 from __future__ import annotations
@@ -166,14 +166,26 @@ def printed(text: str) -> str:
     return BLOCK.sub(table, text)
 
 
+def prometheus_rule() -> str:
+    """docs/dashboards/rules.yml as the Prometheus operator takes it."""
+    groups = (DOCS / "dashboards" / "rules.yml").read_text().partition("\ngroups:")[2]
+    indented = re.sub(r"^(?=.)", "  ", f"groups:{groups}", flags=re.M)
+    return (
+        "# Printed from rules.yml by `make docs`; edit that one.\n"
+        "apiVersion: monitoring.coreos.com/v1\nkind: PrometheusRule\n"
+        f"metadata:\n  name: aurora\nspec:\n{indented}"
+    )
+
+
 def pages() -> dict[Path, str]:
-    """Every page that has a printed table, and what it should be."""
+    """Every page that is printed, or has a printed table, and what it should be."""
     texts = {page: page.read_text() for page in sorted(DOCS.rglob("*.md"))}
-    return {page: printed(text) for page, text in texts.items() if BLOCK.search(text)}
+    found = {page: printed(text) for page, text in texts.items() if BLOCK.search(text)}
+    return found | {DOCS / "dashboards" / "prometheus-rule.yaml": prometheus_rule()}
 
 
 def main(check: bool) -> int:
-    stale = {page: text for page, text in pages().items() if page.read_text() != text}
+    stale = {p: t for p, t in pages().items() if not p.exists() or p.read_text() != t}
     for page, text in stale.items():
         if not check:
             page.write_text(text)

@@ -39,7 +39,7 @@ def report(
     summary = {
         "model": site.model,
         "init": init,
-        "draft_vocabulary": vocabulary(site.draft, live),
+        "draft_vocabulary": vocabulary(site.draft or site.last, live),
         "draft_steps": site.num_steps,
         "tokens_per_request": tokens,
         "clients": site.clients,
@@ -59,7 +59,7 @@ def report(
         frozen_every=every,
         swaps=live.swaps,
         domains=domains,
-        title=f"An untrained draft ({init} initialisation) learns while SGLang serves {site.model}",
+        title=f"{start(init)} while SGLang serves {site.model}",
         subtitle=f"chain of {site.num_steps} draft steps, {sampling}, at most {tokens} tokens a "
         f"request, {site.clients} clients; distinct 4-grams: {different}",
         ceiling=site.num_steps + 1,
@@ -68,6 +68,12 @@ def report(
     print("\nsummary")
     show(summary)
     print(f"  picture: {home / PICTURE}")
+
+
+def start(init: str) -> str:
+    if init == "none":
+        return "A draft that the server did not have is made and learns"
+    return f"An untrained draft ({init} initialisation) learns"
 
 
 def vocabulary(draft: Path, live: Pass) -> dict[str, float]:

@@ -45,7 +45,8 @@ SOURCES = sorted(
 # A command in a code block runs here, unless a comment at its end, or at the head of its block,
 # says what it needs.
 MARK = re.compile(
-    r"#.*\b(needs? (a GPU|the weights|the network|a trainer|a server|Prometheus|Grafana)|minutes)\b"
+    r"#.*\b(needs? (a (GPU|trainer|server|cluster|builder of images)|the (weights|network)"
+    r"|Prometheus|Grafana)|minutes)\b"
 )
 SHELL = ("bash", "sh", "console")
 OURS = "aurora-trainer"

@@ -27,6 +27,7 @@ domains = "chat code"
 swap_every = 10
 draft = ["--draft-vocab", "600"]
 settings = ["batch.depth=2", "pace.new_positions_per_step=32", "optimizer.lr=3e-3"]
+also_every = [5]
 [arms.frozen]
 like = "base"
 settings = ["pace.enabled=false"]
@@ -105,6 +106,19 @@ def test_claims_are_corrected_together():
     )
 
 
+def test_what_falls_below_the_frozen_draft_is_found():
+    domains = ["chat"] * 60 + ["code"] * 60
+    frozen = np.stack([np.full((1, 120), 10.0), np.full((1, 120), 13.0)], -1)
+    arm = np.stack([np.full((2, 120), 10.0), np.full((2, 120), 15.0)], -1)
+    # a dip right after the change is forgiven, one that lasts is not
+    arm[:, 60:80, 1] = 10.0
+    by, _ = lab_report.lowest(arm, frozen, domains)
+    assert by == pytest.approx(0.2)
+    arm[1, 60:85, 1] = 10.0
+    by, at = lab_report.lowest(arm, frozen, domains)
+    assert by == pytest.approx(0.2 - 5 / 20 * 0.5) and at == 80
+
+
 def test_no_prompt_is_in_two_recordings():
     given = lab_replay.read_arms(lab_replay.ARMS)["recordings"]
     traffics = [lab_recordings.Traffic.read(name, about) for name, about in given.items()]
@@ -160,6 +174,11 @@ def test_from_traffic_to_tables(chatting, tmp_path):  # noqa: F811
     # until the first swap the draft is the initial one
     assert lines["base"]["tokens"][:10] == lines["frozen"]["tokens"][:10]
     assert lines["base"]["tokens"][10:] != lines["frozen"]["tokens"][10:]
+    # swapped twice as often: the same without learning, and until the first swap
+    often = {arm: line["by_lag"]["5"]["tokens"] for arm, line in lines.items()}
+    assert often["frozen"] == lines["frozen"]["tokens"]
+    assert often["base"][:5] == lines["base"]["tokens"][:5] and len(often["base"]) == 30
+    assert often["base"][5:] != lines["base"]["tokens"][5:]
     assert "0 runs to do" in tell("run", "all", *target, *home, *shared)
     # other settings are other runs, also if nobody gave the arm another name
     other = tmp_path / "other.toml"
@@ -168,6 +187,7 @@ def test_from_traffic_to_tables(chatting, tmp_path):  # noqa: F811
     assert len(list(lab.missing(given["stages"][0], given, found))) == 3
     tell("report", *shared)
     tables = (tmp_path / "results" / "tables.md").read_text()
+    assert "requests between swaps" in tables
     assert "| `frozen` | 1 |" in tables and (tmp_path / "results" / "T.png").stat().st_size > 10_000
 
 

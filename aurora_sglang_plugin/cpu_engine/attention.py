@@ -86,6 +86,11 @@ def extend_attention_cpu(
         raise NotImplementedError("the CPU engine takes QLEN_ONLY tree masks only")
     if min(counts) == n <= BATCHED_QUERIES:
         slots, visible = _gather_slots(req_to_token, req_pool_indices, seq_lens)
+        if n == 1:
+            # a verify step that drafted nothing: it sees all, like decoding
+            bias = _bias(visible, q.dtype)[:, None, None, :]
+            _attend(q[:, None], k_buffer, v_buffer, slots, bias, scaling, out[:, None])
+            return
         query = torch.arange(n)
         if tree_mask is None:
             # [B, N] the last key that a query may see

@@ -31,6 +31,12 @@ def of_the_target(model: nn.Module) -> tuple[str, ...]:
     return ("embed_tokens",)
 
 
+def feature_layers(model: nn.Module) -> tuple[int, int]:
+    """How many of the target's layers feed the draft, and the width of each."""
+    inner: Any = model.model
+    return inner.num_aux_hidden_states, inner.hidden_size_in
+
+
 def fixed_config(config: Any) -> dict[str, Any]:
     """The values of FIXED_CONFIG that the draft was built with."""
     named = vars(config) | (getattr(config, "eagle_config", None) or {})

@@ -10,6 +10,7 @@ from aurora_sglang_plugin.drafts.eagle3_for_target import first_config
 from aurora_sglang_plugin.drafts.eagle3_served import (
     any_target_ids,
     differing_config,
+    feature_layers,
     fill,
     fixed_config,
     of_the_target,
@@ -42,6 +43,7 @@ __all__ = [
     "check_draft",
     "differing_config",
     "draft_problems",
+    "feature_layers",
     "fill",
     "first_config",
     "fixed_config",

@@ -72,6 +72,7 @@ class Receiver:
             record,
         )
         self._ledger = Ledger(ledger_path)
+        self._refused_schema = False
         self._queue: deque[tuple[wire.Message, int]] = deque()
         self._queued_bytes = self._received_bytes = 0
         # guards queue and ledger
@@ -203,6 +204,9 @@ class Receiver:
                     cause = "target"
         except wire.WireError as error:
             cause, header = cause or error.cause, error.header
+            if cause == "schema" and not self._refused_schema:
+                self._refused_schema = True
+                log.error("messages refused (counted, logged once) %s", error)
         with self._changed:
             if cause is not None:
                 if (

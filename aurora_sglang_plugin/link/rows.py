@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from aurora_sglang_plugin.link.frames import FEATURES, FLOAT8, SCALES
+
 CAUSES = (
     "request", "domain", "position", "length", "token", "not_finite", "tree", "path", "logits",
 )  # fmt: skip
@@ -28,6 +30,8 @@ MAX_POSITION = 1 << 24
 MAX_FEATURE = 1e12
 # its bits
 MAX_BFLOAT16 = int(np.array(MAX_FEATURE, np.float32).view(np.uint32) >> 16)
+# of float8, whose largest number is 448
+MAX_SCALE = MAX_FEATURE / 448
 MAX_LOGSUMEXP = 1e9
 UNUSED = -2
 
@@ -36,7 +40,7 @@ UNUSED = -2
 DOMAIN = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 # Frames that hold a run of rows for each request, and the frame that says how many.
-PACKED = {"input_ids": "extend_lens", "aux_hidden_states": "feature_lens"}
+PACKED = {"input_ids": "extend_lens", FEATURES: "feature_lens", SCALES: "feature_lens"}
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -122,7 +126,7 @@ def _prefill(num_steps: int, a: Arrays, dtypes: Mapping[str, str]) -> dict[str, 
         "position": _outside(positions, extend) | _outside(a["prompt_lens"], 0),
         "length": (extend < 1) | (lens > extend),
         "token": negative | (a["next_tokens"] < 0),
-        "not_finite": _any_of(~_small(a["aux_hidden_states"], dtypes["aux_hidden_states"]), lens),
+        "not_finite": _any_of(~_small(a, dtypes), lens),
     }
 
 
@@ -160,8 +164,7 @@ def _verify(num_steps: int, a: Arrays, dtypes: Mapping[str, str]) -> dict[str, n
         "token": (tokens < 0).any(1)
         | ((a["next_tokens"] < 0) & on_path).any(1)
         | (a["topk_ids"] < 0).any((1, 2)),
-        "not_finite": ~finite
-        | _any_of(~_small(a["aux_hidden_states"], dtypes["aux_hidden_states"]), lens),
+        "not_finite": ~finite | _any_of(~_small(a, dtypes), lens),
         "tree": not_a_tree,
         "path": off_path,
         "logits": (_not_a_distribution(logits, logsumexp) & used).any(1),
@@ -194,7 +197,7 @@ def good_chains(num_steps: int, a: Arrays, dtypes: Mapping[str, str]) -> bool:
     # in an order that lets nothing overflow
     return bool(
         a["topk_ids"].min() >= 0
-        and _all_small(a["aux_hidden_states"], dtypes["aux_hidden_states"])
+        and _all_small(a, dtypes)
         and (logits[..., 1:] <= logits[..., :-1]).all()
         and -MAX_LOGSUMEXP <= logsumexp.min()
         and logsumexp.max() <= MAX_LOGSUMEXP
@@ -226,17 +229,32 @@ def _not_a_distribution(logits: np.ndarray, logsumexp: np.ndarray) -> np.ndarray
         return unsorted | ~(kept <= logsumexp + 1e-2 * (1 + np.abs(logsumexp)))
 
 
-def _small(array: np.ndarray, dtype: str) -> np.ndarray:
-    """bool [T]: rows of which all values are finite and at most MAX_FEATURE."""
-    if dtype == "bfloat16":
-        return cast(np.ndarray, ((array & 0x7FFF) <= np.uint16(MAX_BFLOAT16)).all(1))
-    if dtype == "float16":
-        return np.isfinite(array).all(1)
-    return (np.abs(array) <= MAX_FEATURE).all(1)
+def _small(a: Arrays, dtypes: Mapping[str, str]) -> np.ndarray:
+    """bool [T]: rows of which all features are finite and at most MAX_FEATURE."""
+    array, dtype = a[FEATURES], dtypes[FEATURES]
+    if dtype == FLOAT8:
+        scales = a[SCALES]
+        good = ((array & 0x7F) != 0x7F).all(1) & ((scales >= 0) & (scales <= MAX_SCALE)).all(1)
+    elif dtype == "bfloat16":
+        good = ((array & 0x7FFF) <= np.uint16(MAX_BFLOAT16)).all(1)
+    elif dtype == "float16":
+        good = np.isfinite(array).all(1)
+    else:
+        good = (np.abs(array) <= MAX_FEATURE).all(1)
+    return cast(np.ndarray, good)
 
 
-def _all_small(array: np.ndarray, dtype: str) -> bool:
+def _all_small(a: Arrays, dtypes: Mapping[str, str]) -> bool:
     """Whether _small holds for every row, without a copy."""
+    array, dtype = a[FEATURES], dtypes[FEATURES]
+    if dtype == FLOAT8:
+        # NaN is the largest code of either sign, 0x7F and 0xFF
+        return bool(
+            array.view(np.int8).max() < 0x7F
+            and array.max() < 0xFF
+            and 0 <= a[SCALES].min()
+            and a[SCALES].max() <= MAX_SCALE
+        )
     if dtype == "bfloat16":
         # The largest positive number has the largest bits of all that are not negative as int16,
         # and the most negative one the largest as uint16.

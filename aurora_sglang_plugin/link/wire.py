@@ -1,10 +1,10 @@
 """CONTRACT 1, the wire: what a server publishes to a trainer over ZeroMQ (PUSH -> PULL).
 
 One multipart message per scheduler step: part 0 is the header (msgpack), the others are raw frames,
-C order, little endian, as the header's `frames` names them. No pickle. Delivery is at most once: a
-message may be dropped (and is counted by cause in every later header), never altered, and messages
-of one session arrive in order. Whatever decodes can be assembled, packed and trained on: what a
-whole message must be is checked here, what each request's row of it must be in rows.py.
+C order, little endian, as the header's `frames` names them (frames.py). No pickle. Delivery is at
+most once: a message may be dropped (and is counted by cause in every later header), never altered,
+and messages of one session arrive in order. Whatever decodes can be assembled, packed and trained
+on: what a whole message must be is checked here, what each request's row of it must be in rows.py.
 
     captured = sent + sum(dropped) + queued          (messages, checked when the publisher is quiet)
     sent     = received + lost                       (the trainer's side of the same ledger)
@@ -32,10 +32,23 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+from aurora_sglang_plugin.link.frames import (
+    DTYPES,
+    FEATURES,
+    FRAMES,
+    MAX_FEATURES,
+    MAX_KEPT,
+    MAX_LAYERS,
+    MAX_NODES,
+    MAX_STEPS,
+    SCALES,
+    frames_of,
+)
 from aurora_sglang_plugin.link.rows import DOMAIN as DOMAIN
 from aurora_sglang_plugin.link.rows import bad_rows
+from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA, SCHEMAS, refusal
+from aurora_sglang_plugin.link.schemas import SCHEMA_VERSION as SCHEMA_VERSION
 
-SCHEMA_VERSION = 2
 # a header of MAX_REQUESTS, each with the longest id, label and reason, is smaller
 MAX_HEADER_BYTES = 2 << 20
 # Of one step: SGLang runs fewer at a time, 4,096 only where nothing else bounds them.
@@ -45,19 +58,6 @@ MAX_FRAMES = 32
 MAX_NAME = 64
 # Causes of drops that a publisher may name.
 MAX_CAUSES = 32
-MAX_NODES = 64
-MAX_STEPS = 16
-MAX_KEPT = 128
-MAX_FEATURES = 1 << 20
-
-# dtype on the wire -> numpy dtype that carries it. bfloat16 has no numpy type and travels as its
-# bits.
-DTYPES: dict[str, np.dtype] = {
-    "float32": np.dtype("<f4"),
-    "float16": np.dtype("<f2"),
-    "bfloat16": np.dtype("<u2"),
-    "int32": np.dtype("<i4"),
-}
 
 # Per-request flags of a verify message.
 # A grammar's mask or a watermark judged this row: its distribution is nothing to learn from.
@@ -65,50 +65,6 @@ FLAG_ALTERED_DISTRIBUTION = 1
 
 Kind = Literal["prefill", "verify", "end", "heartbeat"]
 EndReason = Literal["stop", "length", "abort", "retract"]
-
-# kind -> frame name -> (allowed dtypes, shape). A letter that repeats must be the same number in a
-# whole message.
-_FLOAT = ("float32", "float16", "bfloat16")
-FRAMES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "prefill": {
-        # absolute position of the chunk's first token
-        "positions": (("int32",), ("B",)),
-        # tokens of the chunk; the first ones have no features if the prefix cache held them
-        "extend_lens": (("int32",), ("B",)),
-        # features sent, of the LAST feature_lens tokens of the chunk
-        "feature_lens": (("int32",), ("B",)),
-        "prompt_lens": (("int32",), ("B",)),
-        # C = sum(extend_lens)
-        "input_ids": (("int32",), ("C",)),
-        # the token after the chunk: next prompt token, or the sampled one
-        "next_tokens": (("int32",), ("B",)),
-        # T = sum(feature_lens)
-        "aux_hidden_states": (_FLOAT, ("T", "F")),
-    },
-    "verify": {
-        # absolute position of the root
-        "positions": (("int32",), ("B",)),
-        # node 0 is the root, the last committed token
-        "draft_tokens": (("int32",), ("B", "N")),
-        # -1 for the root; -2 for an unused node; parents come before children
-        "parents": (("int32",), ("B", "N")),
-        # P = S + 1; node ids from the root on, -1 past accept_lens
-        "accept_path": (("int32",), ("B", "P")),
-        # = accept_length, bonus token included
-        "feature_lens": (("int32",), ("B",)),
-        # tokens committed after path nodes; valid for the first feature_lens
-        "next_tokens": (("int32",), ("B", "P")),
-        # features of the path nodes, T = sum(feature_lens)
-        "aux_hidden_states": (_FLOAT, ("T", "F")),
-        "topk_ids": (("int32",), ("B", "N", "K")),
-        # As they judged: after penalties and bias, before temperature and truncation.
-        "topk_logits": (_FLOAT, ("B", "N", "K")),
-        "logsumexp": (("float32",), ("B", "N")),
-    },
-    # prompt + output tokens that the client may see
-    "end": {"committed_lens": (("int32",), ("B",))},
-    "heartbeat": {},
-}
 
 
 class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,7 +80,7 @@ class Frame(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
 
-class Header(msgspec.Struct, forbid_unknown_fields=True):
+class Header(msgspec.Struct, omit_defaults=True):
     """Part 0 of every message. Counters are cumulative for the session."""
 
     schema: int
@@ -201,6 +157,8 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
     `arrays` maps frame name to (wire dtype, C-contiguous array); frames are not copied.
     """
     header.frames = []
+    if SCALES in arrays:
+        header.schema = FLOAT8_SCHEMA
     views: list[bytes | memoryview] = []
     for name, (dtype, array) in arrays.items():
         assert array.dtype == DTYPES[dtype], (name, dtype, array.dtype)
@@ -211,11 +169,10 @@ def encode(header: Header, arrays: dict[str, tuple[str, np.ndarray]]) -> list[by
 
 
 def decode(parts: Sequence[bytes | memoryview], *, max_bytes: int) -> Message:
-    """Check and view a received message; nothing is allocated before it is checked, nothing is
-    copied.
+    """Check and view a received message; nothing is allocated before it is checked, or copied.
 
-    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values. A
-    request whose row alone is at fault does not raise: it is in the message's `bad`.
+    Raises WireError with cause one of: header, schema, frames, dtype, shape, size, values; a
+    request whose row alone is at fault is in the message's `bad`.
     """
     if not parts or len(parts) > MAX_FRAMES + 1:
         raise WireError("header", f"{len(parts)} parts")
@@ -235,11 +192,12 @@ def read_header(part: bytes | memoryview) -> Header:
     if len(part) > MAX_HEADER_BYTES:
         raise WireError("header", f"header of {len(part)} bytes, at most {MAX_HEADER_BYTES}")
     try:
-        header = _decoder.decode(part)
+        header, problem = _decoder.decode(part), ""
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise WireError("header", str(error)) from None
-    if header.schema != SCHEMA_VERSION:
-        raise WireError("schema", f"schema {header.schema}, this side speaks {SCHEMA_VERSION}")
+        header, problem = None, str(error)
+    if header is None or header.schema not in SCHEMAS:
+        refused = refusal(part)
+        raise WireError("schema" if refused else "header", refused or problem)
     if not 0 < len(header.session) <= MAX_NAME or any(
         len(n) > MAX_NAME for n in (header.target, *header.dropped)
     ):
@@ -275,15 +233,16 @@ def missing(header: Header) -> list[bytes | memoryview]:
     none, nothing = np.zeros(len(header.requests), np.int32), np.zeros(0, np.int32)
     arrays = {name: ("int32", none) for name in list(FRAMES["prefill"])[:4]}
     arrays |= {"input_ids": ("int32", nothing), "next_tokens": ("int32", none)}
-    arrays["aux_hidden_states"] = "float32", np.zeros((0, 1), np.float32)
+    arrays[FEATURES] = "float32", np.zeros((0, 1), np.float32)
     rest = {"flags": [], "reasons": [], "domains": [], "num_steps": 0, "topk": 0}
-    return encode(msgspec.structs.replace(header, kind="prefill", **rest), arrays)
+    rest |= {"kind": "prefill", "schema": SCHEMA_VERSION}
+    return encode(msgspec.structs.replace(header, **rest), arrays)
 
 
 def _decode(header: Header, parts: Sequence[bytes | memoryview], max_bytes: int) -> Message:
     if sum(map(len, parts)) > max_bytes:
         raise WireError("size", f"{sum(map(len, parts))} bytes, at most {max_bytes}")
-    spec = FRAMES[header.kind]
+    spec = frames_of(header.schema, header.kind)
     if [f.name for f in header.frames] != list(spec) or len(parts) != len(spec) + 1:
         raise WireError(
             "frames", f"{header.kind} has {[f.name for f in header.frames]}, expected {list(spec)}"
@@ -319,7 +278,7 @@ def _check_structure(header: Header, a: dict[str, np.ndarray], sizes: dict[str, 
         raise WireError("values", f"{len(header.domains)} domains for {b} requests")
     if header.kind == "end" and len(header.reasons) != b:
         raise WireError("values", f"{len(header.reasons)} reasons for {b} requests")
-    for frame, lens in (("input_ids", "extend_lens"), ("aux_hidden_states", "feature_lens")):
+    for frame, lens in (("input_ids", "extend_lens"), (FEATURES, "feature_lens")):
         if frame in a and (
             (a[lens] < 0).any() or int(a[lens].sum(dtype=np.int64)) != len(a[frame])
         ):
@@ -328,6 +287,8 @@ def _check_structure(header: Header, a: dict[str, np.ndarray], sizes: dict[str, 
             )
     if "F" in sizes and not 1 <= sizes["F"] <= MAX_FEATURES:
         raise WireError("values", f"features of width {sizes['F']}, expected 1 to {MAX_FEATURES}")
+    if "A" in sizes and (not 1 <= sizes["A"] <= MAX_LAYERS or sizes["F"] % sizes["A"]):
+        raise WireError("values", f"{sizes['A']} scales for features of width {sizes['F']}")
     if header.kind == "verify":
         n, p, k, s = sizes["N"], sizes["P"], sizes["K"], header.num_steps
         # a round may have had fewer steps than the server's most, or none

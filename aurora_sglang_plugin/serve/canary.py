@@ -84,8 +84,8 @@ class Accepted:
 
 
 class Canary:
-    """`judged` is told every verify step that drafted, `swapped` every swap; an answer of `judged`
-    asks for
+    """`judged` is told every verify step that drafted, `let_go` and `swapped` every swap; an answer
+    of `judged` asks for
 
     exchange  the version that drafts and the one before change places: for a trial, or back
     reject    what drafts now stays, and the other one is bad
@@ -106,15 +106,21 @@ class Canary:
         """Whether the version that drafts is still compared with the one before."""
         return self.old is not None and self.trial is None and len(self.new) < DONE
 
-    def swapped(self) -> bool:
-        """Another version drafts. Returns True if the one before may be gone back to from now on,
-        False if the older one still is what would be gone back to."""
+    def let_go(self) -> bool:
+        """Another version is about to draft. Returns True if then the one that drafts is what may
+        be gone back to, and the older one is not from now on; False if the older one still is."""
         assert self.trial is None
         trusted = self.old is None or len(self.new) >= FEWEST
         if trusted:
+            self.old = None
+        return trusted
+
+    def swapped(self, trusted: bool) -> None:
+        """Another version drafts; `trusted` as `let_go` said."""
+        assert self.trial is None
+        if trusted:
             self.old = self.new
         self.new = Accepted(self._most)
-        return trusted
 
     def forget(self) -> None:
         """There is no version to go back to."""

@@ -1,6 +1,7 @@
 """What a step teaches, taken on the scheduler's thread: decide which requests are sampled, copy the
-step's tensors, queue a snapshot. Everything else (top-K on the CPU, parents, packing) happens on
-the publisher's thread, in snapshot.py. No state per request.
+step's tensors, queue a snapshot. On CUDA kernels pack a step (step_buffer.py); everything else
+(top-K and packing on the CPU, parents) happens on the publisher's thread, in snapshot.py. No state
+per request.
 
 Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabulary.
 """
@@ -13,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from aurora_kernels.topk_logprobs import topk_logprobs
+from aurora_kernels.pack_step import float8
 
 from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
@@ -21,7 +22,8 @@ from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.capture_boundary import Boundary
 from aurora_sglang_plugin.serve.excluded import DOMAIN_LABEL, why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
-from aurora_sglang_plugin.serve.transfer import HostTensors, PinnedBuffers
+from aurora_sglang_plugin.serve.step_buffer import Packing, layers_of
+from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, PinnedBuffers, Staged
 
 if TYPE_CHECKING:
     from aurora_sglang_plugin.link.publisher import Publisher
@@ -44,8 +46,10 @@ class Capture:
         num_steps: int,
         topk: int,
         rejection: bool = False,
+        layers: tuple[int, int] = (1, 0),
     ):
-        """`num_steps`: the most draft steps that a round has."""
+        """`num_steps`: the most draft steps that a round has; `layers`: how many of the target's
+        feed the draft, and the width of each."""
         self.config = config
         self.publisher = publisher
         self._device = device
@@ -58,6 +62,9 @@ class Capture:
             self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
             self.transfer = HostTensors()
+        self._feature_width = layers[0] * layers[1]
+        float8 = config.features == "float8"
+        self._packing = Packing(config.topk_logits, layers[0] if float8 else 0, topk > 1)
         self.boundary = Boundary(KINDS)
         self.acceptance = Acceptance(num_steps)
         # beyond max_prompt_features
@@ -71,16 +78,14 @@ class Capture:
         # the same on the device, where they are not all
         self._index: torch.Tensor | None = None
 
-    def prewarm(self, vocab: int) -> None:
-        """Compile, load and run the kernels of a step, before anything is served: each variant that
-        a step may need, in logits of `vocab` columns with and without padding between the rows."""
-        if self._device.type != "cuda":
-            return
-        with self.boundary.of("prewarm"):
-            for columns in {vocab, 64 * -(-vocab // 64)}:
-                logits = torch.zeros(2, columns, device=self._device)[:, :vocab]
-                for rows in (None, torch.zeros(1, dtype=torch.int64, device=self._device)):
-                    topk_logprobs(logits, self.config.topk_logits, rows)
+    def prewarm(self, vocab: int, dtype: torch.dtype) -> None:
+        """Before anything is served: the kernels of a step, of `vocab` logits and features in
+        `dtype`."""
+        if self.transfer.packs:
+            with self.boundary.of("prewarm"):
+                self._packing.prewarm(
+                    vocab, self._feature_width, dtype, self._device, self.transfer
+                )
 
     def sampled(self, req: Any) -> bool:
         """Whether this request is captured. Decided and counted once: all of its steps, or none."""
@@ -101,15 +106,20 @@ class Capture:
             if not chunks:
                 return
             hidden = result.logits_output.hidden_states
+            layers = layers_of(hidden.shape[1], self._packing.layers)
             # ids, and the padding of a buffer
-            row_bytes = hidden.shape[1] * hidden.element_size() + 64
+            size = 1 if layers and self.transfer.packs else hidden.element_size()
+            row_bytes = hidden.shape[1] * size + 4 * layers + 64
             for group in _fitting(chunks, self.config.pinned_buffer_bytes // row_bytes):
                 if not self.transfer.has_room():
                     self.publisher.drop("no_buffer")
                     continue
                 take = partial(self._take, spans=[(end - n, end) for _, _, n, end, _ in group])
-                tensors = {
-                    "hidden": take(hidden),
+                tensors = {"hidden": take(hidden)}
+                if layers and self.transfer.packs:
+                    codes, scales = float8(tensors["hidden"], layers)
+                    tensors = {"hidden": codes, "scales": scales}
+                tensors |= {
                     "input_ids": take(input_ids),
                     # the last one of a chunk is the token after it
                     "rotated_ids": take(batch.input_ids),
@@ -120,10 +130,12 @@ class Capture:
                     lens=[n for _, _, n, _, _ in group],
                     prompt_lens=[len(req.origin_input_ids) for _, req, _, _, _ in group],
                     before=[ids for *_, ids in group],
+                    layers=layers,
                 )
                 reqs = [req for _, req, *_ in group]
                 about = dict(domains=_domains(reqs), draft_version=version, extend_version=version)
-                self._offer("prefill", Prefill, tensors, host, [req.rid for req in reqs], **about)
+                staged = self.transfer.stage(tensors)
+                self._offer("prefill", Prefill, staged, host, [req.rid for req in reqs], **about)
             self.boundary.worked("prefill")
 
     def _chunks(self, batch: Any) -> list[tuple[int, Any, int, int, Sequence[int]]]:
@@ -184,34 +196,29 @@ class Capture:
         if not self._rows:
             return
         with self.boundary.of("verify"):
-            size, nodes = tree.retrieve_next_token.shape
-            path = result.accept_index.shape[1]
-            select = self._select
-            tensors = {
-                **self._judged(result.logits_output.next_token_logits),
-                "hidden": select(
-                    result.logits_output.hidden_states.view(size, nodes, -1)[:, :path]
-                ),
-                "draft_tokens": select(tree.draft_token.view(size, nodes)),
-                "positions": select(tree.positions.view(size, nodes)[:, 0]),
-                "accept_index": select(result.accept_index),
-                "accept_lens": select(result.accept_lens),
-                "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
-            }
-            # one candidate a level is a chain
-            if self.topk > 1:
-                tensors["next_token"] = select(tree.retrieve_next_token)
-                tensors["next_sibling"] = select(tree.retrieve_next_sibling)
+            nodes = tree.retrieve_next_token.shape[1]
+            host: dict[str, Any] = {}
+            staged: Staged | Pinned | None
+            if self.transfer.packs:
+                rows = None if len(self._rows) == self._size else self._index
+                packed = self._packing.pack(tree, result, rows, self.transfer)
+                staged, host["shape"] = packed or (None, None)
+            else:
+                staged = self.transfer.stage(self._copies(tree, result))
             reqs = [batch.reqs[row] for row in self._rows]
             self._offer(
                 "verify",
                 Verify,
-                tensors,
+                staged,
                 dict(
                     k=self.config.topk_logits,
                     version=draft_version,
                     # a plain round accepts nothing, whatever the draft is worth
                     acceptance=self.acceptance if nodes > 1 else None,
+                    layers=layers_of(
+                        result.logits_output.hidden_states.shape[-1], self._packing.layers
+                    ),
+                    **host,
                 ),
                 [req.rid for req in reqs],
                 flags=_flags(batch, self._rows),
@@ -235,16 +242,27 @@ class Capture:
             )
             self.boundary.worked("end")
 
-    def _judged(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is kept of the logits [B * N, V], of the sampled rows."""
-        if logits.is_cuda:
-            ids, kept, logsumexp = topk_logprobs(
-                logits, self.config.topk_logits, self._node_rows(len(logits))
-            )
-            return {"topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp}
-        # A copy is cheaper here than top-K, which the publisher's thread can do as well.
-        rows = logits.view(self._size, -1, logits.shape[-1])
-        return {"logits": self._select(rows).flatten(0, 1)}
+    def _copies(self, tree: Any, result: Any) -> dict[str, torch.Tensor]:
+        """Of the sampled rows, what the publisher's thread packs.
+
+        A copy of the logits is cheaper here than top-K."""
+        size, nodes = tree.retrieve_next_token.shape
+        path, select, output = result.accept_index.shape[1], self._select, result.logits_output
+        logits = output.next_token_logits
+        tensors = {
+            "logits": select(logits.view(size, -1, logits.shape[-1])).flatten(0, 1),
+            "hidden": select(output.hidden_states.view(size, nodes, -1)[:, :path]),
+            "draft_tokens": select(tree.draft_token.view(size, nodes)),
+            "positions": select(tree.positions.view(size, nodes)[:, 0]),
+            "accept_index": select(result.accept_index),
+            "accept_lens": select(result.accept_lens),
+            "next_tokens": select(result.next_token_ids.view(size, nodes)[:, :path]),
+        }
+        # one candidate a level is a chain
+        if self._packing.links:
+            tensors["next_token"] = select(tree.retrieve_next_token)
+            tensors["next_sibling"] = select(tree.retrieve_next_sibling)
+        return tensors
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sampled rows of [B, ...], fit to be staged."""
@@ -257,28 +275,15 @@ class Capture:
         parts = [tensor[start:end] for start, end in spans]
         return torch.cat(parts) if len(parts) > 1 else self.transfer.private(parts[0])
 
-    def _node_rows(self, rows: int) -> torch.Tensor | None:
-        """Which rows of the [B * N] of a step are nodes of sampled requests; None if all are.
-
-        Read where they lie:
-        a copy of the logits would cost as much as the top-K."""
-        if len(self._rows) == self._size:
-            return None
-        nodes = rows // self._size
-        return (
-            self._index[:, None] * nodes + torch.arange(nodes, device=self._index.device)
-        ).flatten()
-
     def _offer(
         self,
         kind: Kind,
         snapshot_type: type,
-        tensors: dict,
+        staged: Staged | Pinned | None,
         host: dict,
         requests: list,
         **header: Any,
     ) -> None:
-        staged = self.transfer.stage(tensors)
         if staged is None:
             self.publisher.drop("too_large" if self.transfer.has_room() else "no_buffer")
         else:

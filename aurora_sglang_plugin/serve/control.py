@@ -188,11 +188,16 @@ class Control:
         """No version may be swapped in: the trial of another one runs."""
         return self.canary.trial is not None or self._exchange
 
-    def swapped(self, manifest: Manifest, first: bool) -> bool:
-        """`manifest`'s version drafts from now on; `first`: nothing drafted before. Returns whether
-        the one before replaces what would be gone back to."""
+    def let_go(self) -> bool:
+        """A version is about to be swapped in, and nothing `holds`. Returns whether what drafts
+        replaces what would be gone back to, and nothing is gone back to until then."""
+        return self.canary.let_go()
+
+    def swapped(self, manifest: Manifest, first: bool, trusted: bool) -> None:
+        """`manifest`'s version drafts from now on; `first`: nothing drafted before; `trusted` as
+        `let_go` said."""
         self._changes += 1
-        trusted = self.canary.swapped()
+        self.canary.swapped(trusted)
         if first:
             self.canary.forget()
         if self.speculation is not None:
@@ -205,7 +210,6 @@ class Control:
             before = self.speculation.serve(expected, self._probation())
             if trusted:
                 self._other_rates = before
-        return trusted
 
     def forget(self) -> None:
         """A swap was undone, and there is no version to go back to."""

@@ -2,8 +2,9 @@
 
 Each snapshot has `nbytes` (what it holds while it is queued), `build() -> {frame name: (wire dtype,
 array)}`, and `unload()` for a message that has to wait.
+On CUDA kernels have packed a step; elsewhere their references do it here.
 Dimensions: b sampled requests, N tree nodes, P = S + 1 path columns, K kept target logits, F
-    feature width.
+    feature width, A layers, T feature rows.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
+from aurora_kernels.pack_step import AHEAD, float8_ref, pack_step_ref
 from aurora_kernels.topk_logprobs import topk_logprobs
 
+from aurora_sglang_plugin.link.frames import FEATURES, FLOAT8, SCALES
 from aurora_sglang_plugin.link.rows import to_float32
 from aurora_sglang_plugin.serve.accepted_counts import Acceptance
-from aurora_sglang_plugin.serve.transfer import Pinned, Staged, as_array
+from aurora_sglang_plugin.serve.transfer import Pinned, Staged, as_array, as_tensor
 
 # what carries it -> dtype on the wire
 WIRE_DTYPES = {np.float32: "float32", np.float16: "float16", np.uint16: "bfloat16"}
@@ -35,6 +37,8 @@ class Prefill:
     prompt_lens: list[int]
     # ids before them, which travel without features
     before: list[Sequence[int]]
+    # A: features travel as float8; 0: as they are
+    layers: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +58,11 @@ class Prefill:
             "prompt_lens": _int32(np.array(self.prompt_lens)),
             "input_ids": _int32(self._input_ids(t["input_ids"])),
             "next_tokens": _int32(t["rotated_ids"][lens.cumsum() - 1]),
-            "aux_hidden_states": _floats(t["hidden"].copy()),
         }
+        features, scales = t["hidden"], t.get("scales")
+        if self.layers and scales is None:
+            features, scales = map(as_array, float8_ref(as_tensor(features), self.layers))
+        arrays |= _features(features, scales)
         self.staged.release()
         return arrays
 
@@ -69,7 +76,8 @@ class Prefill:
 
 @dataclass(slots=True)
 class Verify:
-    # without next_token and next_sibling where every tree is a chain
+    # what pack_step leaves; or what it is given, without links where every tree is a chain, and the
+    # logits or what is kept of them
     staged: Staged | Pinned
     # kept target logits
     k: int
@@ -77,6 +85,10 @@ class Verify:
     version: int = 0
     # where its accept lengths are counted, once
     acceptance: Acceptance | None = None
+    # A: features travel as float8; 0: as they are
+    layers: int = 0
+    # N and P of what is packed
+    shape: tuple[int, int] = (0, 0)
 
     @property
     def nbytes(self) -> int:
@@ -89,25 +101,23 @@ class Verify:
     def build(self) -> Arrays:
         t = self.staged.fetch()
         self._count(t)
-        size, nodes = t["draft_tokens"].shape
-        if "logits" in t:
-            t |= self._top(t["logits"])
-        path, lens = t["accept_index"], t["accept_lens"]
-        on_path = np.arange(path.shape[1], dtype=lens.dtype) < lens[:, None]
-        logits = t["topk_logits"]
+        if "ints" not in t:
+            t = self._pack(t)
+        ints, (nodes, path) = t["ints"], self.shape
+        size, lens, trees = len(ints), ints[:, 1], AHEAD + 2 * path
+        links = [ints[:, at : at + nodes] for at in (trees + nodes, trees + 2 * nodes)]
+        logits, rows = t["topk_logits"], int(lens.sum())
+        features = t["features"][:rows], t["scales"][:rows] if self.layers else None
         arrays = {
-            "positions": _int32(t["positions"]),
-            "draft_tokens": _int32(t["draft_tokens"]),
+            "positions": _int32(ints[:, 0]),
+            "draft_tokens": _int32(ints[:, trees : trees + nodes]),
             "parents": (
-                _int32(parents(t["next_token"], t["next_sibling"]))
-                if "next_token" in t
-                else chains(size, nodes)
+                _int32(parents(*links)) if ints.shape[1] > trees + nodes else chains(size, nodes)
             ),
-            # SGLang's ids are global: row * N + node
-            "accept_path": _int32(np.where(on_path, path % nodes, -1)),
+            "accept_path": _int32(ints[:, AHEAD : AHEAD + path]),
             "feature_lens": _int32(lens),
-            "next_tokens": _int32(t["next_tokens"]),
-            "aux_hidden_states": _floats(t["hidden"][on_path]),
+            "next_tokens": _int32(ints[:, AHEAD + path : trees]),
+            **_features(*features),
             "topk_ids": _int32(t["topk_ids"].reshape(size, nodes, -1)),
             "topk_logits": _floats(
                 to_float32(logits, WIRE_DTYPES[logits.dtype.type]).reshape(size, nodes, -1)
@@ -117,16 +127,22 @@ class Verify:
         self.staged.release()
         return arrays
 
-    def _top(self, logits: np.ndarray) -> dict[str, np.ndarray]:
-        """On the CPU, where all of the logits are staged."""
-        tensor = torch.from_numpy(logits)
-        tensor = tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
-        top = topk_logprobs(tensor, min(self.k, tensor.shape[1]))
-        return dict(zip(("topk_ids", "topk_logits", "logsumexp"), map(as_array, top)))
+    def _pack(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the kernels do on CUDA."""
+        t = {name: as_tensor(array) for name, array in arrays.items()}
+        self.shape = t["draft_tokens"].shape[1], t["accept_index"].shape[1]
+        t["hidden"] = t["hidden"].flatten(0, 1)
+        packed = zip(("ints", "features", "scales"), pack_step_ref(t, self.layers))
+        kept = [t.get(name) for name in ("topk_ids", "topk_logits", "logsumexp")]
+        if "logits" in t:
+            kept = topk_logprobs(t["logits"], min(self.k, t["logits"].shape[1]))
+        found = dict(packed) | dict(zip(("topk_ids", "topk_logits", "logsumexp"), kept))
+        return {name: as_array(tensor) for name, tensor in found.items() if tensor is not None}
 
     def _count(self, arrays: dict[str, np.ndarray]) -> None:
         if self.acceptance is not None:
-            self.acceptance.add(self.version, arrays["accept_lens"])
+            lens = arrays["ints"][:, 1] if "ints" in arrays else arrays["accept_lens"]
+            self.acceptance.add(self.version, lens)
             self.acceptance = None
 
 
@@ -168,6 +184,14 @@ def parents(next_token: np.ndarray, next_sibling: np.ndarray) -> np.ndarray:
 def chains(size: int, nodes: int) -> tuple[str, np.ndarray]:
     """Parents [b, N] where every node has one child."""
     return _int32(np.tile(np.arange(-1, nodes - 1), (size, 1)))
+
+
+def _features(features: np.ndarray, scales: np.ndarray | None) -> Arrays:
+    """Copies, as _int32's: features [T, F], with scales [T, A] if they are codes of float8."""
+    features = features.copy()
+    if scales is None:
+        return {FEATURES: _floats(features)}
+    return {FEATURES: (FLOAT8, features), SCALES: ("float32", scales.copy())}
 
 
 def _int32(array: np.ndarray) -> tuple[str, np.ndarray]:

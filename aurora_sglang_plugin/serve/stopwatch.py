@@ -21,13 +21,20 @@ class Stopwatch:
         # (amount of work, seconds or events)
         self._pending: deque[tuple[int, float | tuple]] = deque(maxlen=MOST)
         self._amount, self._begin = 0, self._now()
+        # what `pause` kept
+        self._before_s = 0.0
 
     def start(self, amount: int) -> None:
         self._amount, self._begin = amount, self._now()
 
+    def pause(self) -> None:
+        """In place of `stop`, and on the CPU alone: counts with the next piece of work."""
+        self._before_s += self._now() - self._begin
+
     def stop(self) -> None:
         end = self._now()
-        taken = (self._begin, end) if self._cuda else end - self._begin
+        taken = (self._begin, end) if self._cuda else end - self._begin + self._before_s
+        self._before_s = 0.0
         self._pending.append((self._amount, taken))
 
     def finished(self) -> Iterator[tuple[int, float]]:

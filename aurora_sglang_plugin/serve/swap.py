@@ -1,13 +1,15 @@
 """Load new weights into a running draft: staged beside it, swapped in between two steps.
 
     watcher's thread     FREE -> STAGING -> READY         load_weights fills the staging copy
-    scheduler's thread   READY -> APPLYING -> FREE        previous <- live, live <- staging copy
-                         READY <-> OFFERED -> APPLYING    while tensor-parallel ranks agree
+    scheduler's thread   READY -> KEEPING                 previous <- live, beside a step
+                         KEEPING -> APPLYING -> FREE      at the next step: live <- staging copy
+                         READY <-> OFFERED -> KEEPING     while tensor-parallel ranks agree
 
 The staging copy is the draft module once more, with parameters of its own in the very layout of the
 live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only. A READY
 staging copy that nobody took yet is taken back when a newer version comes, so that the newest wins.
-This module imports no sglang.
+The version that drafts is copied aside in the staging stream, while a step runs that reads it as
+well, so that only one copy stands between two steps. This module imports no sglang.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FREE, STAGING, READY, OFFERED, APPLYING = "free", "staging", "ready", "offered", "applying"
+FREE, STAGING, READY, OFFERED = "free", "staging", "ready", "offered"
+KEEPING, APPLYING = "keeping", "applying"
 START_TRIES = 5
 # of the ranks' plan: steps by bucket, and whether the server is cold
 PLAN_SIZE = 17
@@ -78,7 +80,7 @@ class Reloader:
         self.created_unix_s = self._previous_created = time.time()
         self._memory = DraftMemory(model, target_ids)
         # The versions that the copies hold whole, for `restore`; None: the staging copy is filled.
-        self._in_previous = 0
+        self._in_previous: int | None = 0
         self._in_staging: int | None = None
         # faults after which no version is swapped in; whether a swap was one, and was undone
         self._failed = 0
@@ -94,11 +96,7 @@ class Reloader:
         self._staged_version = 0
         # and when it was noticed
         self._staged: tuple[Manifest, float] | None = None
-        device = self._memory.device
-        self.times = SwapTimes(device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._staged_event = torch.cuda.Event() if self._stream else None
-        self._applied_event = torch.cuda.Event() if self._stream else None
+        self.times = SwapTimes(self._memory.stopwatch)
         expected = expected_weights(model, target_ids, target)
         self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage, wait_s)
         # disabled: as if it had been started, and never ready
@@ -120,7 +118,7 @@ class Reloader:
         except Exception:
             # a serving boundary: what is loaded goes on drafting, and no later version is tried
             self._failed += 1
-            self._broken = self._broken or self._state == APPLYING
+            self._broken = self._broken or self._state in (KEEPING, APPLYING)
             log.exception(
                 "draft swap failed: serving goes on with version=%d, no further swaps", self.version
             )
@@ -136,8 +134,20 @@ class Reloader:
         self.times.observe()
         # the same on every rank
         held = self.control is not None and self.control.holds
-        if self.agreement is None:
-            return None if self._failed or held else self.apply_pending()
+        keeping = self._state == KEEPING
+        if self.agreement is not None:
+            begins = self._agreed(held)
+        else:
+            begins = self._state == READY and not self._failed and not held
+        if self._failed:
+            return None
+        if keeping:
+            return self._apply()
+        return self._begin() if begins else None
+
+    def _agreed(self, held: bool) -> bool:
+        """Whether a version begins to be swapped in at this step, on every rank."""
+        assert self.agreement is not None
         if self.agreement.due():
             if not self._failed:
                 # what is offered stays staged until the ranks have answered
@@ -151,21 +161,18 @@ class Reloader:
             )
         answer = self.agreement.answer()
         if answer is None:
-            return None
+            return False
         agreed, plan = answer
         if plan and self.control is not None:
             self.control.take(plan)
         if agreed == Agreement.FAILED:
             self._go_back()
-            return None
-        if self._state != OFFERED:
-            return None
+            return False
         # not by way of READY, from where this rank's watcher could take it back after all had
         # agreed
-        if agreed and not held:
-            return self._apply(OFFERED)
-        self._hand_over(OFFERED, READY)
-        return None
+        if self._state == OFFERED and not (agreed and not held):
+            self._hand_over(OFFERED, READY)
+        return self._state == OFFERED
 
     def _go_back(self) -> None:
         """A swap raised, here or on another rank: on all of them what drafted before drafts again,
@@ -177,8 +184,8 @@ class Reloader:
         # where it raised before live was written, live is what drafted before
         if self._wrote or not self._kept:
             self._memory.put(self._memory.previous)
-        version = self._before if self._kept else (self._in_previous, self._previous_created)
-        self.version, self.created_unix_s = version
+        older = self._in_previous or 0, self._previous_created
+        self.version, self.created_unix_s = self._before if self._kept else older
         self.previous_version = None
         if self.control is not None:
             self.control.forget()
@@ -201,36 +208,40 @@ class Reloader:
         self._watcher.close()
 
     def apply_pending(self) -> int | None:
-        """On the scheduler thread, between verify and draft-extend: swap in what is staged.
+        """On the scheduler thread, between verify and draft-extend: swap in what is staged, at
+        once. Returns the new version. Never waits."""
+        version = self._begin() if self._state == READY else None
+        return self._apply() if self._state == KEEPING else version
 
-        Returns the new version. Never waits. On CUDA the copies are queued on the current stream,
-        after the staging stream's.
-        """
-        return self._apply(READY) if self._state == READY else None
+    def _begin(self) -> int | None:
+        """What drafts is copied aside; at the next step what is staged is swapped in. At once, if
+        an older version stays what would be gone back to."""
+        if not (self._hand_over(OFFERED, KEEPING) or self._hand_over(READY, KEEPING)):
+            return None
+        if self._is_of_another_target():
+            return None
+        self._before = self.version, self.created_unix_s
+        self._kept, self._wrote = True, False
+        self._kept = self.control is None or self.control.let_go()
+        if not self._kept:
+            return self._apply()
+        self.previous_version = self._in_previous = None
+        self._memory.keep()
+        self._in_previous, self._previous_created = self._before
+        return None
 
-    def _apply(self, state: str) -> int | None:
-        if not self._hand_over(state, APPLYING):
+    def _apply(self) -> int | None:
+        self._hand_over(KEEPING, APPLYING)
+        if self._is_of_another_target():
             return None
         manifest, noticed_at = self._staged
-        # it was staged for the target before this one
-        if manifest.target != self._target:
-            self._hand_over(APPLYING, FREE)
-            return None
-        if self._stream:
-            torch.cuda.current_stream().wait_event(self._staged_event)
-        self.times.begin()
         first = not self._watching or (self.version == 0 and not self.has_draft)
-        self._before, self._wrote = (self.version, self.created_unix_s), False
-        self._kept = self.control is None or self.control.swapped(manifest, first)
+        if self.control is not None:
+            self.control.swapped(manifest, first, self._kept)
         if self._kept:
-            self._memory.keep()
-            self.previous_version = self._in_previous = self.version
-            self._previous_created = self.created_unix_s
+            self.previous_version = self.version
         self._wrote = True
         self._memory.put(self._memory.staged)
-        self.times.end()
-        if self._stream:
-            self._applied_event.record()
         self.version, self.created_unix_s = self._staged_version, manifest.created_unix_s
         self._hand_over(APPLYING, FREE)
         self._swapped()
@@ -242,9 +253,7 @@ class Reloader:
 
     def exchange(self) -> None:
         """Where `step` is called: the version that drafts and the one before change places."""
-        self.times.begin()
         self._memory.exchange()
-        self.times.end()
         assert self.previous_version is not None
         self.version, self.previous_version = self.previous_version, self.version
         self._in_previous = self.previous_version
@@ -281,8 +290,6 @@ class Reloader:
             whole = self._in_staging == self.version
             if whole:
                 self._memory.put(self._memory.staged)
-            if self._stream:
-                self._applied_event.record()
             self._hand_over(APPLYING, FREE)
             if whole:
                 return
@@ -298,8 +305,7 @@ class Reloader:
             return False
         self._in_staging = None
         try:
-            with torch.no_grad(), torch.cuda.stream(self._stream):
-                self._fill(weights)
+            self._memory.fill(weights.tensors)
         except Exception:
             self._state = FREE
             raise
@@ -320,15 +326,13 @@ class Reloader:
             **({"refused_swap": self._failed} if self._failed else {}),
         }
 
-    def _fill(self, weights: Weights) -> None:
-        if self._stream:
-            # the last swap's copies may still read the staging copy
-            self._stream.wait_event(self._applied_event)
-        self._memory.fill({n: _as_torch(*t) for n, t in weights.tensors.items()})
-        if self._stream:
-            self._staged_event.record(self._stream)
-            # this thread may wait; host tensors must outlive their copies
-            self._staged_event.synchronize()
+    def _is_of_another_target(self) -> bool:
+        """What is staged was staged for the target before this one: it is not swapped in."""
+        assert self._staged is not None
+        other = self._staged[0].target != self._target
+        if other:
+            self._state = FREE
+        return other
 
     def _hand_over(self, old: str, new: str) -> bool:
         with self._handoff:
@@ -341,9 +345,3 @@ class Reloader:
         self.swaps += 1
         self.times.observe()
         log.info("draft swapped version=%d previous=%s", self.version, self.previous_version)
-
-
-def _as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:
-    """A view: the file was read into memory of its own."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "BF16" else tensor

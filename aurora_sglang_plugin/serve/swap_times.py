@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import torch
-
 from aurora_sglang_plugin.metric_families import Tally
 from aurora_sglang_plugin.serve.stopwatch import Stopwatch
 from aurora_sglang_plugin.weights.manifest import Manifest
@@ -17,17 +15,16 @@ FRESHNESS_S = (1, 2.5, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
 
 
 class SwapTimes:
-    """The copies of a swap run between `begin` and `end`, in the current stream."""
+    """`stopwatch` times the copies into the draft that is served."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, stopwatch: Stopwatch):
+        self._stopwatch = stopwatch
         # of the copies, on the device; `observe` asks what is done
         self.stalls = Tally(STALL_S)
         # from noticing a version to drafting with it
         self.durations = Tally(SWAP_S)
         # from the capture of the newest step that it was trained on
         self.freshness = Tally(FRESHNESS_S)
-        self._stopwatch = Stopwatch(device)
-        self.begin, self.end = lambda: self._stopwatch.start(0), self._stopwatch.stop
 
     def observe(self) -> None:
         """Once a step: waits for nothing."""

@@ -84,6 +84,9 @@ class Pinned:
 class HostTensors:
     """The CPU's transfer: nothing to move."""
 
+    # whether a step is packed on the device
+    packs = False
+
     def has_room(self) -> bool:
         return True
 
@@ -108,6 +111,8 @@ class PinnedBuffer:
 class PinnedBuffers:
     """CUDA's transfer: `buffers` pinned buffers of `buffer_bytes`, one side stream."""
 
+    packs = True
+
     def __init__(self, device: torch.device, buffers: int, buffer_bytes: int):
         self.free: collections.deque[PinnedBuffer] = collections.deque(
             PinnedBuffer(torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=True))
@@ -125,10 +130,15 @@ class PinnedBuffers:
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> Pinned | None:
         """None where no buffer is free or large enough: the caller counts it."""
-        nbytes = sum(t.nbytes for t in tensors.values())
+        if sum(t.nbytes for t in tensors.values()) > self.buffer_bytes:
+            return None
+        return self.carry(*pack(tensors)) if self.free else None
+
+    def carry(self, packed: torch.Tensor, layout: Layout) -> Pinned | None:
+        """As `stage`, of what is packed already: uint8 [bytes]."""
+        nbytes = packed.nbytes
         if nbytes > self.buffer_bytes or not self.free:
             return None
-        packed, layout = pack(tensors)
         # only this thread takes buffers
         buffer = self.free.popleft()
         buffer.ready.record()
@@ -160,6 +170,12 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, Layout]:
 def unpack(data: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
     """Views of what was packed."""
     return {name: np.ndarray(shape, dtype, data, first) for name, dtype, shape, first in layout}
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """as_array's inverse, where no uint16 is meant."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

@@ -4,17 +4,27 @@ all.
 Readers see the old name or the new one. What could not be written whole is removed again, so that a
 full disk does not fill up further. `step` is called with a name before every system call that
 changes the disk; the tests end the process there.
+
+A network file system lacks some of it: what it cannot do (sync a directory, lock) is left out, what
+fails is an error as on any disk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
+# what a file system answers that has no such operation
+LACKS = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 Step = Callable[[str], None]
 # A file's content, as one object or as parts that follow each other.
 Content = bytes | Sequence[bytes | memoryview]
@@ -25,12 +35,18 @@ def no_fault(name: str) -> None:
 
 
 def write_directory(
-    parent: Path, name: str, files: Mapping[str, Content], step: Step = no_fault
+    parent: Path,
+    name: str,
+    files: Mapping[str, Content],
+    step: Step = no_fault,
+    *,
+    replace: bool = True,
 ) -> Path:
     """Write parent/name/{files}: under a temporary name first, every file and directory synced,
     then renamed.
 
-    A directory of that name is replaced. Raises OSError, and leaves what was there.
+    A directory of that name is replaced, or with `replace` false an error. Raises OSError, and
+    leaves what was there.
     """
     path, temporary = parent / name, parent / _temporary(name)
     try:
@@ -39,7 +55,7 @@ def write_directory(
         for file_name, data in files.items():
             _write_file(temporary / file_name, data, step)
         _sync_directory(temporary, step)
-        if path.exists():
+        if replace and path.exists():
             remove_directory(path, step)
         step("rename")
         os.rename(temporary, path)
@@ -73,14 +89,15 @@ def discard(path: Path) -> None:
 
 
 def remove_temporaries(directory: Path) -> list[str]:
-    """Remove what dead writers left. Only for the one writer of `directory`.
+    """Remove what dead writers left, as far as the disk lets: on NFS what a reader of this machine
+    has open stays until it is closed. Only for the one writer of `directory`.
 
     Returns the names removed.
     """
     names = sorted(p.name for p in directory.glob("*.tmp-*"))
     for name in names:
-        remove_directory(directory / name)
-    return names
+        discard(directory / name)
+    return [name for name in names if not os.path.lexists(directory / name)]
 
 
 def remove_directory(path: Path, step: Step = no_fault) -> None:
@@ -94,6 +111,23 @@ def remove_directory(path: Path, step: Step = no_fault) -> None:
         path = tombstone
     step("remove")
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def lock(descriptor: int) -> None:
+    """Hold an open file, or directory, against other processes of this machine.
+
+    What another machine holds is refused by some file systems and not by others, and some have no
+    locks. Raises BlockingIOError where another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        # NFS locks no directory
+        if error.errno not in LACKS | {errno.EBADF}:
+            raise
+        log.warning("no locks on this file system, going on without error=%s", error)
 
 
 def _temporary(name: str) -> str:
@@ -121,5 +155,8 @@ def _sync_directory(path: Path, step: Step) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in LACKS:
+            raise
     finally:
         os.close(descriptor)

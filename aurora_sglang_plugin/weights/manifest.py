@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -26,7 +27,8 @@ import msgspec
 from aurora_sglang_plugin.drafts.kinds import MAP_SHA256
 from aurora_sglang_plugin.drafts.tensor_files import INDEX, read_header, read_json, weight_map
 
-FORMAT = 1
+# what is written, and what is read
+FORMAT, FORMATS = 1, (1,)
 CURRENT = "CURRENT"
 REJECTED = "REJECTED"
 FILES = ("config.json", "model.safetensors")
@@ -35,7 +37,7 @@ EMBEDDING = "model.embed_tokens.weight"
 SAMPLE_BYTES = 16 << 10
 
 
-class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Tensor(msgspec.Struct, frozen=True):
     # as safetensors names it: F32, BF16, F16, I64, BOOL
     dtype: str
     shape: tuple[int, ...]
@@ -43,12 +45,16 @@ class Tensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-class File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class File(msgspec.Struct, frozen=True):
     nbytes: int
     sha256: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True):
+    """A field that a reader may pass over can be added with a default, so that either side may be
+    upgraded first; what it must heed is a new format.
+    """
+
     format: int
     # counts published weights, from 1
     version: int
@@ -66,6 +72,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trained_until_ns: int = 0
     # what the gate measured when it let this version pass
     gate: dict[str, float | str] = {}
+
+
+class _Format(msgspec.Struct):
+    """A manifest of any format."""
+
+    format: int
 
 
 class ManifestError(ValueError):
@@ -119,7 +131,8 @@ def read_manifest(version_dir: Path) -> Manifest:
     """Read and check manifest.json against its directory's name and files' sizes; hashes are for
     the loader to check.
 
-    Raises ManifestError with cause one of: missing, manifest, format, name, size.
+    Raises ManifestError with cause one of: missing (not there, or cannot be read now), manifest,
+    format, name, size.
     """
     path = Path(version_dir) / "manifest.json"
     try:
@@ -127,16 +140,13 @@ def read_manifest(version_dir: Path) -> Manifest:
             data = file.read(MAX_MANIFEST_BYTES + 1)
         if len(data) > MAX_MANIFEST_BYTES:
             raise ManifestError("manifest", f"{path} is larger than {MAX_MANIFEST_BYTES} bytes")
+        _check_format(path, data)
         manifest = msgspec.json.decode(data, type=Manifest)
-        sizes = {name: (Path(version_dir) / name).stat().st_size for name in FILES}
-    except FileNotFoundError as error:
+        sizes = {name: _size(Path(version_dir) / name) for name in FILES}
+    except OSError as error:
         raise ManifestError("missing", str(error)) from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ManifestError("manifest", f"{path}: {error}") from None
-    if manifest.format != FORMAT:
-        raise ManifestError(
-            "format", f"{path} has format {manifest.format}, this side reads {FORMAT}"
-        )
     if version_name(manifest.version) != Path(version_dir).name:
         raise ManifestError("name", f"{version_dir} holds version {manifest.version}")
     if set(manifest.files) != set(FILES) or any(
@@ -146,6 +156,23 @@ def read_manifest(version_dir: Path) -> Manifest:
             "size", f"{version_dir}: files are {sizes}, the manifest says {manifest.files}"
         )
     return manifest
+
+
+def _check_format(path: Path, data: bytes) -> None:
+    """Raises ManifestError("format") for another one, whatever else is in it."""
+    found = msgspec.json.decode(data, type=_Format).format
+    if found not in FORMATS:
+        side = "server" if found > FORMATS[-1] else "trainer"
+        raise ManifestError(
+            "format", f"{path} has format {found}, this side reads {FORMATS[0]} to {FORMATS[-1]}:"
+            f" upgrade the {side}",
+        )  # fmt: skip
+
+
+def _size(path: Path) -> int:
+    """Of the file as it is: by its name a network file system may tell what it was."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def sha256_file(path: Path) -> str:

@@ -102,7 +102,8 @@ def read_weights(version_dir: Path, expected: Expected) -> Weights:
     for name, file in manifest.files.items():
         try:
             data[name] = _read(Path(version_dir) / name)
-        except FileNotFoundError as error:
+        # not there, or the file system's fault: ESTALE on NFS is a file that was removed
+        except OSError as error:
             raise ManifestError("missing", str(error)) from None
         if hashlib.sha256(data[name].data).hexdigest() != file.sha256:
             raise ManifestError(

@@ -3,8 +3,11 @@ read and checked (reader.py) staged.
 
 All of it happens on a thread of its own. A version that fails is counted by cause, logged once, and
 tried again only when CURRENT names another or the server's target changes; only `missing` (a race
-with the trainer's clean-up, or a slow network file system) is tried again at the next poll. A
-version that a server rolled back (REJECTED) gives way to its parent, also while it drafts.
+with the trainer's clean-up, or a file system that cannot be read now) is tried again at the next
+poll. A version that a server rolled back (REJECTED) gives way to its parent, also while it drafts.
+
+The directory may be on a network file system, which answers stat from a cache for a minute: what is
+new is noticed by opening files, which asks the server (docs/deploy/README.md).
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ from aurora_sglang_plugin.weights.manifest import (
 from aurora_sglang_plugin.weights.reader import Expected, Weights, read_weights
 
 log = logging.getLogger(__name__)
+
+# to writing a line of REJECTED once more that cannot be read back: at first, and at most
+REJECT_AGAIN_S, REJECT_AT_MOST_S = 1.0, 60.0
+# of CURRENT, whole, and of REJECTED
+STATE_BYTES = 1 << 12
 
 
 class Watcher:
@@ -60,8 +68,8 @@ class Watcher:
         self.failures: Counter[str] = Counter()
         # the newest version that needs no further attention: staged, or refused
         self.seen_version = 0
-        # of CURRENT and REJECTED, by `_identity`
-        self._seen_stats: tuple | None = None
+        # of CURRENT and REJECTED, by `_state`
+        self._seen_states: tuple | None = None
         # What `look_again` was last told, and what of it was heeded: a new tuple each time.
         self._asked: tuple[int] | None = None
         self._heeded: tuple[int] | None = None
@@ -69,8 +77,12 @@ class Watcher:
         self._wait_s, self._polls = wait_s, 0
         # versions that wait, by when they may be handed over (monotonic)
         self._waiting: dict[int, float] = {}
-        # versions to be written to REJECTED
+        # versions to be written to REJECTED, until they are read back
         self._rejects: deque[int] = deque()
+        # when they may be written again (monotonic), and how long after that once more
+        self._reject_at, self._reject_wait_s = 0.0, REJECT_AGAIN_S
+        # rolled back by this server, whether or not REJECTED says so already
+        self._rolled_back: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="aurora-watch", daemon=True)
 
@@ -94,6 +106,7 @@ class Watcher:
     def reject(self, version: int, served: int, write: bool) -> None:
         """From another thread: `version` was rolled back, and `served` drafts. At the next poll it
         is written to REJECTED (`write`: on one rank of a server), and CURRENT is read again."""
+        self._rolled_back = self._rolled_back | {version}
         if write:
             self._rejects.append(version)
         self.look_again(served)
@@ -111,47 +124,65 @@ class Watcher:
         self._polls += 1
         self._write_rejected()
         if (asked := self._asked) is not self._heeded:
-            self._heeded, self.seen_version, self._seen_stats = asked, asked[0], None
+            self._heeded, self.seen_version, self._seen_states = asked, asked[0], None
         try:
-            stats = (_identity(self.directory / CURRENT), _identity(self.directory / REJECTED))
-            if stats[0] is None or stats == self._seen_stats:
-                # nothing was published yet, or nothing is new
-                return
-            version = self._wanted()
+            try:
+                states = (_state(self.directory / CURRENT), _state(self.directory / REJECTED))
+                if states[0] is None or states == self._seen_states:
+                    # nothing was published yet, or nothing is new
+                    return
+                version = self._wanted()
+            except OSError as error:
+                raise ManifestError("missing", str(error)) from None
             done = version in (0, self.seen_version) or self.stage(
                 read_weights(self.directory / version_name(version), self.expected)
             )
             if done:
                 self.seen_version = version
                 # what waits is looked at again, though no file changes
-                self._seen_stats = None if self._waiting else stats
+                self._seen_states = None if self._waiting else states
         except ManifestError as error:
             self._fail(version, error.cause, error)
             if error.cause != "missing":
                 self.seen_version = version
-                self._seen_stats = None if self._waiting else stats
+                self._seen_states = None if self._waiting else states
         except Exception as error:
             self._fail(version, "stage", error)
             self.seen_version = version
 
     def _write_rejected(self) -> None:
-        while self._rejects:
-            line = json.dumps({"version": self._rejects[0], "unix_s": round(time.time(), 3)}) + "\n"
-            try:
-                # one write of one line: other servers append to the same file
-                with open(self.directory / REJECTED, "ab", buffering=0) as file:
-                    file.write(line.encode())
-            except OSError as error:
-                self._fail(self._rejects[0], "rejected", error)
+        """Append a line for each version that is due, one write a line.
+
+        Other servers append to the same file, and on NFS two machines may do so at the same place:
+        a version is due until its line was read back.
+        """
+        if not self._rejects:
+            return
+        try:
+            there = rejected_versions(self.directory)
+            while self._rejects and self._rejects[0] in there:
+                self._rejects.popleft()
+                self._reject_at, self._reject_wait_s = 0.0, REJECT_AGAIN_S
+            if not self._rejects or time.monotonic() < self._reject_at:
                 return
-            self._rejects.popleft()
+            self._reject_at = time.monotonic() + self._reject_wait_s
+            self._reject_wait_s = min(2 * self._reject_wait_s, REJECT_AT_MOST_S)
+            with open(self.directory / REJECTED, "ab", buffering=0) as file:
+                for version in [v for v in tuple(self._rejects) if v not in there]:
+                    line = {"version": version, "unix_s": round(time.time(), 3)}
+                    file.write(f"{json.dumps(line)}\n".encode())
+        except OSError as error:
+            self._fail(self._rejects[0], "rejected", error)
 
     def _wanted(self) -> int:
         """CURRENT's version, or the newest that waited long enough, or its first ancestor that no
         server rolled back; 0 where that is the initial draft.
         """
-        rejected = rejected_versions(self.directory)
-        version = self._waited(current_version(self.directory) or 0, rejected)
+        current = current_version(self.directory) or 0
+        # versions count up: a greater one was of another directory
+        self._rolled_back = {v for v in self._rolled_back if v <= current}
+        rejected = rejected_versions(self.directory) | self._rolled_back
+        version = self._waited(current, rejected)
         while version in rejected:
             error = ManifestError(
                 "rejected", f"a server rolled {version_name(version)} back; looking at its parent"
@@ -186,10 +217,14 @@ class Watcher:
             log.warning("weights refused version=%d cause=%s error=%s", version, cause, error)
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    """Differs whenever a file was replaced or appended to; None if there is no file."""
+def _state(path: Path) -> tuple[int, int, int, bytes] | None:
+    """Differs whenever a file was replaced, touched or appended to; None if there is no file.
+
+    Raises OSError.
+    """
     try:
-        stat = os.stat(path)
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            return stat.st_ino, stat.st_mtime_ns, stat.st_size, file.read(STATE_BYTES)
     except FileNotFoundError:
         return None
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size

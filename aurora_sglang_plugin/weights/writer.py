@@ -2,17 +2,22 @@
 (`aurora_sglang_plugin/weights/manifest.py`).
 
 A version is written whole and only then named by CURRENT, so that a kill at any instant leaves
-servers the old version or the new one. One writer at a time, by a lock on the directory's LOCK
-file.
+servers the old version or the new one.
+
+One writer at a time. The directory's LOCK file is locked, which other processes of this machine
+heed, and on some file systems those of others. Across machines it is what LOCK says: each writer
+writes its name at the start, and one that finds another's there publishes no more. So a trainer can
+be moved though nobody knows whether the old one is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
+import secrets
+import socket
 import time
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
@@ -27,6 +32,7 @@ from aurora_sglang_plugin.weights import manifest as contract
 from aurora_sglang_plugin.weights.atomic_files import (
     Content,
     Step,
+    lock,
     no_fault,
     remove_directory,
     remove_temporaries,
@@ -43,6 +49,8 @@ from aurora_sglang_plugin.weights.tensor_bytes import (
 log = logging.getLogger(__name__)
 
 LOCK = "LOCK"
+# characters of LOCK
+MAX_CLAIM = 512
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 
 
@@ -60,25 +68,32 @@ class PublishConfig(Section):
 
 
 class WeightsWriter:
-    """The one writer of a weights directory. Raises ValueError where another process holds it."""
+    """The one writer of a weights directory, the one that was made last. Raises ValueError where
+    another process of this machine holds it.
+    """
 
     def __init__(self, directory: Path, keep: int = 4, step: Step = no_fault):
         self.directory = Path(directory)
         self.keep = keep
         self.step = step
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.directory)
+        host = socket.gethostname()
+        self._claim = f"{os.getpid()} on {host}, claim {secrets.token_hex(8)}"
+        self._lock = _lock(self.directory, self._claim)
         for name in remove_temporaries(self.directory):
             log.warning("stale temporary removed name=%s", name)
         current = served_version(self.directory)
         self.newest = max([current, *versions(self.directory)])
-        # A version that a killed writer never named by CURRENT was never served: its weights may
-        # come again.
-        self._digests = {
-            m.files["model.safetensors"].sha256
-            for m in manifests(self.directory)
-            if m.version <= current
-        }
+        # of the weights that servers have; those of a version that a killed writer never named by
+        # CURRENT are not
+        self._digest = next(
+            (
+                m.files["model.safetensors"].sha256
+                for m in manifests(self.directory)
+                if m.version == current
+            ),
+            "",
+        )
 
     def publish(
         self,
@@ -94,16 +109,17 @@ class WeightsWriter:
         """Write the next version and make it CURRENT. Returns its number.
 
         `tensors` are as they are to be served; the target's embedding is left out. Returns None,
-        and writes nothing, where a version with exactly these weights was published before. Raises
-        OSError where the disk refuses, ValueError where the directory came back as another
-        writer's: then servers have what they had, and the same weights may be published again.
+        and writes nothing, where the newest version has exactly these weights; those of an earlier
+        one, such as the initial draft's, may come again. Raises OSError where the disk refuses,
+        ValueError where the directory is another writer's by now: then servers have what they had,
+        and the same weights may be published again.
         """
         tensors = {
             n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
         }
         weights = safetensors_buffers(tensors)
         digest = sha256(weights)
-        if digest in self._digests:
+        if digest == self._digest:
             return None
         config_bytes = json.dumps(config, indent=2, sort_keys=True).encode()
         self._hold_the_lock()
@@ -138,37 +154,49 @@ class WeightsWriter:
         }
         name = contract.version_name(version)
         try:
-            write_directory(self.directory, name, data, self.step)
+            write_directory(self.directory, name, data, self.step, replace=False)
+            # it may have taken a while
+            self._hold_the_lock()
             replace_file(self.directory / contract.CURRENT, f"{name}\n".encode(), self.step)
-        except OSError:
-            self._take_back(version)
+        except (OSError, ValueError):
+            self._take_back(record)
             raise
         self.newest = version
-        self._digests.add(digest)
+        self._digest = digest
         self._remove_old(version)
         return version
 
     def close(self) -> None:
         self._lock.close()
 
-    def _take_back(self, version: int) -> None:
-        """Remove a version that could not be published, unless servers may see it already."""
-        try:
-            served = contract.current_version(self.directory) == version
-        except (OSError, contract.ManifestError):
-            served = True
-        if not served:
-            with contextlib.suppress(OSError):
-                remove_directory(self.directory / contract.version_name(version))
+    def _take_back(self, record: contract.Manifest) -> None:
+        """Remove a version that could not be published, unless servers may see it already, or it
+        is another writer's.
+        """
+        path = self.directory / contract.version_name(record.version)
+        with contextlib.suppress(OSError, contract.ManifestError):
+            served = contract.current_version(self.directory) == record.version
+            if not served and contract.read_manifest(path) == record:
+                remove_directory(path)
 
     def _hold_the_lock(self) -> None:
-        """A directory that went away and came back may be another one, with a writer of its own."""
+        """Raises ValueError where another writer began since. A directory that went away and came
+        back may be another one, with a writer of its own.
+        """
         try:
-            held = os.path.samestat(os.stat(self.directory / LOCK), os.fstat(self._lock.fileno()))
+            with open(self.directory / LOCK) as file:
+                same = os.path.samestat(os.fstat(file.fileno()), os.fstat(self._lock.fileno()))
+                holder = file.read(MAX_CLAIM).strip()
         except FileNotFoundError:
-            held = False
-        if not held:
-            lost, self._lock = self._lock, _lock(self.directory)
+            same, holder = False, ""
+        if holder not in ("", self._claim):
+            raise ValueError(
+                f"weights directory {self.directory} is written by another trainer, process"
+                f" {holder}, which began later; expected one writer: this one publishes no more."
+                " End one of them; to have this one go on, start it again"
+            )
+        if not same:
+            lost, self._lock = self._lock, _lock(self.directory, self._claim)
             lost.close()
 
     def _remove_old(self, current: int) -> None:
@@ -183,23 +211,27 @@ class WeightsWriter:
             log.warning("old versions not removed error=%s", error)
 
 
-def _lock(directory: Path) -> TextIO:
-    """The directory's LOCK, held. Raises ValueError where another process holds it."""
-    lock = open(directory / LOCK, "a+")
+def _lock(directory: Path, claim: str) -> TextIO:
+    """The directory's LOCK, held, with our name. Raises ValueError where another process holds
+    it.
+    """
+    file = open(directory / LOCK, "a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file.fileno())
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read(32).strip()
-        lock.close()
+        file.seek(0)
+        holder = file.read(MAX_CLAIM).strip()
+        file.close()
         raise ValueError(
             f"weights directory {directory} is written by another trainer, process {holder};"
-            " expected one writer: end that process or choose another weights.directory"
+            " expected one writer: end that process or choose another weights.directory. If its"
+            f" machine is gone and its lock is not, remove {directory / LOCK}"
         ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
-    return lock
+    file.truncate(0)
+    file.write(f"{claim}\n")
+    file.flush()
+    os.fsync(file.fileno())
+    return file
 
 
 def served_version(directory: Path) -> int:

@@ -36,6 +36,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.link import wire
+from aurora_trainer.intake.features import features_of
 from aurora_trainer.intake.gaps import Gaps
 from aurora_trainer.intake.prefixes import Prefixes
 from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
@@ -145,7 +146,7 @@ class Assembler:
 
     def _prefill(self, message: wire.Message, gap_count: int) -> None:
         header, a = message.header, message.arrays
-        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        dtype, hidden = features_of(message)
         token = feature = 0
         for row, request in enumerate(header.requests):
             length, count = int(a["extend_lens"][row]), int(a["feature_lens"][row])
@@ -176,7 +177,7 @@ class Assembler:
 
     def _verify(self, message: wire.Message, gap_count: int) -> None:
         header, a = message.header, message.arrays
-        dtype, hidden = message.dtype("aux_hidden_states"), a["aux_hidden_states"]
+        dtype, hidden = features_of(message)
         shape = (
             header.num_steps, header.topk, message.dtype("topk_logits"),
             a["topk_ids"].shape[2], header.rejection,

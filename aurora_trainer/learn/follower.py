@@ -65,12 +65,16 @@ class Follower:
                 draft = rebuild(order.about["draft"], order.tensors, self._tensors)
             learner.start(draft)
         elif order.name == "restore":
-            learner.restore({}, order.about["optimizer"], "")
+            learner.restore({}, order.about["optimizer"], order.about["mean_began"], "")
+        elif order.name == "begin_again":
+            learner.begin_again()
         elif order.name == "snapshot":
             learner.snapshot({})
         elif order.name == "weights":
-            learner.weights()
-        elif order.name == "candidate":
-            learner.candidate()
+            learner.weights(order.about["role"])
+        elif order.name == "finite":
+            learner.finite(order.about["most"])
+        elif order.name == "mean_draft":
+            learner.mean_draft()
         else:
             assert order.name == "wait", order.name

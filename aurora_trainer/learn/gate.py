@@ -1,26 +1,34 @@
-"""The gate: is the candidate ahead of the weights being served, on requests that it never saw?
+"""The gate: which draft should servers have, judged on requests that none of them ever saw?
 
 Every other request is held back from training until `requests` newer ones were held: of every
 domain and server alike, and what is too much goes from whoever has most, so that no flood and no
-rhythm of traffic is all that is judged. At each decision the candidate itself, the served weights
-and the initial draft are walked along the held requests (accept_length.py), so that a score is
-never that of an earlier candidate. With A the accept length of all n held requests together (tokens
-over steps), and s the standard error of a difference between two drafts, paired by request,
+rhythm of traffic is all that is judged. At each decision what is trained (`live`), its running mean
+(`mean`, if there is one), the served weights and the initial draft (`initial`) are walked along the
+held requests (accept_length.py), so that a score is never that of an earlier candidate. With A the
+accept length of all n held requests together (tokens over steps), and s the standard error of a
+difference to the served one, paired by request, the draft of the largest lower bound
 
-    passes   where   A(candidate) - A(served) > z s                      `better`
-    refused  where   A(candidate) - A(served) < -WORSE s                 `worse`
-    refused  else                                                        `not_better`
+    A(draft) - A(served) - z s
 
-and where A(initial) - A(served) > ANCHOR s, and the candidate is not ahead of the initial draft,
-the initial one is published in its place. After `give_up_after` answers of `worse` in a row
-training goes back to the served weights: a diverged draft does not come back by itself.
+is published where that is above 0: `better`, or `initial` if it is the initial one. Else the best
+of those that are trained is refused: `worse` where A - A(served) < -WORSE s, `not_better` where
+not. Training goes on as it was when the initial draft is published. That draft is what suits
+today's traffic, and says nothing of whether the trained one, which has seen some of it, is worth
+less as a start; after `give_up_after` answers of `worse` in a row, against whatever is served,
+training goes back to that: a diverged draft does not come back by itself.
 
-Error rates of one answer at z = 1.28, for differences of a request with a standard deviation of 0.4
-and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 150, an equal
-one 1 in 10, one that is better by 0.1 every second time and by 0.2 7 times in 8; what was refused
-is not lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1
-passes 1 time in 30. tests/trainer/learn/test_gate.py computes these rates, and those of many
-answers on a window that moves.
+The requests that come are compared as well, with the served and the initial draft alone (drift.py).
+Where those say that the initial one is ahead of what is served, or the held ones do, a trained
+draft passes only if it is ahead of the initial one by ANCHOR s; and while the initial one is served
+(`z`): it is what a user had without us, so that doubt is in its favour.
+
+Error rates of one answer at z = 1, for differences of a request with a standard deviation of 0.4
+and 24 requests (s = 0.08): a candidate that is worse by 0.1 tokens passes 1 time in 80, an equal
+one 1 in 6, one that is better by 0.1 6 times in 10 and by 0.2 9 times in 10; what was refused is
+not lost, the candidate trains on. At the first answer, with 8 requests, one that is worse by 0.1
+passes 1 time in 20. An equal one costs a swap and no accept length.
+tests/trainer/learn/test_gate.py computes these rates, and those of many answers on a window that
+moves.
 
 Dimensions: n held requests.
 """
@@ -30,7 +38,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -40,12 +48,12 @@ from pydantic import Field, PositiveInt
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.accept_length import accept_length, difference
+from aurora_trainer.learn.walk_apart import Walk, walk_apart
 
 log = logging.getLogger(__name__)
 
-# standard errors by which the initial draft is clearly better
-ANCHOR = 1.96
-WORSE = 1.64
+# standard errors: one-sided, 1 equal candidate in 20
+WORSE = ANCHOR = 1.64
 # of one request: the parts of a longer one go to training at once
 HELD_POSITIONS = 2048
 
@@ -56,14 +64,12 @@ MAX_SHARES, REST = 16, "(rest)"
 Key = tuple[str, str]
 # domain, session
 Share = tuple[str, str]
-# Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
-Walk = Callable[[str, list[Sample]], np.ndarray]
 
 
 class GateConfig(Section):
     """When a candidate may be published."""
 
-    # false: every finite candidate passes, and no request is held back
+    # false: every finite candidate passes, no request is held back, and nothing is watched
     enabled: bool = True
     # held back from training until as many newer ones were held: those that a decision rests on.
     # More of them see smaller differences
@@ -72,40 +78,47 @@ class GateConfig(Section):
     min_requests: PositiveInt = 8
     # 1 request in so many is held back
     hold_every: PositiveInt = 2
-    # standard errors that a candidate must be ahead. 1.28: an equal one passes 1 time in 10
-    z: Annotated[float, Field(ge=0)] = 1.28
+    # standard errors that a candidate must be ahead. 1: an equal one passes 1 time in 6
+    z: Annotated[float, Field(ge=0)] = 1.0
     # answers of `worse` in a row after which training goes back to the served weights
     give_up_after: PositiveInt = 8
 
 
 @dataclass(frozen=True)
 class Decision:
-    """`reason` is one of DECISIONS (metric_families/learning.py).
+    """`reason` is one of DECISIONS (metric_families/learning.py), `role` the draft that passes:
+    live, mean, initial, or "" for none.
 
-    Accept lengths are nan if none was scored.
+    Accept lengths are nan if none was scored; `candidate` is the best of what is trained.
     """
 
-    passed: bool
+    role: str
     reason: str
     requests: int
-    served: float
-    candidate: float
-    initial: float
-    # of candidate - served
-    stderr: float
+    served: float = math.nan
+    candidate: float = math.nan
+    initial: float = math.nan
+    # of the difference to the served one, of the draft that passes or else of the candidate
+    stderr: float = math.nan
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.role)
 
     def fields(self) -> dict[str, float | str]:
         """For the manifest and the log."""
         names = ("requests", "served", "candidate", "initial", "stderr")
         values = {name: getattr(self, name) for name in names}
         finite = {k: round(v, 4) for k, v in values.items() if math.isfinite(v)}
-        return {"reason": self.reason} | finite
+        return {"reason": self.reason} | ({"role": self.role} if self.role else {}) | finite
 
 
 @dataclass
 class _Held:
     samples: list[Sample]
     share: Share
+    # number of the request's first sample
+    number: int
     # Steps and tokens by role, of as many of the samples as there were.
     scores: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
 
@@ -131,15 +144,17 @@ class Gate:
         self._held: OrderedDict[Key, _Held] = OrderedDict()
         # requests of each share, held or not
         self._seen: dict[Share, int] = {}
+        # number of the newest sample of each domain
+        self._newest: dict[str, int] = {}
 
     @property
     def held(self) -> int:
         """Samples that are held back."""
         return sum(len(h.samples) for h in self._held.values())
 
-    def hold(self, sample: Sample) -> list[Sample]:
-        """Take a new sample; returns what training may have now: the sample, or what it pushes
-        out.
+    def hold(self, sample: Sample, number: int = 0) -> list[Sample]:
+        """Take a new sample, the `number`-th that came; returns what training may have now: the
+        sample, or what it pushes out.
         """
         if not self.config.enabled:
             return [sample]
@@ -150,21 +165,50 @@ class Gate:
             self._held[key].samples.append(sample)
             return []
         share = self._share(sample)
+        self._newest[share[0]] = number
         self._seen[share] = self._seen.get(share, 0) + 1
         if self._seen[share] % self.config.hold_every:
             return [sample]
-        self._held[key] = _Held([sample], share)
+        self._held[key] = _Held([sample], share, number)
         if len(self._held) > self.config.requests:
             return self._held.pop(self._oldest_of_the_largest()).samples
         return []
 
-    def decide(self, finite: bool, walk: Walk, initial_served: bool = False) -> Decision:
-        """May the candidate be published? `finite`: all its weights are.
+    def scored(self, sample: Sample, scores: dict[str, np.ndarray]) -> None:
+        """Walks of a sample that just came, by role: it is not walked again with those drafts."""
+        held = self._held.get((sample.session, sample.request))
+        if held is not None and len(held.samples) == 1:
+            held.scores |= {role: (1, found) for role, found in scores.items()}
 
-        `walk` scores samples with the role `candidate`, `served` or, unless that is what is served,
-        `initial`. Counts and logs the
+    def forget(self, since: int) -> list[Sample]:
+        """Traffic changed with the sample of number `since`: returns, for training, what is held
+        from before and is not what comes now. If several domains came since then, each of them
+        keeps what is its own, so that no flood of one takes the others' place."""
+        came = {domain for domain, number in self._newest.items() if number >= since}
+        kept = came if len(came) > 1 else set()
+        old = [
+            key
+            for key, held in self._held.items()
+            if held.number < since and held.share[0] not in kept
+        ]
+        return [sample for key in old for sample in self._held.pop(key).samples]
+
+    def decide(
+        self,
+        roles: Sequence[str],
+        walk: Walk,
+        initial: bool = True,
+        coming: Decision | None = None,
+        z: float | None = None,
+    ) -> Decision:
+        """Which draft should be published? `roles`: what is trained and finite, `live` first.
+
+        `walk` scores samples with one of the roles, `served` or `initial`; `initial` False: that
+        draft is served, or is none that may be. `coming`: what requests that come say of it, if
+        they say that it is ahead. `z`: in place of the configured one. Counts and logs the
         answer."""
-        decision = self.newest = self._judge(finite, walk, initial_served)
+        z = self.config.z if z is None else z
+        decision = self.newest = self._judge(roles, walk, initial, coming, z)
         self.decisions[decision.reason] += 1
         worse = decision.reason in ("worse", "not_finite")
         self.worse_in_a_row = self.worse_in_a_row + 1 if worse else 0
@@ -220,37 +264,57 @@ class Gate:
         (largest, _), *_ = Counter(s for s in shares if s[0] == domain).most_common(1)
         return next(key for key, held in self._held.items() if held.share == largest)
 
-    def _judge(self, finite: bool, walk: Walk, initial_served: bool) -> Decision:
-        def decision(passed: bool, reason: str, *lengths: float) -> Decision:
-            return Decision(passed, reason, len(self._held), *(lengths or (math.nan,) * 4))
-
-        if not finite:
-            return decision(False, "not_finite")
+    def _judge(
+        self,
+        roles: Sequence[str],
+        walk: Walk,
+        initial: bool,
+        coming: Decision | None,
+        z: float,
+    ) -> Decision:
+        few = coming or Decision("", "few_requests", len(self._held))
+        if not roles:
+            return coming or Decision("", "not_finite", len(self._held))
         if not self.config.enabled:
-            return decision(True, "off")
+            return Decision(roles[-1], "off", len(self._held))
         if len(self._held) < max(2, self.config.min_requests):
-            return decision(False, "few_requests")
-        roles = ("served", "candidate") if initial_served else ("served", "candidate", "initial")
-        for role in roles:
+            return few
+        others = (*roles, "initial") if initial else roles
+        for role in ("served", *others):
             self._score(role, walk)
         if len(self._held) < 2:
-            return decision(False, "few_requests")
-        served, candidate = self._scores("served"), self._scores("candidate")
-        initial = served if initial_served else self._scores("initial")
-        ahead, stderr = difference(candidate, served)
-        lengths = (*map(accept_length, (served, candidate, initial)), stderr)
+            return few
+        served = self._scores("served")
+        scores = {role: self._scores(role) for role in others}
+        ahead = {role: difference(found, served) for role, found in scores.items()}
         # no request has a chain that is known to its end
-        if not math.isfinite(ahead):
-            return decision(False, "few_requests", *lengths)
-        anchor, anchor_stderr = difference(initial, served)
-        behind_initial = difference(candidate, initial)[0] <= 0
-        if anchor > ANCHOR * anchor_stderr and behind_initial:
-            return decision(False, "initial", *lengths)
-        if ahead > self.config.z * stderr:
-            return decision(True, "better", *lengths)
-        if ahead < -WORSE * stderr:
-            return decision(False, "worse", *lengths)
-        return decision(False, "not_better", *lengths)
+        if not all(math.isfinite(mean) for mean, _ in ahead.values()):
+            return few
+        lower = {role: mean - z * stderr for role, (mean, stderr) in ahead.items()}
+        best, trained = max(others, key=lower.__getitem__), max(roles, key=lower.__getitem__)
+        anchor = initial and (coming is not None or lower["initial"] > 0)
+        if anchor and best != "initial":
+            mean, stderr = difference(scores[best], scores["initial"])
+            if mean <= ANCHOR * stderr:
+                best = "initial"
+
+        def decision(role: str, reason: str) -> Decision:
+            return Decision(
+                role,
+                reason,
+                len(self._held),
+                served=accept_length(served),
+                candidate=accept_length(scores[trained]),
+                initial=accept_length(scores["initial"]) if initial else math.nan,
+                stderr=ahead[role or trained][1],
+            )
+
+        if lower[best] > 0:
+            return decision(best, "initial" if best == "initial" else "better")
+        if coming is not None:
+            return coming
+        mean, stderr = ahead[trained]
+        return decision("", "worse" if mean < -WORSE * stderr else "not_better")
 
     def _scores(self, role: str) -> np.ndarray:
         """float64 [n, 2]: steps and tokens of each held request."""
@@ -259,38 +323,23 @@ class Gate:
     def _score(self, role: str, walk: Walk) -> None:
         """Walk the held requests; scores that are known from before are kept. One that cannot be
         walked is held no longer."""
-        if role == "candidate":
+        if role not in ("served", "initial"):
             for held in self._held.values():
                 held.scores.pop(role, None)
-        missing = [h for h in self._held.values() if h.scores.get(role, (0,))[0] < len(h.samples)]
-        if missing:
-            try:
-                self._walk(role, walk, missing)
-            except Exception:
-                # one request at a time: whatever one of them is, it costs itself
-                log.warning(
-                    "gate cannot walk its requests together, walking each alone", exc_info=True
-                )
-                self._walk_each(role, walk, missing)
-
-    def _walk(self, role: str, walk: Walk, some: Sequence[_Held]) -> None:
-        found, at = walk(role, [sample for held in some for sample in held.samples]), 0
-        for held in some:
-            end = at + len(held.samples)
-            held.scores[role] = (len(held.samples), found[at:end].sum(0))
-            at = end
-
-    def _walk_each(self, role: str, walk: Walk, some: Sequence[_Held]) -> None:
-        failed = []
-        for held in some:
-            try:
-                self._walk(role, walk, [held])
-            except Exception:
-                failed.append(held)
+        missing = {
+            key: held
+            for key, held in self._held.items()
+            if held.scores.get(role, (0,))[0] < len(held.samples)
+        }
+        if not missing:
+            return
+        found = walk_apart(walk, role, [held.samples for held in missing.values()])
         # a fault of the draft or the device, not of a request
-        if len(failed) == len(some):
+        if all(one is None for one in found):
             raise ValueError(f"no held request can be walked with the {role} draft")
-        for key, held in list(self._held.items()):
-            if any(held is one for one in failed):
+        for (key, held), one in zip(missing.items(), found, strict=True):
+            if one is None:
                 del self._held[key]
                 self.left_out["unwalkable"] += len(held.samples)
+            else:
+                held.scores[role] = (len(held.samples), one.sum(0))

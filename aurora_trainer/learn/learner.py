@@ -136,12 +136,20 @@ class Learner:
         if self.config.model.device == "cuda":
             torch.cuda.empty_cache()
 
-    def candidate(self) -> Draft:
-        """At rank 0, what would be published, to be scored; elsewhere its own draft."""
+    def begin_again(self) -> None:
+        """Traffic changed: the schedule and the mean begin again."""
+        if self.leads_others:
+            self.ranks.tell("begin_again")
+        with self.ranks.together():
+            self.optimizer.warm_up_again()
+            self.mean.restart(self.optimizer.masters, self.optimizer.updates)
+
+    def mean_draft(self) -> Draft:
+        """At rank 0, a draft that holds the mean, to be scored; elsewhere its own draft."""
         if not self.mean.weights or self.ranks.size == 1:
             return self.mean.draft(self.draft)
         if self.leads_others:
-            self.ranks.tell("candidate")
+            self.ranks.tell("mean_draft")
         with self.ranks.together():
             whole = self._whole(self.mean.weights)
             if not self.ranks.rank:
@@ -150,13 +158,27 @@ class Learner:
                 pass
             return self.draft
 
-    def weights(self) -> dict[str, Tensor]:
-        """At rank 0, what would be published, whole and in float32."""
-        held = self.mean.weights or self.optimizer.masters
+    def finite(self, most: float) -> list[str]:
+        """Roles, `live` and `mean`, whose weights are all finite and no larger than `most`."""
+        if self.leads_others:
+            self.ranks.tell("finite", {"most": most})
+        with self.ranks.together():
+            held = self._held()
+            # NaN is in no bound
+            beyond = [
+                any(not (rows.abs() <= most).all() for rows in weights.values())
+                for weights in held.values()
+            ]
+            found = self.ranks.sum_(torch.tensor(beyond, dtype=torch.float64)).tolist()
+            return [role for role, ranks in zip(held, found) if not ranks]
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """At rank 0, the weights of that role, whole and in float32."""
+        held = self._held()[role]
         if self.ranks.size == 1:
             return held
         if self.leads_others:
-            self.ranks.tell("weights")
+            self.ranks.tell("weights", {"role": role})
         with self.ranks.together():
             # the device holds one of them at a time
             return {name: whole.cpu() for name, whole in self._whole(held)}
@@ -176,8 +198,11 @@ class Learner:
                 pass
             return held
 
-    def restore(self, tensors: dict[str, Tensor], optimizer: dict[str, Any], whose: str) -> None:
-        """Go on from a snapshot's tensors (none but at rank 0) and the state of its optimizer.
+    def restore(
+        self, tensors: dict[str, Tensor], optimizer: dict[str, Any], mean_began: int, whose: str
+    ) -> None:
+        """Go on from a snapshot's tensors (none but at rank 0), the state of its optimizer, and the
+        updates at which its mean began.
 
         Raises ValueError for those of something else.
         """
@@ -185,10 +210,13 @@ class Learner:
         if not self.ranks.rank:
             self.draft.load_checkpoint(draft, whose)
             self.optimizer.check(own, optimizer)
-            self.ranks.tell("restore", {"optimizer": optimizer})
+            if not mean:
+                # one that was off begins now
+                mean, mean_began = _under(own, "master", "."), optimizer["updates"]
+            self.ranks.tell("restore", {"optimizer": optimizer, "mean_began": mean_began})
         with self.ranks.together(), torch.no_grad():
             self.optimizer.load_state_dict(None if self.ranks.rank else own, optimizer)
-            mean = mean or _under(own, "master", ".")
+            self.mean.began = mean_began
             for name, rows in self.mean.weights.items():
                 self.optimizer.shards.scatter_(name, mean.get(name), rows)
 
@@ -197,6 +225,11 @@ class Learner:
         return pack(share.samples, packing, self.features.of(share.samples)).to(
             self.features.device
         )
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """By role, this rank's rows of what may be published."""
+        held = {"live": self.optimizer.masters}
+        return held | ({"mean": self.mean.weights} if self.mean.weights else {})
 
     def _whole(self, rows: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, own in rows.items():

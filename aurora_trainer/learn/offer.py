@@ -12,8 +12,8 @@ from torch import Tensor
 class Offer:
     """Copies: training goes on while they are written, and `write` needs nothing of it.
 
-    `role`: candidate or initial; `updates`: of the optimizer, by then; `write` returns the version,
-    or None if exactly these weights were published before.
+    `role`: live, mean or initial; `updates`: of the optimizer, by then; `write` returns the
+    version, or None if exactly these weights are the newest version's.
     """
 
     role: str

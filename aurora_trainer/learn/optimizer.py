@@ -104,6 +104,8 @@ class Optimizer:
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
         self.updates = 0
         self.skipped = 0
+        # updates at which the schedule began
+        self.began = 0
         shapes = {n: p.shape for n, p in self.parameters.items()}
         self.shards = Shards(ranks or Ranks(), shapes, self._orthogonal)
         self.masters = {
@@ -150,7 +152,7 @@ class Optimizer:
         if several:
             whole = self.shards.ranks.sum_(whole.square()).sqrt()
         value, norm = torch.stack([torch.as_tensor(loss).detach().to(whole), whole]).tolist()
-        lr = self._peak * schedule(self.config, self.updates)
+        lr = self._peak * schedule(self.config, self.updates - self.began)
         if not (math.isfinite(value) and math.isfinite(norm)):
             self.skipped += 1
             return Update(False, norm, lr, value)
@@ -162,6 +164,12 @@ class Optimizer:
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
             self._spread()
         return Update(True, norm, lr, value)
+
+    def warm_up_again(self) -> None:
+        """Begin the schedule again, if the rate fell by it: to the peak, and down from there. A
+        constant rate is at its peak."""
+        if self.config.schedule != "constant":
+            self.began = self.updates
 
     def _orthogonal(self, name: str) -> bool:
         matrix = self.parameters[name].dim() == 2 and not name.startswith(ENDS)
@@ -205,6 +213,7 @@ class Optimizer:
             "kind": self.config.kind,
             "updates": self.updates,
             "skipped": self.skipped,
+            "began": self.began,
         }
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -246,6 +255,7 @@ class Optimizer:
             self.shards.scatter_(key.partition(".")[2], whole, rows)
         self._spread()
         self.updates, self.skipped = rest["updates"], rest["skipped"]
+        self.began = rest.get("began", 0)
 
 
 def schedule(config: OptimizerConfig, updates: int) -> float:

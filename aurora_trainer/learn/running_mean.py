@@ -22,14 +22,24 @@ class RunningMean:
     def __init__(self, decay: float, masters: Mapping[str, Tensor]):
         self._decay = decay
         self.weights = {n: m.detach().clone() for n, m in masters.items()} if decay else {}
+        # updates at which it began
+        self.began = 0
         self._draft: Draft | None = None
 
     @torch.no_grad()
     def update(self, masters: Mapping[str, Tensor], updates: int) -> None:
         """After `updates` updates in all: shorter at first, that the start may not stay in it."""
         if self.weights:
-            keep = min(self._decay, (updates + 1) / (updates + 10))
+            since = updates - self.began
+            keep = min(self._decay, (since + 1) / (since + 10))
             torch._foreach_lerp_(list(self.weights.values()), list(masters.values()), 1 - keep)
+
+    @torch.no_grad()
+    def restart(self, masters: Mapping[str, Tensor], updates: int) -> None:
+        """Begin again from the weights: those of before were for other traffic."""
+        self.began = updates
+        for name, held in self.weights.items():
+            held.copy_(masters[name])
 
     @torch.no_grad()
     def draft(self, trained: Draft, whole: Iterable[tuple[str, Tensor]] | None = None) -> Draft:

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class Served:
-    """`version` 0 is the initial draft. Raises ValueError for bad drafts.
+    """`version` 0 is the initial draft, and `draft` is `initial` while it is served, as whatever
+    version. Raises ValueError for bad drafts.
 
     `dtype` is the one that servers hold; the draft is scored where `tensors` are and in theirs.
     """
@@ -46,8 +47,11 @@ class Served:
         self.initial = self._frozen(load(self._initial, tensors))
         self.version, self.draft = self._newest(served_version(self._directory))
 
-    def take(self, version: int, tensors: dict[str, torch.Tensor]) -> None:
-        """A new version was published."""
+    def take(self, version: int, tensors: dict[str, torch.Tensor], role: str) -> None:
+        """A new version was published, of a draft of that role."""
+        if role == "initial":
+            self.version, self.draft = version, self.initial
+            return
         if self.draft is self.initial:
             self.draft = self.initial.copy()
         self.version = version
@@ -79,6 +83,11 @@ class Served:
         self.version, self.draft = found
         return self.version
 
+    def go_back_to(self, version: int) -> None:
+        """What was served when a checkpoint was made, if it can be read."""
+        if version != self.version:
+            self.version, self.draft = self._newest(version)
+
     def _newest(self, version: int) -> tuple[int, Draft]:
         """`version`, or its first ancestor that was not rejected and can be read; at last the
         initial draft.
@@ -99,7 +108,9 @@ class Served:
                 )
             if version not in rejected:
                 try:
-                    return version, self._frozen(self._checked(path, manifest))
+                    found = self._frozen(self._checked(path, manifest))
+                    same = self._is_initial(manifest, found)
+                    return version, self.initial if same else found
                 except (ValueError, OSError) as error:
                     log.warning(
                         "published version damaged, going back to its parent version=%d error=%s",
@@ -119,6 +130,13 @@ class Served:
             if sha256_file(path / name) != file.sha256:
                 raise ManifestError("hash", f"{path / name} is not what was published")
         return load(path, self._tensors)
+
+    def _is_initial(self, manifest: Manifest, draft: Draft) -> bool:
+        """Whether a version is the initial draft, which may be another one today."""
+        if manifest.gate.get("reason") != "initial":
+            return False
+        own, of_initial = draft.checkpoint(self.dtype), self.initial.checkpoint(self.dtype)
+        return all(torch.equal(own[name], tensor) for name, tensor in of_initial.items())
 
     def _frozen(self, draft: Draft) -> Draft:
         of = self._tensors

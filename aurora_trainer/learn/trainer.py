@@ -1,6 +1,6 @@
 """Training, without sockets and clocks: messages in, optimizer steps, versions out.
 
-    feed(message)   assemble -> gate (which holds some back) -> buffer
+    feed(message)   assemble -> gate (which holds some back), arrivals (what they say) -> buffer
     step()          buffer -> batch -> loss -> optimize
     offer()         gate, on the requests that it held back -> weights/writer.py -> written()
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter, deque
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +30,15 @@ from aurora_trainer.intake.assemble import Assembler
 from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.intake.usable import unusable
+from aurora_trainer.learn import publishing
 from aurora_trainer.learn.accept_length import measure
-from aurora_trainer.learn.gate import Decision, Gate
+from aurora_trainer.learn.arrivals import Arrivals
+from aurora_trainer.learn.drift import Event
+from aurora_trainer.learn.gate import Gate
 from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
+from aurora_trainer.learn.running_mean import RunningMean
 from aurora_trainer.learn.served import Served
 from aurora_trainer.learn.shares import Dealer
 from aurora_trainer.learn.step_record import Step
@@ -79,6 +82,13 @@ class Training:
         # by what became of them before the buffer
         self.samples: Counter[str] = Counter()
         self.gate = Gate(trainer.gate, self.samples)
+        self.arrivals = Arrivals(trainer.drift, self.gate, self._walk)
+        # steps of the run before that are drawn again, over a recording
+        self.replayed_steps = 0
+        # the gate is to be asked at once
+        self.urgent = False
+        # a server rolled it back, and traffic did not change since
+        self.initial_barred = False
         # the version that training went on from
         self.parent = 0
         # of optimizers before the last rollback
@@ -90,6 +100,8 @@ class Training:
         # capture of the newest step that the draft was trained on
         self.trained_until_ns = 0
         self.published: Counter[str] = Counter()
+        # versions, by what they were
+        self.published_roles: Counter[str] = Counter()
         # verify steps of requests, and tokens that they committed
         self.traffic = {"steps": 0, "tokens": 0}
         self.rows: Counter[str] = Counter(with_target=0, altered=0)
@@ -118,6 +130,10 @@ class Training:
         return self.learner.optimizer
 
     @property
+    def mean(self) -> RunningMean:
+        return self.learner.mean
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that changed the weights."""
         return self.earlier_updates + self.optimizer.updates
@@ -139,14 +155,19 @@ class Training:
         for sample in self.assembler.idle(now_s):
             self._keep(sample)
 
+    @property
+    def new_positions_per_step(self) -> int:
+        """More while training rests, but no more than a batch has room for: each is trained on."""
+        per_step = self.config.trainer.pace.new_positions_per_step
+        if not self.arrivals.resting:
+            return per_step
+        rested = per_step * self.config.trainer.drift.rest_factor
+        return max(per_step, min(rested, self.config.trainer.batch.max_positions))
+
     def due(self) -> bool:
         """Whether enough came in for the next step."""
-        pace = self.config.trainer.pace
-        return (
-            pace.enabled
-            and self._pending_tokens >= pace.new_positions_per_step
-            and len(self.buffer) > 0
-        )
+        enough = self._pending_tokens >= self.new_positions_per_step
+        return self.config.trainer.pace.enabled and enough and len(self.buffer) > 0
 
     def step(self, replay: bool = False) -> Step | None:
         """Train on one batch; None if it has no targets.
@@ -155,14 +176,16 @@ class Training:
         """
         trainer = self.config.trainer
         samples = self.buffer.take(trainer.batch.max_positions)
-        self._pending_tokens -= trainer.pace.new_positions_per_step
+        self._pending_tokens -= self.new_positions_per_step
         self.steps += 1
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
             if self.steps in self._failed_steps:
                 self.buffer.failed()
+            self._look_again()
             return None
+        self._look(behind=True)
         every = trainer.metrics.rescore_every_steps
         after = bool(unseen) and every > 0 and self.steps % every == 0
         # A chain's walk comes with the loss; a tree has to be grown.
@@ -177,6 +200,7 @@ class Training:
             self._failed()
         positions = sum(len(s.features) for s in samples)
         self.positions += positions
+        self.arrivals.trained(positions)
         self._show(learned.update.loss, learned.before)
         return Step(
             update=learned.update,
@@ -198,44 +222,12 @@ class Training:
         self._failed()
 
     def offer(self) -> Offer | None:
-        """What to publish, if the draft was trained and the gate lets it pass: copies."""
-        if self.updates == self._offered_at:
-            return None
-        tensors = self.draft.checkpoint(self.served.dtype, self.learner.weights())
-        finite = all(bool(t.isfinite().all()) for t in tensors.values() if t.is_floating_point())
-        decision = self.gate.decide(finite, self._walk, initial_served=self.served.version == 0)
-        if decision.reason == "initial":
-            # It is clearly better than what is served: serve it, and train on from it.
-            tensors = self.served.initial.checkpoint(self.served.dtype)
-            return self._offer(tensors, decision, "initial")
-        if decision.passed:
-            return self._offer(tensors, decision, "candidate")
-        self._offered_at = self.updates
-        self.published[f"refused_{decision.reason}"] += 1
-        if self.gate.gives_up:
-            log.warning(
-                "candidate stayed worse, training goes back to version=%d", self.served.version
-            )
-            self.published["gone_back"] += 1
-            self._take_served()
-            self.gate.restart()
-        return None
+        """As publishing.offer."""
+        return publishing.offer(self)
 
     def written(self, offer: Offer, version: int | None) -> None:
-        """The offer is what servers have now, as `version`; None: they had it before."""
-        # not before: what the disk refuses is offered again
-        self._offered_at = offer.updates
-        if version is None:
-            self.published["unchanged"] += 1
-            return
-        self.published["published"] += 1
-        self.parent = version
-        self.served.take(version, offer.tensors)
-        self.gate.serve(offer.role)
-        log.info("weights published version=%d optimizer_step=%d", version, offer.updates)
-        if offer.role == "initial":
-            self._take_served()
-            self._offered_at = self.updates
+        """As publishing.written."""
+        publishing.written(self, offer, version)
 
     def publish(self) -> int | None:
         """Offer, write and take it in, at once. Returns the version, or None."""
@@ -246,31 +238,9 @@ class Training:
         self.written(offer, version)
         return version
 
-    def _offer(self, tensors: dict[str, torch.Tensor], decision: Decision, role: str) -> Offer:
-        config = self.draft.config.to_json(str(self.served.dtype).removeprefix("torch."))
-        about: dict[str, Any] = dict(
-            target=self.target,
-            parent=self.parent,
-            optimizer_step=self.updates,
-            trained_until_ns=self.trained_until_ns,
-            gate=decision.fields(),
-        )
-        write = partial(self.writer.publish, tensors, config, **about)
-        return Offer(role, self.updates, tensors, write)
-
     def apply_rollbacks(self) -> None:
-        """If servers rolled the newest version back, go on from the one that they went back to."""
-        version = self.served.roll_back()
-        if version is not None:
-            log.warning(
-                "version rolled back by a server, training goes on from version=%d", version
-            )
-            self.published["rolled_back"] += 1
-            self._behind_served = True
-        if self._behind_served:
-            self._take_served()
-            self.gate.restart()
-            self._behind_served = False
+        """As publishing.apply_rollbacks."""
+        publishing.apply_rollbacks(self)
 
     def resume_from_published(self) -> None:
         """Without a checkpoint: start from what servers serve now, not from the initial draft."""
@@ -306,16 +276,49 @@ class Training:
         if cause:
             self.samples[cause] += 1
             return
-        for given in self.gate.hold(sample):
-            self._pending_tokens += int(given.has_target.sum())
-            self.buffer.put(given)
+        number = self.samples["assembled"]
+        self._give(self.gate.hold(sample, number))
+        self.arrivals.add(number, sample)
+        if self.steps < self.replayed_steps:
+            self._look_again()
+        elif not self.due():
+            self._look(behind=False)
+
+    def _give(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            self._pending_tokens += int(sample.has_target.sum())
+            self.buffer.put(sample)
+
+    def _look(self, behind: bool) -> None:
+        """At what came and was not trained on yet; answer what it says."""
+        initial = publishing.may_be_initial(self)
+        for event in self.arrivals.look(self._when(), initial, behind):
+            self._give(self._forgotten(event))
+            if event.kind == "changed":
+                self.learner.begin_again()
+                self.initial_barred = False
+            self.urgent |= event.kind in ("changed", "initial")
+
+    def _look_again(self) -> None:
+        """Over a recording: what the run before found by now, with the drafts that it had."""
+        for event in self.arrivals.replayed(self._when()):
+            self._give(self._forgotten(event))
+
+    def _when(self) -> tuple[int, int]:
+        return self.samples["assembled"], self.steps
+
+    def _forgotten(self, event: Event) -> list[Sample]:
+        return self.gate.forget(event.since) if event.kind in ("changed", "initial") else []
 
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
         """float64 [len(samples), 2]: steps and tokens of each sample's walk with a role's draft."""
-        trainer, served = self.config.trainer, self.served
-        draft = served.draft if role == "served" else served.initial
-        if role == "candidate":
-            draft = self.learner.candidate()
+        trainer = self.config.trainer
+        draft = {
+            "live": lambda: self.draft,
+            "mean": self.learner.mean_draft,
+            "served": lambda: self.served.draft,
+            "initial": lambda: self.served.initial,
+        }[role]()
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
 
     def _show(self, loss: float, walk: tuple[float, float] | None) -> None:

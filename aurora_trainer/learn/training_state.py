@@ -31,6 +31,12 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "pending_tokens": training._pending_tokens,
         "samples": dict(training.samples),
         "published": dict(training.published),
+        "published_roles": dict(training.published_roles),
+        "arrivals": training.arrivals.state(),
+        "initial_barred": training.initial_barred,
+        "urgent": training.urgent,
+        "offered_at": training._offered_at,
+        "average_began": training.mean.began,
         "traffic": dict(training.traffic),
         "rows": dict(training.rows),
         "earlier_updates": training.earlier_updates,
@@ -57,8 +63,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
             f" {training.target}; expected the same target: set trainer.checkpoint.directory to a"
             " new directory for a new target"
         )
-    whose = f"checkpoint of step {found.step}"
-    training.learner.restore(tensors, state["optimizer"], whose)
+    whose, began = f"checkpoint of step {found.step}", state.get("average_began", 0)
+    training.learner.restore(tensors, state["optimizer"], began, whose)
     torch.set_rng_state(tensors["random/torch"])
     training.parent, training.positions = state["parent"], state["positions"]
     training.earlier_updates = state["earlier_updates"]
@@ -66,9 +72,19 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
     training._failed_steps.extend(() if live else state.get("failed_steps", ()))
     training.published = Counter(state["published"])
     training.served.rolled_back = set(state["rolled_back"])
+    training.published_roles = Counter(state.get("published_roles", {}))
+    training.initial_barred = state.get("initial_barred", False)
+    training.urgent = state.get("urgent", False)
+    training._offered_at = state.get("offered_at", 0)
+    if "arrivals" in state:
+        training.arrivals.restore(state["arrivals"], live)
     training.gate.restore(state["gate"], live)
+    if not live:
+        training.replayed_steps = found.step
+        training.served.go_back_to(state["served"])
     if state["served"] != training.served.version:
         training.gate.restart()
+        training.arrivals.drift.serve()
     if live:
         training.steps = state["steps"]
         training.samples = Counter(state["samples"])

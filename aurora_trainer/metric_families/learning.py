@@ -6,6 +6,7 @@ Declared like those of intake.py.
 from __future__ import annotations
 
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
+from aurora_trainer.learn.drift import CAUSES
 from aurora_trainer.metric_families.readers import (
     NODES,
     WHEN,
@@ -24,6 +25,7 @@ JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tenso
 # the gate's answers
 REFUSALS = ("not_better", "worse", "few_requests", "not_finite")
 DECISIONS = ("better", "off", "initial", *REFUSALS)
+ROLES = ("live", "mean", "initial")
 OUTCOMES = (
     "published",
     "unchanged",
@@ -147,6 +149,35 @@ TRAINING: dict[str, Family] = {
 
 # versions and checkpoints
 VERSIONS: dict[str, Family] = {
+    "aurora_trainer_watched_requests": counter(
+        "Requests that were walked when they came, with the served and the initial draft",
+        look="All of them, unless the trainer is slower than its traffic: then an eighth of the"
+        " positions that it trains on.",
+        read=at("watched_requests"),
+    ),
+    "aurora_trainer_traffic_changes": counter(
+        "Alarms that traffic changed: the served draft accepts less than it did, or the initial one"
+        " is clearly ahead of it",
+        look="Training begins its schedule and its mean again and works at full pace; the gate lets"
+        " go of requests from before. Many a day: traffic that comes in blocks.",
+        read=at("traffic_changes"),
+        cause=CAUSES,
+    ),
+    "aurora_trainer_change_score": gauge(
+        "How near the alarm is: the CUSUM of `aurora_trainer/learn/drift.py` over its limit",
+        look="At 0 most of the time; above 1 is the alarm, and it begins again.",
+        read=at("change_score"),
+    ),
+    "aurora_trainer_requests_since_change": gauge(
+        "Requests since the last alarm that traffic changed, or since the start",
+        look="Beside the accept length: how long a draft takes to follow.",
+        read=at("requests_since_change"),
+    ),
+    "aurora_trainer_resting": gauge(
+        "1 while training rests: fewer steps, because the served draft gains nothing any more",
+        look="See `trainer.drift.rest_requests`. An alarm ends it, and so does a gain.",
+        read=at("resting"),
+    ),
     "aurora_trainer_draft_version": gauge(
         "Newest published version",
         look="See `aurora_draft_version`.",
@@ -154,12 +185,19 @@ VERSIONS: dict[str, Family] = {
     ),
     "aurora_trainer_publications": counter(
         "What became of the draft each time that it was offered",
-        look="`refused_*`: the gate. `unchanged`: exactly these weights were published before."
+        look="`refused_*`: the gate. `unchanged`: the newest version has these weights."
         " `rolled_back`: by a server. `gone_back`: the candidate stayed worse, and training began"
         " again from the served weights. `failed`: the disk refused, see the log; it is tried"
         " again.",
         read=at("published"),
         outcome=OUTCOMES,
+    ),
+    "aurora_trainer_published_drafts": counter(
+        "Versions by the draft that they are: live, the weights; mean, their running mean; initial",
+        look="`initial`: the draft that training began with was ahead of what was served, ordinary"
+        " after a change of traffic. Again and again: training does harm, see the gate's figures.",
+        read=at("published_roles"),
+        role=ROLES,
     ),
     "aurora_trainer_gate_decisions": counter(
         "The gate's answers; better and off let pass, initial publishes the initial draft",

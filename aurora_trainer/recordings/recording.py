@@ -10,7 +10,6 @@ again later. Wherever a recording is read, a single trace file does as well.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import time
@@ -23,6 +22,7 @@ from pydantic import PositiveInt, model_validator
 
 from aurora_sglang_plugin.config import Section
 from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.weights.atomic_files import lock
 from aurora_trainer.recordings.trace import (
     MAGIC,
     Record,
@@ -81,7 +81,7 @@ class Recording:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
             # oldest first
             self._files = {path: path.stat().st_size for path in _files(self.directory)}
             self._next = 1 + max(map(_number, self._files), default=-1)
@@ -157,14 +157,14 @@ class Recording:
             writer.close()
         if not here:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
+            held = os.open(self.directory, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(held)
             except OSError:
-                os.close(lock)
+                os.close(held)
                 raise
             os.close(self._lock)
-            self._lock = lock
+            self._lock = held
         self._files = {path: path.stat().st_size for path in _files(self.directory)}
         # numbers are never used again
         self._next = max(self._next, 1 + max(map(_number, self._files), default=-1))

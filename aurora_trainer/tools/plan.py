@@ -51,12 +51,12 @@ def plan(
     size, trainer, capture = SIZES[dtype], config.trainer, config.plugin.capture
     draft = draft_config(target.config, draft_vocab)
     rate = capture.sample_rate * load.servers
-    per_step = verify_bytes(draft, load, size, capture.topk_logits)
+    per_step = verify_bytes(draft, load, size, capture.topk_logits, capture.features)
     per_token = per_step / (load.running * load.accept_length)
     prompt = min(load.prompt_tokens, capture.max_prompt_features)
-    per_prompt = prefill_bytes(draft, prompt, size)
+    per_prompt = prefill_bytes(draft, prompt, size, capture.features)
     link = rate * (load.tokens_per_s * per_token + load.requests_per_s * per_prompt)
-    row = queued_row_bytes(draft, load, size, capture.topk_logits)
+    row = queued_row_bytes(draft, load, size, capture.topk_logits, capture.features)
     # of one server, a second
     queued = capture.sample_rate * (
         load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
@@ -67,7 +67,9 @@ def plan(
     compute = SIZES[trainer.model.compute_dtype]
     checkpoint = checkpoint_bytes(draft, target, compute, bool(trainer.optimizer.average))
     device = trainer_device_bytes(draft, target, trainer, compute, load)
-    position = sample_bytes(draft, load, size, capture.topk_logits)
+    # float8 is bfloat16 in the trainer
+    held = 2 if capture.features == "float8" else size
+    position = sample_bytes(draft, load, held, capture.topk_logits)
     return {
         "draft": {
             "parameters": parameters,
@@ -102,7 +104,7 @@ def plan(
             if positions
             else math.inf,
             "seconds_of_traffic_in_the_prefixes": trainer.assemble.prefix_bytes
-            / (draft.feature_size * size * positions)
+            / (draft.feature_size * held * positions)
             if positions
             else math.inf,
         },

@@ -61,43 +61,54 @@ class Load:
         return self.draft_tokens or 1 + self.num_steps * self.topk
 
 
-def verify_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> float:
-    """One verify message of B requests, as wire.FRAMES and wire.encode have it.
-
-    B rows of int32: positions 1, draft_tokens N, parents N, accept_path P, feature_lens 1,
-    next_tokens P; topk_ids and topk_logits (float32) N K each, logsumexp N. Features: F of the
-    server's dtype for each of B * accept_length rows. The header: what msgpack makes of one with as
-    many requests of 32-character ids.
-    """
-    n, p, k = load.nodes, load.num_steps + 1, min(kept, draft.vocab_size)
-    row = 4 * (2 + 3 * n + 2 * p) + 8 * n * k
-    return load.running * (row + load.accept_length * draft.feature_size * size) + header_bytes(
-        "verify", load, k
+def features_bytes(draft: DraftConfig, size: int, features: str = "model") -> int:
+    """One row of features on its way: F of the server's dtype, or a byte each and a scale a layer
+    (float32), as plugin.capture.features says."""
+    return (
+        draft.feature_size + 4 * draft.num_aux
+        if features == "float8"
+        else (draft.feature_size * size)
     )
 
 
-def queued_row_bytes(draft: DraftConfig, load: Load, size: int, kept: int) -> int:
-    """One request's verify step while it waits in the publisher's queue on CUDA, as
-    capture.Capture.verify stages it.
+def verify_bytes(
+    draft: DraftConfig, load: Load, size: int, kept: int, features: str = "model"
+) -> float:
+    """One verify message of B requests, as wire.FRAMES and wire.encode have it.
 
-    Not packed yet: features of all P rows. topk_ids (int32) and topk_logits (the server's dtype) N
-    K each, logsumexp, draft_tokens and a tree's two links (int64) N each, accept_index and
-    next_tokens (int32) P each, position and length (int64). On the CPU the raw logits (V a node)
-    wait instead of the kept ones.
+    B rows of int32: positions 1, draft_tokens N, parents N, accept_path P, feature_lens 1,
+    next_tokens P; topk_ids and topk_logits (float32) N K each, logsumexp N. Features for each of
+    B * accept_length rows. The header: what msgpack makes of one with as many requests of
+    32-character ids.
+    """
+    n, p, k = load.nodes, load.num_steps + 1, min(kept, draft.vocab_size)
+    row = 4 * (2 + 3 * n + 2 * p) + 8 * n * k
+    rows = load.accept_length * features_bytes(draft, size, features)
+    return load.running * (row + rows) + header_bytes("verify", load, k)
+
+
+def queued_row_bytes(
+    draft: DraftConfig, load: Load, size: int, kept: int, features: str = "model"
+) -> int:
+    """One request's verify step while it waits in the publisher's queue on CUDA, as step_buffer.py
+    packs it.
+
+    Room for features of all P rows. topk_ids (int32) and topk_logits (float32, as SGLang's) N K
+    each, logsumexp N; int32: draft_tokens and a tree's two links N each, path and next_tokens P
+    each, position and length. On the CPU the raw logits (V a node) wait instead of the kept ones.
     """
     n, p = load.nodes, load.num_steps + 1
     kept = min(kept, draft.vocab_size)
     ids = 1 if load.topk == 1 else 3
-    features, logits = p * draft.feature_size * size, n * kept * (4 + size)
-    return features + logits + n * (4 + ids * 8) + p * 2 * 4 + 2 * 8
+    rows = p * features_bytes(draft, size, features)
+    return rows + n * kept * 8 + 4 * (n * (1 + ids) + 2 * p + 2)
 
 
-def prefill_bytes(draft: DraftConfig, tokens: int, size: int) -> float:
+def prefill_bytes(draft: DraftConfig, tokens: int, size: int, features: str = "model") -> float:
     """One request's chunk of a prefill message: five int32, and for each token its id and F
     features. Plus a header, though several requests may share one."""
-    return (
-        20 + tokens * (4 + draft.feature_size * size) + header_bytes("prefill", Load(running=1), 0)
-    )
+    row = 4 + features_bytes(draft, size, features)
+    return 20 + tokens * row + header_bytes("prefill", Load(running=1), 0)
 
 
 def header_bytes(kind: wire.Kind, load: Load, kept: int) -> int:

@@ -25,6 +25,8 @@ from aurora_trainer.tools.scrape import Figures, Page, fetch
 
 # A line of text is in rich's markup: what came from elsewhere is escaped.
 BOLD, RED, DIM, PLAIN = "[bold]", "[red]", "[dim]", "[/]"
+# requests after a change for which it stands out
+NEW_TRAFFIC = 100
 
 
 def server_lines(f: Figures) -> list[str]:
@@ -159,6 +161,11 @@ def trainer_lines(f: Figures) -> list[str]:
             f" refused by the gate, {outcomes.get('rolled_back', 0):.0f} rolled back   publishing"
             f" takes {_age(f.mean(f'{p}publish_seconds'))}"
         ),
+        _traffic(
+            new.total(f"{p}traffic_changes_total"),
+            new.total(f"{p}requests_since_change"),
+            new.total(f"{p}resting") > 0,
+        ),
     ]
 
 
@@ -186,6 +193,11 @@ def status_lines(path: Path) -> list[str]:
             f"  stream           received {s.get('received', 0):,}  "
             f" {_alarm('lost', s.get('lost', 0))}  "
             f" {_alarm('rejected', sum(s.get('rejected', {}).values()))}"
+        ),
+        _traffic(
+            sum(s.get("traffic_changes", {}).values()),
+            s.get("requests_since_change", 0),
+            bool(s.get("resting")),
         ),
     ]
 
@@ -261,6 +273,17 @@ def _steps(steps: str) -> str:
     """A label of aurora_decode_rounds_total, in words."""
     plain = {"cold": "cold", "0": "plain"}
     return plain.get(steps) or f"{_plain(steps)} step{'s' if steps != '1' else ''}"
+
+
+def _traffic(changes: float, requests: float, resting: bool) -> str:
+    """How often traffic changed, how many requests ago, and what training makes of it."""
+    changed = (
+        f"changed {changes:.0f} times, {requests:,.0f} requests ago" if changes else "as it was"
+    )
+    if changes and requests < NEW_TRAFFIC:
+        changed = f"{RED}{changed}{PLAIN}"
+    pace = "training rests, nothing is gained" if resting else "training at full pace"
+    return f"  traffic          {changed}   {pace}"
 
 
 def _alarm(what: str, count: float, number: bool = True) -> str:

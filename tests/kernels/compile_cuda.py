@@ -96,7 +96,7 @@ def specialise(kernel: JITFunction, arguments: dict, constexprs: dict) -> ASTSou
             signature[p.name], constants[p.name] = "constexpr", value
             continue
         signature[p.name], aligned = _type_of(value)
-        if aligned and not p.do_not_specialize:
+        if aligned and not (p.do_not_specialize or p.do_not_specialize_on_alignment):
             attributes[i,] = ALIGNED
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 

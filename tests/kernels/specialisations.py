@@ -22,6 +22,8 @@ from functools import partial
 import torch
 from aurora_kernels import tree_loss_kernels
 from aurora_kernels.dispatch import DTYPES
+from aurora_kernels.pack_step import _launches as pack_step_launches
+from aurora_kernels.pack_step import float8_kernel
 from aurora_kernels.topk_logprobs import _launches
 from aurora_kernels.tree_attention_bwd_kernels import (
     tree_attention_bwd_nodes_kernel,
@@ -147,7 +149,48 @@ def tree_loss(
     )
 
 
+def pack_step(
+    capability: tuple[int, int],
+) -> Iterator[tuple[str, JITFunction, dict, dict, dict]]:
+    """Chains and trees, all requests and some, as they are and as float8, odd widths."""
+    for dtype, width, layers, links, rows in (
+        (torch.bfloat16, 4096, 3, False, False),
+        (torch.bfloat16, 7168, 3, True, True),
+        (torch.float16, 2049, 5, False, True),
+        (torch.float32, 16384, 1, True, False),
+        (torch.bfloat16, 4096, 0, False, True),
+        (torch.float32, 5003, 0, True, False),
+    ):
+
+        def meta(*shape, dtype=torch.int64):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        columns = width * max(layers, 1)
+        step = dict.fromkeys(("positions", "draft_tokens"), meta(4 * 5))
+        step |= {"accept_lens": meta(4, dtype=torch.int32), "rows": meta(2) if rows else None}
+        step |= dict.fromkeys(("next_token", "next_sibling"), meta(4 * 5) if links else None)
+        step |= {
+            "accept_index": meta(4, 3, dtype=torch.int32),
+            "next_tokens": meta(4 * 5, dtype=torch.int32),
+            "hidden": meta(4 * 5, columns, dtype=dtype),
+        }
+        out = meta(6, columns, dtype=torch.uint8 if layers else dtype)
+        scales = meta(6, layers, dtype=torch.float32) if layers else None
+        name = (
+            f"{str(dtype)[6:]} H={width}{' tree' * links}{' rows' * rows}{' float8' * (layers > 0)}"
+        )
+        ((kernel, _, given, constexprs, options),) = pack_step_launches(
+            step, meta(4, 99, dtype=torch.int32), out, scales
+        )
+        yield f"step {name}", kernel, given, constexprs, options
+        if layers:
+            given = dict(hidden=step["hidden"], features=out, scales=scales)
+            constexprs = {k: constexprs[k] for k in ("WIDTH", "BLOCK", "SOURCE", "TARGET")}
+            yield f"rows {name}", float8_kernel, given, constexprs, options
+
+
 SPECIALISATIONS = {
+    "pack_step": pack_step,
     "topk_logprobs": topk_logprobs,
     "tree_attention_bwd_kernels": partial(
         tree_attention,

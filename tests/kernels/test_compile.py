@@ -24,6 +24,9 @@ STACK_BYTES = {
     # cores and is for tests
     "tree_attention_fwd_kernel": 160,
     "tree_attention_bwd_q_kernel": 384,
+    # the call of a division on sm_80
+    "pack_step_kernel": 8,
+    "float8_kernel": 8,
     # by Triton 3.6 in float32, 3.9 spills nothing
     "tree_attention_bwd_nodes_kernel": 32,
     # heads of 256 on sm_90, else at most 48: two sums of 64 x 256 in registers

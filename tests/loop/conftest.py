@@ -4,7 +4,8 @@ needs one, two at a time, and only those that the collected tests name.
     plain   no speculation: what the output must be
     chain   topk 1, 4 steps, prefill in chunks of 64
     tree    topk 2, 4 steps, 8 nodes, a reduced draft vocabulary
-    mixed   topk 1, 3 steps, mixed chunks of 32, and a running request retracted every few steps
+    mixed   topk 1, 3 steps, mixed chunks of 32, and a running request retracted every few steps;
+            features in float8
     modern  topk 2, 4 steps, 6 nodes; a draft of EAGLE 3.1's shape with yarn, a bias and its
             target's family as its own
 """
@@ -137,7 +138,7 @@ def starts(request, target, taught, tmp_path_factory):
             )
         args = ["--chunked-prefill-size", "32", "--enable-mixed-chunk"]
         env = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "23"}
-        settings = ["plugin.capture.max_prompt_features=100"]
+        settings = ["plugin.capture.max_prompt_features=100", 'plugin.capture.features="float8"']
         return Loop(
             folder / name, target, draft, topk=1, num_steps=3, args=args, env=env, settings=settings
         )

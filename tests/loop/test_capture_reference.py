@@ -330,6 +330,9 @@ def test_mixed_chunks_retraction_and_long_prompts(mixed, plain, stream, referenc
             generated = sample.position_node[max(0, len(prompt) - 1 - sample.start) :]
             plain_steps += int((generated < 0).sum())
         retracted += sum(s.reason == "retract" for s in samples)
+    sent = {m.header.kind: m.dtype("aux_hidden_states") for m in mixed.messages
+            if m.header.kind in ("prefill", "verify")}  # fmt: skip
+    assert sent == {"prefill": "float8", "verify": "float8"}
     ends = [r for m in mixed.messages if m.header.kind == "end" for r in m.header.reasons]
     assert "retract" in ends
     assert plain_steps > 0, "no token came from a mixed chunk"

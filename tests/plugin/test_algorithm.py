@@ -5,9 +5,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from manifests import MODELS, VERSIONS, WAYS, build, config_text, container
 from models import make_random_draft, make_random_target
 
 # The algorithm imports sglang, which takes seconds: one process-wide import for the tests that need
@@ -99,21 +101,22 @@ def test_draft_and_target_run_in_one_dtype(algorithm, requested, draft, target, 
         algorithm.check_dtype(requested, *configs)
 
 
-# What SGLang makes of a command line, in a process of its own: resolving leaves its traces.
+# What SGLang makes of command lines, in one process of their own: resolving leaves its traces.
 RESOLVE = """
 import json, os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.server_args import prepare_server_args
 for line in json.loads(sys.argv[1]):
-    made_up = [word for word in line if word.startswith("SGLANG_")]
-    os.environ |= dict(word.split("=") for word in made_up)
+    environment = [word for word in line if word.startswith(("SGLANG_", "AURORA_"))]
+    os.environ |= dict(word.split("=") for word in environment)
     try:
-        prepare_server_args([word for word in line if word not in made_up]).resolve_once()
-        print("RESULT")
+        args = prepare_server_args([word for word in line if word not in environment])
+        args.resolve_once()
+        print("RESULT", json.dumps([None, args.host, args.port, args.enable_metrics]))
     except ValueError as error:
-        print("RESULT", str(error).replace(chr(10), " "))
-    for word in made_up:
+        print("RESULT", json.dumps([str(error)]))
+    for word in environment:
         del os.environ[word.split("=")[0]]
 """
 UNQUANT = "add --speculative-draft-model-quantization unquant"
@@ -135,24 +138,57 @@ OPTIONS = {
 }
 
 
-def test_options_that_aurora_cannot_serve_are_refused_with_their_remedy(tmp_path):
-    """Before anything is loaded; the draft inherits the target's quantization unless it is told not
-    to.
-    """
-    target = make_random_target(tmp_path / "target")
-    draft = make_random_draft(tmp_path / "draft", target, aux_layer_ids=[0, 2, 4])
+def deployed(folder: Path) -> list[list[str]]:
+    """The servers' commands in docs/deploy, on this machine; none if there is no kubectl."""
+    lines = []
+    for way in WAYS:
+        try:
+            objects = build(way)
+        except pytest.skip.Exception:
+            return []
+        (folder / "aurora.toml").write_text(config_text(objects))
+        server = container(objects, "Deployment")
+        assert server["command"][1:] == ["-m", "sglang.launch_server"]
+        text = " ".join(server["args"])
+        text = text.replace(MODELS, str(folder)).replace(VERSIONS, str(folder))
+        own = f"AURORA_CONFIG={folder}/aurora.toml --device cpu --dtype bfloat16"
+        lines.append(f"{text} {own}".split())
+    return lines
+
+
+@pytest.fixture(scope="module")
+def resolved(tmp_path_factory):
+    """[error, host, port, metrics] of a command with each of OPTIONS, and of docs/deploy's."""
+    folder = tmp_path_factory.mktemp("resolved")
+    target = make_random_target(folder / "target")
+    draft = make_random_draft(folder / "draft", target, aux_layer_ids=[0, 2, 4])
     line = f"--model-path {target} --device cpu --dtype bfloat16 --speculative-algorithm AURORA "
     line += (
         f"--speculative-draft-model-path {draft} --speculative-num-steps 2"
         " --speculative-eagle-topk 1"
     )
-    lines = [f"{line} {more}".split() for more in OPTIONS]
+    lines = [f"{line} {more}".split() for more in OPTIONS] + deployed(folder)
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}
     command = [sys.executable, "-c", RESOLVE, json.dumps(lines)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    found = [text.removeprefix("RESULT") for text in done.stdout.splitlines() if "RESULT" in text]
-    for option, says, text in zip(OPTIONS, OPTIONS.values(), found, strict=True):
-        assert says in text if says else not text, (option, text)
+    found = [text.partition("RESULT ")[2] for text in done.stdout.splitlines() if "RESULT" in text]
+    found = [json.loads(text) for text in found]
+    assert len(found) == len(lines)
+    return found[: len(OPTIONS)], found[len(OPTIONS) :]
+
+
+def test_options_that_aurora_cannot_serve_are_refused_with_their_remedy(resolved):
+    """Before anything is loaded; the draft inherits the target's quantization unless it is told not
+    to.
+    """
+    for (option, says), (error, *_) in zip(OPTIONS.items(), resolved[0], strict=True):
+        assert says in error if says else not error, (option, error)
+
+
+def test_the_commands_of_the_manifests_are_taken(resolved):
+    if not resolved[1]:
+        pytest.skip("no kubectl: `make setup` installs one on Linux")
+    assert resolved[1] == [[None, "0.0.0.0", 30000, True]] * len(WAYS)
 
 
 @pytest.mark.parametrize(

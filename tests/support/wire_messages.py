@@ -1,9 +1,13 @@
 """A valid message of every kind, for tests of the wire contract to change."""
 
 import numpy as np
+import torch
+from aurora_kernels.pack_step import float8_ref
 from trees import depths
 
-from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.link import rows, wire
+from aurora_sglang_plugin.link.frames import FEATURES, SCALES
+from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA
 
 MAX = 1 << 20
 
@@ -63,6 +67,18 @@ def prefill_arrays():
     }
 
 
+def as_float8(arrays, layers=2):
+    """The same message with features that are float8, of so many layers."""
+    features = torch.from_numpy(rows.to_float32(arrays[FEATURES][1], arrays[FEATURES][0]))
+    codes, scales = float8_ref(features, layers)
+    changed = {}
+    for name, frame in arrays.items():
+        changed[name] = ("float8", codes.numpy()) if name == FEATURES else frame
+        if name == FEATURES:
+            changed[SCALES] = "float32", scales.numpy()
+    return changed
+
+
 MESSAGES = {
     "prefill": lambda: (header("prefill"), prefill_arrays()),
     "verify": lambda: (header(), verify_arrays()),
@@ -71,6 +87,11 @@ MESSAGES = {
         {"committed_lens": i32(5, 6)},
     ),
     "heartbeat": lambda: (header("heartbeat", requests=[]), {}),
+    "prefill in float8": lambda: (
+        header("prefill", schema=FLOAT8_SCHEMA),
+        as_float8(prefill_arrays(), 1),
+    ),
+    "verify in float8": lambda: (header(schema=FLOAT8_SCHEMA), as_float8(verify_arrays(), 2)),
 }
 
 

@@ -24,12 +24,19 @@ from trainer_process import Server, command, config, status_when, traffic
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.daemon import Daemon, open_daemon
-from aurora_trainer.learn import learner
+from aurora_trainer.learn import drift, learner
 from aurora_trainer.ranks import APART, RanksConfig, join
 
 TIMEOUT = dict(trainer__ranks__timeout_s=60)
 # everything that is held by rows, both ways of updating, and walks before and after an update
-ADAMW = dict(trainer__optimizer__average=0.9, trainer__metrics__rescore_every_steps=4) | TIMEOUT
+ADAMW = TIMEOUT | dict(
+    trainer__optimizer__average=0.9,
+    trainer__optimizer__schedule="cosine",
+    trainer__optimizer__cosine_updates=30,
+    trainer__metrics__rescore_every_steps=4,
+    trainer__publish__every_steps=5,
+    trainer__drift__limit=20,
+)
 MUON = dict(trainer__optimizer__kind="muon", trainer__model__dtype="bfloat16") | TIMEOUT
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
@@ -108,7 +115,22 @@ def failing_once(monkeypatch, call: int):
     assert len(calls) > call
 
 
-def test_two_ranks_learn_what_one_does_and_one_goes_on(models, trace, tmp_path, monkeypatch):
+@pytest.fixture
+def drifting():
+    """In this process every request is a little of an alarm, and the gate is asked about the mean
+    alone."""
+    finite = learner.Learner.finite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drift, "SLACK", -3.0)
+        patch.setattr(drift, "WARM", 4)
+        patch.setattr(learner.Learner, "finite", lambda own, most: finite(own, most)[1:])
+        yield
+
+
+def test_two_ranks_learn_what_one_does_and_one_goes_on(
+    models, trace, tmp_path, monkeypatch, drifting
+):
+    """Over an alarm, after which schedule and mean begin again, and a version of the mean."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     with failing_once(monkeypatch, 5):
@@ -121,8 +143,20 @@ def test_two_ranks_learn_what_one_does_and_one_goes_on(models, trace, tmp_path, 
         # it held half of the rows, and saved all of them
         own = daemon.training.learner.mean.weights["lm_head.weight"]
         assert 2 * len(own) == len(middle["average/lm_head.weight"]) == VOCAB
+        began = middle["state"]["average_began"]
+        assert 0 < began == middle["state"]["optimizer"]["began"] < 12
+        assert middle["state"]["published_roles"]["mean"] > 0
     second, end = run(Daemon(config(models, tmp_path / "two", **ADAMW)), trace, 18)
     assert_alike(one, (first + second, end), weights=1e-5, loss=1e-5)
+    for name in ("average_began", "optimizer", "published_roles", "published"):
+        assert one[1]["state"][name] == end["state"][name], name
+    versions = [
+        sorted((tmp_path / name / "weights").glob("*/*.safetensors")) for name in ("one", "two")
+    ]
+    assert len(versions[0]) == len(versions[1]) > 0
+    for pair in zip(*versions):
+        a, b = map(load_file, pair)
+        assert all(float((t - b[n]).abs().max()) <= 1e-5 for n, t in a.items())
 
 
 def test_two_ranks_go_on_from_ones_checkpoint(models, trace, tmp_path, monkeypatch):

@@ -82,6 +82,8 @@ def test_every_family_is_filled_from_somewhere(first):
         "assembly_events",
         "bad_rows",
         "faults",
+        # learn/test_publishing.py
+        "traffic_changes",
     )
     untouched = {f"aurora_trainer_{name}" for name in faults}
     for name in FAMILIES:
@@ -168,3 +170,16 @@ def test_a_taken_port_is_one_message(first):
     Metrics(MetricsConfig(port=port))
     with pytest.raises(ValueError, match="expected a free port"):
         Metrics(MetricsConfig(port=port))
+
+
+def test_the_port_is_of_the_host_that_is_set(first):
+    """Loopback unless another is said: a pod's figures are scraped from another machine."""
+    port = free_port()
+    with pytest.raises(ValueError, match="of an address of this machine"):
+        # nobody's: TEST-NET-1
+        Metrics(MetricsConfig(port=port, host="192.0.2.1"))
+    Metrics(MetricsConfig(port=port, host="127.0.0.2"))
+    with urllib.request.urlopen(f"http://127.0.0.2:{port}/metrics") as response:
+        assert b"aurora_trainer_" in response.read()
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics")

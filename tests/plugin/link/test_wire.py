@@ -37,6 +37,14 @@ def test_every_named_tree_travels(name):
     )
 
 
+def test_only_what_is_float8_is_of_the_new_schema():
+    """So that a trainer of the schema before takes everything else."""
+    for kind in MESSAGES:
+        sent, arrays = MESSAGES[kind]()
+        sent.schema = wire.SCHEMA_VERSION
+        assert wire.read_header(wire.encode(sent, arrays)[0]).schema == 2 + ("float8" in kind)
+
+
 def test_frames_are_not_copied():
     array = np.arange(4, dtype=np.int32)
     parts = wire.encode(header("end"), {"committed_lens": ("int32", array)})

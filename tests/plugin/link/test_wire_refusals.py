@@ -56,9 +56,14 @@ def wide(axis, size):
     return mutate
 
 
+def scales(*shape):
+    return change(aux_scales=("float32", np.ones(shape, np.float32)))
+
+
 # What costs the message: its header, ...
 BAD_HEADER = {
     "old schema": ("verify", head(schema=0), "schema"),
+    "new schema": ("verify", head(schema=4), "schema"),
     "empty session": ("verify", head(session=""), "header"),
     "long target": ("verify", head(target="x" * 65), "header"),
     "long cause": ("verify", head(dropped={"x" * 65: 1}), "header"),
@@ -101,6 +106,21 @@ REFUSED = BAD_HEADER | {
     "no nodes": ("verify", cut("N", 0), "values"),
     "too many nodes": ("verify", wide("N", 65), "values"),
     "features without width": ("verify", cut("F", 0), "values"),
+    "float8 of an older schema": (
+        "verify",
+        change(aux_hidden_states=("float8", np.zeros((6, 6), np.uint8))),
+        "dtype",
+    ),
+    "scales of a dtype without": (
+        "verify in float8",
+        change(aux_hidden_states=("float32", np.zeros((6, 6), np.float32))),
+        "dtype",
+    ),
+    "scales missing": ("verify", head(schema=3), "frames"),
+    "a scale for less than a feature": ("verify in float8", scales(6, 12), "values"),
+    "scales that no layers have": ("verify in float8", scales(6, 4), "values"),
+    "no scales": ("verify in float8", scales(6, 0), "values"),
+    "scales of fewer rows": ("prefill in float8", scales(3, 1), "shape"),
     "no steps": ("verify", cut("P", 1, num_steps=0), "values"),
     "a million steps": ("verify", head(num_steps=10**6), "values"),
     "negative steps": ("verify", head(num_steps=-1), "values"),
@@ -147,6 +167,12 @@ BAD_ROW = {
     "bfloat16 NaN": ("verify", at("aux_hidden_states", (0, 0), 0x7FC0), "not_finite"),
     "bfloat16 -inf": ("verify", at("aux_hidden_states", (0, 0), 0xFF80), "not_finite"),
     "bfloat16 beyond squares": ("verify", at("aux_hidden_states", (0, 0), 0x7F7F), "not_finite"),
+    "float8 NaN": ("verify in float8", at("aux_hidden_states", (0, 0), 0x7F), "not_finite"),
+    "float8 -NaN": ("verify in float8", at("aux_hidden_states", (1, 0), 0xFF), "not_finite"),
+    "float8 of NaN": ("verify in float8", at("aux_scales", (0, 1), np.nan), "not_finite"),
+    "float8 of inf": ("prefill in float8", at("aux_scales", (0, 0), np.inf), "not_finite"),
+    "float8 turned around": ("verify in float8", at("aux_scales", (1, 0), -1), "not_finite"),
+    "float8 beyond squares": ("prefill in float8", at("aux_scales", (1, 0), 1e10), "not_finite"),
     "float16 inf": ("prefill", at("aux_hidden_states", (0, 0), np.inf), "not_finite"),
     "float32 NaN": ("verify", at("topk_logits", (0, 0, 0), np.nan), "not_finite"),
     "float32 inf": ("verify", at("logsumexp", (0, 0), -np.inf), "not_finite"),
@@ -191,7 +217,14 @@ def test_a_bad_row_is_its_own_and_can_be_left_out(name):
     )
 
 
-@pytest.mark.parametrize("kind", ["prefill", "verify", "end"])
+def test_an_unknown_schema_names_its_remedy():
+    sent, arrays = MESSAGES["verify"]()
+    sent.schema = 4
+    with pytest.raises(wire.WireError, match="this side reads 2 to 3: upgrade the"):
+        wire.decode(wire.encode(sent, arrays), max_bytes=MAX)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "verify", "end", "verify in float8"])
 def test_a_refused_message_has_a_stand_in(kind):
     sent, arrays = MESSAGES[kind]()
     stand_in = wire.decode([bytes(p) for p in wire.missing(sent)], max_bytes=MAX)

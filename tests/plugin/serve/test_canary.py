@@ -47,10 +47,16 @@ def drive(canary, traffic, new, old, steps):
     return None
 
 
+def swap(canary):
+    trusted = canary.let_go()
+    canary.swapped(trusted)
+    return trusted
+
+
 def served(traffic, rate, steps=6000):
     """A canary whose first version served these request-steps, just when another one follows."""
     canary = Canary(CanaryConfig(), MOST)
-    assert drive(canary, traffic, rate, rate, steps) is None and canary.swapped()
+    assert drive(canary, traffic, rate, rate, steps) is None and swap(canary)
     return canary
 
 
@@ -81,7 +87,7 @@ def test_equal_drafts_stay():
         traffic, canary = Traffic(size, size), Canary(CanaryConfig(), MOST)
         for _ in range(30):
             if canary.trial is None:
-                canary.swapped()
+                swap(canary)
             rejected += drive(canary, traffic, 0.5, 0.5, 2500) is not None
     assert rejected == 0
 
@@ -103,9 +109,9 @@ def test_the_newest_version_that_served_unsuspected_is_what_is_gone_back_to():
     # replaced before it served 8 requests: the older one stays
     drive(canary, traffic, 0.5, 0.5, 8)
     canary.new = Accepted(MOST)
-    assert not canary.swapped() and canary.old is trusted
+    assert not swap(canary) and canary.old is trusted
     drive(canary, traffic, 0.5, 0.5, 2000)
-    assert canary.swapped() and canary.old is not trusted
+    assert swap(canary) and canary.old is not trusted
     canary.forget()
     assert not canary.testing and drive(canary, traffic, 0.0, 0.0, 3000) is None
 
@@ -123,7 +129,7 @@ def test_off():
     traffic = Traffic(8, 3)
     canary = Canary(CanaryConfig(enabled=False), MOST)
     drive(canary, traffic, 0.5, 0.5, 2000)
-    canary.swapped()
+    swap(canary)
     assert drive(canary, traffic, 0.0, 0.5, 3000) is None
 
 

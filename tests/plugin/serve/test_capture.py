@@ -11,7 +11,6 @@ from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import FLAG_ALTERED_DISTRIBUTION
 from aurora_sglang_plugin.serve.capture import KINDS, Capture
 from aurora_sglang_plugin.serve.capture_boundary import Boundary
-from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
 V, F, N, P = 50, 6, 4, 3
 CPU = torch.device("cpu")
@@ -130,47 +129,6 @@ def test_verify_takes_the_sampled_rows():
     assert torch.equal(torch.from_numpy(arrays["topk_logits"]), expected.values)
     assert abs(arrays["aux_hidden_states"]).min() > 0
     assert capture.boundary.errors == 0 and sum(capture.boundary.seconds["verify"].counts) > 0
-
-
-class Packs(HostTensors):
-    """Stages as PinnedBuffers does: what it is given is not private until it is packed."""
-
-    def private(self, tensor):
-        return tensor
-
-    def stage(self, tensors):
-        packed, layout = pack(tensors)
-        return Pinned(packed.numpy(), layout, packed.nbytes, None, None)
-
-
-@pytest.mark.parametrize("sampled", [True, False], ids=["all", "one of two"])
-@pytest.mark.parametrize("topk", [1, 2])
-def test_what_is_packed_is_what_was_there(topk, sampled):
-    """Steps that overwrite their tensors right afterwards; chains without their links."""
-    built = []
-    for transfer in (HostTensors(), Packs()):
-        torch.manual_seed(0)
-        capture = make_capture(topk_logits=5)
-        capture.transfer, capture.topk = transfer, topk
-        verify_step(
-            capture, [request("a"), request("b", custom_params={"aurora_capture": sampled})]
-        )
-        prefill_step(capture, [request("a", range(4)), request("b", range(9))], [0, 0], [4, 3])
-        built.append([snapshot.build() for _, snapshot, _ in capture.publisher.items])
-        assert not capture.boundary.errors
-    assert built[0][0]["parents"][1].tolist() == [[-1, 0, 1, 2]] * (1 + sampled)
-    for one, other in zip(*built, strict=True):
-        for name, (dtype, array) in one.items():
-            assert dtype == other[name][0] and array.tobytes() == other[name][1].tobytes(), name
-
-
-def test_on_a_gpu_the_logits_of_sampled_rows_are_read_where_they_lie():
-    out, capture = {"aurora_capture": False}, make_capture()
-    reqs = [request("a"), request("b", custom_params=out), request("c")]
-    capture.before_verify(SimpleNamespace(reqs=reqs, seq_lens=torch.zeros(3)))
-    assert capture._node_rows(3 * N).tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
-    capture.before_verify(SimpleNamespace(reqs=reqs[:1], seq_lens=torch.zeros(1)))
-    assert capture._node_rows(N) is None
 
 
 def test_nothing_is_offered_where_nobody_is_sampled():

@@ -40,6 +40,12 @@ def control():
     return Control(PluginConfig(), 3, Reloader(), None)
 
 
+def swap(control, first=False):
+    trusted = control.let_go()
+    control.swapped(MANIFEST, first, trusted)
+    return trusted
+
+
 def requests(control, count):
     params = SimpleNamespace(custom_params=None)
     reqs = [SimpleNamespace(sampling_params=params) for _ in range(count)]
@@ -61,7 +67,7 @@ def serve(control, accepts, rounds, steps=3, seed=0):
 
 def test_a_bad_version_is_exchanged_and_rejected(control):
     serve(control, 2.0, 200)
-    assert control.swapped(MANIFEST, first=False)
+    assert swap(control)
     serve(control, 0.1, 40)
     assert control.reloader.exchanges == 1 and control.holds
     # the cached prefixes are the bad one's
@@ -69,26 +75,26 @@ def test_a_bad_version_is_exchanged_and_rejected(control):
     serve(control, 2.0, 200)
     assert control.reloader.rejects == 1 and not control.holds
     # the next one may come
-    assert control.swapped(MANIFEST, first=False)
+    assert swap(control)
 
 
 def test_a_trial_without_an_answer_ends(control, monkeypatch):
     """Else no version would be swapped in any more."""
     monkeypatch.setattr(module, "LONGEST_TRIAL", 300)
     serve(control, 2.0, 200)
-    control.swapped(MANIFEST, first=False)
+    swap(control)
     serve(control, 0.1, 40)
     assert control.holds
     serve(control, 0.0, 400, steps=0)
     assert not control.holds and control.reloader.rejects == 0
-    assert control.swapped(MANIFEST, first=False)
+    assert swap(control)
 
 
 def test_what_another_version_drafted_or_wrote_does_not_count(control):
     serve(control, 2.0, 200)
     old = requests(control, 8)
     control.verified(old, 3)
-    control.swapped(MANIFEST, first=False)
+    swap(control)
     # drawn before the swap
     control.judged([0] * 8, 8)
     assert control.canary.new.steps == 0
@@ -107,7 +113,7 @@ def test_what_another_version_drafted_says_nothing_of_the_one_that_drafts_now():
     control = Control(PluginConfig(), 3, Reloader(), speculation)
     reqs = requests(control, 8)
     control.verified(reqs, 3)
-    control.swapped(MANIFEST, first=False)
+    swap(control)
     control.judged([0] * 8, 8)
     assert speculation.rates.judged == 0
     control.verified(reqs, 3)
@@ -133,7 +139,7 @@ def test_a_server_without_a_draft_prefills_cold_and_renews_when_it_begins():
     assert control.mode == "cold"
     control.begin(cold)
     assert speculation.steps == -1 and control.rounds() == {"cold": 1}
-    assert control.swapped(MANIFEST, first=True)
+    assert swap(control, first=True)
     control.take([3] * 16 + [0])
     assert control.reloader.renewals == 1
     # those that ran cold are not drafted for, until half of the requests are others

@@ -19,3 +19,15 @@ def test_each_piece_of_work_is_told_once():
     assert [amount for amount, _ in found] == [3, 5]
     assert all(0.01 <= seconds < 1 for _, seconds in found)
     assert list(watch.finished()) == []
+
+
+def test_two_pieces_of_one_work():
+    stopwatch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        stopwatch.start(0)
+        time.sleep(0.02)
+        stopwatch.pause()
+        stopwatch.start(7)
+        stopwatch.stop()
+        ((amount, seconds),) = stopwatch.finished()
+        assert amount == 7 and 0.02 <= seconds and stopwatch._before_s == 0

@@ -4,8 +4,6 @@ embedding.
 Every file goes through the real directory, watcher and checks.
 """
 
-import multiprocessing
-import socket
 import threading
 import time
 
@@ -19,7 +17,6 @@ from aurora_sglang_plugin.config import SwapConfig, WeightsConfig
 from aurora_sglang_plugin.serve.staging import make_staging_copy
 from aurora_sglang_plugin.serve.swap import Reloader
 from aurora_sglang_plugin.weights.manifest import read_manifest, version_name
-from aurora_sglang_plugin.weights.writer import WeightsWriter
 
 
 @pytest.fixture
@@ -110,84 +107,80 @@ def test_old_or_new_but_never_half_while_the_watcher_runs(site):
     assert seen == sorted(set(seen)) and len(seen) > 3 and not site.reloader._watcher.failures
 
 
-def rank(number, directory, port, results, breaks):
-    """One of two tensor-parallel ranks; rank 1 sees each version some steps after rank 0. `breaks`:
-    its first swap while it serves raises."""
-    torch.distributed.init_process_group(
-        "gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=number
-    )
-    writer, directory = directory / "writer", directory / f"rank{number}"
-    site = Site(directory)
-    world = torch.distributed.group.WORLD
-    weights = WeightsConfig(directory=writer)
-    reloader = Reloader(site.model, site.hot, weights, SwapConfig(poll_s=9), TARGET, world)
-    steps = [(0, reloader.apply_at_start())]
-    if breaks and number == 1:
-        put = reloader._memory.put
+class Watched:
+    """A control that trusts what drafts, or does not, and counts what it is told."""
 
-        def fails(tensors):
-            reloader._memory.put = put
-            raise RuntimeError("no copy")
+    holds, trusts = False, True
 
-        reloader._memory.put = fails
-    for step in range(1, 101):
-        if step == 10:
-            if number == 0:
-                publisher = WeightsWriter(writer)
-                publisher.publish(checkpoint(2), {}, target=TARGET, parent=1, optimizer_step=2)
-            torch.distributed.barrier()
-        if step in (10, 33) and number == 0 or step == 41:
-            reloader._watcher.poll()
-        version = reloader.step()
-        if version is not None:
-            site.assert_whole(version)
-            steps.append((step, version))
-    if breaks:
+    def __init__(self):
+        self.told = []
+
+    def let_go(self):
+        self.told.append("let_go")
+        return self.trusts
+
+    def swapped(self, manifest, first, trusted):
+        assert trusted == self.trusts
+        self.told.append("swapped")
+
+
+def test_what_drafts_is_copied_aside_a_step_before_the_swap(site):
+    """Between two steps there is one copy; a staged version waits meanwhile, whatever comes."""
+    reloader = site.reloader
+    reloader._watching = True
+    reloader.control = control = Watched()
+    site.publish(checkpoint(1))
+    reloader._watcher.poll()
+    written = site.count_writes()
+    assert reloader.step() is None and reloader.version == 0 and control.told == ["let_go"]
+    # what drafts was only read, and nothing can be gone back to
+    assert site.count_writes() == written and reloader.previous_version is None
+    site.publish(checkpoint(2))
+    reloader._watcher.poll()
+    assert reloader.step() == 1 and control.told == ["let_go", "swapped"]
+    site.assert_whole(1)
+    # an older version stays what would be gone back to: nothing is copied aside
+    control.trusts = False
+    reloader._watcher.poll()
+    assert reloader.step() == 2 and reloader.previous_version == 0
+    site.assert_whole(2)
+    control.trusts = True
+    site.publish(checkpoint(3))
+    reloader._watcher.poll()
+    assert reloader.step() is None
+    # another target comes between the two steps
+    reloader.retarget("e" * 32)
+    assert reloader.step() is None and reloader.version == 2
+    site.assert_whole(2)
+    site.publish(checkpoint(4), target="e" * 32)
+    reloader._watcher.poll()
+    assert reloader.step() is None and reloader.step() == 4 and reloader.previous_version == 2
+    site.assert_whole(4)
+    reloader.exchange()
+    site.assert_whole(2)
+
+
+def test_a_copy_aside_that_fails_leaves_what_drafts(site):
+    site.publish(checkpoint(1))
+    site.step()
+    site.publish(checkpoint(2))
+    site.reloader._watcher.poll()
+    site.reloader._watching = True
+
+    def fails():
+        site.reloader._memory.previous[0].fill_(7)
+        raise RuntimeError("no copy")
+
+    site.reloader._memory.keep = fails
+    for _ in range(3):
+        assert site.reloader.step() is None and site.reloader.version == 1
         site.assert_whole(1)
-        assert reloader.version == 1 and reloader.counters()["refused_swap"] == 1
-        # once
-        written = site.count_writes()
-        for _ in range(40):
-            reloader.step()
-        assert site.count_writes() == written
-    results.put((number, steps))
-    torch.distributed.destroy_process_group()
-
-
-def two_ranks(tmp_path, breaks):
-    (tmp_path / "writer").mkdir()
-    writer = WeightsWriter(tmp_path / "writer")
-    writer.publish(checkpoint(1), {}, target=TARGET, parent=0, optimizer_step=1)
-    writer.close()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Not forked: this process has threads by now, whose locks a forked one would wait for.
-    spawn = multiprocessing.get_context("spawn")
-    results = spawn.Queue()
-    ranks = [
-        spawn.Process(target=rank, args=(n, tmp_path, port, results, breaks), daemon=True)
-        for n in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    found = dict(results.get(timeout=300) for _ in ranks)
-    for process in ranks:
-        process.join(60)
-        assert process.exitcode == 0
-    return found[0], found[1]
-
-
-def test_ranks_swap_at_the_same_step(tmp_path):
-    first, second = two_ranks(tmp_path, breaks=False)
-    assert first == second
-    assert [v for _, v in first] == [1, 2] and 41 < first[1][0] <= 41 + 2 * 8
-
-
-def test_a_swap_that_fails_on_one_rank_is_undone_on_all(tmp_path):
-    """Shards of two versions would accept nothing: rank 0 had swapped, rank 1 raised."""
-    first, second = two_ranks(tmp_path, breaks=True)
-    assert [v for _, v in first] == [1, 2] and [v for _, v in second] == [1]
+    assert site.reloader.counters()["refused_swap"] == 1
+    # not from the copy that is half of two versions
+    spoilt = site.model.model.norm.weight
+    spoilt.data.fill_(-9)
+    site.reloader.restore()
+    assert (spoilt != 7).all()
 
 
 def test_a_swap_that_fails_halfway_is_undone(site):
@@ -206,8 +199,9 @@ def test_a_swap_that_fails_halfway_is_undone(site):
     for seed in (2, 3):
         site.publish(checkpoint(seed))
         site.reloader._watcher.poll()
-        assert site.reloader.step() is None and site.reloader.version == 1
-        site.assert_whole(1)
+        for _ in range(2):
+            assert site.reloader.step() is None and site.reloader.version == 1
+            site.assert_whole(1)
     assert site.reloader.counters()["refused_swap"] == 1
 
 

@@ -78,7 +78,7 @@ BAD = {
     "missing weights": ("missing", spoil(lambda d: (d / "model.safetensors").unlink())),
     "truncated": ("size", spoil(lambda d: (d / "model.safetensors").write_bytes(b"x" * 99))),
     "empty manifest": ("manifest", spoil(lambda d: (d / "manifest.json").write_bytes(b""))),
-    "unknown field": ("manifest", spoil(lambda d: edit_manifest(d, more=1))),
+    "field of another type": ("manifest", spoil(lambda d: edit_manifest(d, parent="one"))),
     "future format": ("format", spoil(lambda d: edit_manifest(d, format=2))),
     "renamed": ("name", spoil(lambda d: edit_manifest(d, version=7))),
     "bit flip": ("hash", spoil(flip_byte)),

@@ -56,6 +56,14 @@ def test_equal_weights_are_not_published_again(tmp_path):
     assert versions(tmp_path) == [1]
 
 
+def test_weights_of_an_earlier_version_may_come_again(tmp_path):
+    """The initial draft, whenever traffic suits it better."""
+    writer = WeightsWriter(tmp_path)
+    assert [writer.publish(tensors(fill), {}, **FIELDS) for fill in (1, 2, 1, 1)] == [1, 2, 3, None]
+    writer.close()
+    assert WeightsWriter(tmp_path).publish(tensors(2), {}, **FIELDS) == 4
+
+
 def test_a_version_that_was_never_current_may_come_again(tmp_path):
     writer = WeightsWriter(tmp_path)
     for fill in (1, 2):

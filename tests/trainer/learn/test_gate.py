@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from aurora_trainer.learn.accept_length import accept_length, difference
-from aurora_trainer.learn.gate import Gate, GateConfig
+from aurora_trainer.learn.gate import Decision, Gate, GateConfig
 
 # of a request's walk
 STEPS = 30
+# what is trained and finite
+LIVE = ("live",)
 
 
 def sample(
@@ -54,8 +56,8 @@ def filled(requests: int = 24, first: int = 0, **config) -> Gate:
 def pass_rate(gain: float, requests: int = 24, times: int = 400, **config) -> float:
     passed = 0
     for seed in range(times):
-        walk = World(seed, candidate=gain, initial=-9.0)
-        passed += filled(requests, **config).decide(True, walk).passed
+        walk = World(seed, live=gain, initial=-9.0)
+        passed += filled(requests, **config).decide(LIVE, walk).passed
     return passed / times
 
 
@@ -63,12 +65,12 @@ def test_error_rates_of_one_answer():
     """As the module's docstring states them; the rate of a worse candidate is what promise 3 rests
     on.
     """
-    assert pass_rate(-0.1) < 0.02
-    assert 0.06 < pass_rate(0.0) < 0.15
-    assert 0.40 < pass_rate(+0.1) < 0.57
-    assert pass_rate(+0.2) > 0.82
+    assert pass_rate(-0.1) < 0.03
+    assert 0.11 < pass_rate(0.0) < 0.22
+    assert 0.50 < pass_rate(+0.1) < 0.68
+    assert pass_rate(+0.2) > 0.87
     # At the first answer, with 8 requests.
-    assert pass_rate(-0.1, requests=8) < 0.06
+    assert pass_rate(-0.1, requests=8) < 0.08
 
 
 def test_asked_again_and_again_a_worse_candidate_hardly_passes():
@@ -76,15 +78,15 @@ def test_asked_again_and_again_a_worse_candidate_hardly_passes():
     worse.
     """
     ever = 0
-    for seed in range(200):
-        walk, gate = World(seed, candidate=-0.1, initial=-9.0), filled()
+    for seed in range(120):
+        walk, gate = World(seed, live=-0.1, initial=-9.0), filled()
         for turn in range(20):
             for n in range(2):
                 gate.hold(sample(f"n{turn}-{n}"))
-            if gate.decide(True, walk).passed:
+            if gate.decide(LIVE, walk).passed:
                 ever += 1
                 break
-    assert ever / 200 < 0.10
+    assert ever / 120 < 0.15
 
 
 def test_pairing_takes_the_requests_difficulty_out_of_the_noise():
@@ -114,74 +116,117 @@ def test_the_difference_is_of_tokens_per_step_of_all_requests_together():
 
 def test_reasons_and_counts():
     gate = Gate(GateConfig(requests=16, min_requests=8, hold_every=1))
-    walk = World(0, candidate=1.0, initial=-9.0)
-    assert gate.decide(True, walk).reason == "few_requests" and not walk.walked
+    walk = World(0, live=1.0, initial=-9.0)
+    assert gate.decide(LIVE, walk).reason == "few_requests" and not walk.walked
     for n in range(8):
         gate.hold(sample(f"r{n}"))
-    better = gate.decide(True, walk)
-    assert better.passed and better.reason == "better" and better.requests == 8
+    better = gate.decide(LIVE, walk)
+    assert better.role == "live" and better.reason == "better" and better.requests == 8
     assert better.fields().keys() == {
-        "reason", "requests", "served", "candidate", "initial", "stderr",
+        "reason", "role", "requests", "served", "candidate", "initial", "stderr",
     }  # fmt: skip
-    assert gate.decide(False, walk).reason == "not_finite"
-    walk.gains["candidate"] = 0.0
+    assert gate.decide((), walk).reason == "not_finite"
+    walk.gains["live"] = 0.0
     walk.known = {k: 0.0 if isinstance(k, tuple) else v for k, v in walk.known.items()}
     # equal: nothing is gained by a swap
-    assert gate.decide(True, walk).reason == "not_better"
-    walk.gains["candidate"] = -1.0
-    assert gate.decide(True, walk).reason == "worse"
+    assert gate.decide(LIVE, walk).reason == "not_better"
+    walk.gains["live"] = -1.0
+    assert gate.decide(LIVE, walk).reason == "worse"
     assert gate.decisions == {
         "few_requests": 1, "better": 1, "not_finite": 1, "not_better": 1, "worse": 1,
     }  # fmt: skip
-    assert math.isnan(filled(2).decide(True, walk).served)
+    assert math.isnan(filled(2).decide(LIVE, walk).served)
 
 
 def test_the_candidate_is_scored_anew_and_the_others_are_remembered():
-    walk, gate = World(0, candidate=1.0, initial=-1.0), filled()
-    gate.decide(True, walk)
-    assert len(walk.walked) == 72
+    walk, gate = World(0, live=1.0, mean=0.9, initial=-1.0), filled()
+    gate.decide(("live", "mean"), walk)
+    assert len(walk.walked) == 96
     walk.walked.clear()
-    gate.decide(True, walk)
-    assert walk.walked == [("candidate", f"r{n}") for n in range(24)]
+    gate.decide(LIVE, walk)
+    assert walk.walked == [("live", f"r{n}") for n in range(24)]
     walk.walked.clear()
-    gate.serve("candidate")
+    gate.serve("live")
     gate.hold(sample("new"))
-    gate.decide(True, walk)
+    gate.hold(sample("known"))
+    # what was walked when it came is not walked again
+    known = {"served": np.array([30.0, 60.0]), "initial": np.array([30.0, 50.0])}
+    gate.scored(sample("known"), known)
+    gate.decide(LIVE, walk)
     # What is served now was walked as the candidate.
-    others = [which for which in walk.walked if which[0] != "candidate"]
+    others = [which for which in walk.walked if which[0] != "live"]
     assert others == [("served", "new"), ("initial", "new")]
     walk.walked.clear()
     gate.restart()
-    gate.decide(True, walk)
+    gate.decide(LIVE, walk)
     assert sum(role == "served" for role, _ in walk.walked) == 24
 
 
-def test_the_initial_draft_comes_back_where_it_is_clearly_better():
-    worse_than_initial = World(0, candidate=0.0, initial=+0.5)
-    assert filled().decide(True, worse_than_initial).reason == "initial"
-    assert filled().decide(True, World(0, candidate=0.9, initial=0.5)).reason == "better"
-    within_noise = [
-        filled().decide(True, World(seed, candidate=-0.5, initial=0.0)).reason
-        for seed in range(200)
-    ]
-    assert within_noise.count("initial") < 12
-    served = World(0, candidate=0.9)
-    assert filled().decide(True, served, initial_served=True).passed
+def test_the_best_by_its_lower_bound_is_published():
+    for best in ("live", "mean", "initial"):
+        walk = World(0, **dict.fromkeys(("live", "mean", "initial"), 0.3) | {best: 0.9})
+        decision = filled().decide(("live", "mean"), walk)
+        assert decision.role == best
+        assert decision.reason == ("initial" if best == "initial" else "better")
+        known = {role: walk.known[role, "r0"] for role in ("live", "mean")}
+        assert decision.candidate > decision.served + 0.2 and len(known) == 2
+    # none above 0
+    none = World(0, live=-0.5, mean=-0.3, initial=-0.4)
+    assert filled().decide(("live", "mean"), none).role == ""
+    # as good, and certain: the served one's noise costs the other its place
+    walk = World(0, live=0.3, mean=0.3, initial=-9.0)
+    walk.known = {("mean", f"r{n}"): 0.0 for n in range(24)}
+    assert filled().decide(("live", "mean"), walk).role == "mean"
+
+
+def test_the_initial_draft_is_left_out_if_it_is_served_or_never_may_be():
+    served = World(0, live=0.9)
+    decision = filled().decide(LIVE, served, initial=False)
+    assert decision.role == "live" and math.isnan(decision.initial)
     assert not [role for role, _ in served.walked if role == "initial"]
 
 
+def test_what_comes_says_that_the_initial_draft_is_ahead():
+    """It is published unless a trained one passes, with few requests or with none finite too."""
+    said = Decision("initial", "initial", 8, 2.0, math.nan, 2.5, 0.1)
+    worse, better = World(0, live=-0.5, initial=-0.5), World(0, live=0.9, initial=-0.5)
+    assert filled().decide(LIVE, worse, coming=said) is said
+    assert filled(2).decide(LIVE, worse, coming=said) is said
+    assert filled().decide((), worse, coming=said) is said
+    assert filled().decide(LIVE, better, coming=said).role == "live"
+
+
+def test_what_is_held_from_before_a_change_goes_to_training():
+    gate = Gate(GateConfig(requests=8, hold_every=1))
+    for n in range(8):
+        gate.hold(sample(f"old{n}"), n)
+    gate.hold(sample("new"), 8)
+    assert [s.request for s in gate.forget(8)] == [f"old{n}" for n in range(1, 8)]
+    assert gate.held == 1 and not gate.forget(8)
+
+
+def test_a_change_by_a_flood_leaves_the_others_what_is_theirs():
+    gate = Gate(GateConfig(requests=24, hold_every=1))
+    for n in range(12):
+        gate.hold(sample(str(n), domain=("others", "gone")[n % 2]), n)
+    for n in range(12, 20):
+        gate.hold(sample(str(n), domain="others" if n == 15 else "flood"), n)
+    assert {s.domain for s in gate.forget(12)} == {"gone"}
+    assert shares(gate) == {"others": 7, "flood": 7}
+
+
 def test_a_draft_that_stays_worse_is_given_up():
-    gate, walk = filled(give_up_after=3), World(0, candidate=-1.0, initial=-9.0)
+    gate, walk = filled(give_up_after=3), World(0, live=-1.0, initial=-9.0)
     for answers in range(3):
         assert not gate.gives_up
         # a draft that is not finite does not come back either
-        gate.decide(answers != 1, walk)
+        gate.decide(LIVE if answers != 1 else (), walk)
     assert gate.gives_up
     gate.restart()
     assert not gate.gives_up
-    gate.decide(True, walk)
-    walk.gains["candidate"] = 1.0
-    gate.decide(True, walk)
+    gate.decide(LIVE, walk)
+    walk.gains["live"] = 1.0
+    gate.decide(LIVE, walk)
     assert gate.worse_in_a_row == 0
 
 
@@ -228,19 +273,19 @@ def test_labels_without_end_are_one_share():
 
 
 def test_a_request_that_cannot_be_walked_costs_itself(caplog):
-    gate, walk = filled(), World(0, candidate=1.0, initial=-9.0)
+    gate, walk = filled(), World(0, live=1.0, initial=-9.0)
 
     def broken(role: str, samples: list) -> np.ndarray:
         if any(s.request == "r3" for s in samples):
             raise RuntimeError("selected index k out of range")
         return walk(role, samples)
 
-    decision = gate.decide(True, broken)
+    decision = gate.decide(LIVE, broken)
     assert decision.passed and decision.requests == 23 and gate.left_out == {"unwalkable": 1}
-    assert gate.decide(True, broken).requests == 23
+    assert gate.decide(LIVE, broken).requests == 23
     # a fault of the draft or the device costs none of them
-    with pytest.raises(ValueError, match="no held request can be walked with the candidate draft"):
-        gate.decide(True, lambda role, samples: 1 / 0)
+    with pytest.raises(ValueError, match="no held request can be walked with the live draft"):
+        gate.decide(LIVE, lambda role, samples: 1 / 0)
     assert len(gate._held) == 23
 
 
@@ -248,18 +293,20 @@ def test_off_passes_everything_that_is_finite_and_holds_nothing():
     gate = Gate(GateConfig(enabled=False))
     walk = World(0)
     assert all(gate.hold(sample(str(n))) for n in range(10))
-    assert gate.decide(True, walk).reason == "off" and not walk.walked
-    assert not gate.decide(False, walk).passed
+    assert gate.decide(LIVE, walk).reason == "off" and not walk.walked
+    # the mean, where there is one
+    assert gate.decide(("live", "mean"), walk).role == "mean"
+    assert not gate.decide((), walk).passed
 
 
 def test_a_walk_without_steps_decides_nothing():
     gate = filled()
-    assert gate.decide(True, lambda role, s: np.zeros((len(s), 2))).reason == "few_requests"
+    assert gate.decide(LIVE, lambda role, s: np.zeros((len(s), 2))).reason == "few_requests"
 
 
 def test_state_round_trip():
     gate = filled()
-    gate.decide(True, World(0, candidate=-1.0))
+    gate.decide(LIVE, World(0, live=-1.0))
     again = Gate(GateConfig(hold_every=1))
     again.restore(gate.state(), live=True)
     assert again.held == 0 and again.state() == gate.state() | {"held": 0}

@@ -57,7 +57,7 @@ def test_what_is_published_is_the_mean_and_what_is_trained_is_not(models, stream
     train(training, stream, 20)
     mean, masters = training.learner.mean.weights, training.optimizer.masters
     assert any(not torch.equal(mean[n], m) for n, m in masters.items())
-    scored = training.learner.candidate()
+    scored = training.learner.mean_draft()
     assert (
         scored is not training.draft and scored.embed.data_ptr() == training.draft.embed.data_ptr()
     )

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from aurora_kernels.topk_logprobs import topk_logprobs
 from models import make_random_target
 from random_sample import random_sample
 
 from aurora_sglang_plugin.drafts.eagle3_for_target import draft_config
 from aurora_sglang_plugin.link import wire
+from aurora_sglang_plugin.serve.snapshot import Prefill
+from aurora_sglang_plugin.serve.step_buffer import StepShape
 from aurora_sglang_plugin.serve.transfer import HostTensors
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import save_checkpoint
@@ -75,21 +76,34 @@ def test_bytes_of_a_verify_message(load, target):
     assert sizes.header_bytes("verify", load, k) == pytest.approx(len(parts[0]), rel=0.1)
 
 
-def test_bytes_that_wait_in_the_queue(target):
-    """What a CUDA server stages of a step, staged here."""
-    draft, load, b, k = draft_of(target), sizes.Load(num_steps=3, topk=2, draft_tokens=7), 5, 6
-    n, p = load.nodes, load.num_steps + 1
-    ids, kept, logsumexp = topk_logprobs(torch.randn(b * n, V, dtype=torch.bfloat16), k)
-    nodes, path = torch.zeros(b, n, dtype=torch.int64), torch.zeros(b, p, dtype=torch.int32)
+@pytest.mark.parametrize("features", ["model", "float8"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_bytes_that_wait_in_the_queue(topk, features, target):
+    """What a CUDA server stages of a step, but for what it leaves between the parts."""
+    draft, b, k = draft_of(target), 5, 6
+    load = sizes.Load(num_steps=3, topk=topk, draft_tokens=7 if topk > 1 else 0)
+    layers = draft.num_aux if features == "float8" else 0
+    shape = StepShape(
+        b, load.nodes, load.num_steps + 1, topk > 1, k, torch.float32, draft.feature_size, layers,
+        torch.bfloat16,
+    )  # fmt: skip
+    planned = b * sizes.queued_row_bytes(draft, load, 2, k, features)
+    assert 0 <= shape.nbytes - planned < 16 * len(shape.parts)
+
+
+@pytest.mark.parametrize("features", ["model", "float8"])
+def test_bytes_of_a_prompt(features, target):
+    draft, tokens = draft_of(target), 40
+    layers = draft.num_aux if features == "float8" else 0
     staged = HostTensors().stage({
-        "topk_ids": ids, "topk_logits": kept, "logsumexp": logsumexp,
-        "hidden": torch.zeros(b, p, draft.feature_size, dtype=torch.bfloat16),
-        "draft_tokens": nodes,
-        "next_token": nodes.clone(), "next_sibling": nodes.clone(),
-        "positions": nodes[:, 0].clone(),
-        "accept_index": path, "accept_lens": nodes[:, 1].clone(), "next_tokens": path.clone(),
+        "hidden": torch.zeros(tokens, draft.feature_size, dtype=torch.bfloat16),
+        "input_ids": torch.zeros(tokens), "rotated_ids": torch.zeros(tokens),
+        "seq_lens": torch.tensor([tokens]),
     })  # fmt: skip
-    assert staged.nbytes == b * sizes.queued_row_bytes(draft, load, 2, k)
+    arrays = Prefill(staged, [0], [tokens], [tokens], [()], layers=layers).build()
+    planned = sizes.prefill_bytes(draft, tokens, 2, features)
+    planned -= sizes.header_bytes("prefill", sizes.Load(running=1), 0)
+    assert planned == sum(array.nbytes for _, array in arrays.values())
 
 
 @pytest.mark.parametrize("draft_vocab", [None, 100])

@@ -1,0 +1,39 @@
+"""Walks of several requests at once, of which one that cannot be walked costs itself alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from aurora_trainer.intake.sample import Sample
+
+log = logging.getLogger(__name__)
+
+# Steps and tokens of each sample's walk, [len(samples), 2], with a draft of that role.
+Walk = Callable[[str, list[Sample]], np.ndarray]
+
+
+def walk_apart(
+    walk: Walk, role: str, requests: Sequence[Sequence[Sample]]
+) -> list[np.ndarray | None]:
+    """Of each request: float64 [its samples, 2], or None if it cannot be walked."""
+    try:
+        return _together(walk, role, requests)
+    except Exception:
+        # one request at a time: whatever one of them is, it costs itself
+        log.warning("requests cannot be walked together, walking each alone", exc_info=True)
+    found: list[np.ndarray | None] = []
+    for samples in requests:
+        try:
+            found += _together(walk, role, [samples])
+        except Exception:
+            found.append(None)
+    return found
+
+
+def _together(walk: Walk, role: str, requests: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
+    found = walk(role, [sample for samples in requests for sample in samples])
+    ends = np.cumsum([len(samples) for samples in requests])
+    return np.split(found, ends[:-1])
