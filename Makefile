@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-real dashboards docs test test-dashboards test-ranks test-gpu bench-kernels bench-serving
-.PHONY: bench-trainer-cpu bench-background bench-control bench-rollback bench-gil bench-publish lab house lint clean
+.PHONY: bench-trainer bench-trainer-cpu bench-background bench-control bench-rollback bench-gil bench-publish lab house
+.PHONY: lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -73,6 +74,9 @@ bench-kernels: ## kernels and what one would use instead, one table, on this mac
 
 bench-serving: setup ## what Aurora costs a server: capture on and off, interleaved, with the trainer in every state
 	$(BIN)/python scripts/bench_serving.py $(ARGS)
+
+bench-trainer: setup ## tokens a second from a socket to the optimizer, the device's work stubbed by its arithmetic
+	$(BIN)/python scripts/bench_trainer.py $(ARGS)
 
 bench-trainer-cpu: setup ## a training step on the CPU against dense PyTorch: tokens per second and peak memory
 	$(BIN)/python scripts/bench_trainer_cpu.py $(ARGS)

@@ -22,6 +22,7 @@ from aurora_trainer.learn.gate import GateConfig
 from aurora_trainer.learn.objective import LossConfig
 from aurora_trainer.learn.optimizer import OptimizerConfig
 from aurora_trainer.metrics import MetricsConfig
+from aurora_trainer.ranks import RanksConfig
 from aurora_trainer.recordings.recording import RecordConfig
 
 
@@ -69,6 +70,7 @@ class TrainerConfig(Section):
 
     model: ModelConfig
     pace: PaceConfig = PaceConfig()
+    ranks: RanksConfig = RanksConfig()
     receive: ReceiveConfig = ReceiveConfig()
     record: RecordConfig = RecordConfig()
     assemble: AssembleConfig = AssembleConfig()

@@ -28,10 +28,12 @@ from aurora_sglang_plugin.link.receiver import Receiver
 from aurora_trainer.background_writer import Background
 from aurora_trainer.checkpoint import check_replay, load_newest, save_checkpoint
 from aurora_trainer.config import TrainerFile
+from aurora_trainer.learn.follower import Follower
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.metric_families.intake import UNRECORDED
 from aurora_trainer.metrics import Metrics
+from aurora_trainer.ranks import Ranks, join
 from aurora_trainer.recordings.recording import CorruptionLog, Recording, read_messages
 from aurora_trainer.recordings.replay import on_one_clock, paced
 from aurora_trainer.schedule import Schedule
@@ -55,24 +57,22 @@ LINE = (
 )  # fmt: skip
 
 
-def open_daemon(config: TrainerFile) -> Daemon:
-    """Load everything, and go on from the newest checkpoint or published version.
-
-    Raises ValueError, OSError.
-    """
+def open_daemon(config: TrainerFile) -> Daemon | Follower:
+    """Load everything, and go on from the newest checkpoint or published version. Of several ranks
+    (ranks.py) only the first is a Daemon. Raises ValueError, OSError."""
     pace = config.trainer.pace
     torch.set_num_threads(pace.threads)
     os.nice(max(0, pace.nice - os.nice(0)))
-    return Daemon(config)
+    ranks = join(config.trainer.ranks, config.trainer.model.device)
+    return Follower(config, ranks) if ranks.rank else Daemon(config, ranks)
 
 
 class Daemon:
     """Owns the training, the schedules and the signals."""
 
-    def __init__(self, config: TrainerFile):
-        self.config = config
-        self.stopping = False
-        self.training = Training(config)
+    def __init__(self, config: TrainerFile, ranks: Ranks | None = None):
+        self.config, self.stopping = config, False
+        self.training = Training(config, ranks)
         self.checkpoints = config.trainer.checkpoint.directory
         self.resumed = load_newest(self.checkpoints)
         self.metrics = Metrics(config.trainer.metrics)

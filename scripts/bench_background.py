@@ -23,7 +23,7 @@ from aurora_sglang_plugin.disk_faults import Retry
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.background_writer import Background
 from aurora_trainer.checkpoint import save_checkpoint
-from aurora_trainer.learn.training_state import copied
+from aurora_trainer.learn.learner import copied
 
 TICK_S = 0.001
 WIDTH = 4096
@@ -89,7 +89,7 @@ def write(
         return lambda: writer.publish(copy, {}, target="t", parent=0, optimizer_step=step)
 
     def checkpoint():
-        copy = copied(held, state | {"draft.weight": draft})
+        copy = copied(held, (state | {"draft.weight": draft}).items())
         return lambda: save_checkpoint(checkpoints, step, copy, {}, 2)
 
     def nothing(*_) -> None:

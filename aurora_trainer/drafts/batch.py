@@ -124,10 +124,12 @@ class Batch:
         if torch.device(device).type == "cpu":
             return self.on_cpu
         own = [f.name for f in fields(self) if f.name not in ("levels", "packed")]
-        tensors = [getattr(self, name) for name in own]
+        # what pack() got from there is there
+        there = {n for n in own if getattr(self, n).device.type == torch.device(device).type}
+        tensors = [getattr(self, name) for name in own if name not in there]
         tensors += [getattr(level, f.name) for level in self.levels for f in fields(level)]
-        moved = iter(_upload(tensors, device))
-        batch: dict[str, Any] = {name: next(moved) for name in own}
+        moved = iter(upload(tensors, device))
+        batch: dict[str, Any] = {n: getattr(self, n) if n in there else next(moved) for n in own}
         levels = [Level(**{f.name: next(moved) for f in fields(Level)}) for _ in self.levels]
         return Batch(levels=levels, packed=self.on_cpu, **batch)
 
@@ -148,8 +150,13 @@ def group(samples: Iterable[Sample], config: BatchConfig) -> Iterator[list[Sampl
         yield held
 
 
-def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
-    """One batch of all `samples` (at least one, of one feature width), on the CPU."""
+def pack(
+    samples: Sequence[Sample], config: BatchConfig, features: Sequence[Tensor] | None = None
+) -> Batch:
+    """One batch of all `samples` (at least one, of one feature width), on the CPU.
+
+    features: each sample's, where they are on a device already (kept_features.py).
+    """
     depth = config.depth or max(s.num_steps for s in samples)
     own = [_levels(s, depth, config.rejected) for s in samples]
     starts = _starts([len(s.features) for s in samples])
@@ -179,7 +186,7 @@ def pack(samples: Sequence[Sample], config: BatchConfig) -> Batch:
         level.rows = (level.target >= 0).nonzero()[:, 0]
     return Batch(
         tokens=torch.cat([s.tokens[1:] for s in samples]),
-        features=torch.cat([s.features for s in samples]),
+        features=torch.cat([s.features for s in samples] if features is None else list(features)),
         positions=torch.cat([s.start + torch.arange(len(s.features)) for s in samples]),
         context_start=torch.cat(
             [torch.full((len(s.features),), at) for s, at in zip(samples, starts, strict=False)]
@@ -298,7 +305,7 @@ def _starts(lengths: list[int]) -> list[int]:
     return starts
 
 
-def _upload(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:
+def upload(tensors: list[Tensor], device: torch.device | str) -> list[Tensor]:
     """Copies on `device`, sent as one piece from pinned memory, which nothing waits for."""
     at = _starts([-(-t.nbytes // ALIGN_BYTES) * ALIGN_BYTES for t in tensors])
     pin = torch.device(device).type == "cuda"

@@ -9,9 +9,13 @@ architectures or by the draft, and no file outside this folder changes (docs/sec
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from aurora_sglang_plugin.drafts.eagle3_config import DraftConfig
 from aurora_sglang_plugin.drafts.eagle3_for_target import draft_config
+from aurora_sglang_plugin.drafts.eagle3_vocab import MAP
 from aurora_trainer.drafts import eagle3_export as export
 from aurora_trainer.drafts.eagle3 import ENDS, HEAD, Draft
 from aurora_trainer.drafts.eagle3_files import stored_dtype
@@ -41,6 +45,7 @@ __all__ = [
     "load",
     "parameter_count",
     "rank_bytes",
+    "rebuild",
     "row_parameters",
     "stored_dtype",
     "tree_runs",
@@ -51,3 +56,11 @@ __all__ = [
 def load(directory: Path, tensors: TargetTensors) -> Draft:
     """The draft in float32. Raises ValueError for anything unexpected."""
     return Draft.load(directory, tensors.get(Target.embedding))
+
+
+def rebuild(config: dict[str, Any], weights: dict[str, Tensor], tensors: TargetTensors) -> Draft:
+    """The draft, in float32, whose `config.to_json()` and `checkpoint()` these are."""
+    about = DraftConfig.from_json(config)
+    draft = Draft(about, tensors.get(Target.embedding), weights.get(MAP))
+    draft.load_checkpoint(weights)
+    return draft

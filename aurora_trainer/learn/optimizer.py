@@ -4,13 +4,13 @@ masters.
 Masters and moments are float32 whatever the draft computes in (bf16 masters would freeze the norms
 at 1.0). Where the draft computes in float32 the parameters are the masters. Everything that a
 resumed run needs is in flat tensors and a small JSON-able dict, and resuming from them is
-bit-exact.
+bit-exact. With several ranks each holds and updates only rows of its own (shards.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,8 @@ from torch.optim.adamw import adamw
 
 from aurora_sglang_plugin.config import Section
 from aurora_trainer.drafts.kinds import ENDS, HEAD
+from aurora_trainer.learn.shards import Shards
+from aurora_trainer.ranks import Ranks
 
 # of learning rates that nobody chose
 HIGHEST, PER_WIDTH = 1e-3, 0.45
@@ -85,9 +87,9 @@ class Update:
 class Optimizer:
     """State of the updates of one draft. `updates` counts applied ones, `skipped` refused ones.
 
-    `masters` are float32, by name; the draft's parameters are their rounding, or they themselves.
-    Given are those to start from, None: the draft's own values. `width` is the draft's, for a
-    learning rate that nobody chose.
+    `masters` are float32, by name, this rank's rows; the draft's parameters are their rounding, or
+    they themselves. Given are those to start from, None: the draft's own values. `width` is the
+    draft's, for a learning rate that nobody chose.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Optimizer:
         config: OptimizerConfig,
         masters: Mapping[str, Tensor] | None = None,
         width: int = 1,
+        ranks: Ranks | None = None,
     ):
         self.config, self._peak = config, config.peak(width)
         self.parameters = {n: p for n, p in draft.named_parameters() if p.requires_grad}
@@ -103,19 +106,23 @@ class Optimizer:
         self.skipped = 0
         # updates at which the schedule began
         self.began = 0
+        shapes = {n: p.shape for n, p in self.parameters.items()}
+        self.shards = Shards(ranks or Ranks(), shapes, self._orthogonal)
         self.masters = {
             n: (
-                p.data
+                self.shards.own(n, p.data)
                 if p.dtype == torch.float32
-                else (masters or {}).get(n, p).detach().to(p.device, torch.float32)
+                else self.shards.own(n, (masters or {}).get(n, p).detach()).to(
+                    p.device, torch.float32
+                )
             )
             for n, p in self.parameters.items()
         }
         self._first = {n: torch.zeros_like(m) for n, m in self.masters.items()}
-        matrices = {n: m for n, m in self.masters.items() if self._orthogonal(n)}
         self._second = {
-            n: torch.zeros_like(m) for n, m in self.masters.items() if n not in matrices
+            n: torch.zeros_like(m) for n, m in self.masters.items() if not self._orthogonal(n)
         }
+        matrices = {n: m for n, m in self.masters.items() if self._orthogonal(n) and len(m)}
         self._muon: torch.optim.Muon | None = None
         if matrices:
             # an update as large as AdamW's, so that both take the same lr (Liu et al., "Muon is
@@ -128,15 +135,22 @@ class Optimizer:
 
     def step(self, loss: Tensor | float) -> Update:
         """Apply the gradients accumulated in the parameters, whose objective was `loss`; clear them
-        either way.
+        either way. All ranks call it together; gradients add up to that of `loss`.
 
         Waits for the device once, to read the loss and the gradient's norm.
         """
-        gradients = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        for p in self.parameters.values():
-            p.grad = None
+        gradients: dict[str, Tensor] = {}
+        several = self.shards.ranks.size > 1
+        for name, p in self.parameters.items():
+            gradient, p.grad = p.grad, None
+            if gradient is not None or several:
+                gradients[name] = torch.zeros_like(p) if gradient is None else gradient
+            del gradient
+        gradients = self.shards.summed(gradients)
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients.values()]
         whole = torch.stack(norms).norm() if norms else torch.zeros(())
+        if several:
+            whole = self.shards.ranks.sum_(whole.square()).sqrt()
         value, norm = torch.stack([torch.as_tensor(loss).detach().to(whole), whole]).tolist()
         lr = self._peak * schedule(self.config, self.updates - self.began)
         if not (math.isfinite(value) and math.isfinite(norm)):
@@ -148,6 +162,7 @@ class Optimizer:
             # one float32 gradient at a time
             for name in list(gradients):
                 self._apply(name, gradients.pop(name).float().mul_(clip), lr)
+            self._spread()
         return Update(True, norm, lr, value)
 
     def warm_up_again(self) -> None:
@@ -157,11 +172,13 @@ class Optimizer:
             self.began = self.updates
 
     def _orthogonal(self, name: str) -> bool:
-        matrix = self.masters[name].dim() == 2 and not name.startswith(ENDS)
+        matrix = self.parameters[name].dim() == 2 and not name.startswith(ENDS)
         return self.config.kind == "muon" and matrix
 
     def _apply(self, name: str, gradient: Tensor, lr: float) -> None:
         c, master, first = self.config, self.masters[name], self._first[name]
+        if not len(master):
+            return
         decay = c.weight_decay if master.dim() == 2 else 0.0
         if self._muon is not None and self._orthogonal(name):
             # it passes over the masters without a gradient
@@ -180,11 +197,18 @@ class Optimizer:
                 lr=lr * (c.head_lr if name.startswith(HEAD) else 1.0),
                 weight_decay=decay, eps=c.eps, maximize=False,
             )  # fmt: skip
-        if self.parameters[name].dtype != torch.float32:
-            self.parameters[name].copy_(master)
+
+    def _spread(self) -> None:
+        """The parameters, from the masters of all ranks."""
+        parameters = {name: p.data for name, p in self.parameters.items()}
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                self.shards.own(name, parameter).copy_(self.masters[name])
+        self.shards.spread_(parameters)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, rest): masters and moments, as the next step changes them; a JSON-able dict."""
+        """(tensors, rest): masters and moments, this rank's rows, as the next step changes them; a
+        JSON-able dict."""
         return self._tensors(), {
             "kind": self.config.kind,
             "updates": self.updates,
@@ -196,12 +220,13 @@ class Optimizer:
         parts = {"master": self.masters, "first": self._first, "second": self._second}
         return {f"{part}.{name}": t for part, held in parts.items() for name, t in held.items()}
 
-    @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Restore in place, the draft's parameters included.
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of `state_dict`, whole at rank 0; all ranks go through it together."""
+        for key, rows in self._tensors().items():
+            yield key, self.shards.gathered(key.partition(".")[2], rows)
 
-        Raises ValueError for the state of something else.
-        """
+    def check(self, tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> None:
+        """Raises ValueError for the state of something else."""
         own = self._tensors()
         if rest["kind"] != self.config.kind or own.keys() != tensors.keys():
             raise ValueError(
@@ -210,16 +235,25 @@ class Optimizer:
                 " made with"
             )
         for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
+            shape = self.shards.shapes[name.partition(".")[2]]
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"optimizer state: {name} is {tuple(tensor.shape)}, expected"
-                    f" {tuple(own[name].shape)}"
+                    f"optimizer state: {name} is {tuple(tensor.shape)}, expected {tuple(shape)}"
                 )
-        for name, held in own.items():
-            held.copy_(tensors[name])
-        for name, parameter in self.parameters.items():
-            if parameter.dtype != torch.float32:
-                parameter.copy_(self.masters[name])
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor] | None, rest: dict[str, Any]) -> None:
+        """Restore in place, the draft's parameters included. All ranks call it together, rank 0
+        with whole tensors, the others with None.
+
+        Raises ValueError for the state of something else.
+        """
+        if tensors is not None:
+            self.check(tensors, rest)
+        for key, rows in self._tensors().items():
+            whole = None if tensors is None else tensors[key]
+            self.shards.scatter_(key.partition(".")[2], whole, rows)
+        self._spread()
         self.updates, self.skipped = rest["updates"], rest["skipped"]
         self.began = rest.get("began", 0)
 

@@ -30,10 +30,8 @@ def offer(training: Training) -> Offer | None:
     urgent, training.urgent = training.urgent, False
     if training.updates == training._offered_at and not urgent:
         return None
-    drafts = {"live": training.optimizer.masters}
-    if training.mean.weights:
-        drafts["mean"] = training.mean.weights
-    roles = [role for role, weights in drafts.items() if _finite(weights, training.served.dtype)]
+    # in the dtype that they are served in
+    roles = training.learner.finite(torch.finfo(training.served.dtype).max)
     anchor, coming = "", None
     if may_be_initial(training):
         anchor, coming = "initial", training.arrivals.drift.ahead()
@@ -43,7 +41,7 @@ def offer(training: Training) -> Offer | None:
     if decision.role == "initial":
         return _offer(training, training.served.initial.checkpoint(training.served.dtype), decision)
     if decision.passed:
-        weights = drafts[decision.role]
+        weights = training.learner.weights(decision.role)
         tensors = training.draft.checkpoint(training.served.dtype, weights)
         return _offer(training, tensors, decision)
     training._offered_at = training.updates
@@ -123,9 +121,3 @@ def _offer(training: Training, tensors: dict[str, torch.Tensor], decision: Decis
     config = training.draft.config.to_json(dtype)
     write = partial(training.writer.publish, tensors, config, **about)
     return Offer(decision.role, training.updates, tensors, write)
-
-
-def _finite(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> bool:
-    """In the dtype that they are served in; NaN is in no bound."""
-    most = torch.finfo(dtype).max
-    return all(bool((w.abs() <= most).all()) for w in weights.values())

@@ -8,7 +8,7 @@ more, and in the trainer's dtype to be scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from aurora_trainer.drafts.kinds import Draft
 
 
 class RunningMean:
-    """`weights` by name, float32; empty at decay 0."""
+    """`weights` by name, float32, as the masters are cut; empty at decay 0."""
 
     def __init__(self, decay: float, masters: Mapping[str, Tensor]):
         self._decay = decay
@@ -35,24 +35,23 @@ class RunningMean:
             torch._foreach_lerp_(list(self.weights.values()), list(masters.values()), 1 - keep)
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor], began: int = 0) -> None:
-        """Go on from there."""
-        self.began = began
-        for name, held in self.weights.items():
-            held.copy_(weights[name])
-
     def restart(self, masters: Mapping[str, Tensor], updates: int) -> None:
         """Begin again from the weights: those of before were for other traffic."""
-        self.load(masters, updates)
+        self.began = updates
+        for name, held in self.weights.items():
+            held.copy_(masters[name])
 
     @torch.no_grad()
-    def draft(self, trained: Draft) -> Draft:
-        """A draft that holds the mean, to be scored; `trained` itself at decay 0."""
+    def draft(self, trained: Draft, whole: Iterable[tuple[str, Tensor]] | None = None) -> Draft:
+        """A draft that holds the mean, to be scored; `trained` itself at decay 0.
+
+        whole: the mean by name, where this rank holds only rows of it.
+        """
         if not self.weights:
             return trained
         if self._draft is None:
             self._draft = trained.copy().requires_grad_(False)
         own = dict(self._draft.named_parameters())
-        for name, weight in self.weights.items():
+        for name, weight in self.weights.items() if whole is None else whole:
             own[name].copy_(weight)
         return self._draft

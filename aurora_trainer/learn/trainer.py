@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from aurora_kernels.tree_loss import TreeLoss
 
 from aurora_sglang_plugin.link import wire
 from aurora_sglang_plugin.weights.manifest import target_fingerprint
 from aurora_sglang_plugin.weights.writer import WeightsWriter
 from aurora_trainer.checkpoint import Checkpoint
-from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.first import initial_draft
 from aurora_trainer.drafts.kinds import Draft, load
 from aurora_trainer.drafts.target import TargetTensors, open_target
@@ -33,17 +31,19 @@ from aurora_trainer.intake.buffer import Buffer
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.intake.usable import unusable
 from aurora_trainer.learn import publishing
-from aurora_trainer.learn.accept_length import chains, measure, walked
+from aurora_trainer.learn.accept_length import measure
 from aurora_trainer.learn.arrivals import Arrivals
 from aurora_trainer.learn.drift import Event
 from aurora_trainer.learn.gate import Gate
-from aurora_trainer.learn.objective import losses, score
+from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.offer import Offer
 from aurora_trainer.learn.optimizer import Optimizer
 from aurora_trainer.learn.running_mean import RunningMean
 from aurora_trainer.learn.served import Served
+from aurora_trainer.learn.shares import Dealer
 from aurora_trainer.learn.step_record import Step
 from aurora_trainer.learn.training_state import restore, state_of
+from aurora_trainer.ranks import Ranks
 
 if TYPE_CHECKING:
     from aurora_trainer.config import TrainerFile
@@ -62,15 +62,17 @@ class Training:
     Raises ValueError if target, draft or weights directory cannot be used.
     """
 
-    def __init__(self, config: TrainerFile):
+    def __init__(self, config: TrainerFile, ranks: Ranks | None = None):
         self.config, trainer = config, config.trainer
+        self.ranks = ranks or Ranks()
+        self.learner, self.dealer = Learner(trainer, self.ranks), Dealer(self.ranks.size)
         target = open_target(trainer.model.target)
         self.target = target_fingerprint(trainer.model.target)
         dtype = getattr(torch, trainer.model.compute_dtype)
         tensors = TargetTensors(target, trainer.model.device, dtype)
         model = trainer.model
         initial = initial_draft(model.target, model.draft, trainer.checkpoint.directory)
-        self._train(load(initial, tensors))
+        self.learner.start(load(initial, tensors))
         directory = config.weights.directory
         self.writer = WeightsWriter(directory, trainer.publish.keep)
         self.served = Served(directory, initial, self.target, tensors, trainer.publish.dtype)
@@ -87,8 +89,6 @@ class Training:
         self.urgent = False
         # a server rolled it back, and traffic did not change since
         self.initial_barred = False
-        rejected = bool(trainer.loss.rejected) and trainer.batch.rejected
-        self._packing = trainer.batch.model_copy(update={"rejected": rejected})
         # the version that training went on from
         self.parent = 0
         # of optimizers before the last rollback
@@ -121,12 +121,26 @@ class Training:
         torch.manual_seed(trainer.pace.seed)
 
     @property
+    def draft(self) -> Draft:
+        """The one that is trained."""
+        return self.learner.draft
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.learner.optimizer
+
+    @property
+    def mean(self) -> RunningMean:
+        return self.learner.mean
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that changed the weights."""
         return self.earlier_updates + self.optimizer.updates
 
     def feed(self, message: wire.Message, now_s: float) -> None:
         """Take one message; `now_s` is any clock that goes forward."""
+        self.ranks.keep_alive()
         # a plain round says nothing of how long a draft is accepted
         if message.header.kind == "verify" and message.arrays["parents"].shape[1] > 1:
             good = [row for row in range(len(message.header.requests)) if row not in message.bad]
@@ -137,6 +151,7 @@ class Training:
 
     def idle(self, now_s: float) -> None:
         """Tell the time while nothing comes."""
+        self.ranks.keep_alive()
         for sample in self.assembler.idle(now_s):
             self._keep(sample)
 
@@ -171,40 +186,28 @@ class Training:
             self._look_again()
             return None
         self._look(behind=True)
-        batch = pack(samples, self._packing).to(trainer.model.device)
-        if not any(len(level.rows) for level in batch.on_cpu.levels):
-            # nothing to learn: an update would only be the momentum's
-            return None
-        # Everything is queued on the device before anything is read from it.
-        result = losses(self.draft, batch, trainer.loss)
-        result.loss_sum.backward()
-        scored = score(batch, result)
         every = trainer.metrics.rescore_every_steps
-        rescored = bool(unseen) and every > 0 and self.steps % every == 0
-        before = after = None
+        after = bool(unseen) and every > 0 and self.steps % every == 0
         # A chain's walk comes with the loss; a tree has to be grown.
-        if unseen and (rescored or all(s.topk == 1 for s in unseen)):
-            before = self._walk_batch(batch, samples, unseen, result)
-        update = self.optimizer.step(result.loss_sum)
-        if update.applied:
-            self.mean.update(self.optimizer.masters, self.optimizer.updates)
+        before = bool(unseen) and (after or all(s.topk == 1 for s in unseen))
+        depth = trainer.batch.depth or max(s.num_steps for s in samples)
+        learned = self.learner.learn(self.dealer.deal(samples, unseen, depth, before, after))
+        if learned is None:
+            return None
+        if learned.update.applied:
             self.trained_until_ns = max(self.trained_until_ns, *(s.time_ns for s in samples))
         else:
             self._failed()
         positions = sum(len(s.features) for s in samples)
         self.positions += positions
         self.arrivals.trained(positions)
-        self._show(update.loss, before)
-        if rescored:
-            with torch.no_grad():
-                again = losses(self.draft, batch, trainer.loss)
-            after = self._walk_batch(batch, samples, unseen, again)
+        self._show(learned.update.loss, learned.before)
         return Step(
-            update=update,
-            score=scored,
+            update=learned.update,
+            score=learned.score,
             positions=positions,
-            before=before,
-            after=after,
+            before=learned.before,
+            after=learned.after,
             time_ns=[s.time_ns for s in samples],
             staleness=[
                 self.served.version - int(s.tree_version[-1])
@@ -215,10 +218,8 @@ class Training:
 
     def give_up(self) -> None:
         """The step that raised is over: no gradient stays, its batch is tried again in parts."""
-        self.draft.zero_grad(set_to_none=True)
+        self.learner.give_up()
         self._failed()
-        if self.config.trainer.model.device == "cuda":
-            torch.cuda.empty_cache()
 
     def offer(self) -> Offer | None:
         """As publishing.offer."""
@@ -257,6 +258,7 @@ class Training:
 
     def close(self) -> None:
         self.writer.close()
+        self.ranks.tell("stop")
 
     def _failed(self) -> None:
         self._failed_steps.append(self.steps)
@@ -265,17 +267,7 @@ class Training:
     def _take_served(self) -> None:
         self.parent = self.served.version
         self.earlier_updates = self.updates
-        self._train(self.served.to_train())
-
-    def _train(self, draft: Draft) -> None:
-        """Train `draft` from here on: its float32 weights become the masters of what computes."""
-        model = self.config.trainer.model
-        masters = {n: p.detach() for n, p in draft.named_parameters()}
-        self.draft = draft.compute_in(model.device, getattr(torch, model.compute_dtype))
-        config = self.config.trainer.optimizer
-        width = self.draft.config.hidden_size
-        self.optimizer = Optimizer(self.draft, config, masters, width)
-        self.mean = RunningMean(config.average, self.optimizer.masters)
+        self.learner.start(self.served.to_train())
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
@@ -303,8 +295,7 @@ class Training:
         for event in self.arrivals.look(self._when(), initial, behind):
             self._give(self._forgotten(event))
             if event.kind == "changed":
-                self.optimizer.warm_up_again()
-                self.mean.restart(self.optimizer.masters, self.optimizer.updates)
+                self.learner.begin_again()
                 self.initial_barred = False
             self.urgent |= event.kind in ("changed", "initial")
 
@@ -324,21 +315,11 @@ class Training:
         trainer = self.config.trainer
         draft = {
             "live": lambda: self.draft,
-            "mean": lambda: self.mean.draft(self.draft),
+            "mean": self.learner.mean_draft,
             "served": lambda: self.served.draft,
             "initial": lambda: self.served.initial,
         }[role]()
         return measure(draft, samples, trainer.batch, trainer.loss, trainer.model.device)
-
-    @torch.no_grad()
-    def _walk_batch(
-        self, batch: Batch, samples: list[Sample], unseen: list[Sample], found: TreeLoss
-    ) -> tuple[float, float]:
-        """Steps and tokens of the walk over the `unseen` of a batch's samples."""
-        chosen = {id(s) for s in unseen}
-        some = [s if id(s) in chosen else None for s in samples]
-        steps, tokens = walked(self.draft, batch, some, chains(self.draft, batch, found)).sum(0)
-        return float(steps), float(tokens)
 
     def _show(self, loss: float, walk: tuple[float, float] | None) -> None:
         figures = {"loss": loss}

@@ -1,4 +1,5 @@
-"""What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters.
+"""What a resume checkpoint holds of a Training: weights, masters, moments, random states, counters;
+the same for any number of ranks.
 
 Samples are not in it: over a recording they come again, live they are lost and counted.
 """
@@ -18,10 +19,7 @@ if TYPE_CHECKING:
 
 def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What `restore` goes on from: tensors, copied to training.snapshot, and JSON."""
-    tensors = {f"draft/{n}": p.detach() for n, p in training.draft.named_parameters()}
-    optimizer_tensors, optimizer_state = training.optimizer.state_dict()
-    tensors |= {f"optimizer/{n}": t for n, t in optimizer_tensors.items()}
-    tensors |= {f"average/{n}": t for n, t in training.mean.weights.items()}
+    tensors = training.learner.snapshot(training.snapshot)
     tensors["random/torch"] = torch.get_rng_state()
     state = {
         "target": training.target,
@@ -43,27 +41,13 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "rows": dict(training.rows),
         "earlier_updates": training.earlier_updates,
         "trained_until_ns": training.trained_until_ns,
-        "optimizer": optimizer_state,
+        "optimizer": training.optimizer.state_dict()[1],
         "gate": training.gate.state(),
         "buffer": training.buffer.state(),
         "failed_steps": list(training._failed_steps),
         "open_requests": training.assembler.open_requests,
     }
-    return copied(training.snapshot, tensors), state
-
-
-def copied(held: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> dict:
-    """The tensors' values on the CPU, in the memory of the last snapshot: new memory would cost
-    several times as long. The last one must be written by then.
-    """
-    if held.keys() != tensors.keys():
-        held.clear()
-    for name, t in tensors.items():
-        if name in held and held[name].shape == t.shape and held[name].dtype == t.dtype:
-            held[name].copy_(t)
-        else:
-            held[name] = t.to("cpu", copy=True)
-    return held
+    return tensors, state
 
 
 def restore(training: Training, found: Checkpoint, live: bool) -> None:
@@ -79,16 +63,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
             f" {training.target}; expected the same target: set trainer.checkpoint.directory to a"
             " new directory for a new target"
         )
-    own = {n.removeprefix("draft/"): t for n, t in tensors.items() if n.startswith("draft/")}
-    training.draft.load_checkpoint(own, f"checkpoint of step {found.step}")
-    training.optimizer.load_state_dict(
-        {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")},
-        state["optimizer"],
-    )
-    mean = {n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")}
-    # one that was off begins now
-    began = state.get("average_began", 0) if mean else training.optimizer.updates
-    training.mean.load(mean or training.optimizer.masters, began)
+    whose, began = f"checkpoint of step {found.step}", state.get("average_began", 0)
+    training.learner.restore(tensors, state["optimizer"], began, whose)
     torch.set_rng_state(tensors["random/torch"])
     training.parent, training.positions = state["parent"], state["positions"]
     training.earlier_updates = state["earlier_updates"]

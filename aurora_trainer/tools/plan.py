@@ -22,14 +22,18 @@ from aurora_trainer.tools.fleet import fleet
 from aurora_trainer.tools.sizes import (
     Load,
     checkpoint_bytes,
+    largest_draft,
     prefill_bytes,
     queued_row_bytes,
+    ranks_bytes,
     sample_bytes,
     step_flops,
     trainer_device_bytes,
     verify_bytes,
 )
 
+# of a device that a draft must fit, e.g. an H100
+DEVICE_BYTES = 80e9
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -110,6 +114,17 @@ def plan(
             else math.inf,
         },
         "trainer_device": device | {"total_bytes": sum(device.values())},
+        # of processes that train one draft, a device each; the figures above are of the fullest
+        "trainer_ranks": {
+            "ranks": load.ranks,
+            "positions_of_a_batch_each": -(-trainer.batch.max_positions // load.ranks),
+            "bytes_between_them_per_step": ranks_bytes(draft, target, compute)
+            if load.ranks > 1
+            else 0,
+            "parameters_that_a_device_of_80_gb_holds": largest_draft(
+                device, parameters, DEVICE_BYTES
+            ),
+        },
         "training": {
             "optimizer_steps_per_s": positions / trainer.pace.new_positions_per_step,
             "seconds_per_step_at_most": trainer.pace.new_positions_per_step / positions

@@ -53,6 +53,8 @@ class Load:
     tp: int = 1
     # that one trainer learns from
     servers: int = 1
+    # of the trainer, a device each
+    ranks: int = 1
 
     @property
     def nodes(self) -> int:
@@ -158,33 +160,38 @@ def trainer_device_bytes(
     draft: DraftConfig, target: Target, trainer: TrainerConfig, compute: int, load: Load
 ) -> dict[str, int]:
     """What is on the trainer's device at the peak of a step, for c bytes of the dtype that it
-    computes in.
+    computes in; with R ranks on that of rank 0, which holds most.
 
-    weights     c P#, and 4 P# of float32 masters if c < 4 (otherwise the weights are the
+    weights     c P#, and 4 P#/R of float32 masters if c < 4 (otherwise the weights are the
                 masters)
-    moments     8 P# (AdamW)
-    average     4 P# of the running mean, if it is on, and c P# of the draft that it is scored in
-    gradients   c P#, and 4 P# for their float32 copies if c < 4 (Optimizer.step)
+    moments     8 P#/R (AdamW)
+    average     4 P#/R of the running mean, if it is on, and c P# of the draft that it is scored in
+    gradients   c P#, and 4 P# for their float32 copies if c < 4 (Optimizer.step); with several
+                ranks 8 P#/R of float32 whatever c is (Shards.summed)
     served      2 c P#: the frozen copies that the gate scores, of the served and of the initial
                 weights (served.Served; one and the same until the first version)
     embedding   c V H, shared by both
     loss        the head's gradient in float32, twice (tree_loss keeps it, then scales it); a chunk
                 of logits, twice
-    activations rows of `activation_bytes`, for a batch of batch.max_positions positions that all
-    have a target
+    features    those of the buffer's samples at most, shared by the ranks; none are kept on the CPU
+    activations rows of `activation_bytes`, for a rank's share of a batch of batch.max_positions
+    positions that all have a target
     """
     count, c = parameter_count(draft, target), compute
     head = 4 * draft.draft_vocab_size * draft.hidden_size
     depth = trainer.batch.depth or load.num_steps
-    rows = trainer.batch.max_positions
+    kept = trainer.buffer.max_bytes // load.ranks if trainer.model.device == "cuda" else 0
+    rows, own = -(-trainer.batch.max_positions // load.ranks), -(-count // load.ranks)
+    summed = 8 * own if load.ranks > 1 else 4 * count * (c < 4)
     return {
-        "weights_bytes": count * (c + (MASTER if c < 4 else 0)),
-        "moments_bytes": count * MOMENTS,
-        "average_bytes": count * (MASTER + c) if trainer.optimizer.average else 0,
-        "gradients_bytes": count * (c + (4 if c < 4 else 0)),
+        "weights_bytes": count * c + own * (MASTER if c < 4 else 0),
+        "moments_bytes": own * MOMENTS,
+        "average_bytes": own * MASTER + count * c if trainer.optimizer.average else 0,
+        "gradients_bytes": count * c + summed,
         "served_bytes": 2 * count * c,
         "embedding_bytes": c * draft.vocab_size * (draft.target_hidden_size or draft.hidden_size),
         "loss_bytes": 2 * head + 2 * 4 * max(32 * draft.draft_vocab_size, CHUNK_LOGITS),
+        "features_bytes": kept,
         "activations_bytes": activation_bytes(draft, rows, rows, depth, c),
     }
 
@@ -196,3 +203,18 @@ def step_flops(draft: DraftConfig, trainer: TrainerConfig, load: Load) -> float:
     """
     row = row_parameters(draft, trainer.batch.depth or load.num_steps)
     return float(trainer.batch.max_positions * row * 6)
+
+
+def ranks_bytes(draft: DraftConfig, target: Target, compute: int) -> int:
+    """What an update moves between the ranks for each parameter: its gradient in float32 to whoever
+    updates it, and the new value in the dtype that they compute in to all (Shards).
+    """
+    return parameter_count(draft, target) * (4 + compute)
+
+
+def largest_draft(device: dict[str, int], parameters: int, device_bytes: float) -> int:
+    """Parameters of a draft of this shape that a device of so many bytes would hold: what grows
+    with them (`trainer_device_bytes`) in what the rest leaves."""
+    fixed = "embedding_bytes", "loss_bytes", "features_bytes", "activations_bytes"
+    rest = sum(device[name] for name in fixed)
+    return int(max(0.0, device_bytes - rest) * parameters / (sum(device.values()) - rest))

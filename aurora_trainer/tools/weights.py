@@ -196,6 +196,9 @@ def plan(
     ] = 0,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of a server.")] = 1,
     servers: Annotated[int, typer.Option(min=1, help="That one trainer learns from.")] = 1,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Of the trainer: processes that torchrun starts.")
+    ] = 1,
     draft_vocab: Annotated[
         int | None, typer.Option(min=1, help="Of the draft. Default: what init-draft makes.")
     ] = None,
@@ -225,7 +228,7 @@ def plan(
         settings = load_trainer_config(config, overrides or ())
         load = Load(
             tokens_per_s, requests_per_s, prompt_tokens, accept_length, running, num_steps, topk,
-            draft_tokens, tp, servers,
+            draft_tokens, tp, servers, ranks,
         )  # fmt: skip
         found = planning.plan(read_config(model), settings, load, draft_vocab, dtype)
         typer.echo(

@@ -5,7 +5,7 @@ import torch
 from naive_draft import CONFIG, VARIANTS, Naive, make
 from random_sample import random_sample
 
-from aurora_trainer.drafts.batch import BatchConfig, _upload, group, pack
+from aurora_trainer.drafts.batch import BatchConfig, group, pack, upload
 
 
 def naive_levels(sample, depth, rejected=True):
@@ -208,12 +208,12 @@ def test_to_moves_every_tensor():
     assert CONFIG.feature_size == batch.features.shape[1]
 
 
-def test_what_is_uploaded_in_one_piece_arrives_as_it_was():
+def test_what_isuploaded_in_one_piece_arrives_as_it_was():
     tensors = [
         torch.arange(5), torch.empty(0, 3, dtype=torch.int64), torch.rand(7, 3).bfloat16(),
         torch.rand(3) > 0.5,
         torch.rand(2, 2), torch.arange(6).view(2, 3).T, torch.empty(4, 0),
     ]  # fmt: skip
-    for tensor, copy in zip(tensors, _upload(tensors, "cpu"), strict=True):
+    for tensor, copy in zip(tensors, upload(tensors, "cpu"), strict=True):
         assert copy.dtype == tensor.dtype and torch.equal(copy, tensor)
         assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()

@@ -161,7 +161,7 @@ def test_what_decodes_trains(training, stream, data):
     for sample in samples:
         buffer.put(sample)
     if samples:
-        batch = pack(buffer.take(1 << 20), training._packing)
+        batch = pack(buffer.take(1 << 20), training.learner.packing)
         loss = losses(training.draft, batch, training.config.trainer.loss).loss_sum
         loss.backward()
         gradients = [p.grad for p in training.draft.parameters() if p.grad is not None]

@@ -55,9 +55,9 @@ def test_a_draft_of_two_layers_has_one_that_is_not_trained():
 def test_what_is_published_is_the_mean_and_what_is_trained_is_not(models, stream, tmp_path, dtype):
     training = open_training(models, tmp_path, dtype, AVERAGE)
     train(training, stream, 20)
-    mean, masters = training.mean.weights, training.optimizer.masters
+    mean, masters = training.learner.mean.weights, training.optimizer.masters
     assert any(not torch.equal(mean[n], m) for n, m in masters.items())
-    scored = training.mean.draft(training.draft)
+    scored = training.learner.mean_draft()
     assert (
         scored is not training.draft and scored.embed.data_ptr() == training.draft.embed.data_ptr()
     )
@@ -80,8 +80,8 @@ def test_a_resumed_run_goes_on_with_the_same_mean(models, stream, tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 13, *first.checkpoint(), keep=2)
     second.restore(load_newest(tmp_path / "checkpoints"), live=False)
     train(second, stream, 24, replayed=13)
-    for name, weight in whole.mean.weights.items():
-        assert torch.equal(weight, second.mean.weights[name]), name
+    for name, weight in whole.learner.mean.weights.items():
+        assert torch.equal(weight, second.learner.mean.weights[name]), name
 
 
 def test_a_checkpoint_without_a_mean_starts_one(models, stream, tmp_path):
@@ -92,4 +92,4 @@ def test_a_checkpoint_without_a_mean_starts_one(models, stream, tmp_path):
     averaged = open_training(models, tmp_path / "b", "float32", AVERAGE)
     averaged.restore(load_newest(tmp_path / "checkpoints"), live=False)
     for name, master in averaged.optimizer.masters.items():
-        assert torch.equal(averaged.mean.weights[name], master)
+        assert torch.equal(averaged.learner.mean.weights[name], master)

@@ -47,6 +47,11 @@ def test_rates_follow_the_load(target):
         one == 2 * sizes.parameter_count(plan.draft_config(opened.config, V), opened) * 4
         and one / 4 < four < one
     )
+    # of several ranks each holds a part of the moments, and the whole draft
+    alone, each = (at("trainer_device", "moments_bytes", ranks=ranks) for ranks in (1, 4))
+    assert each == alone // 4 and at("trainer_ranks", "positions_of_a_batch_each", ranks=4) == 1024
+    largest = "parameters_that_a_device_of_80_gb_holds"
+    assert 1e8 < at("trainer_ranks", largest) < at("trainer_ranks", largest, ranks=4)
     idle = plan.plan(opened, SETTINGS, replace(base, tokens_per_s=0, requests_per_s=0))
     assert math.isinf(idle["trainer_host"]["seconds_of_traffic_in_the_buffer"])
 
