@@ -18,7 +18,7 @@ looks the same as worse traffic; what follows is right for both. The change bega
 0.
 
 **The initial draft is ahead.** Paired differences of the last requests, all of them walked with the
-draft that is served now: at most RECENT, at least AT_ONCE, and their mean above its 95% bound.
+draft that is served now: at most RECENT, at least AT_ONCE, and their mean above BOUND errors.
 After an alarm those since the change, at least SOON, and one standard error, as the gate asks of
 any draft: a test that could see 0.05 tokens would need hundreds of requests, so both are in doubt
 for a while, and the wrong one of two that are alike costs nothing.
