@@ -74,6 +74,8 @@ def main(options: argparse.Namespace, home: Path) -> None:
         flush=True,
     )
     live = site.live(stretches, f"{options.minutes:g} minutes")
+    if site.last is None:
+        raise SystemExit("demo: no version was published yet; give it more --minutes")
     shift = sum(reply.domain == "code" for reply in live.replies)
     counts = {"code": shift, "prose": len(live.replies) - shift}
     every, frozen, learned, plain = options.frozen_every, None, None, None

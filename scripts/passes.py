@@ -100,10 +100,11 @@ class Site:
             return Pass(server.log, of, self.clients).follow(traffic(server))
 
     @property
-    def last(self) -> Path:
-        """The last published version."""
+    def last(self) -> Path | None:
+        """The last published version, else the initial draft, if there is one."""
         weights = self.home / "weights"
-        return weights / version_name(served_version(weights))
+        version = served_version(weights)
+        return weights / version_name(version) if version else self.draft
 
     def learned(self, traffic: Callable[[Server], Iterable[Reply]], of: str) -> Pass:
         """AURORA with the last published version, which captures nothing; no trainer."""

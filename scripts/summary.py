@@ -39,7 +39,7 @@ def report(
     summary = {
         "model": site.model,
         "init": init,
-        "draft_vocabulary": vocabulary(site.draft or site.last, live),
+        "draft_vocabulary": vocabulary(site.last, live),
         "draft_steps": site.num_steps,
         "tokens_per_request": tokens,
         "clients": site.clients,

@@ -98,12 +98,11 @@ def test_figures_agree_with_the_status(first):
     found = values(page)
     assert found["aurora_trainer_steps_total"] == status["steps"] == 30
     assert found["aurora_trainer_trained_tokens_total"] == status["tokens"]
-    assert found["aurora_trainer_draft_version"] == status["draft_version"] == 3
-    assert found['aurora_trainer_publications_total{outcome="published"}'] == 3
-    assert (
-        found["aurora_trainer_publish_seconds_count"] == 3
-        and found["aurora_trainer_checkpoint_seconds_count"] >= 3
-    )
+    published = status["published"]["published"]
+    assert found["aurora_trainer_draft_version"] == status["draft_version"] == published >= 2
+    assert found['aurora_trainer_publications_total{outcome="published"}'] == published
+    assert found["aurora_trainer_publish_seconds_count"] == published
+    assert found["aurora_trainer_checkpoint_seconds_count"] >= 3
     assert found["aurora_trainer_step_seconds_count"] == 30
     assert (
         found["aurora_trainer_gradient_norm"] > 0 and found["aurora_trainer_learning_rate"] == 4e-3
@@ -124,7 +123,7 @@ def test_figures_agree_with_the_status(first):
         matches = found[f'aurora_trainer_greedy_matches_total{{depth="{depth}",nodes="accepted"}}']
         assert 0 < matches < nodes and 0.1 < loss / nodes < math.log(VOCAB) + 2
     assert found['aurora_trainer_scored_nodes_total{depth="2",nodes="rejected"}'] > 0
-    manifest = read_manifest(daemon.training.writer.directory / version_name(3))
+    manifest = read_manifest(daemon.training.writer.directory / version_name(published))
     assert 0 < manifest.trained_until_ns <= daemon.training.trained_until_ns
 
 
@@ -134,7 +133,7 @@ def test_a_resumed_trainer_counts_from_its_own_start(site, first):
     assert daemon.resumed.step == 30 and status["steps"] > 40
     assert (
         found["aurora_trainer_publications_total" + '{outcome="published"}']
-        == status["published"]["published"] - 3
+        == status["published"]["published"] - first[1]["published"]["published"]
     )
     assert found["aurora_trainer_trained_tokens_total"] == status["tokens"] - first[1]["tokens"]
     assert found["aurora_trainer_step_seconds_count"] == status["steps"] - 30
