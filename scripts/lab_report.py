@@ -258,16 +258,14 @@ def lowest(arm: Walks, frozen: Walks, domains: Sequence[str]) -> tuple[float, in
     for begin, end in zip([0, *changes], [*changes, min(arm.shape[1], frozen.shape[1])]):
         for first in range(begin + WINDOW, end - WINDOW + 1):
             span = slice(first, first + WINDOW)
-            still = accept_length(frozen[:, span])
-            for own in arm:
-                worst = min(worst, (accept_length(own[span]) - still, first))
+            own = min(accept_length(seed[span]) for seed in arm)
+            worst = min(worst, (own - accept_length(frozen[:, span]), first))
     return worst
 
 
 def floors(lines: Sequence[dict[str, Any]]) -> list[str]:
     """Rows for the recordings whose domain comes in stretches: how far below the frozen draft."""
-    rows = []
-    frozen = [line for line in lines if line["arm"] == FROZEN]
+    rows, frozen = [], [line for line in lines if line["arm"] == FROZEN]
     for arm in sorted({line["arm"] for line in lines} - {FROZEN}):
         own = [line for line in lines if line["arm"] == arm]
         domains = own[0]["domains"]

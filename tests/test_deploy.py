@@ -1,7 +1,6 @@
 """The manifests of docs/deploy: kustomize builds them, the published schemas take them, and every
 command, setting, port, path and figure in them is the program's own. That SGLang takes the servers'
-commands is in tests/plugin/test_algorithm.py, which asks it once for all.
-"""
+commands is in tests/plugin/test_algorithm.py, which asks it once for all."""
 
 from __future__ import annotations
 
@@ -35,10 +34,8 @@ from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.target import read_config
 from aurora_trainer.tools import plan, sizes
 
-DASHBOARDS = ROOT / "docs" / "dashboards"
-CRDS = Path(__file__).parent / "support" / "crds"
-NAME = "app.kubernetes.io/name"
-UNITS = {"Mi": 1 << 20, "Gi": 1 << 30}
+DASHBOARDS, CRDS = ROOT / "docs" / "dashboards", Path(__file__).parent / "support" / "crds"
+NAME, UNITS = "app.kubernetes.io/name", {"Mi": 1 << 20, "Gi": 1 << 30}
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +50,8 @@ def base(built):
 
 
 def trainer_words(objects: dict) -> list[str]:
-    trainer = container(objects, "StatefulSet")
-    return [*trainer["command"], *trainer["args"]]
+    parts = container(objects, "StatefulSet")
+    return parts["command"] + parts["args"]
 
 
 @pytest.fixture
@@ -347,8 +344,7 @@ def test_the_container_files_are_of_this_repository(base, side, kind):
     image = f"registry.example/aurora-{side}:{project['project']['version']}"
     assert image in text and container(base, kind)["image"] == image
     entry = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1])
-    command = container(base, kind)["command"]
-    assert command[: len(entry)] == entry
+    assert container(base, kind)["command"][: len(entry)] == entry
     torch = re.search(r"torch==[\d.]+", (ROOT / "Makefile").read_text())[0]
     sglang = re.search(r"sglang==([\d.]+)", (ROOT / "Makefile").read_text())[1]
     assert f"FROM lmsysorg/sglang:v{sglang}\n" in text if side == "server" else torch in text

@@ -60,8 +60,6 @@ RECENT, AT_ONCE, SOON = 24, 8, 4
 BOUND = 1.28
 BEGUN = 1.2
 REST_BELOW, WAKE_ABOVE = 1.0, 2.0
-# causes of a change, for metrics
-CAUSES = ("accept_length", "initial")
 
 # steps, tokens
 Walked = tuple[float, float]

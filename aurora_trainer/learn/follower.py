@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from aurora_trainer.config import TrainerFile
 from aurora_trainer.drafts.kinds import rebuild
 from aurora_trainer.drafts.target import TargetTensors, open_target
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.learner import Learner
 from aurora_trainer.learn.shares import LEARN, share_of
 from aurora_trainer.ranks import Order, Ranks
+
+if TYPE_CHECKING:
+    from aurora_trainer.config import TrainerFile
 
 log = logging.getLogger(__name__)
 

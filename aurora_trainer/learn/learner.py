@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from aurora_kernels.tree_loss import TreeLoss
 from torch import Tensor
 
-from aurora_trainer.config import TrainerConfig
 from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.kept_features import KeptFeatures
 from aurora_trainer.drafts.kinds import Draft
@@ -28,6 +27,9 @@ from aurora_trainer.learn.optimizer import Optimizer, Update
 from aurora_trainer.learn.running_mean import RunningMean
 from aurora_trainer.learn.shares import Share
 from aurora_trainer.ranks import Ranks
+
+if TYPE_CHECKING:
+    from aurora_trainer.config import TrainerConfig
 
 # steps and tokens of a walk
 Walk = tuple[float, float]

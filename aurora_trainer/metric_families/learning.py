@@ -6,7 +6,6 @@ Declared like those of intake.py.
 from __future__ import annotations
 
 from aurora_sglang_plugin.metric_families import Family, counter, gauge, histogram
-from aurora_trainer.learn.drift import CAUSES
 from aurora_trainer.metric_families.readers import (
     NODES,
     WHEN,
@@ -26,6 +25,8 @@ JOBS = ("step", "message", "publish", "checkpoint", "rejected", "status", "tenso
 REFUSALS = ("not_better", "worse", "few_requests", "not_finite")
 DECISIONS = ("better", "off", "initial", *REFUSALS)
 ROLES = ("live", "mean", "initial")
+# what said that traffic changed
+CHANGES = ("accept_length", "initial")
 OUTCOMES = (
     "published",
     "unchanged",
@@ -161,7 +162,7 @@ VERSIONS: dict[str, Family] = {
         look="Training begins its schedule and its mean again and works at full pace; the gate lets"
         " go of requests from before. Many a day: traffic that comes in blocks.",
         read=at("traffic_changes"),
-        cause=CAUSES,
+        cause=CHANGES,
     ),
     "aurora_trainer_change_score": gauge(
         "How near the alarm is: the CUSUM of `aurora_trainer/learn/drift.py` over its limit",
