@@ -16,7 +16,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,35 +106,16 @@ def record(
                 " the same file and arms, or a directory that is not there"
             )
         return found
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    config = directory / "aurora.toml"
-    config.write_text(CONFIG.format(port=free_port(), home=directory, target=target))
     on_cpu = {} if has_gpu() else dict(args=CPU_ARGS, env=CPU_ENV)
-    env = {**on_cpu.pop("env", {}), "AURORA_CONFIG": str(config)}
-    words = [*children.TRAINER, "record", "--out", directory / MESSAGES, "--config", config]
-    recorder = children.start(words, directory / "record.log")
     replies, began = [], time.monotonic()
-    try:
-        with Server(
-            target,
-            algorithm="AURORA",
-            env=env,
-            log=directory / "server.log",
-            timeout_s=600,
-            **on_cpu,
-        ) as server:
-            how = dict(tokens=traffic.tokens, greedy=traffic.greedy, concurrency=clients)
-            for reply in chat(server, prompts, **how):
-                replies.append(reply)
-                if len(replies) % 20 == 0:
-                    seconds = time.monotonic() - began
-                    print(f"  {traffic.name}: {len(replies)} of {len(prompts)} requests,"
-                          f" {seconds:.0f} s", flush=True)  # fmt: skip
-            time.sleep(SETTLE_S)
-    finally:
-        recorder.send_signal(signal.SIGTERM)
-        recorder.wait()
+    with recorded(directory, target, **on_cpu) as server:
+        how = dict(tokens=traffic.tokens, greedy=traffic.greedy, concurrency=clients)
+        for reply in chat(server, prompts, **how):
+            replies.append(reply)
+            if len(replies) % 20 == 0:
+                seconds = time.monotonic() - began
+                print(f"  {traffic.name}: {len(replies)} of {len(prompts)} requests,"
+                      f" {seconds:.0f} s", flush=True)  # fmt: skip
     tokens = [reply.tokens for reply in replies]
     figures = {
         "requests": len(replies),
@@ -146,3 +128,25 @@ def record(
     }
     about.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
+
+
+@contextmanager
+def recorded(
+    directory: Path, target: Path, *, env: dict[str, str] | None = None, **server: Any
+) -> Iterator[Server]:
+    """A server without a draft; what it publishes until the end is in directory/messages, which is
+    made anew. `server`: more of serve.Server."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    config = directory / "aurora.toml"
+    config.write_text(CONFIG.format(port=free_port(), home=directory, target=target))
+    words = [*children.TRAINER, "record", "--out", directory / MESSAGES, "--config", config]
+    recorder = children.start(words, directory / "record.log")
+    server |= dict(env={**(env or {}), "AURORA_CONFIG": str(config)}, timeout_s=900)
+    try:
+        with Server(target, algorithm="AURORA", log=directory / "server.log", **server) as running:
+            yield running
+            time.sleep(SETTLE_S)
+    finally:
+        recorder.send_signal(signal.SIGTERM)
+        recorder.wait()

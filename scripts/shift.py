@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import numpy as np
 import torch
 from clients import send
 from demo import LEARNING, TARGET, make_prompts
-from serve import Server, free_port
+from lab_recordings import MESSAGES, recorded
 
 from aurora_trainer.config import TrainerFile, load_trainer_config
 from aurora_trainer.intake.assemble import Assembler
@@ -40,44 +38,19 @@ from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
 WINDOW, AFTER, LEAST = 20, 20, -0.05
-# for the last messages to be written
-SETTLE_S = 5.0
-RECORD = """\
-[link]
-endpoint = "tcp://127.0.0.1:{port}"
-[weights]
-directory = "{home}/weights"
-[trainer.model]
-target = "{target}"
-"""
 
 
 def record(options: argparse.Namespace, name: str, stretches: list[tuple[str, list]]) -> Path:
     """home/NAME, the target's answers to the stretches' prompts, one after the other."""
-    directory = options.home / name
+    directory = options.home.resolve() / name
     if (directory / "whole").exists():
-        return directory / "messages"
-    shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True)
-    config = directory / "aurora.toml"
-    config.write_text(
-        RECORD.format(port=free_port(), home=directory.resolve(), target=options.target.resolve())
-    )
-    words = [*children.TRAINER, "record", "--out", directory / "messages", "--config", config]
-    recorder = children.start(words, directory / "record.log")
-    try:
-        env = {"AURORA_CONFIG": str(config.resolve())}
-        log = directory / "server.log"
-        with Server(options.target, algorithm="AURORA", env=env, log=log, timeout_s=900) as server:
-            for domain, prompts in stretches:
-                replies = list(send(server, prompts, tokens=options.tokens, domain=domain))
-                print(f"recorded {len(replies)} requests of {domain}", flush=True)
-            time.sleep(SETTLE_S)
-    finally:
-        recorder.send_signal(signal.SIGTERM)
-        recorder.wait()
+        return directory / MESSAGES
+    with recorded(directory, options.target.resolve()) as server:
+        for domain, prompts in stretches:
+            replies = list(send(server, prompts, tokens=options.tokens, domain=domain))
+            print(f"recorded {len(replies)} requests of {domain}", flush=True)
     (directory / "whole").touch()
-    return directory / "messages"
+    return directory / MESSAGES
 
 
 def samples(recording: Path, config: TrainerFile) -> Iterator[Sample]:
@@ -171,7 +144,7 @@ def main() -> None:
         for first in range(0, count, 10)
         for domain in ("code", "prose")
     ]
-    recorded = [
+    recordings = [
         record(options, "mixed", mixed),
         record(
             options,
@@ -185,7 +158,7 @@ def main() -> None:
     ]
     below = False
     for seed in options.seeds:
-        draft = initial_draft(options, recorded[0], seed)
+        draft = initial_draft(options, recordings[0], seed)
         for barred in (False, True):
             home = options.home / f"seed-{seed}" / ("barred" if barred else "anchored")
             shutil.rmtree(home, ignore_errors=True)
@@ -195,7 +168,7 @@ def main() -> None:
                 model = training.config.trainer.model.model_copy(update={"draft": None})
                 trainer = training.config.trainer.model_copy(update={"model": model})
                 training.config = training.config.model_copy(update={"trainer": trainer})
-            scores, roles = follow(training, recorded[1], options.every)
+            scores, roles = follow(training, recordings[1], options.every)
             ahead = windows(scores, [count, 2 * count])
             line = {
                 "seed": seed,
