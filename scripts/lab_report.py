@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,18 +249,22 @@ def by_lag(lines: Sequence[dict[str, Any]]) -> dict[int, float]:
     return {lag: accept_length(half(walks(own))) for lag, own in sorted(found.items())}
 
 
-def lowest(arm: Walks, frozen: Walks, domains: Sequence[str]) -> tuple[float, int]:
-    """(smallest difference of the accept lengths of arm and frozen draft over 20 consecutive
-    requests, of any seed; the request where they begin). Windows begin 20 requests after the start
-    or after a change of the domain, at the earliest, and end before the next change."""
-    changes = [n for n in range(1, len(domains)) if domains[n] != domains[n - 1]]
-    worst = (math.inf, 0)
-    for begin, end in zip([0, *changes], [*changes, min(arm.shape[1], frozen.shape[1])]):
+def ahead(own: Walks, other: Walks, changes: Sequence[int]) -> Iterator[tuple[float, int]]:
+    """(difference of the accept lengths over WINDOW consecutive requests, the first of them) of two
+    walks [N, 2]. Windows begin WINDOW requests after a change of traffic at the earliest, and end
+    before the next one; `changes` are the first requests of other traffic."""
+    for begin, end in zip(changes, [*changes[1:], min(len(own), len(other))]):
         for first in range(begin + WINDOW, end - WINDOW + 1):
             span = slice(first, first + WINDOW)
-            own = min(accept_length(seed[span]) for seed in arm)
-            worst = min(worst, (own - accept_length(frozen[:, span]), first))
-    return worst
+            yield accept_length(own[span]) - accept_length(other[span]), first
+
+
+def lowest(arm: Walks, frozen: Walks, domains: Sequence[str]) -> tuple[float, int]:
+    """The least that any seed is ahead of the frozen draft, and the request where that begins; the
+    start is a change too."""
+    changes = [n for n in range(1, len(domains)) if domains[n] != domains[n - 1]]
+    still = frozen.sum(0)
+    return min(window for own in arm for window in ahead(own, still, [0, *changes]))
 
 
 def floors(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -29,6 +29,7 @@ import torch
 from clients import send
 from demo import LEARNING, TARGET, make_prompts
 from lab_recordings import MESSAGES, recorded
+from lab_report import ahead
 
 from aurora_trainer.config import TrainerFile, load_trainer_config
 from aurora_trainer.intake.assemble import Assembler
@@ -37,7 +38,7 @@ from aurora_trainer.learn.accept_length import accept_length, measure
 from aurora_trainer.learn.trainer import Training
 from aurora_trainer.recordings.recording import CorruptionLog, read_messages
 
-WINDOW, AFTER, LEAST = 20, 20, -0.05
+LEAST = -0.05
 
 
 def record(options: argparse.Namespace, name: str, stretches: list[tuple[str, list]]) -> Path:
@@ -114,16 +115,6 @@ def initial_draft(options: argparse.Namespace, mixed: Path, seed: int) -> Path:
     return draft
 
 
-def windows(scores: np.ndarray, shifts: list[int]) -> list[float]:
-    """Served minus initial, of each window of WINDOW requests that is AFTER a shift at least."""
-    found, ends = [], [*shifts[1:], len(scores)]
-    for shift, end in zip(shifts, ends, strict=True):
-        for first in range(shift + AFTER, end - WINDOW + 1):
-            served, initial = scores[first : first + WINDOW].transpose(1, 0, 2)
-            found.append(accept_length(served) - accept_length(initial))
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -169,13 +160,13 @@ def main() -> None:
                 trainer = training.config.trainer.model_copy(update={"model": model})
                 training.config = training.config.model_copy(update={"trainer": trainer})
             scores, roles = follow(training, recordings[1], options.every)
-            ahead = windows(scores, [count, 2 * count])
+            least = [by for by, _ in ahead(scores[:, 0], scores[:, 1], [count, 2 * count])]
             line = {
                 "seed": seed,
                 "anchored": not barred,
-                "least_ahead": round(min(ahead), 3),
-                "windows_below": sum(one < LEAST for one in ahead),
-                "of_windows": len(ahead),
+                "least_ahead": round(min(least), 3),
+                "windows_below": sum(one < LEAST for one in least),
+                "of_windows": len(least),
                 "served": [round(accept_length(part[:, 0]), 3) for part in np.split(scores, 3)],
                 "initial": [round(accept_length(part[:, 1]), 3) for part in np.split(scores, 3)],
                 "published": dict(training.published_roles),
@@ -187,7 +178,7 @@ def main() -> None:
             }
             print(json.dumps(line), flush=True)
             training.close()
-            below |= not barred and min(ahead) < LEAST
+            below |= not barred and min(least) < LEAST
     sys.exit(1 if below else 0)
 
 
