@@ -29,7 +29,7 @@ import torch
 from clients import send
 from demo import LEARNING, TARGET, make_prompts
 from lab_recordings import MESSAGES, recorded
-from lab_report import ahead
+from lab_statistics import ahead
 
 from aurora_trainer.config import TrainerFile, load_trainer_config
 from aurora_trainer.intake.assemble import Assembler

@@ -11,7 +11,7 @@ import sys
 import lab
 import lab_recordings
 import lab_replay
-import lab_report
+import lab_statistics
 import numpy as np
 import pytest
 from clients import Prompt
@@ -49,25 +49,25 @@ def curve(rate: float, seeds: int = 3, requests: int = 480, noise: float = 0.0) 
     swap."""
     generator = np.random.default_rng(7)
     steps = np.full((seeds, requests), 100.0)
-    learned = np.arange(requests) // lab_report.BLOCK * lab_report.BLOCK
+    learned = np.arange(requests) // lab_statistics.BLOCK * lab_statistics.BLOCK
     length = 1 + 0.2 * np.log2(1 + rate * learned / 24)
     length = length + noise * generator.standard_normal((seeds, requests))
     return np.stack([steps, steps * length], -1)
 
 
 def test_half_of_the_requests_is_a_ratio_of_a_half():
-    figures = lab_report.compare(curve(2, noise=0.05), curve(1, noise=0.05))
+    figures = lab_statistics.compare(curve(2, noise=0.05), curve(1, noise=0.05))
     low, high = figures["ratio_interval"]
     assert figures["ratio"] == pytest.approx(0.5, abs=0.06) and low < 0.5 < high < 0.75
     assert figures["change_interval"][0] > 0 and 0.05 < figures["p"] < 0.95
-    same = lab_report.compare(curve(1, noise=0.05), curve(1, noise=0.05))
+    same = lab_statistics.compare(curve(1, noise=0.05), curve(1, noise=0.05))
     assert same["change"] == 0 and same["ratio"] == pytest.approx(1) and same["p"] == 1
-    fast = lab_report.compare(curve(4, noise=0.05), curve(1, noise=0.05))
-    assert fast["ratio_interval"][1] < 0.5 and fast["p"] == 1 / (1 + lab_report.DRAWS)
+    fast = lab_statistics.compare(curve(4, noise=0.05), curve(1, noise=0.05))
+    assert fast["ratio_interval"][1] < 0.5 and fast["p"] == 1 / (1 + lab_statistics.DRAWS)
 
 
 def test_two_seeds_have_no_interval():
-    figures = lab_report.compare(curve(2, seeds=2), curve(1))
+    figures = lab_statistics.compare(curve(2, seeds=2), curve(1))
     assert figures["ratio_interval"] is figures["p"] is None and figures["ratio"] < 0.6
 
 
@@ -75,33 +75,36 @@ def test_easy_requests_are_nobodys_merit():
     """The blocks of one half are easier by a fifth for everybody; r stays what it is."""
     ease = np.where(np.arange(480) // 24 % 2, 1.2, 1.0)[None, :, None] * [[[0.0, 1.0]]] + [[[1, 0]]]
     slow, fast, frozen = (walks * ease for walks in (curve(1), curve(2), curve(0)))
-    plain = lab_report.ratio(curve(2), curve(1))
-    assert lab_report.ratio(fast, slow, lab_report.ease_of(frozen)) == pytest.approx(
+    plain = lab_statistics.ratio(curve(2), curve(1))
+    assert lab_statistics.ratio(fast, slow, lab_statistics.ease_of(frozen)) == pytest.approx(
         plain, rel=0.05
     )
-    assert lab_report.ratio(fast, slow) != pytest.approx(plain, rel=0.05)
+    assert lab_statistics.ratio(fast, slow) != pytest.approx(plain, rel=0.05)
 
 
 def test_a_length_that_is_never_reached_has_no_ratio():
-    assert lab_report.ratio(curve(0.1), curve(4)) == math.inf
-    assert lab_report.ratio(curve(4), curve(0.1)) < 0.1
+    assert lab_statistics.ratio(curve(0.1), curve(4)) == math.inf
+    assert lab_statistics.ratio(curve(4), curve(0.1)) < 0.1
 
 
 def test_monotone_pools_what_falls():
-    found = lab_report.monotone(np.array([1.0, 3.0, 2.0, 4.0]), np.array([1.0, 1.0, 3.0, 1.0]))
+    found = lab_statistics.monotone(np.array([1.0, 3.0, 2.0, 4.0]), np.array([1.0, 1.0, 3.0, 1.0]))
     assert found.tolist() == [1.0, 2.25, 2.25, 4.0]
-    assert lab_report.requests_to(found, 2.25) == 24 and lab_report.requests_to(found, 1.0) == 0
-    assert lab_report.requests_to(found, 4.1) == math.inf
+    assert (
+        lab_statistics.requests_to(found, 2.25) == 24
+        and lab_statistics.requests_to(found, 1.0) == 0
+    )
+    assert lab_statistics.requests_to(found, 4.1) == math.inf
 
 
 def test_accept_length_is_of_all_steps_together():
     """A request of many steps weighs more: one definition, that of accept_length.py."""
     walks = np.array([[[100.0, 100.0], [10.0, 40.0]]])
-    assert lab_report.accept_length(walks) == pytest.approx(140 / 110)
+    assert lab_statistics.accept_length(walks) == pytest.approx(140 / 110)
 
 
 def test_claims_are_corrected_together():
-    assert lab_report.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+    assert lab_statistics.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
         {"a": 0.03, "c": 0.06, "b": 0.06}
     )
 
@@ -112,10 +115,10 @@ def test_what_falls_below_the_frozen_draft_is_found():
     arm = np.stack([np.full((2, 120), 10.0), np.full((2, 120), 15.0)], -1)
     # a dip right after the change is forgiven, one that lasts is not
     arm[:, 60:80, 1] = 10.0
-    by, _ = lab_report.lowest(arm, frozen, domains)
+    by, _ = lab_statistics.lowest(arm, frozen, domains)
     assert by == pytest.approx(0.2)
     arm[1, 60:85, 1] = 10.0
-    by, at = lab_report.lowest(arm, frozen, domains)
+    by, at = lab_statistics.lowest(arm, frozen, domains)
     assert by == pytest.approx(0.2 - 5 / 20 * 0.5) and at == 80
 
 
