@@ -145,7 +145,7 @@ def read_manifest(version_dir: Path) -> Manifest:
         sizes = {name: _size(Path(version_dir) / name) for name in FILES}
     except OSError as error:
         raise ManifestError("missing", str(error)) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError("manifest", f"{path}: {error}") from None
     if version_name(manifest.version) != Path(version_dir).name:
         raise ManifestError("name", f"{version_dir} holds version {manifest.version}")

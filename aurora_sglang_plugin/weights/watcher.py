@@ -106,7 +106,7 @@ class Watcher:
     def reject(self, version: int, served: int, write: bool) -> None:
         """From another thread: `version` was rolled back, and `served` drafts. At the next poll it
         is written to REJECTED (`write`: on one rank of a server), and CURRENT is read again."""
-        self._rolled_back = self._rolled_back | {version}
+        self._rolled_back.add(version)
         if write:
             self._rejects.append(version)
         self.look_again(served)
@@ -180,7 +180,7 @@ class Watcher:
         """
         current = current_version(self.directory) or 0
         # versions count up: a greater one was of another directory
-        self._rolled_back = {v for v in self._rolled_back if v <= current}
+        self._rolled_back -= {v for v in tuple(self._rolled_back) if v > current}
         rejected = rejected_versions(self.directory) | self._rolled_back
         version = self._waited(current, rejected)
         while version in rejected:

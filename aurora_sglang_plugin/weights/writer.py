@@ -6,8 +6,8 @@ servers the old version or the new one.
 
 One writer at a time. The directory's LOCK file is locked, which other processes of this machine
 heed, and on some file systems those of others. Across machines it is what LOCK says: each writer
-writes its name there for as long as it lives, and one that finds another's publishes no more. So a
-trainer can be moved though nobody knows whether the old one is gone.
+writes its name there when it begins, and one that finds another's publishes no more. So a trainer
+can be moved though nobody knows whether the old one is gone.
 """
 
 from __future__ import annotations
@@ -167,10 +167,7 @@ class WeightsWriter:
         return version
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._lock.seek(0)
-            if self._lock.read(MAX_CLAIM).strip() == self._claim:
-                self._lock.truncate(0)
+        """LOCK keeps our name: whoever we took the directory from must go on finding it."""
         self._lock.close()
 
     def _take_back(self, record: contract.Manifest) -> None:
@@ -188,7 +185,7 @@ class WeightsWriter:
         back may be another one, with a writer of its own.
         """
         try:
-            with open(self.directory / LOCK) as file:
+            with open(self.directory / LOCK, errors="replace") as file:
                 same = os.path.samestat(os.fstat(file.fileno()), os.fstat(self._lock.fileno()))
                 holder = file.read(MAX_CLAIM).strip()
         except FileNotFoundError:
@@ -219,7 +216,7 @@ def _lock(directory: Path, claim: str) -> TextIO:
     """The directory's LOCK, held, with our name. Raises ValueError where another process holds
     it.
     """
-    file = open(directory / LOCK, "a+")
+    file = open(directory / LOCK, "a+", errors="replace")
     try:
         lock(file.fileno())
     except BlockingIOError:

@@ -218,8 +218,21 @@ def test_the_trainer_that_began_last_writes(tmp_path, locks):
     assert read_current(tmp_path) == (1, 1.0)
     assert new.publish(tensors(3.0), {}, **FIELDS) == 2
     assert read_current(tmp_path) == (2, 3.0)
+    # also once the new one is gone, or is restarted
+    new.close()
+    with pytest.raises(ValueError, match="began later"):
+        old.publish(tensors(2.0), {}, **FIELDS)
     # its operator wants it back
     assert WeightsWriter(tmp_path).publish(tensors(4.0), {}, **FIELDS) == 3
+
+
+def test_a_lock_that_says_anything_is_another_ones(tmp_path, locks):
+    writer = WeightsWriter(tmp_path)
+    (tmp_path / "LOCK").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="began later"):
+        writer.publish(tensors(1.0), {}, **FIELDS)
+    writer.close()
+    assert WeightsWriter(tmp_path).publish(tensors(1.0), {}, **FIELDS) == 1
 
 
 def followed(directory: Path, moment: int) -> str | None:

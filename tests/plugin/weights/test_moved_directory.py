@@ -66,6 +66,14 @@ def test_a_version_of_a_newer_trainer_is_taken_if_it_can_be_understood(tmp_path)
     assert staged == [1] and found.failures == {"format": 1}
     with pytest.raises(ManifestError, match="upgrade the server"):
         read_manifest(tmp_path / "v000002")
+    # nested deeper than any decoder goes
+    nested = b'{"added_later":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    (tmp_path / "v000002" / "manifest.json").write_bytes(nested)
+    with pytest.raises(ManifestError) as error:
+        read_manifest(tmp_path / "v000002")
+    assert error.value.cause == "manifest"
+    writing.close()
+    writing = WeightsWriter(tmp_path)
     writing.publish(tensors(3.0), {}, **FIELDS)
     found.poll()
     assert staged == [1, 3]
