@@ -56,9 +56,9 @@ class Arrivals:
         if self.enabled:
             self._waiting.append((number, sample))
 
-    def look(self, now: When, initial: bool, behind: bool) -> list[Event]:
+    def look(self, now: When, initial: bool, behind: bool, waits: bool = False) -> list[Event]:
         """Walk what waits; returns what was found. `initial`: whether that draft is another one
-        than the served, and may be served."""
+        than the served, and may be served; `waits` as in Drift.add."""
         waiting = self._affordable() if behind else list(self._waiting)
         self._waiting.clear()
         if not waiting:
@@ -73,7 +73,7 @@ class Arrivals:
                 continue
             self._gate.scored(sample, {role: one[0] for role, one in walks.items()})
             pair = {role: (float(one[0, 0]), float(one[0, 1])) for role, one in walks.items()}
-            events += self.drift.add(at, pair["served"], pair.get("initial"))
+            events += self.drift.add(at, pair["served"], pair.get("initial"), waits)
         self._follow(now, events)
         return events
 

@@ -14,12 +14,13 @@ is published where that is above 0: `better`, or `initial` if it is the initial 
 of those that are trained is refused: `worse` where A - A(served) < -WORSE s, `not_better` where
 not. Training goes on as it was when the initial draft is published. That draft is what suits
 today's traffic, and says nothing of whether the trained one, which has seen some of it, is worth
-less as a start; after `give_up_after` answers of `worse` in a row, against whatever is served,
-training goes back to that: a diverged draft does not come back by itself.
+less as a start; after `give_up_after` answers of `worse` or `not_finite` in a row, against whatever
+is served, training goes back to that: a diverged draft does not come back by itself.
 
 The initial draft is what a user had without us, so that doubt is in its favour. Where it is ahead
 of what is served, on all held requests or on the newest `min_requests`, a trained draft passes only
-if it is ahead of the initial one by ANCHOR s, and at all on the newest; else the initial one does.
+if it is ahead of the initial one by ANCHOR s, and at all on the newest; else the initial one does,
+if it is ahead on all held requests.
 The same is asked of it while the initial one is served. The requests that come are compared as
 well, with the served and the initial draft alone (drift.py): where those say that the initial one
 is ahead, and no trained one passes here, it is published.
@@ -179,7 +180,8 @@ class Gate:
     def scored(self, sample: Sample, scores: dict[str, np.ndarray]) -> None:
         """Walks of a sample that just came, by role: it is not walked again with those drafts."""
         held = self._held.get((sample.session, sample.request))
-        if held is not None and len(held.samples) == 1:
+        # a later part may have gone to training
+        if held is not None and held.samples == [sample]:
             held.scores |= {role: (1, found) for role, found in scores.items()}
 
     def forget(self, since: int) -> list[Sample]:
@@ -274,8 +276,7 @@ class Gate:
             return Decision(roles[-1], "off", len(self._held))
         if len(self._held) < max(2, self.config.min_requests):
             return few
-        initial = anchor == "initial"
-        others = (*roles, "initial") if initial else roles
+        others = (*roles, "initial") if (initial := anchor == "initial") else roles
         for role in ("served", *others):
             self._score(role, walk)
         if len(self._held) < 2:
@@ -293,7 +294,7 @@ class Gate:
         if best != "initial" and anchor and leads:
             # in doubt it is the initial one
             if not all(self._ahead(scores[best], first, least=ANCHOR)):
-                passes, best = passes and initial, "initial"
+                passes, best = passes and initial and ahead["initial"][0] > 0, "initial"
 
         def decision(role: str, reason: str) -> Decision:
             return Decision(

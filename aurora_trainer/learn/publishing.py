@@ -35,7 +35,7 @@ def offer(training: Training) -> Offer | None:
     anchor, coming = "", None
     if may_be_initial(training):
         anchor, coming = "initial", training.arrivals.drift.ahead()
-    elif was_given(training) and training.served.draft is training.served.initial:
+    elif serves_initial(training):
         anchor = "served"
     decision = training.gate.decide(roles, training._walk, anchor, coming)
     if decision.role == "initial":
@@ -58,7 +58,7 @@ def offer(training: Training) -> Offer | None:
 def written(training: Training, offer: Offer, version: int | None) -> None:
     """The offer is what servers have now, as `version`; None: they had it before."""
     # not before: what the disk refuses is offered again
-    training._offered_at, training.urgent = offer.updates, False
+    training._offered_at = offer.updates
     if version is None:
         training.published["unchanged"] += 1
         version = training.writer.newest
@@ -101,6 +101,11 @@ def was_given(training: Training) -> bool:
     """Whether there is an initial draft worth coming back to. One that the trainer made itself was
     never trained, and servers that have no other do not draft with it."""
     return training.config.trainer.model.draft is not None
+
+
+def serves_initial(training: Training) -> bool:
+    """Whether servers draft with it, so that the gate asks more of any other."""
+    return was_given(training) and training.served.draft is training.served.initial
 
 
 def may_be_initial(training: Training) -> bool:

@@ -89,7 +89,7 @@ class Training:
         self.urgent = False
         # a server rolled it back, and traffic did not change since
         self.initial_barred = False
-        # the version that training went on from
+        # the newest version that servers were given
         self.parent = 0
         # of optimizers before the last rollback
         self.earlier_updates = 0
@@ -109,6 +109,8 @@ class Training:
         self.shown: dict[str, float] = {}
         # positions that came in and were not answered by a step yet
         self._pending_tokens = 0
+        # to training: positions with a target, and all
+        self._given = [1, 1]
         # optimizer step at which the gate was last asked
         self._offered_at = 0
         # a version was rolled back, and training did not follow yet
@@ -157,12 +159,15 @@ class Training:
 
     @property
     def new_positions_per_step(self) -> int:
-        """More while training rests, but no more than a batch has room for: each is trained on."""
-        per_step = self.config.trainer.pace.new_positions_per_step
+        """More while training rests, but no more than a batch takes of what is new."""
+        config = self.config.trainer
+        per_step = config.pace.new_positions_per_step
         if not self.arrivals.resting:
             return per_step
-        rested = per_step * self.config.trainer.drift.rest_factor
-        return max(per_step, min(rested, self.config.trainer.batch.max_positions))
+        # positions without a target fill a batch too
+        targets, positions = self._given
+        room = config.batch.max_positions * config.buffer.fresh_fraction * targets / positions
+        return max(per_step, min(per_step * config.drift.rest_factor, int(room)))
 
     def due(self) -> bool:
         """Whether enough came in for the next step."""
@@ -181,9 +186,9 @@ class Training:
         unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
+            self._look_again()
             if self.steps in self._failed_steps:
                 self.buffer.failed()
-            self._look_again()
             return None
         self._look(behind=True)
         every = trainer.metrics.rescore_every_steps
@@ -286,13 +291,16 @@ class Training:
 
     def _give(self, samples: list[Sample]) -> None:
         for sample in samples:
-            self._pending_tokens += int(sample.has_target.sum())
+            targets = int(sample.has_target.sum())
+            self._pending_tokens += targets
+            self._given[0] += targets
+            self._given[1] += len(sample.features)
             self.buffer.put(sample)
 
     def _look(self, behind: bool) -> None:
         """At what came and was not trained on yet; answer what it says."""
-        initial = publishing.may_be_initial(self)
-        for event in self.arrivals.look(self._when(), initial, behind):
+        initial, waits = publishing.may_be_initial(self), publishing.serves_initial(self)
+        for event in self.arrivals.look(self._when(), initial, behind, waits):
             self._give(self._forgotten(event))
             if event.kind == "changed":
                 self.learner.begin_again()

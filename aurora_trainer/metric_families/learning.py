@@ -159,8 +159,9 @@ VERSIONS: dict[str, Family] = {
     "aurora_trainer_traffic_changes": counter(
         "Alarms that traffic changed: the served draft accepts less than it did, or the initial one"
         " is clearly ahead of it",
-        look="Training begins its schedule and its mean again and works at full pace; the gate lets"
-        " go of requests from before. Many a day: traffic that comes in blocks.",
+        look="The gate lets go of requests from before, and training works at full pace; where the"
+        " accept length fell, schedule and mean begin again. Many a day: traffic that comes in"
+        " blocks.",
         read=at("traffic_changes"),
         cause=CHANGES,
     ),

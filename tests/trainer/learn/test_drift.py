@@ -126,6 +126,24 @@ def test_after_an_alarm_less_is_asked():
     assert len(soon) >= 38 and np.median(soon) <= 8 and max(soon) <= 20
 
 
+def test_it_does_not_rest_while_what_is_trained_waits():
+    """The initial draft is served, and accepts what it accepts."""
+    x = 2 + 0.3 * np.random.default_rng(0).standard_normal(2000)
+    waiting = Drift(DriftConfig())
+    for n, length in enumerate(x):
+        assert not waiting.add(n, (30.0, 30 * float(length)), None, waits=True)
+    assert not waiting.resting
+
+
+def test_a_rollback_wakes_it():
+    rng, drift = np.random.default_rng(3), Drift(DriftConfig(rest_requests=96))
+    fed(drift, 2 + 0.3 * rng.standard_normal(300), None)
+    assert drift.resting
+    drift.begin()
+    found = fed(drift, 2 + 0.3 * rng.standard_normal(3), None, first=300)
+    assert [kind for _, kind, _ in found] == ["works"] and not drift.resting
+
+
 def test_training_rests_where_nothing_is_gained_and_works_again():
     rng = np.random.default_rng(3)
     drift = Drift(DriftConfig(rest_requests=96))

@@ -168,8 +168,7 @@ def test_the_best_by_its_lower_bound_is_published():
         decision = filled().decide(("live", "mean"), walk)
         assert decision.role == best
         assert decision.reason == ("initial" if best == "initial" else "better")
-        known = {role: walk.known[role, "r0"] for role in ("live", "mean")}
-        assert decision.candidate > decision.served + 0.2 and len(known) == 2
+        assert decision.candidate > decision.served + 0.2
     # none above 0
     none = World(0, live=-0.5, mean=-0.3, initial=-0.4)
     assert filled().decide(("live", "mean"), none).role == ""
@@ -212,6 +211,19 @@ def test_doubt_is_in_the_initial_drafts_favour():
         walk = World(n, live=1.5, initial=0.0)
         walk.known = {("live", f"r{n}"): -1.9 for n in range(16, 24)}
         assert not filled().decide(LIVE, walk, anchor="served").passed
+
+
+def test_the_initial_draft_is_not_published_where_it_is_behind():
+    """A few newest requests say that it leads, by chance, and all of them that it does not."""
+    wrong = 0
+    for seed in range(300):
+        walk, gate = World(seed, live=0.15, initial=-0.1), filled()
+        if gate.decide(LIVE, walk).role == "initial":
+            served, initial = (
+                [walk.length(role, f"r{n}") for n in range(24)] for role in ("served", "initial")
+            )
+            wrong += sum(initial) < sum(served)
+    assert wrong == 0
 
 
 def test_what_is_held_from_before_a_change_goes_to_training():
@@ -331,3 +343,15 @@ def test_state_round_trip():
     replayed = Gate(GateConfig())
     replayed.restore(gate.state(), live=False)
     assert replayed.state() == gate.state() | {"held": 0, "seen": []}
+
+
+def test_a_part_that_goes_to_training_leaves_the_held_ones_score():
+    """The request is longer than what is held of one."""
+    gate, walk = Gate(GateConfig(requests=4, hold_every=1)), World(0)
+    first, second = sample("r", positions=1500), sample("r", positions=1000)
+    assert gate.hold(first) == []
+    gate.scored(first, {"served": np.array([100.0, 300.0])})
+    assert gate.hold(second) == [second]
+    gate.scored(second, {"served": np.array([50.0, 60.0])})
+    gate._score("served", walk)
+    assert gate._scores("served").tolist() == [[100.0, 300.0]] and not walk.walked

@@ -201,3 +201,18 @@ def test_a_resumed_run_over_a_recording_follows_the_same_events(models, tmp_path
         assert torch.equal(tensor, parts.tensors[name]), name
     for name in ("steps", "pending_tokens", "optimizer", "buffer", "average_began", "samples"):
         assert whole.state[name] == parts.state[name], name
+
+
+def test_a_resting_trainer_takes_no_more_than_a_batch_has_room_for(models, tmp_path):
+    """Half of a batch is for what is new, and prompts, which have no targets, fill it too."""
+    training = Training(config(models, tmp_path))
+    trainer = training.config.trainer
+    worked = training.new_positions_per_step
+    training.arrivals._resting = True
+    training._given = [100, 400]
+    room = trainer.batch.max_positions * trainer.buffer.fresh_fraction / 4
+    rested = worked * trainer.drift.rest_factor
+    assert training.new_positions_per_step == max(worked, min(rested, int(room)))
+    training._given = [400, 400]
+    assert training.new_positions_per_step > worked
+    training.close()
