@@ -150,7 +150,7 @@ OF_RANK: dict[str, Family] = {
         read=lambda s: s.swaps["prefix_renewals"],
     ),
     "aurora_swap_stall_seconds": histogram(
-        "Time that the copies of a swap took, on the device",
+        "Time that the copies of a swap, a rollback or a repair took, on the device",
         look="What a swap costs running requests: on a GPU by events in the stream of the steps, "
         "which the new version is copied in; on a CPU of the scheduler's thread, which also copies "
         "the version before aside, a step before.",

@@ -110,7 +110,9 @@ def float8(features: Tensor, layers: int) -> tuple[Tensor, Tensor]:
 
 def float8_ref(features: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     parts = features.float().unflatten(1, (layers, -1))
-    scales = parts.abs().amax(2).clamp_min(1e-12) / LARGEST
+    largest = parts.abs().amax(2).clamp_min(1e-12)
+    # by a tensor: on CUDA a number's reciprocal would be multiplied with
+    scales = largest / torch.full_like(largest, LARGEST)
     values = parts / scales[:, :, None]
     codes = values.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(values.isnan(), 0x7F)
     return codes.flatten(1), scales
@@ -121,8 +123,8 @@ def _launches(
 ) -> list[tuple]:
     """(kernel, grid, arguments, constexprs, options) of pack_step."""
     path, (hidden, size) = step["accept_index"].shape[1], (step["hidden"], len(step["accept_lens"]))
-    assert hidden.stride(1) == 1 and path <= MAX_NODES
     nodes = step["draft_tokens"].numel() // size
+    assert hidden.stride(1) == 1 and path <= nodes <= MAX_NODES
     constexprs, options = _width(hidden, scales, features)
     layers = hidden.shape[1] // constexprs["WIDTH"]
     names = ("accept_lens", "accept_index", "positions", "draft_tokens", "next_tokens")

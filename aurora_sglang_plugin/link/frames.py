@@ -50,7 +50,7 @@ FRAMES: dict[str, Spec] = {
         # the token after the chunk: next prompt token, or the sampled one
         "next_tokens": (("int32",), ("B",)),
         # T = sum(feature_lens)
-        "aux_hidden_states": (_FLOAT, ("T", "F")),
+        FEATURES: (_FLOAT, ("T", "F")),
     },
     "verify": {
         # absolute position of the root
@@ -66,7 +66,7 @@ FRAMES: dict[str, Spec] = {
         # tokens committed after path nodes; valid for the first feature_lens
         "next_tokens": (("int32",), ("B", "P")),
         # features of the path nodes, T = sum(feature_lens)
-        "aux_hidden_states": (_FLOAT, ("T", "F")),
+        FEATURES: (_FLOAT, ("T", "F")),
         "topk_ids": (("int32",), ("B", "N", "K")),
         # As they judged: after penalties and bias, before temperature and truncation.
         "topk_logits": (_FLOAT, ("B", "N", "K")),
@@ -83,9 +83,9 @@ def frames_of(schema: int, kind: str) -> Spec:
     spec = FRAMES[kind]
     if schema != FLOAT8_SCHEMA or FEATURES not in spec:
         return spec
-    float8: Spec = {FEATURES: ((FLOAT8,), ("T", "F")), SCALES: (("float32",), ("T", "A"))}
+    frames: Spec = {FEATURES: ((FLOAT8,), ("T", "F")), SCALES: (("float32",), ("T", "A"))}
     return {
         name: of
         for before, shape in spec.items()
-        for name, of in (float8 if before == FEATURES else {before: shape}).items()
+        for name, of in (frames if before == FEATURES else {before: shape}).items()
     }

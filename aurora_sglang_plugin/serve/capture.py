@@ -63,8 +63,8 @@ class Capture:
         else:
             self.transfer = HostTensors()
         self._feature_width = layers[0] * layers[1]
-        float8 = config.features == "float8"
-        self._packing = Packing(config.topk_logits, layers[0] if float8 else 0, topk > 1)
+        in_float8 = config.features == "float8"
+        self._packing = Packing(config.topk_logits, layers[0] if in_float8 else 0, topk > 1)
         self.boundary = Boundary(KINDS)
         self.acceptance = Acceptance(num_steps)
         # beyond max_prompt_features

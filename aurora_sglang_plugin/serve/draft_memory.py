@@ -30,7 +30,8 @@ SCRATCH_BYTES = 16 << 20
 
 class DraftMemory:
     """Allocates all of it when it is made: memory that is missing must be missed before anything is
-    served. `fill` is the watcher thread's, all else the scheduler thread's; not both at a time."""
+    served. `fill` is the watcher thread's, all else the scheduler thread's; beside `fill` only
+    `exchange` and a `put` of what is previous may run."""
 
     def __init__(self, model: nn.Module, target_ids: torch.Tensor | None):
         # the watcher's thread must be able to write to what is made here
@@ -123,9 +124,9 @@ class DraftMemory:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """In the current stream, after the staging stream's last copy."""
+        self.stopwatch.start(0)
         if self._staged_event:
             torch.cuda.current_stream().wait_event(self._staged_event)
-        self.stopwatch.start(0)
         yield
         self.stopwatch.stop()
         # writes through .data do not count up a parameter's version, which marks old copies

@@ -29,7 +29,7 @@ class Stopwatch:
 
     def pause(self) -> None:
         """In place of `stop`, and on the CPU alone: counts with the next piece of work."""
-        self._before_s += self._now() - self._begin
+        self._before_s = self._now() - self._begin
 
     def stop(self) -> None:
         end = self._now()

@@ -6,8 +6,8 @@
                          READY <-> OFFERED -> KEEPING     while tensor-parallel ranks agree
 
 The staging copy is the draft module once more, with parameters of its own in the very layout of the
-live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only. A READY
-staging copy that nobody took yet is taken back when a newer version comes, so that the newest wins.
+live ones (fused qkv and gate_up, this rank's shard), so that the swap is copies only. One
+that is READY is taken back when a newer version comes; OFFERED or KEEPING, it is swapped in.
 The version that drafts is copied aside in the staging stream, while a step runs that reads it as
 well, so that only one copy stands between two steps. This module imports no sglang.
 """
@@ -85,7 +85,7 @@ class Reloader:
         # faults after which no version is swapped in; whether a swap was one, and was undone
         self._failed = 0
         self._broken = self._gone_back = False
-        # of the last swap: what drafted before, if a copy of it was kept, if live was written
+        # of the last swap: what drafted before, if it was to be copied aside, if live was written
         self._before = (0, self.created_unix_s)
         self._kept = self._wrote = False
         self._target = target
@@ -98,7 +98,10 @@ class Reloader:
         self._staged: tuple[Manifest, float] | None = None
         self.times = SwapTimes(self._memory.stopwatch)
         expected = expected_weights(model, target_ids, target)
-        self._watcher = Watcher(Path(weights.directory), swap.poll_s, expected, self.stage, wait_s)
+        self._watcher = Watcher(
+            Path(weights.directory), swap.poll_s, expected, self.stage, wait_s,
+            free=lambda: self._state in (FREE, READY),
+        )  # fmt: skip
         # disabled: as if it had been started, and never ready
         self._watching = not swap.enabled
         self.agreement = Agreement(group, PLAN_SIZE) if group is not None else None

@@ -59,11 +59,14 @@ class Watcher:
         expected: Expected,
         stage: Callable[[Weights], bool],
         wait_s: float = 0.0,
+        free: Callable[[], bool] = lambda: True,
     ):
         self.directory = Path(directory)
         self.poll_s = poll_s
         self.expected = expected
         self.stage = stage
+        # whether `stage` would take a version now: else none is read
+        self.free = free
         # by cause, one per version (a cause `missing`: one per try)
         self.failures: Counter[str] = Counter()
         # the newest version that needs no further attention: staged, or refused
@@ -134,6 +137,8 @@ class Watcher:
                 version = self._wanted()
             except OSError as error:
                 raise ManifestError("missing", str(error)) from None
+            if version not in (0, self.seen_version) and not self.free():
+                return
             done = version in (0, self.seen_version) or self.stage(
                 read_weights(self.directory / version_name(version), self.expected)
             )

@@ -217,13 +217,6 @@ def test_a_bad_row_is_its_own_and_can_be_left_out(name):
     )
 
 
-def test_an_unknown_schema_names_its_remedy():
-    sent, arrays = MESSAGES["verify"]()
-    sent.schema = 4
-    with pytest.raises(wire.WireError, match="this side reads 2 to 3: upgrade the"):
-        wire.decode(wire.encode(sent, arrays), max_bytes=MAX)
-
-
 @pytest.mark.parametrize("kind", ["prefill", "verify", "end", "verify in float8"])
 def test_a_refused_message_has_a_stand_in(kind):
     sent, arrays = MESSAGES[kind]()

@@ -177,7 +177,7 @@ def test_a_copy_aside_that_fails_leaves_what_drafts(site):
         site.assert_whole(1)
     assert site.reloader.counters()["refused_swap"] == 1
     # not from the copy that is half of two versions
-    spoilt = site.model.model.norm.weight
+    spoilt = site.reloader._memory.live[0]
     spoilt.data.fill_(-9)
     site.reloader.restore()
     assert (spoilt != 7).all()

@@ -81,6 +81,26 @@ def test_no_room_is_asked_again(tmp_path):
     assert next(answers, None) is None and watcher.seen_version == 1
 
 
+def test_nothing_is_read_while_there_is_no_room(tmp_path, monkeypatch):
+    """A server may idle so for long."""
+    staged, read, free = [], [], False
+
+    def reading(*args):
+        read.append(args)
+        return read_weights(*args)
+
+    monkeypatch.setattr(watch, "read_weights", reading)
+    watcher = Watcher(tmp_path, 0.001, EXPECTED, lambda w: not staged.append(w), free=lambda: free)
+    publish(tmp_path, 1)
+    for _ in range(5):
+        watcher.poll()
+    assert not read and watcher.seen_version == 0
+    free = True
+    watcher.poll()
+    watcher.poll()
+    assert len(read) == len(staged) == 1 and watcher.seen_version == 1
+
+
 def test_a_failing_stage_is_counted_and_logged_once(tmp_path, caplog):
     def stage(weights):
         raise RuntimeError("out of memory")

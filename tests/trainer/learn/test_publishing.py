@@ -21,6 +21,7 @@ from aurora_trainer.checkpoint import load_newest
 from aurora_trainer.daemon import Daemon
 from aurora_trainer.learn import drift
 from aurora_trainer.learn.drift import Event
+from aurora_trainer.learn.trainer import Training
 
 GATE = (
     "trainer.gate.enabled=true",
