@@ -11,6 +11,7 @@ writing happens on the loop's thread.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -20,6 +21,7 @@ from aurora_sglang_plugin.disk_faults import Retry
 log = logging.getLogger(__name__)
 
 SAY_AFTER_S = 10.0
+MEANWHILE_S = 0.5
 
 T = TypeVar("T")
 Write = Callable[[], T]
@@ -29,8 +31,14 @@ class Background:
     """`waits`: every job is written before `start` returns, as over a recording, whose versions
     must not depend on the speed of a disk."""
 
-    def __init__(self, jobs: dict[str, Retry], waits: bool = False):
-        self._jobs, self._waits = jobs, waits
+    def __init__(
+        self,
+        jobs: dict[str, Retry],
+        waits: bool = False,
+        meanwhile: Callable[[], None] = lambda: None,
+    ):
+        """`meanwhile` is called now and then while `wait` waits."""
+        self._jobs, self._waits, self._meanwhile = jobs, waits, meanwhile
         # a disk that does not answer to one of them keeps the other going
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="aurora-write")
         self._pending: dict[str, tuple[Future, Callable, Callable[[], None]]] = {}
@@ -93,11 +101,14 @@ class Background:
 
     def wait(self, now_s: float) -> None:
         """Until nothing is being written; says what it waits for, if that takes long."""
+        say_at = time.monotonic() + SAY_AFTER_S
         while self._pending:
-            wait([future for future, *_ in self._pending.values()], SAY_AFTER_S)
+            wait([future for future, *_ in self._pending.values()], MEANWHILE_S)
             self.poll(now_s)
-            if self._pending:
+            self._meanwhile()
+            if self._pending and time.monotonic() >= say_at:
                 log.warning("still being written: %s", ", ".join(self._pending))
+                say_at = time.monotonic() + SAY_AFTER_S
 
     def close(self) -> None:
         self._threads.shutdown()

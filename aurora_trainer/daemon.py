@@ -92,7 +92,7 @@ class Daemon:
             name: Retry(name) for name in ("message", "publish", "checkpoint", "rejected")
         }
         self._jobs["step"] = Retry("step", *STEP_WAITS_S)
-        self._background = Background(self._jobs)
+        self._background = Background(self._jobs, meanwhile=self.training.ranks.keep_alive)
 
     def run_live(self, max_steps: int | None = None, record: Path | None = None) -> None:
         """Train on what servers send until a signal comes, or for `max_steps` more steps."""
@@ -140,7 +140,7 @@ class Daemon:
         Versions and checkpoints follow the recording's own clock, and its end offers the last
         version. Damage is logged, counted and passed over.
         """
-        self._background = Background(self._jobs, waits=True)
+        self._background = Background(self._jobs, True, self.training.ranks.keep_alive)
         training, cursor = self.training, 0
         replayed = self.resumed.step if self.resumed else 0
         if self.resumed:
@@ -151,7 +151,7 @@ class Daemon:
         now_s, started, ended = 0.0, False, False
         records = on_one_clock(read_messages(path, self.damage))
         if original_pace:
-            records = paced(records, lambda: self.stopping)
+            records = paced(records, lambda: self.stopping, training.ranks.keep_alive)
         for _, message in records:
             if self.stopping or training.steps >= last:
                 break

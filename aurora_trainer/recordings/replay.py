@@ -62,8 +62,11 @@ def on_one_clock(messages: Messages) -> Messages:
         yield record, message
 
 
-def paced(messages: Messages, stopping: Callable[[], bool]) -> Messages:
-    """The same messages, each as long after the first one as it was captured after it."""
+def paced(
+    messages: Messages, stopping: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None
+) -> Messages:
+    """The same messages, each as long after the first one as it was captured after it. `meanwhile`
+    is called now and then while nothing is due."""
     first_ns, began_s = None, 0.0
     for record, message in messages:
         if first_ns is None:
@@ -71,6 +74,7 @@ def paced(messages: Messages, stopping: Callable[[], bool]) -> Messages:
         due_s = began_s + (message.header.time_ns - first_ns) / 1e9
         while (left_s := due_s - time.monotonic()) > 0 and not stopping():
             time.sleep(min(left_s, SLEEP_S))
+            meanwhile()
         yield record, message
 
 

@@ -117,7 +117,9 @@ def test_what_failed_is_not_kept_in_memory():
 
 def test_a_disk_that_does_not_answer_keeps_the_other_job_going(caplog, monkeypatch):
     monkeypatch.setattr("aurora_trainer.background_writer.SAY_AFTER_S", 0.05)
-    _, background = made()
+    monkeypatch.setattr("aurora_trainer.background_writer.MEANWHILE_S", 0.05)
+    spoken: list[int] = []
+    background = Background(made()[0], meanwhile=lambda: spoken.append(1))
     go, done = threading.Event(), []
     background.start("checkpoint", lambda: lambda: go.wait(10), done.append, nothing, 0.0)
     background.start("publish", lambda: lambda: 5, done.append, nothing, 0.0)
@@ -130,4 +132,6 @@ def test_a_disk_that_does_not_answer_keeps_the_other_job_going(caplog, monkeypat
     threading.Timer(0.3, go.set).start()
     background.wait(0.0)
     assert "still being written: checkpoint" in caplog.text and done == [5, True]
+    # other ranks would take silence for an end
+    assert len(spoken) > 2
     background.close()
