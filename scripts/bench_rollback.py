@@ -192,16 +192,12 @@ class Site:
             time.sleep(0.05)
 
     def wait_for(self, version: int) -> None:
-        self.wait(lambda: self.metric("aurora_draft_version") == version)
-
-    def metric(self, name: str) -> float:
-        lines = self.server.get("/metrics").splitlines()
-        return max((float(ln.split()[-1]) for ln in lines if ln.startswith(name)), default=0.0)
+        self.wait(lambda: self.server.metric("aurora_draft_version") == version)
 
     def counts(self) -> dict[str, float]:
         return {
-            "suspected": self.metric("aurora_versions_suspected"),
-            "rolled back": self.metric("aurora_versions_rejected"),
+            "suspected": self.server.metric("aurora_versions_suspected_total"),
+            "rolled back": self.server.metric("aurora_versions_rejected_total"),
         }
 
 
@@ -237,7 +233,7 @@ def equal(site: Site, options: argparse.Namespace) -> dict[str, Any]:
         mark = site.answered
         site.wait_for(site.publish(noise(1e-3)))
         site.wait(lambda: site.answered - mark >= options.requests)  # noqa: B023
-    return {"swaps": site.metric("aurora_swaps"), **site.counts()}
+    return {"swaps": site.server.metric("aurora_swaps_total"), **site.counts()}
 
 
 def shift(site: Site, options: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import signal
 import statistics
 import tempfile
@@ -31,14 +30,6 @@ MODES = ("off", "absent", "stopped", "receiving", "training")
 SMALL_QUEUE = "plugin.swap.enabled=false plugin.publish.queue_bytes=4000000"
 
 
-def metric(server: Server, name: str) -> float:
-    """Sum of a metric over its labels."""
-    return sum(
-        float(v)
-        for v in re.findall(rf"^{name}(?:{{.*}})? (\S+)$", server.get("/metrics"), re.MULTILINE)
-    )
-
-
 def tree_cpu_s(server: Server) -> float:
     root = psutil.Process(server.process.pid)
     return sum(sum(p.cpu_times()[:2]) for p in [root, *root.children(recursive=True)])
@@ -49,24 +40,25 @@ def tree_rss_bytes(server: Server) -> int:
     return sum(p.memory_info().rss for p in [root, *root.children(recursive=True)])
 
 
-def measure(server: Server, prompts: list[list[int]]) -> dict[str, float]:
+CAPTURE = ("aurora_capture_seconds_sum", "aurora_captured_messages_total")
+
+
+def measure(server: Server, prompts: list[list[int]], captures: bool = True) -> dict[str, float]:
+    """`captures`: else the server has no figures of capture."""
     # every turn computes its prompts
     server.get("/flush_cache")
-    capture = [
-        metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")
-    ]
+    before = [server.metric(name) if captures else 0.0 for name in CAPTURE]
     cpu, began = tree_cpu_s(server), time.monotonic()
     replies = list(send(server, prompts, tokens=96))
     wall = time.monotonic() - began
-    after = [
-        metric(server, f"aurora_{n}") for n in ("capture_seconds_sum", "captured_messages_total")
-    ]
+    after = [server.metric(name) if captures else 0.0 for name in CAPTURE]
+    seconds, messages = (now - then for now, then in zip(after, before))
     return {
         "tokens_per_s": sum(len(r.tokens) for r in replies) / wall,
         "latency_p95_s": sorted(r.latency_s for r in replies)[int(0.95 * len(replies))],
         "cpu_s": tree_cpu_s(server) - cpu,
-        "capture_us_per_message": 1e6 * (after[0] - capture[0]) / max(1.0, after[1] - capture[1]),
-        "capture_share": (after[0] - capture[0]) / wall,
+        "capture_us_per_message": 1e6 * seconds / max(1.0, messages),
+        "capture_share": seconds / wall,
     }
 
 
@@ -82,11 +74,11 @@ def wire_bytes(server: Server, prompts: list[list[int]]) -> float:
 def _sent_bytes(server: Server, timeout_s: float = 30) -> float:
     """Once nothing waits to be sent."""
     deadline = time.monotonic() + timeout_s
-    while metric(server, "aurora_queued_messages"):
+    while server.metric("aurora_queued_messages"):
         if time.monotonic() > deadline:
             raise RuntimeError(f"the trainer did not take all messages within {timeout_s:g} s")
         time.sleep(0.1)
-    return metric(server, "aurora_sent_bytes_total")
+    return server.metric("aurora_sent_bytes_total")
 
 
 def main() -> None:
@@ -123,12 +115,12 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
         Server(target, **serve, env=off) as plain,
         Server(target, **serve, env=environment) as capturing,
     ):
-        measure(plain, prompts[: options.requests])
+        measure(plain, prompts[: options.requests], captures=False)
         measure(capturing, prompts[: options.requests])
         rss = tree_rss_bytes(capturing)
         for number in range(1, options.rounds + 1):
             turn = prompts[number * options.requests : (number + 1) * options.requests]
-            figures["off"].append(measure(plain, turn))
+            figures["off"].append(measure(plain, turn, captures=False))
             figures["absent"].append(measure(capturing, turn))
             with Trainer(
                 config, home / "receiving.log", "--set", "trainer.pace.enabled=false"
@@ -150,7 +142,7 @@ def run(options: argparse.Namespace, target: Path, home: Path) -> dict[str, list
         print(
             f"server memory {rss / 2**20:.0f} MiB before, {tree_rss_bytes(capturing) / 2**20:.0f}"
             " MiB after; dropped because the queue was full:"
-            f" {metric(capturing, 'aurora_dropped_messages_total'):.0f} messages"
+            f" {capturing.metric('aurora_dropped_messages_total'):.0f} messages"
         )
         print(f"{per_token:,.0f} bytes on the wire a committed token")
         figures["receiving"][-1]["wire_bytes_per_token"] = per_token
@@ -162,7 +154,7 @@ def wait_until_received(home: Path, timeout_s: float = 60) -> None:
     status = home / "status.json"
     status.unlink(missing_ok=True)
     deadline = time.monotonic() + timeout_s
-    while not (status.exists() and json.loads(status.read_text()).get("received")):
+    while not (status.exists() and json.loads(status.read_text())["received"]):
         if time.monotonic() > deadline:
             raise RuntimeError(f"the trainer heard nothing from the server within {timeout_s:g} s")
         time.sleep(0.2)

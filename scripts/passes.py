@@ -182,8 +182,12 @@ class Pass:
             f"  {seconds:4.0f} s  {len(self.replies):4} requests of {self._of}  "
             f"{self.replies[-1].domain:9}  {self.tokens / seconds:5.1f} tokens/s  "
             f"accept length {mean(recent):.2f}  draft v{self.version}  "
-            f"optimizer step {status.get('optimizer_step', 0)}  "
-            f"dropped {sum(status.get('dropped', {}).values())}  lost {status.get('lost', 0)}   "
+            + (
+                f"optimizer step {status['optimizer_step']}  "
+                f"dropped {sum(status['dropped'].values())}  lost {status['lost']}   "
+                if status
+                else ""
+            )
         )
 
     def status(self) -> dict[str, Any]:

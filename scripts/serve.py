@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -136,6 +137,20 @@ class Server:
     def get(self, path: str, timeout_s: float = 30) -> str:
         with urllib.request.urlopen(self.url + path, timeout=timeout_s) as response:
             return response.read().decode()
+
+    def metric(self, name: str) -> float:
+        """A metric of /metrics, summed over its labels.
+
+        Raises RuntimeError where there is none of that name: a server exports every series of its
+        families from its start, so that what is absent was never there, and is not 0.
+        """
+        found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", self.get("/metrics"), re.M)
+        if not found:
+            raise RuntimeError(
+                f"the server exports no {name}; expected a metric of docs/metrics.md, and"
+                " --enable-metrics"
+            )
+        return sum(map(float, found))
 
     def log_tail(self, lines: int = 60) -> str:
         # SGLang prints all of its arguments in one line of 20,000 characters

@@ -133,9 +133,9 @@ def figures(
         "distinct_4grams_in_one_output": mean(
             [distinct_fraction([r.tokens]) for r in live.replies]
         ),
-        "dropped": status.get("dropped", {}),
-        "lost": status.get("lost", 0),
-        "optimizer_steps": status.get("optimizer_step", 0),
+        "dropped": status["dropped"],
+        "lost": status["lost"],
+        "optimizer_steps": status["optimizer_step"],
         # Tokens a second; every client is busy, but in the live pass, in which users may pause.
         "passes": {
             "live": live.figures(),

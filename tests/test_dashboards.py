@@ -2,6 +2,7 @@
 unit tests.
 """
 
+import ast
 import json
 import os
 import re
@@ -47,6 +48,20 @@ def test_every_metric_exists(source):
         names = used(expr)
         assert names <= known(), (expr, names - known())
         assert names or "ALERTS" in expr, expr
+
+
+def test_scripts_read_metrics_that_exist():
+    """A name that is gone would be 0 for ever in a figure."""
+    others = {"aurora_domain", "aurora_kernels", "aurora_sglang_plugin", "aurora_trainer"}
+    read = set()
+    for script in (DOCS.parent / "scripts").glob("*.py"):
+        texts = (n.value for n in ast.walk(ast.parse(script.read_text())) if is_text(n))
+        read |= {m[1] for t in texts if (m := re.match(r"(aurora_\w*)(\{|$)", t))} - others
+    assert len(read) >= 8 and read <= known(), read - known()
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def test_every_recording_rule_is_documented_and_used():

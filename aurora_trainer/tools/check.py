@@ -166,9 +166,10 @@ def _publishes(directory: Path) -> None:
 
     Raises ValueError.
     """
-    name = f"check.tmp-{os.getpid()}"
+    # A trainer that runs removes what has a temporary name beside its versions: not what is below.
+    own = Path(tempfile.mkdtemp(prefix="check-", dir=directory))
     try:
-        path = write_directory(directory, name, {"file": b"one"})
+        path = write_directory(own, "version", {"file": b"one"})
         replace_file(path / "file", b"two")
         with open(path / "file", "ab", buffering=0) as file:
             file.write(b"three")
@@ -176,7 +177,7 @@ def _publishes(directory: Path) -> None:
     except OSError as error:
         found = str(error).encode()
     finally:
-        discard(directory / name)
+        discard(own)
     if found != b"twothree":
         raise ValueError(
             f"{directory}: a directory was made and renamed, a file in it replaced by rename and"

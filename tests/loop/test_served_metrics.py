@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from metric_pages import documented, exported, values
 from rig import wait_until
 
@@ -11,6 +12,11 @@ SERIES = 'dp_rank="0",tp_rank="0"'
 def test_documentation_is_what_a_server_exports(chain):
     page = chain.server.get("/metrics")
     assert exported(page, "aurora_") == documented("Server")
+    # as the benches read it: what is not there is not 0
+    assert chain.server.metric("aurora_attached") == 1
+    assert chain.server.metric("aurora_dropped_messages_total") >= 0
+    with pytest.raises(RuntimeError, match="exports no aurora_dropped_messages;"):
+        chain.server.metric("aurora_dropped_messages")
 
 
 def test_figures_of_a_server(chain, stream):

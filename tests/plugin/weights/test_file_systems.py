@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from published import FIELDS, read_current, tensors
 
 from aurora_sglang_plugin.weights import atomic_files, manifest, reader, watcher
+from aurora_sglang_plugin.weights.atomic_files import remove_temporaries
 from aurora_sglang_plugin.weights.manifest import rejected_versions
 from aurora_sglang_plugin.weights.reader import Expected
 from aurora_sglang_plugin.weights.watcher import Watcher
@@ -159,6 +161,24 @@ def test_check_finds_a_file_system_that_lacks_what_versions_need(tmp_path, monke
             patched.setattr(atomic_files.os, name, lambda *how, n=number: refuse_to(n))
             with pytest.raises(ValueError, match="expected a file system that can"):
                 _publishes(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_and_a_trainer_that_clears_leftovers_do_not_meet(tmp_path):
+    over = threading.Event()
+
+    def clear():
+        while not over.is_set():
+            remove_temporaries(tmp_path)
+
+    trainer = threading.Thread(target=clear)
+    trainer.start()
+    try:
+        for _ in range(100):
+            _publishes(tmp_path)
+    finally:
+        over.set()
+        trainer.join()
     assert not list(tmp_path.iterdir())
 
 
