@@ -147,10 +147,38 @@ def check_policy(spec: dict, ports: dict) -> None:
         assert all(port["port"] in own for port in rule["ports"])
     for rule in [*spec["ingress"], *spec["egress"]]:
         for peer in rule.get("from", []) + rule.get("to", []):
-            if selector := peer.get("podSelector"):
+            selector = peer.get("podSelector")
+            # else of another namespace
+            if selector and "namespaceSelector" not in peer:
                 other = ports[selector["matchLabels"][NAME]]
                 numbers = {port["port"] for port in rule["ports"]}
                 assert numbers <= {*own, *other.values()}
+
+
+def test_the_models_volume_can_be_filled(base):
+    """Both sides only read it; the page's pod writes it, with what they run as."""
+    fill = yaml.safe_load((DEPLOY / "fill.yaml").read_text())
+    check(fill)
+    (volume,) = fill["spec"]["volumes"]
+    (mount_,) = fill["spec"]["containers"][0]["volumeMounts"]
+    claim = volume["persistentVolumeClaim"]
+    assert not claim.get("readOnly") and not mount_.get("readOnly")
+    assert mount_["mountPath"] == MODELS and mount_["name"] == volume["name"]
+    made = base["PersistentVolumeClaim", claim["claimName"]]
+    # three pods on as many nodes
+    assert made["spec"]["accessModes"] == ["ReadWriteMany"]
+    for name in ("runAsUser", "runAsGroup", "fsGroup"):
+        ours = fill["spec"]["securityContext"][name]
+        assert ours == pod(base, "Deployment")["spec"]["securityContext"][name], name
+    page = (DEPLOY / "README.md").read_text()
+    assert f"fill:{MODELS}/target" in page and "docs/deploy/fill.yaml" in page
+
+
+def test_only_prometheus_reaches_the_trainers_figures(base):
+    policy = base["NetworkPolicy", "aurora-trainer"]["spec"]
+    ports = {port["port"]: rule["from"] for rule in policy["ingress"] for port in rule["ports"]}
+    (peer,) = ports["metrics"]
+    assert peer["podSelector"]["matchLabels"] == {NAME: "prometheus"} and peer["namespaceSelector"]
 
 
 def test_prometheus_finds_the_jobs_that_the_rules_name(base):

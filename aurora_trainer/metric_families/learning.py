@@ -203,7 +203,7 @@ VERSIONS: dict[str, Family] = {
     ),
     "aurora_trainer_gate_decisions": counter(
         "The gate's answers; better and off let pass, initial publishes the initial draft",
-        look="`not_better`: no gain beyond noise yet, the ordinary answer of a draft that has"
+        look="`not_better`: not ahead by a standard error, the ordinary answer of a draft that has"
         " learned its traffic. Mostly `worse`: training does harm, see the loss. `few_requests`:"
         " too few were held back so far.",
         read=at("gate"),
