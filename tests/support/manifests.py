@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "docs" / "deploy"
+CRDS = Path(__file__).parent / "crds"
 WAYS = ("with-draft", "untrained-draft", "without-draft")
 # of a pod
 MODELS, VERSIONS = "/models", "/aurora/versions"
@@ -49,3 +52,15 @@ def container(objects: dict, kind: str, name: str = "", init: bool = False) -> d
 def config_text(objects: dict) -> str:
     (found,) = (o for (_, name), o in objects.items() if name.startswith("aurora-config"))
     return found["data"]["aurora.toml"]
+
+
+def check(thing: dict) -> None:
+    """By the published schema, unknown fields refused."""
+    if (crd := CRDS / f"{thing['kind']}.json").exists():
+        assert thing["apiVersion"] in json.loads(crd.read_text())["$comment"]
+        jsonschema.Draft202012Validator(json.loads(crd.read_text())).validate(thing)
+        return
+    kubernetes = pytest.importorskip(
+        "kubernetes_validate", reason="`make setup` installs kubernetes-validate"
+    )
+    kubernetes.validate(thing, kubernetes.latest_version(), strict=True)

@@ -10,7 +10,6 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,12 +18,10 @@ import pytest
 from published import FIELDS, read_current, tensors
 
 from aurora_sglang_plugin.weights import atomic_files, manifest, reader, watcher
-from aurora_sglang_plugin.weights.atomic_files import remove_temporaries
 from aurora_sglang_plugin.weights.manifest import rejected_versions
 from aurora_sglang_plugin.weights.reader import Expected
 from aurora_sglang_plugin.weights.watcher import Watcher
 from aurora_sglang_plugin.weights.writer import WeightsWriter
-from aurora_trainer.tools.check import _publishes
 
 SHAPES = {"fc.weight": (4, 6), "norm.weight": (4,), "d2t": (5,)}
 EXPECTED = Expected(FIELDS["target"], SHAPES, target_vocab=10, config={})
@@ -152,38 +149,6 @@ def test_a_file_system_that_syncs_no_directory_is_published_to(tmp_path, monkeyp
     with pytest.raises(OSError):
         writing.publish(tensors(2.0), {}, **FIELDS)
     assert read_current(tmp_path) == (1, 1.0)
-
-
-def test_check_finds_a_file_system_that_lacks_what_versions_need(tmp_path, monkeypatch):
-    _publishes(tmp_path)
-    for name, number in (("rename", errno.ENOSYS), ("replace", errno.EPERM)):
-        with monkeypatch.context() as patched:
-            patched.setattr(atomic_files.os, name, lambda *how, n=number: refuse_to(n))
-            with pytest.raises(ValueError, match="expected a file system that can"):
-                _publishes(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_check_and_a_trainer_that_clears_leftovers_do_not_meet(tmp_path):
-    over = threading.Event()
-
-    def clear():
-        while not over.is_set():
-            remove_temporaries(tmp_path)
-
-    trainer = threading.Thread(target=clear)
-    trainer.start()
-    try:
-        for _ in range(100):
-            _publishes(tmp_path)
-    finally:
-        over.set()
-        trainer.join()
-    assert not list(tmp_path.iterdir())
-
-
-def refuse_to(number):
-    raise OSError(number, os.strerror(number))
 
 
 # ---- a file system that cannot be read now
