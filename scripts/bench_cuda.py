@@ -240,6 +240,8 @@ class Bench:
         """AURORA's of the server that captures, but buckets."""
         page = self.on.get("/metrics")
         pairs = re.findall(r"^(aurora_\w+(?:\{.*?\})?) (\S+)$", page, re.MULTILINE)
+        if not pairs:
+            raise RuntimeError("the server exports no metric of AURORA's")
         return {name: float(value) for name, value in pairs if "_bucket" not in name}
 
     def _hidden(self) -> int:
