@@ -5,7 +5,8 @@ interleaved in one run: plain, AURORA with the count that it chooses, AURORA wit
 
 `good` is a draft that was trained for the target (a published version, an export), `mediocre` the
 same with noise, `untrained` what init-draft makes. Outputs are compared before anything is timed.
-No trainer runs and nothing is captured.
+No trainer runs and nothing is captured. Answers have from half to one and a half of --tokens: if
+they were equal, the plain server alone would end them all at once and run prompts in one batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -99,13 +101,15 @@ def compare(kind: str, draft: Path, options: argparse.Namespace) -> list[dict]:
         print("outputs", "equal" if equal else "differ", flush=True)
         assert equal or "bfloat16" in options.args, "the outputs differ"
         rows, at = [], len(same)
+        draw, rounds_before = random.Random(0), decode_rounds(servers["chosen"])
+        lengths = [round(options.tokens * draw.uniform(0.5, 1.5)) for _ in prompts]
         for clients in options.clients:
             speed: dict[str, list[float]] = {name: [] for name in servers}
             accept: dict[str, list[float]] = {name: [] for name in servers}
             # as many as the plain server answers in a turn
             warm = prompts[at : at + 2 * clients]
             began = time.monotonic()
-            list(send(servers["plain"], warm, tokens=options.tokens, concurrency=clients))
+            list(send(servers["plain"], warm, tokens=lengths, concurrency=clients))
             each = (time.monotonic() - began) / len(warm)
             count = max(clients, round(options.seconds / each))
             for _ in range(options.rounds):
@@ -117,7 +121,7 @@ def compare(kind: str, draft: Path, options: argparse.Namespace) -> list[dict]:
                         send(
                             server,
                             prompts[at : at + count],
-                            tokens=options.tokens,
+                            tokens=lengths[at : at + count],
                             concurrency=clients,
                         )
                     )
@@ -132,7 +136,11 @@ def compare(kind: str, draft: Path, options: argparse.Namespace) -> list[dict]:
                     "accept_length": statistics.mean(accept[name]),
                 }  # fmt: skip
             row["plain_tokens_per_s"] = statistics.median(speed["plain"])
-            row["rounds_of_chosen"] = decode_rounds(servers["chosen"])
+            rounds = decode_rounds(servers["chosen"])
+            row["rounds_of_chosen"] = {
+                steps: count - rounds_before.get(steps, 0) for steps, count in rounds.items()
+            }
+            rounds_before = rounds
             rows.append(row)
             print(json.dumps({k: v for k, v in row.items() if k != "rounds_of_chosen"}), flush=True)
         return rows
@@ -140,11 +148,12 @@ def compare(kind: str, draft: Path, options: argparse.Namespace) -> list[dict]:
 
 def decode_rounds(server: Server) -> dict[str, int]:
     """So far, by draft steps."""
-    found = {}
-    for line in server.get("/metrics").splitlines():
-        if line.startswith("aurora_decode_rounds_total{") and not line.endswith(" 0.0"):
-            found[line.split('steps="')[1].split('"')[0]] = int(float(line.split()[-1]))
-    return found
+    name = "aurora_decode_rounds_total{"
+    lines = [line for line in server.get("/metrics").splitlines() if line.startswith(name)]
+    if not lines:
+        raise ValueError(f"{server.url}/metrics has no {name[:-1]}")
+    found = {line.split('steps="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+    return {steps: int(count) for steps, count in found.items() if count}
 
 
 def show(rows: list[dict]) -> None:

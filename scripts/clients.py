@@ -48,7 +48,7 @@ def send(
     server: Server,
     prompts: Sequence[list[int]],
     *,
-    tokens: int = 128,
+    tokens: int | Sequence[int] = 128,
     concurrency: int = CLIENTS,
     until: threading.Event | None = None,
     domain: str | None = None,
@@ -57,15 +57,17 @@ def send(
     finish. `until`: send no more once it is set. `domain`: a label that the requests carry, for
     `aurora-trainer eval`.
 
-    Output always has `tokens` tokens: the end of text is ignored, so that every request weighs the
-    same. Raises the first error of any request.
+    Output always has `tokens` tokens (one number for all, or one for each): the end of text is
+    ignored, so that no request weighs more for what was said. Raises the first error of any
+    request.
     """
-    params: dict[str, Any] = {"max_new_tokens": tokens, "ignore_eos": True}
+    params: dict[str, Any] = {"ignore_eos": True}
     if domain:
         params["custom_params"] = {"aurora_domain": domain}
 
     def ask(number: int) -> Reply:
-        answer = server.generate(prompts[number], params)
+        length = tokens if isinstance(tokens, int) else tokens[number]
+        answer = server.generate(prompts[number], params | {"max_new_tokens": length})
         return Reply(
             number, domain or "", answer["output_ids"], _accept_length(answer["meta_info"])
         )

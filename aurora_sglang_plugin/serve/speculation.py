@@ -3,13 +3,12 @@ this very server take and by what its draft is worth. Zero steps are plain decod
 
 For each bucket of batch sizes (1, 2, 3-4, 5-8, ...) the count s with the largest A(s) / c(s) is
 taken (worth.py). Acceptance is counted for the version that drafts; before it has drafted, its
-gate's accept length stands for it. Costs are measured in bursts of 8 rounds between rounds of the
-present count: for a batch size that is new at once, later for at most `explore` of all rounds.
+gate's accept length stands for it. Costs are measured in bursts (bursts.py).
 
-If no bucket in use is worth drafting, the server is cold: it leaves out all of the draft's passes,
-also over prompts, and a round costs what it costs without speculation. A request that ran cold has
-holes in its draft's KV: its acceptance never counts, and a server that leaves the cold drafts once
-half of the running requests have none.
+If drafting does not pay over the batch sizes of late, the server is cold: it leaves out all of the
+draft's passes, also over prompts, and a round costs what it costs without speculation. A request
+that ran cold has holes in its draft's KV: its acceptance never counts, and a server that leaves the
+cold drafts once half of the running requests have none.
 
 One rank decides, since clocks differ; others need its `plan` alone.
 """
@@ -19,51 +18,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
 
 from aurora_sglang_plugin.config import SpeculationConfig
-from aurora_sglang_plugin.serve.worth import (
-    BUCKETS,
-    COLD,
-    SURE,
-    Cost,
-    Rates,
-    bucket,
-    candidate_steps,
-)
+from aurora_sglang_plugin.serve.bursts import EVERY, Bursts
+from aurora_sglang_plugin.serve.worth import BUCKETS, COLD, SURE, Rates, bucket, candidate_steps
 
 logger = logging.getLogger(__name__)
 
-# rounds between two decisions, and of a burst
-EVERY = 8
-# rounds after a change whose time says nothing: the launch of one overlaps the other
-SETTLE = 2
-# bursts for a batch size that is new, which `explore` does not bound
-TRIES = 6
-# share of rounds in buckets worth drafting, below which the server goes cold
-WARM_SHARE = 0.05
-# rounds after which a draft that was given up is tried once more
+# share of what is remembered of use and time that is kept after EVERY rounds
+REMEMBER = 1 - EVERY / 512
+# rounds in the cold after which a draft is tried once more, however bad it was
 RETRY = 20_000
-
-
-@dataclass(frozen=True)
-class _Round:
-    size: int
-    steps: int
-    # rounds since the count of steps changed
-    since: int
-    seconds: float
-
-
-@dataclass
-class _Burst:
-    bucket: int
-    steps: int
-    base: int
-    ended: bool = False
+# accept length up to which it is not even measured what drafting costs
+HOPELESS = 1.1
+# gain or loss up to which costs are measured twice at once
+CLOSE = 0.15
 
 
 class Speculation:
@@ -88,34 +59,35 @@ class Speculation:
         self.epoch = 0
         # steps of the round that runs
         self.steps = most if has_draft else COLD
-        # decode rounds by their steps, and those of them that a burst took
+        # decode rounds by their steps
         self.rounds: Counter[int] = Counter()
-        self.explored = 0
         self.rates = Rates(most)
         # request-steps that must be judged before drafting may be given up
         self.probation = 0
         self._clock = clock
         self._graph_sizes: list[int] | None = None
-        # what the plan is without a burst
+        # the best count of each bucket, in a server that is not cold
         self._choice = list(self.plan)
         self._met = [False] * BUCKETS
-        self._cost = [Cost() for _ in range(BUCKETS)]
-        self._tries = [0] * BUCKETS
-        # rounds of late, by bucket
-        self._use = [0.0] * BUCKETS
-        # of late: seconds of decode rounds, tokens of prompts, and of those that the draft passed
-        # over, with the seconds of its passes
-        self._decode_s = self._prompt_tokens = self._draft_tokens = self._draft_s = 0.0
-        self._log: deque[_Round] = deque(maxlen=8 * EVERY)
+        self._bursts = Bursts(config.explore)
+        # a count that seems better and was measured once
+        self._doubted: int | None = None
+        # of late: seconds of decode rounds by bucket, tokens of prompts, and of those that the
+        # draft passed over, with the seconds of its passes
+        self._decode_s = [0.0] * BUCKETS
+        self._prompt_tokens = self._draft_tokens = self._draft_s = 0.0
         self._began: float | None = None
         self._size = self._since = self._count = 0
-        self._burst: _Burst | None = None
-        self._budget = 0.0
         # measured gain over the predicted one, of the versions before
         self._trust = 1.0
-        # the round in which the present version was given up
-        self._given_up: int | None = None
+        # the round in which the server became cold
+        self._cold_since = 0
         self._has_draft = has_draft
+
+    @property
+    def explored(self) -> int:
+        """Decode rounds that bursts took."""
+        return self._bursts.explored
 
     # ---- SGLang's protocol
 
@@ -136,8 +108,9 @@ class Speculation:
         Returns True every 8 rounds: then it is time to decide."""
         now = self._clock()
         if self._began is not None:
-            self._log.append(_Round(self._size, self.steps, self._since, now - self._began))
-            self._decode_s += now - self._began
+            seconds = now - self._began
+            self._bursts.round(self._size, self.steps, self._since, seconds)
+            self._decode_s[bucket(self._size)] += seconds
         self._began = now
         at = bucket(size)
         self._met[at] = True
@@ -149,7 +122,6 @@ class Speculation:
         self._since = self._since + 1 if steps == self.steps else 0
         self._size, self.steps = size, steps
         self.rounds[steps] += 1
-        self._use[at] += 1
         self._count += 1
         return self._count % EVERY == 0
 
@@ -190,39 +162,36 @@ class Speculation:
             gain = (before.length(self.most, prior=False) - 1) / (before.predicted - 1)
             self._trust *= min(1.25, max(0.5, gain))
             self._trust = min(1.25, max(0.1, self._trust))
-        self._has_draft, self._given_up = True, None
+        self._has_draft = True
         self.probation = 0 if self.cold else probation
         return before
 
     def gain(self) -> float:
         """Tokens a second over those of plain decoding, at the present batch size, as measured."""
-        return self._value(bucket(self._size), self._choice[bucket(self._size)])
+        at = bucket(self._size)
+        return 1.0 if self.cold else self._value(at, self._choice[at])
 
     # ---- decisions
 
     def decide(self) -> list[int]:
         """On the rank that decides, every 8 rounds: the plan from here on, for `apply`."""
         at = bucket(self._size)
-        keep = 1 - EVERY / 2048
-        self._use = [use * keep for use in self._use]
-        self._decode_s *= keep
-        self._prompt_tokens *= keep
-        self._draft_tokens *= keep
-        self._draft_s *= keep
-        self._budget = min(self._budget + EVERY * self.config.explore, 2.0 * EVERY)
-        if self._burst is not None:
-            self._end_burst(at)
+        self._decode_s = [seconds * REMEMBER for seconds in self._decode_s]
+        self._prompt_tokens *= REMEMBER
+        self._draft_tokens *= REMEMBER
+        self._draft_s *= REMEMBER
+        self._bursts.save()
+        cold = self.cold
+        if self._bursts.runs:
+            self._bursts.end(at)
         elif self._has_draft:
             self._choose(at)
-            self._explore(at)
+            cold = self._is_cold()
+            if cold == self.cold:
+                self._explore(at)
         self._foresee()
-        plan = list(self._choice)
-        if self._burst is not None and not self._burst.ended:
-            self.explored += EVERY
-            plan[self._burst.bucket] = self._burst.steps
-        cold = self._is_cold()
-        if cold and not self.cold:
-            self._given_up = self._count
+        plan = [0] * BUCKETS if cold else list(self._choice)
+        self._bursts.enter(plan)
         return [*plan, int(cold)]
 
     def apply(self, plan: Sequence[int]) -> bool:
@@ -230,49 +199,57 @@ class Speculation:
         *self.plan, cold = plan
         changed = bool(cold) != self.cold
         self.cold = bool(cold)
-        if changed and not self.cold:
-            self.epoch += 1
+        if changed:
+            self._cold_since = self._count
+            self.epoch += not self.cold
         return changed
+
+    def _known(self) -> list[int]:
+        """Buckets for which it is known what drafting costs."""
+        return [at for at, cost in enumerate(self._bursts.costs) if cost.knows(self.most)]
 
     def _foresee(self) -> None:
         """A batch size of unknown cost has what the nearest one has whose cost is known."""
-        known = [b for b in range(BUCKETS) if self._cost[b].knows(self.most)]
-        known = known or [b for b in range(BUCKETS) if self._met[b]]
+        known = self._known() or [at for at in range(BUCKETS) if self._met[at]]
         for at in set(range(BUCKETS)) - set(known):
             self._choice[at] = self._choice[min(known, key=lambda b: abs(b - at))]
 
     def _value(self, at: int, steps: int, errors: float = 0.0) -> float:
-        """Tokens a second over those of plain decoding, with the draft's passes over prompts."""
-        if steps == 0:
-            return 1.0
-        gain = self.rates.length(steps, errors) / self._cost[at].of(steps)
-        if not self._draft_tokens or not self._decode_s:
+        """Tokens a second over those of a cold server, with the draft's passes over prompts."""
+        gain = self._gain(at, steps, errors)
+        decode_s = sum(self._decode_s)
+        if not self._draft_tokens or not decode_s or gain <= 0:
             return gain
         # as long as decoding would have taken with these steps
-        now = self._choice[at]
-        gain_now = self.rates.length(now) / self._cost[at].of(now) if now else 1.0
-        decode_s = self._decode_s * gain_now / gain
+        decode_s *= (1.0 if self.cold else self._gain(at, self._choice[at])) / gain
         prompts_s = self._prompt_tokens * self._draft_s / self._draft_tokens
-        return gain * decode_s / (decode_s + prompts_s) if gain > 0 else gain
+        return gain * decode_s / (decode_s + prompts_s)
+
+    def _gain(self, at: int, steps: int, errors: float = 0.0) -> float:
+        return self.rates.length(steps, errors) / self._bursts.costs[at].of(steps)
+
+    def _best(self, at: int, among: Sequence[int] = (), errors: float = 0.0) -> int:
+        return max(among or self.candidate_steps, key=lambda steps: self._value(at, steps, errors))
+
+    def _hopeful(self, at: int) -> bool:
+        """Too few of its drafts were judged to know that it does not pay."""
+        best = self._best(at, self.candidate_steps[1:], errors=-1.0)
+        return self.rates.judged < SURE and self._value(at, best, errors=-1.0) > 1
 
     def _choose(self, at: int) -> None:
-        if self._given_up is not None:
-            if self._count - self._given_up < RETRY:
-                return
-            # nothing is known of how good it is today
-            self._given_up, self.rates = None, Rates(self.most)
-            self._choice = [self.most] * BUCKETS
+        now, cost = self._choice[at], self._bursts.costs[at]
+        if not self.rates.known or not cost.knows(self.most):
             return
-        now, drafting = self._choice[at], self.candidate_steps[1:]
-        if not self.rates.known or not self._cost[at].knows(self.most):
+        best = self._best(at)
+        if best == 0 and (self.probation or self._hopeful(at)):
+            best = self._best(at, self.candidate_steps[1:], errors=-1.0)
+        lead = self._value(at, best) / self._value(at, now) - 1
+        if best != now and best > 0 and cost.times(best) == 1 and lead < CLOSE:
+            # one burst may have been lucky
+            self._doubted = best
             return
-        best = max(self.candidate_steps, key=lambda steps: self._value(at, steps))
-        if best == 0 and now > 0:
-            hopeful = self.rates.judged < SURE and self._value(at, now, errors=-1.0) > 1
-            if self.probation or hopeful:
-                best = max(drafting, key=lambda steps: self._value(at, steps))
         if best > now:
-            ahead = self._value(at, best, errors=1.0)
+            ahead = self._value(at, best, self._doubt())
             if ahead < self._value(at, now) * (1 + self.config.margin):
                 return
         if best == now:
@@ -280,71 +257,73 @@ class Speculation:
         self._choice[at] = best
         logger.info(
             "draft steps requests=%d steps=%d before=%d accept_length=%.2f cost=%.2f",
-            self._size, best, now, self.rates.length(best), self._cost[at].of(best),
+            self._size, best, now, self.rates.length(best), self._bursts.costs[at].of(best),
         )  # fmt: skip
 
     def _is_cold(self) -> bool:
-        worth = sum(use for use, steps in zip(self._use, self._choice) if steps)
-        return worth <= WARM_SHARE * sum(self._use)
+        """Whether plain decoding without a pass of the draft commits more tokens a second than the
+        best counts do, over the batch sizes of late."""
+        if self.cold and self._count - self._cold_since >= RETRY:
+            # nothing is known of how good it is today
+            self.rates = Rates(self.most)
+        if not self.rates.known:
+            self._choice = [steps or self.most for steps in self._choice]
+            return False
+        use = {at: self._decode_s[at] for at in self._known() if self._decode_s[at]}
+        if not use:
+            return self.cold
+        if self.cold:
+            best = {at: self._best(at) for at in use}
+            value = self._mean_value(use, best, self._doubt())
+            if value < 1 + self.config.margin:
+                return True
+            for at, steps in best.items():
+                self._choice[at] = steps
+            return False
+        value = self._mean_value(use, dict(enumerate(self._choice)))
+        return value <= 1 and not self.probation and not any(map(self._hopeful, use))
+
+    def _mean_value(
+        self, use: dict[int, float], choice: dict[int, int], errors: float = 0.0
+    ) -> float:
+        """Over buckets that were used for so many seconds."""
+        values = sum(use[at] * self._value(at, choice[at], errors) for at in use)
+        return values / sum(use.values())
+
+    def _doubt(self) -> float:
+        """Standard errors by which what was counted must be ahead; an expectation has none."""
+        return 1.0 if self.rates.judged else 0.0
 
     def _explore(self, at: int) -> None:
         """Begin a burst if a decision needs to know what it costs, or if its turn has come."""
-        cost, now = self._cost[at], self._choice[at]
-        cold = now == 0 and self._is_cold()
-        base = COLD if cold else now
-        settled = self.steps == base and self._since >= SETTLE + EVERY - 1
-        if not settled or cold != self.cold:
+        cost, base = self._bursts.costs[at], COLD if self.cold else self._choice[at]
+        if self.steps != base or not self._bursts.settled(self._since):
             return
-        wanted = None
-        if cold:
+        if self.cold:
             # whatever a round costs, a draft that nobody accepts cannot pay
-            hopeful = self.rates.known and self.rates.length(self.most) > 1.1
-            if hopeful and self._given_up is None and not cost.knows(self.most):
-                wanted = self.most
-        elif not cost.knows(base):
-            # the one burst that leaves out the draft's passes: what plain decoding takes
-            wanted = COLD
-        elif not cost.knows(0) and base > 0:
-            wanted = 0
-        elif not cost.knows(self.most):
-            wanted = self.most
-        elif self._budget >= EVERY:
-            others = [steps for steps in self.candidate_steps if steps != now]
+            hopeful = self.rates.length(self.most) > HOPELESS
+            wanted = self.most if hopeful and not cost.knows(self.most) else None
+        else:
+            wanted = self._unsure(at, base)
+        if wanted is not None:
+            self._bursts.begin(at, wanted, base, urgent=True)
+        elif not self.cold:
+            others = [steps for steps in (COLD, *self.candidate_steps) if steps != base]
             wanted = others[self.explored // EVERY % len(others)]
-        if wanted is None or (self._tries[at] >= TRIES and self._budget < EVERY):
-            return
-        self._tries[at] += 1
-        self._budget = max(0.0, self._budget - EVERY)
-        self._burst = _Burst(at, wanted, base)
+            self._bursts.begin(at, wanted, base, urgent=False)
 
-    def _end_burst(self, at: int) -> None:
-        """Rounds of the present count follow the burst, then it is measured."""
-        burst = self._burst
-        assert burst is not None
-        if at == burst.bucket and not burst.ended:
-            burst.ended = True
-            return
-        self._burst = None
-        if at == burst.bucket:
-            self._measure(burst)
-
-    def _measure(self, burst: _Burst) -> None:
-        """c(s) from the burst's rounds and those before and after it."""
-        settled = [r for r in self._log if r.since >= SETTLE]
-        inside = [r for r in settled if r.steps == burst.steps]
-        if not inside:
-            return
-        size = median(r.size for r in inside)
-        alike = [r for r in settled if abs(r.size - size) <= 0.15 * size]
-        own = [r.seconds for r in alike if r.steps == burst.steps]
-        around = [r.seconds for r in alike if r.steps == burst.base]
-        if min(len(own), len(around)) < 4:
-            return
-        ratio = median(own) / median(around)
-        cost = self._cost[burst.bucket]
-        if burst.steps == COLD:
-            cost.add(burst.base, 1 / ratio)
-        elif burst.steps == 0 and cost.knows(0):
-            cost.add(burst.base, cost.of(0) / ratio)
-        elif cost.knows(burst.base):
-            cost.add(burst.steps, ratio * cost.of(burst.base))
+    def _unsure(self, at: int, base: int) -> int | None:
+        """The steps of the burst that a decision waits for: it leaves out the draft's passes, and
+        tells the present count from plain decoding, or measures no steps, or the most. Each once,
+        and twice where it is close."""
+        cost = self._bursts.costs[at]
+        for times in (1, 2):
+            if cost.times(base) < times:
+                return COLD
+            for steps in (0, self.most):
+                if cost.times(steps) < times:
+                    return steps
+            if not self.rates.known or abs(self._value(at, self._best(at)) - 1) > CLOSE:
+                break
+        doubted, self._doubted = self._doubted, None
+        return doubted

@@ -99,12 +99,18 @@ class Cost:
     def knows(self, steps: int) -> bool:
         return steps == COLD or steps in self.measured
 
+    def times(self, steps: int) -> int:
+        """How often it was measured, of late."""
+        return len(self.measured.get(steps, ()))
+
     def of(self, steps: int) -> float:
-        """Measured, or on the line through what was measured beside it; nan if nothing was."""
+        """Measured, or on the line through what was measured beside it; nan if nothing was. No
+        round costs less than one that leaves out the draft's passes."""
         if steps == COLD:
             return 1.0
         # a plain round that keeps the draft's KV costs next to nothing more
-        points = {0: 1.0, **{s: median(ratios) for s, ratios in self.measured.items()}}
+        measured = {s: max(1.0, median(ratios)) for s, ratios in self.measured.items()}
+        points = {0: 1.0} | measured
         if steps in points:
             return points[steps]
         if len(points) < 2:

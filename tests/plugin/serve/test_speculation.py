@@ -23,6 +23,8 @@ GPU = {COLD: 1.0, 0: 1.03, 1: 1.12, 2: 1.18, 3: 1.24}
 # (github.com/sgl-project/sglang/pull/23336); c(s) = accept length * 447.2 / tokens a second. And at
 # 64 requests, where 1, 2 and 3 steps made 3391, 3836 and 4106 (pull/22246), with the same accept
 # lengths, 2.52 for 2 steps by equal rates, and the same c(1).
+# drafting never pays: its passes fill what was idle
+BUSY = {COLD: 1.0, 0: 1.15, 1: 1.6, 2: 2.0, 3: 2.4}
 GLM = {COLD: 1.0, 0: 1.02, 1: 1.39, 2: 1.58, 3: 1.77}
 GLM_64 = {COLD: 1.0, 0: 1.02, 1: 1.39, 2: 1.67, 3: 1.89}
 
@@ -143,6 +145,55 @@ def test_batch_sizes_of_the_past_do_not_keep_a_useless_draft_warm():
     assert server.policy.cold and server.policy.rounds[0] <= 16, server.policy.rounds
 
 
+def test_load_that_comes_and_goes():
+    """The draft pays at 4 requests and not at 16: plain decoding there, with no pass of the draft,
+    and drafting again once the load is gone, whether or not anything new came meanwhile."""
+    plain = 1 / (1.04 + 0.5 / 100)
+    server = Server(GPU, 0.5, size=4)
+    server.run(2000)
+    for _ in range(3):
+        server.cost, server.size = BUSY, 16
+        assert server.run(1500) >= 0.93 * plain
+        assert server.policy.cold and server.run(1000) >= 0.97 * plain
+        server.cost, server.size = GPU, 4
+        server.run(1000)
+        assert not server.policy.cold and server.run(1000) >= 0.95 * best(GPU, 0.5)
+    # what changes faster than it pays to follow: better than plain, on the whole
+    speeds = []
+    for _ in range(30):
+        for server.cost, server.size in ((BUSY, 16), (GPU, 4)):
+            speeds.append(server.run(100))
+    assert sum(speeds) / len(speeds) >= 0.97 * plain
+    assert server.policy.epoch < 12
+
+
+def test_one_lucky_burst_decides_nothing(monkeypatch):
+    """A count that seems better by little is measured again before it is chosen."""
+    server = Server(GPU, 0.7)
+    server.run(1000)
+    policy = server.policy
+    at = bucket(server.size)
+    assert policy.plan[at] == 3
+    cost = policy._bursts.costs[at]
+    cost.measured.clear()
+    for steps, ratio in {0: 1.03, 1: 1.12, 3: 1.24}.items():
+        for _ in range(4):
+            cost.add(steps, ratio)
+    cost.add(2, 1.04)
+    server.run(1000)
+    assert policy.plan[at] == 3 and cost.times(2) == 2, cost
+    assert policy.rounds[2] <= 24
+
+
+def test_a_version_of_which_nothing_is_known_is_tried():
+    """No gate judged it, as where trainer.gate.enabled is false."""
+    server = Server(GPU, 0.0, has_draft=False)
+    server.run(300)
+    server.serve(0.8, math.nan)
+    server.run(1000)
+    assert not server.policy.cold and server.run(1000) >= 0.95 * best(GPU, 0.8)
+
+
 def test_a_server_without_a_draft_drafts_once_a_version_is_worth_it():
     server = Server(GPU, 0.0, has_draft=False)
     server.run(1000)
@@ -160,7 +211,8 @@ def test_a_gate_that_promises_too_much_is_believed_less_each_time():
         server.serve(0.3, 3.0)
         worth.append(server.run(1500))
     plain = 1 / (1.04 + 0.5 / 100)
-    assert worth[0] < worth[-1] and worth[-1] >= 0.97 * plain, worth
+    assert min(worth) >= 0.97 * plain, worth
+    assert server.policy.expect(3.0).length(3) < 2.2
 
 
 def test_a_request_with_holes_in_its_kv_never_counts_and_keeps_the_server_from_drafting():
