@@ -26,7 +26,7 @@ PROMPT_TOKENS = 512
 LEARNING = """\
 dtype = "bfloat16"
 [trainer.pace]
-new_positions_per_step = 64  # few requests: a step for each of them
+new_positions_per_step = 128  # few requests: nearly a step for each of them
 nice = 0  # two cores for all: a trainer that stands back would learn half as much
 [trainer.batch]
 max_positions = 1024
