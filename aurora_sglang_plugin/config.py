@@ -97,6 +97,9 @@ class CaptureConfig(Section):
     features: Literal["model", "float8"] = "model"
     # of a prompt's last tokens; the rest is counted
     max_prompt_features: Annotated[int, Field(ge=0)] = 1024
+    # of captured requests, those of whose prompts anything is sent, by another hash of the request
+    # id
+    prompt_sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # CUDA: steps on their way to the host; none free is a counted drop
     pinned_buffers: PositiveInt = 4
     # CUDA: of each buffer; a step that needs more is a counted drop

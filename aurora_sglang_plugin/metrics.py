@@ -275,8 +275,9 @@ def of_capture(num_steps: int) -> dict[str, Family]:
             cause=CAUSES,
         ),
         "aurora_skipped_prompt_tokens": counter(
-            "Prompt tokens left out by plugin.capture.max_prompt_features",
-            look="Long prompts: features of their beginnings do not travel.",
+            "Prompt tokens left out by plugin.capture.max_prompt_features and prompt_sample_rate",
+            look="Features of long prompts' beginnings, and of prompts that are not among the"
+            " sample, do not travel.",
             read=lambda s: s.capture.prompt_tokens_skipped,
         ),
         "aurora_accept_length_tokens": histogram(

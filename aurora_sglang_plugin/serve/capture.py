@@ -20,7 +20,7 @@ from aurora_sglang_plugin.config import CaptureConfig
 from aurora_sglang_plugin.link.wire import DOMAIN, FLAG_ALTERED_DISTRIBUTION, EndReason, Kind
 from aurora_sglang_plugin.serve.accepted_counts import Acceptance
 from aurora_sglang_plugin.serve.capture_boundary import Boundary
-from aurora_sglang_plugin.serve.excluded import DOMAIN_LABEL, why_excluded
+from aurora_sglang_plugin.serve.excluded import DOMAIN_LABEL, place_of, why_excluded
 from aurora_sglang_plugin.serve.snapshot import End, Prefill, Verify
 from aurora_sglang_plugin.serve.step_buffer import Packing, layers_of
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, PinnedBuffers, Staged
@@ -67,7 +67,7 @@ class Capture:
         self._packing = Packing(config.topk_logits, layers[0] if in_float8 else 0, topk > 1)
         self.boundary = Boundary(KINDS)
         self.acceptance = Acceptance(num_steps)
-        # beyond max_prompt_features
+        # beyond max_prompt_features, or not among prompt_sample_rate
         self.prompt_tokens_skipped = 0
         # requests by cause (excluded.py)
         self.excluded: Counter[str] = Counter()
@@ -148,7 +148,7 @@ class Capture:
         ):
             end += extend
             if self.sampled(req):
-                first = max(prefix, len(req.origin_input_ids) - self.config.max_prompt_features)
+                first = max(prefix, len(req.origin_input_ids) - self._prompt_features(req))
                 taken = max(0, min(extend, prefix + extend - first))
                 self.prompt_tokens_skipped += extend - taken
                 if taken:
@@ -157,15 +157,20 @@ class Capture:
                 req.aurora_prefilled = prefix + extend
         return chunks
 
+    def _prompt_features(self, req: Any) -> int:
+        """How many of a captured request's last prompt tokens may be sent."""
+        sent = place_of(req.rid, "prompt") < self.config.prompt_sample_rate
+        return self.config.max_prompt_features if sent else 0
+
     def _cached_ids(self, req: Any, prefix: int, first: int) -> Sequence[int]:
         """The last ids before the first feature of a request, `first`, where the prefix before it
         was cached: the trainer may know it from an earlier request. Of a prompt no more ids travel
-        than `max_prompt_features`."""
+        than `max_prompt_features`, and of some prompts none."""
         prompt = req.origin_input_ids
         # a chunk that follows another one, or features that are left out
         if not 0 < first == prefix != getattr(req, "aurora_prefilled", -1) or first > len(prompt):
             return ()
-        count = self.config.max_prompt_features - (len(prompt) - first)
+        count = self._prompt_features(req) - (len(prompt) - first)
         return prompt[max(0, first - count) : first] if count > 0 else ()
 
     def before_verify(self, batch: Any) -> None:

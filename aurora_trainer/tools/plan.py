@@ -60,11 +60,12 @@ def plan(
     per_token = per_step / (load.running * load.accept_length)
     prompt = min(load.prompt_tokens, capture.max_prompt_features)
     per_prompt = prefill_bytes(draft, prompt, size, capture.features)
-    link = rate * (load.tokens_per_s * per_token + load.requests_per_s * per_prompt)
+    prompts_per_s = load.requests_per_s * capture.prompt_sample_rate
+    link = rate * (load.tokens_per_s * per_token + prompts_per_s * per_prompt)
     row = queued_row_bytes(draft, load, size, capture.topk_logits, capture.features)
     # of one server, a second
     queued = capture.sample_rate * (
-        load.tokens_per_s / load.accept_length * row + load.requests_per_s * per_prompt
+        load.tokens_per_s / load.accept_length * row + prompts_per_s * per_prompt
     )
     positions = rate * load.tokens_per_s
     version, parameters = version_bytes(draft, target, size), parameter_count(draft, target)

@@ -66,6 +66,26 @@ def test_max_prompt_features(prefix, extend, taken):
     assert arrays["input_ids"] == expected
 
 
+def test_prompts_are_sampled_apart():
+    """Of one captured request in four the prompt, whole or not at all; of all of them what was
+    generated. The share is the same among the requests that `sample_rate` leaves."""
+    capture = make_capture(prompt_sample_rate=0.25, sample_rate=0.5)
+    reqs = [request(f"r{n}", range(20), range(3)) for n in range(800)]
+    captured = [req for req in reqs if capture.sampled(req)]
+    prefill_step(capture, reqs, [0] * 800, [12] * 800)
+    ((_, _, first),) = capture.publisher.items
+    capture.publisher.items.clear()
+    prefill_step(capture, reqs, [12] * 800, [8] * 800)
+    ((_, _, second),) = capture.publisher.items
+    assert first["requests"] == second["requests"]
+    assert 0.18 < len(first["requests"]) / len(captured) < 0.32
+    assert capture.prompt_tokens_skipped == 20 * (len(captured) - len(first["requests"]))
+    capture.publisher.items.clear()
+    # after a retraction: a generated token is computed with a chunk, and its features are sent
+    prefill_step(capture, reqs, [20] * 800, [1] * 800)
+    assert capture.publisher.items[0][2]["requests"] == [req.rid for req in captured]
+
+
 def test_ids_of_a_cached_prefix_travel_once():
     """With the first chunk of a request, and again after it was retracted; never what was left out
     on purpose, or generated."""
