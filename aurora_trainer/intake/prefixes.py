@@ -25,7 +25,7 @@ BLOCK = 16
 AT_LEAST = 32
 
 # a multiple of BLOCK, and the bytes of the tokens before it
-Key = tuple[int, bytes]
+BlockKey = tuple[int, bytes]
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Run:
     # int32 [L]
     versions: np.ndarray
     dtype: str
-    keys: list[Key] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
 
 
 class Prefixes:
@@ -56,7 +56,7 @@ class Prefixes:
         self._count = 0
         # least recently used first
         self._runs: OrderedDict[int, Run] = OrderedDict()
-        self._at: dict[Key, int] = {}
+        self._at: dict[BlockKey, int] = {}
 
     def put(self, sample: Sample) -> None:
         """Keep what `sample` knows of its positions."""

@@ -1,7 +1,7 @@
-"""Requests that just came, before anything is trained on them: each is walked with the served draft
+"""Samples that just came, before anything is trained on them: each is walked with the served draft
 and the initial one, and what drift.py makes of it is handed on.
 
-A trainer with time to spare walks each request when it comes. One that is behind walks them before
+A trainer with time to spare walks each sample when it comes. One that is behind walks them before
 its next step, all at once, and of their positions no more than SHARE of those that it trains on;
 the others are trained on without having been looked at. Two walks are two passes forward, a step
 that trains is about three of each of its positions, so that this costs at most 2/3 of SHARE of a
@@ -37,7 +37,7 @@ class Arrivals:
     def __init__(self, config: DriftConfig, gate: Gate, walk: Walk):
         self.enabled = config.enabled and gate.config.enabled
         self.drift = Drift(config)
-        self._gate, self._walk = gate, walk
+        self._held, self._walk = gate.held, walk
         # number of the sample, sample; newest last
         self._waiting: deque[tuple[int, Sample]] = deque(maxlen=MAX_WAITING)
         # positions that may be walked by a trainer that is behind
@@ -71,7 +71,7 @@ class Arrivals:
             walks = {role: own[n] for role, own in found.items() if own[n] is not None}
             if "served" not in walks:
                 continue
-            self._gate.scored(sample, {role: one[0] for role, one in walks.items()})
+            self._held.scored(sample, {role: one[0] for role, one in walks.items()})
             pair = {role: (float(one[0, 0]), float(one[0, 1])) for role, one in walks.items()}
             events += self.drift.add(at, pair["served"], pair.get("initial"), waits)
         self._follow(now, events)
