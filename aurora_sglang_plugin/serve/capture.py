@@ -8,12 +8,14 @@ Dimensions: B requests, N tree nodes, P = S + 1 path columns, V target vocabular
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from aurora_kernels.dispatch import kernels_run_on
 from aurora_kernels.pack_step import float8
 
 from aurora_sglang_plugin.config import CaptureConfig
@@ -28,6 +30,13 @@ from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, PinnedBuffe
 if TYPE_CHECKING:
     from aurora_sglang_plugin.link.publisher import Publisher
 
+log = logging.getLogger(__name__)
+
+WITHOUT_KERNELS = (
+    "this GPU runs no kernels of Aurora: PyTorch packs each captured step, which costs more and"
+    " was never tried; expected an NVIDIA GPU from sm_80 on. Where decoding suffers, capture"
+    " less: plugin.capture.sample_rate"
+)
 KINDS = ("prefill", "verify", "end")
 
 
@@ -59,6 +68,8 @@ class Capture:
         self.rejection = rejection
         self.transfer: PinnedBuffers | HostTensors
         if device.type == "cuda":
+            if not kernels_run_on(device):
+                log.warning(WITHOUT_KERNELS)
             self.transfer = PinnedBuffers(device, config.pinned_buffers, config.pinned_buffer_bytes)
         else:
             self.transfer = HostTensors()

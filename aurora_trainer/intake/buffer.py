@@ -32,7 +32,8 @@ from aurora_trainer.intake.sample import Sample
 class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
-    # of samples; the oldest of the largest owner goes first
+    # of samples; the oldest of whoever has most goes first. Where the trainer is on a GPU, as much
+    # of its memory again, shared by the ranks: the features of samples stay there
     max_bytes: PositiveInt = 2 << 30
     # of one sample
     max_uses: PositiveInt = 8

@@ -277,9 +277,7 @@ def _steps(steps: str) -> str:
 
 def _traffic(changes: float, samples: float, resting: bool) -> str:
     """How often traffic changed, how many samples ago, and what training makes of it."""
-    changed = (
-        f"changed {changes:.0f} times, {samples:,.0f} samples ago" if changes else "as it was"
-    )
+    changed = f"changed {changes:.0f} times, {samples:,.0f} samples ago" if changes else "as it was"
     if changes and samples < NEW_TRAFFIC:
         changed = f"{RED}{changed}{PLAIN}"
     pace = "training rests, nothing is gained" if resting else "training at full pace"
