@@ -303,7 +303,7 @@ class Assembler:
         segment.extend(step)
         segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
         if step.tree is None:
-            segment.trim(self.config.max_positions)
+            self.counters["trimmed"] += segment.trim(self.config.max_positions)
         self._hold(key, 0, segment.nbytes - before)
         self._open.move_to_end(key)
         if (

@@ -152,9 +152,10 @@ class Buffer:
             self._again += [batch[half:], batch[:half]]
         for sample in batch if len(batch) == 1 else ():
             number = next((n for n, entry in self._entries.items() if entry.sample is sample), None)
+            # else it has left, and is counted by why
             if number is not None:
                 self._forget(number)
-            self.dropped["failed"] += 1
+                self.dropped["failed"] += 1
 
     def stats(self) -> dict[str, float]:
         """Numbers for metrics; ages in seconds behind the newest sample of the same server."""

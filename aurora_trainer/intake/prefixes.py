@@ -23,6 +23,8 @@ from aurora_trainer.intake.sample import Sample
 BLOCK = 16
 # Tokens that must be the same, if the server sent so many.
 AT_LEAST = 32
+# of a key, beside the run
+KEY_BYTES = 256
 
 # a multiple of BLOCK, and the bytes of the tokens before it
 BlockKey = tuple[int, bytes]
@@ -42,10 +44,15 @@ class Run:
     dtype: str
     keys: list[BlockKey] = field(default_factory=list)
 
+    @property
+    def nbytes(self) -> int:
+        arrays = self.tokens.nbytes + self.features.nbytes + self.versions.nbytes
+        return arrays + KEY_BYTES * len(self.keys)
+
 
 class Prefixes:
-    """The runs of the last requests, at most `max_bytes` of features; those that nobody asked for
-    go first."""
+    """The runs of the last requests, at most `max_bytes` with their keys; those that nobody asked
+    for go first."""
 
     def __init__(self, max_bytes: int, most: int):
         """most: positions that a sample wants as context."""
@@ -69,10 +76,10 @@ class Prefixes:
             # who comes last has most of the conversation
             self._at[key] = number
         self._runs[number] = run
-        self._nbytes += run.features.nbytes
+        self._nbytes += run.nbytes
         while self._nbytes > self._max_bytes:
             number, run = self._runs.popitem(last=False)
-            self._nbytes -= run.features.nbytes
+            self._nbytes -= run.nbytes
             for key in run.keys:
                 if self._at.get(key) == number:
                     del self._at[key]

@@ -54,6 +54,16 @@ def offer(training: Training) -> Offer | None:
     return None
 
 
+def publish(training: Training) -> int | None:
+    """Offer, write and take it in, at once. Returns the version, or None."""
+    found = training.offer()
+    if found is None:
+        return None
+    version = found.write()
+    training.written(found, version)
+    return version
+
+
 def written(training: Training, offer: Offer, version: int | None) -> None:
     """The offer is what servers have now, as `version`; None: they had it before."""
     _take_in(training, offer, version)

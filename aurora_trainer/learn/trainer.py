@@ -150,14 +150,13 @@ class Training:
             good = [row for row in range(len(message.header.requests)) if row not in message.bad]
             self.traffic["steps"] += len(good)
             self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())
-        for sample in self.assembler.add(message) + self.assembler.idle(now_s):
-            self._keep(sample)
+        self._keep_all(self.assembler.add(message))
+        self._keep_all(self.assembler.idle(now_s))
 
     def idle(self, now_s: float) -> None:
         """Tell the time while nothing comes."""
         self.ranks.keep_alive()
-        for sample in self.assembler.idle(now_s):
-            self._keep(sample)
+        self._keep_all(self.assembler.idle(now_s))
 
     @property
     def new_positions_per_step(self) -> int:
@@ -210,6 +209,7 @@ class Training:
         self.positions += positions
         self.arrivals.trained(positions)
         self._show(learned.update.loss, learned.before)
+        drawn = [int(s.tree_version[-1]) for s in samples if len(s.tree_version)]
         return Step(
             update=learned.update,
             score=learned.score,
@@ -217,11 +217,7 @@ class Training:
             before=learned.before,
             after=learned.after,
             time_ns=[s.time_ns for s in samples],
-            staleness=[
-                self.served.version - int(s.tree_version[-1])
-                for s in samples
-                if len(s.tree_version)
-            ],
+            staleness=[self.served.version - version for version in drawn],
         )
 
     def give_up(self) -> None:
@@ -240,13 +236,8 @@ class Training:
         publishing.written(self, offer, version)
 
     def publish(self) -> int | None:
-        """Offer, write and take it in, at once. Returns the version, or None."""
-        offer = self.offer()
-        if offer is None:
-            return None
-        version = offer.write()
-        self.written(offer, version)
-        return version
+        """As publishing.publish."""
+        return publishing.publish(self)
 
     def apply_rollbacks(self) -> None:
         """As publishing.apply_rollbacks."""
@@ -279,12 +270,22 @@ class Training:
         self.buffer.failed()
         for sample in self._unseen:
             self._trained.pop(id(sample), None)
-        self._unseen = []
 
     def _take_served(self) -> None:
         self.parent = self.served.version
         self.earlier_updates = self.updates
         self.learner.start(self.served.to_train())
+
+    def _keep_all(self, samples: list[Sample]) -> None:
+        """Each of them, whatever another one raises: what does is raised at last."""
+        errors: list[Exception] = []
+        for sample in samples:
+            try:
+                self._keep(sample)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
