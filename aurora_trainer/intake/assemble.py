@@ -194,7 +194,8 @@ class Assembler:
             segment = self._following(
                 key, root, int(a["draft_tokens"][row, 0]), gap_count, dtype, hidden.shape[1]
             )
-            if segment is None or segment.shape not in (None, shape):
+            # a root in the prompt is none: such a segment would never be taken in parts
+            if segment is None or segment.shape not in (None, shape) or root < segment.prompt_len:
                 self._close(key, "gap")
                 prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
                 segment = self._begin(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -22,9 +23,9 @@ def walk_apart(
     """Of each group: float64 [its samples, 2], or None if it cannot be walked."""
     try:
         return _together(walk, role, groups)
-    except Exception:
+    except Exception as error:
         # one at a time: whatever one of them is, it costs itself
-        log.warning("samples cannot be walked together, walking each alone", exc_info=True)
+        _say(type(error))
     found: list[np.ndarray | None] = []
     for samples in groups:
         try:
@@ -32,6 +33,12 @@ def walk_apart(
         except Exception:
             found.append(None)
     return found
+
+
+@cache
+def _say(kind: type[Exception]) -> None:
+    """Once for each kind: samples without end must not fill the log."""
+    log.warning("samples cannot be walked together, walking each alone", exc_info=True)
 
 
 def _together(walk: Walk, role: str, groups: Sequence[Sequence[Sample]]) -> list[np.ndarray]:
