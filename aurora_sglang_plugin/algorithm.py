@@ -13,13 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from aurora_kernels.limits import MAX_NODES
 from sglang.srt.environ import envs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
 from aurora_sglang_plugin.config import load_server_config
 from aurora_sglang_plugin.drafts.kinds import check_draft
-from aurora_sglang_plugin.link.wire import MAX_NODES, MAX_STEPS
+from aurora_sglang_plugin.link.wire import MAX_STEPS
 from aurora_sglang_plugin.server_args import (
     NAME,
     has_dp_attention,

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from aurora_kernels.limits import MAX_KEPT
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from aurora_sglang_plugin.endpoint import check_endpoint, is_local
@@ -92,7 +93,7 @@ class CaptureConfig(Section):
     # of requests, by a hash of the request id
     sample_rate: Annotated[float, Field(ge=0, le=1)] = 1.0
     # kept target logits per node
-    topk_logits: Annotated[int, Field(ge=1, le=128)] = 32
+    topk_logits: Annotated[int, Field(ge=1, le=MAX_KEPT)] = 32
     # what features travel in: the target's dtype, or a byte each with a scale a layer ("float8")
     features: Literal["model", "float8"] = "model"
     # of a prompt's last tokens; the rest is counted

@@ -102,12 +102,13 @@ class Daemon:
             log.info("resumed step=%d damaged=%d", self.resumed.step, self.resumed.damaged)
         else:
             training.resume_from_published()
+        # what servers rolled back while no trainer ran
+        self._jobs["rejected"].run(training.apply_rollbacks, time.monotonic())
         recording = self._recording = Recording(record, trainer.record) if record else None
-        ledger = self.checkpoints / LEDGER
         receiver = Receiver(
             self.config.link,
             trainer.receive,
-            ledger,
+            self.checkpoints / LEDGER,
             target=training.target,
             record=recording.write if recording else None,
         )

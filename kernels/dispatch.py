@@ -15,10 +15,13 @@ def use_kernels(x: Tensor) -> bool:
     tests). float64 is the references' alone."""
     if x.dtype not in DTYPES:
         return False
-    if triton.knobs.runtime.interpret:
-        return True
+    return triton.knobs.runtime.interpret or kernels_run_on(x.device)
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """True for an NVIDIA GPU from sm_80 on."""
     return (
-        x.is_cuda
+        device.type == "cuda"
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )

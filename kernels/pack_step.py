@@ -19,23 +19,34 @@ the reference agree to the bit. A row that is not finite shows in its scale.
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import accumulate
+
 import torch
 import triton
 import triton.language as tl
 from aurora_kernels.dispatch import use_kernels
+from aurora_kernels.limits import E4M3_MAX, MAX_NODES
 from torch import Tensor
 
-LARGEST = 448.0
-# integers of a request before those of its path: position, accept length
-AHEAD = 2
-# most nodes and path columns of the kernel; the reference has no limit
-MAX_NODES = 64
+LARGEST = tl.constexpr(E4M3_MAX)
+
+
+@cache
+def ints_parts(nodes: int, path: int, links: bool) -> dict[str, slice]:
+    """Where a request's integers lie in its row, by what they are taken from: its root's position,
+    its accept length, path [P] (node ids, -1 beyond the accepted ones), next tokens [P], draft
+    tokens [N]; with `links` first child [N] and next sibling [N]."""
+    sizes = {"positions": 1, "accept_lens": 1, "accept_index": path, "next_tokens": path}
+    sizes |= {"draft_tokens": nodes}
+    sizes |= {"next_token": nodes, "next_sibling": nodes} if links else {}
+    ends = accumulate(sizes.values())
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends)}
 
 
 def ints_width(nodes: int, path: int, links: bool) -> int:
-    """Integers of a request: position, accept length, path [P] (node ids, -1 beyond the accepted
-    ones), next tokens [P], draft tokens [N]; with `links` first child [N] and next sibling [N]."""
-    return AHEAD + 2 * path + (3 if links else 1) * nodes
+    """Integers of a request."""
+    return [*ints_parts(nodes, path, links).values()][-1].stop
 
 
 def pack_step(step: dict[str, Tensor | None], ints: Tensor, features: Tensor,
@@ -56,18 +67,36 @@ def pack_step(step: dict[str, Tensor | None], ints: Tensor, features: Tensor,
         for kernel, grid, arguments, constexprs, options in _launches(step, ints, features, scales):
             kernel[grid](**arguments, **constexprs, **options)
         return
-    packed = pack_step_ref(step, 0 if scales is None else scales.shape[1])
-    ints.copy_(packed[0])
-    features[: len(packed[1])] = packed[1]
+    packed, hidden, on_path = _kept(step)
+    ints.copy_(packed)
+    # the accepted ones to the front, each row to its place: T stays on the device
+    on_path = on_path.flatten()
+    place = torch.where(on_path, on_path.cumsum(0), on_path.sum() + (~on_path).cumsum(0)) - 1
+    count = torch.arange(len(place), device=place.device)
+    order = torch.empty_like(place).scatter_(0, place, count)
+    found, on_path = hidden.flatten(0, 1)[order], on_path[order][:, None]
     if scales is not None:
-        scales[: len(packed[2])] = packed[2]
+        found, found_scales = float8_ref(found, scales.shape[1])
+        scales.copy_(torch.where(on_path, found_scales, scales))
+    features.copy_(torch.where(on_path, found, features))
 
 
 def pack_step_ref(
     step: dict[str, Tensor | None], layers: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(ints, features [T, F], scales [T, layers]) of pack_step; `layers` 0: features as they are,
-    no scales. hidden, positions and next_tokens may be those of a path's nodes alone, [B * P]."""
+    no scales. hidden, positions and next_tokens may be those of a path's nodes alone, [B * P].
+
+    Waits for the device, to know T.
+    """
+    ints, hidden, on_path = _kept(step)
+    features = hidden[on_path]
+    return (ints, *float8_ref(features, layers)) if layers else (ints, features, None)
+
+
+def _kept(step: dict[str, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the kept requests: ints, hidden [b, P, F], and which of its rows were accepted, bool
+    [b, P]."""
     lens, index, rows = step["accept_lens"], step["accept_index"], step.get("rows")
     size, path = index.shape
     nodes = step["draft_tokens"].numel() // size
@@ -78,20 +107,21 @@ def pack_step_ref(
         return step[name].reshape(size, -1, *columns)
 
     on_path = torch.arange(path, device=lens.device) < lens[:, None]
-    parts = [
-        of_nodes("positions")[:, :1],
-        lens[:, None],
-        torch.where(on_path, index % nodes, -1),
-        of_nodes("next_tokens")[:, :path],
-        of_nodes("draft_tokens"),
-    ]
-    if step.get("next_token") is not None:
-        parts += [of_nodes("next_token"), of_nodes("next_sibling")]
-    ints, hidden = torch.cat([part.int() for part in parts], 1), of_nodes("hidden")[:, :path]
+    ints = torch.empty(
+        size, ints_width(nodes, path, links := step.get("next_token") is not None),
+        dtype=torch.int32, device=lens.device,
+    )  # fmt: skip
+    for name, part in ints_parts(nodes, path, links).items():
+        if name == "accept_lens":
+            ints[:, part] = lens[:, None]
+        elif name == "accept_index":
+            ints[:, part] = torch.where(on_path, index % nodes, -1)
+        else:
+            ints[:, part] = of_nodes(name)[:, : part.stop - part.start]
+    hidden = of_nodes("hidden")[:, :path]
     if rows is not None:
         ints, hidden, on_path = ints[rows], hidden[rows], on_path[rows]
-    features = hidden[on_path]
-    return (ints, *float8_ref(features, layers)) if layers else (ints, features, None)
+    return ints, hidden, on_path
 
 
 def float8(features: Tensor, layers: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +142,7 @@ def float8_ref(features: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     parts = features.float().unflatten(1, (layers, -1))
     largest = parts.abs().amax(2).clamp_min(1e-12)
     # by a tensor: on CUDA a number's reciprocal would be multiplied with
-    scales = largest / torch.full_like(largest, LARGEST)
+    scales = largest / torch.full_like(largest, E4M3_MAX)
     values = parts / scales[:, :, None]
     codes = values.to(torch.float8_e4m3fn).view(torch.uint8).masked_fill(values.isnan(), 0x7F)
     return codes.flatten(1), scales
@@ -131,10 +161,20 @@ def _launches(
     arguments = {"hidden": hidden} | {name: step[name].contiguous() for name in names}
     arguments |= {name: step.get(name) for name in ("next_token", "next_sibling", "rows")}
     arguments |= dict(ints=ints, features=features, scales=scales, nodes=nodes, path=path)
+    links = step.get("next_token") is not None
+    arguments |= _places(nodes, path, links)
     return [
         (pack_step_kernel, (len(ints) * path, layers), arguments,
-         constexprs | dict(LANES=MAX_NODES, LINKS=step.get("next_token") is not None), options)
+         constexprs | dict(LANES=MAX_NODES, LINKS=links), options)
     ]  # fmt: skip
+
+
+@cache
+def _places(nodes: int, path: int, links: bool) -> dict[str, int]:
+    """The kernel's arguments that are of `ints_parts`."""
+    parts = ints_parts(nodes, path, links)
+    places = {at: parts[name].start if name in parts else 0 for at, name in AT.items()}
+    return places | {"width": ints_width(nodes, path, links)}
 
 
 def _width(source: Tensor, scales: Tensor | None, target: Tensor) -> tuple[dict, dict]:
@@ -152,16 +192,24 @@ def _parts(columns: int) -> int:
     return next((n for n in range(fewest, 4 * fewest) if columns % n == 0), 1)
 
 
+# the kernel's arguments that say where a part begins, and its name
+AT = {
+    "position_at": "positions", "length_at": "accept_lens", "path_at": "accept_index",
+    "next_at": "next_tokens", "draft_at": "draft_tokens", "child_at": "next_token",
+    "sibling_at": "next_sibling",
+}  # fmt: skip
+SIZES = ("nodes", "path", "width", *AT)
 SMALL = (
     "accept_lens", "accept_index", "positions", "draft_tokens", "next_tokens", "next_token",
-    "next_sibling", "rows", "ints", "nodes", "path",
+    "next_sibling", "rows", "ints", *SIZES,
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["nodes", "path"], do_not_specialize_on_alignment=list(SMALL))
+@triton.jit(do_not_specialize=list(SIZES), do_not_specialize_on_alignment=list(SMALL))
 def pack_step_kernel(
     hidden, accept_lens, accept_index, positions, draft_tokens, next_tokens, next_token,
-    next_sibling, rows, ints, features, scales, nodes, path,
+    next_sibling, rows, ints, features, scales, nodes, path, width,
+    position_at, length_at, path_at, next_at, draft_at, child_at, sibling_at,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr,
     LANES: tl.constexpr, LINKS: tl.constexpr,
 ):  # fmt: skip
@@ -172,28 +220,23 @@ def pack_step_kernel(
     length = tl.load(accept_lens + source).to(tl.int32)
     lane = tl.arange(0, LANES)
     if (column == 0) & (part == 0):
-        out = ints + request.to(tl.int64) * (2 + 2 * path + (3 if LINKS else 1) * nodes)
-        tl.store(out, tl.load(positions + source * nodes).to(tl.int32))
-        tl.store(out + 1, length)
-        out += 2
+        out = ints + request.to(tl.int64) * width
+        tl.store(out + position_at, tl.load(positions + source * nodes).to(tl.int32))
+        tl.store(out + length_at, length)
         index = tl.load(accept_index + source * path + lane, mask=lane < path, other=0)
         node = tl.where(lane < length, index.to(tl.int32) % nodes, -1)
-        tl.store(out + lane, node, mask=lane < path)
-        out += path
+        tl.store(out + path_at + lane, node, mask=lane < path)
         at = source * nodes + lane
-        tl.store(out + lane, tl.load(next_tokens + at, mask=lane < path, other=0).to(tl.int32),
-                 mask=lane < path)  # fmt: skip
-        out += path
+        following = tl.load(next_tokens + at, mask=lane < path, other=0).to(tl.int32)
+        tl.store(out + next_at + lane, following, mask=lane < path)
         is_node = lane < nodes
-        tl.store(out + lane, tl.load(draft_tokens + at, mask=is_node, other=0).to(tl.int32),
-                 mask=is_node)  # fmt: skip
+        token = tl.load(draft_tokens + at, mask=is_node, other=0).to(tl.int32)
+        tl.store(out + draft_at + lane, token, mask=is_node)
         if LINKS:
-            out += nodes
-            tl.store(out + lane, tl.load(next_token + at, mask=is_node, other=0).to(tl.int32),
-                     mask=is_node)  # fmt: skip
-            out += nodes
-            tl.store(out + lane, tl.load(next_sibling + at, mask=is_node, other=0).to(tl.int32),
-                     mask=is_node)  # fmt: skip
+            child = tl.load(next_token + at, mask=is_node, other=0).to(tl.int32)
+            tl.store(out + child_at + lane, child, mask=is_node)
+            sibling = tl.load(next_sibling + at, mask=is_node, other=0).to(tl.int32)
+            tl.store(out + sibling_at + lane, sibling, mask=is_node)
     if column < length:
         # rows of the requests before
         target = column
@@ -234,7 +277,7 @@ def _copy(
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12)
         # a maximum ignores NaN
         unknown = tl.max((x != x).to(tl.int32), axis=0) > 0
-        scale = tl.div_rn(tl.where(unknown, float("nan"), largest), 448.0)
+        scale = tl.div_rn(tl.where(unknown, float("nan"), largest), LARGEST)
         tl.store(scales + target * (TARGET // WIDTH) + part, scale)
         tl.store(out, _e4m3(tl.div_rn(x, tl.zeros_like(x) + scale)), mask=real)
 

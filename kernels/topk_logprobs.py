@@ -20,10 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from aurora_kernels.dispatch import use_kernels
+from aurora_kernels.limits import MAX_KEPT
 from torch import Tensor
 
-# of the kernels; the reference has no limit
-MAX_K = 128
 # logits of a program of the first kernel: one vector load after the other is in flight, no loop
 BLOCK = 8192
 
@@ -43,7 +42,7 @@ def topk_logprobs(
     the log-sum-exp. The input is not changed. The kernels keep the lowest ids of equal logits, in
     their order; the reference, whichever torch.topk picks. `out`: where the results are to go.
     """
-    if use_kernels(logits) and logits.numel() and 0 < min(k, logits.shape[1]) <= MAX_K:
+    if use_kernels(logits) and logits.numel() and 0 < min(k, logits.shape[1]) <= MAX_KEPT:
         return _topk_logprobs(logits, k, rows, out)
     found = topk_logprobs_ref(logits, k, rows)
     if out is None:

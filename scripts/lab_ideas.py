@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
+from aurora_kernels.limits import E4M3_MAX
 from torch import Tensor
 
 from aurora_trainer.drafts.batch import Batch, BatchConfig, pack
@@ -34,7 +35,7 @@ class Float8Features(Idea):
     def request(self, sample: Sample) -> None:
         layers = self.training.draft.config.num_aux
         parts = sample.features.float().unflatten(1, (layers, -1))
-        scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+        scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-12) / E4M3_MAX
         rounded = (parts / scale).to(torch.float8_e4m3fn).float() * scale
         sample.features = rounded.flatten(1).to(sample.features.dtype)
 

@@ -13,9 +13,7 @@ import numpy as np
 
 from aurora_sglang_plugin.link.schemas import FLOAT8_SCHEMA
 
-MAX_NODES = 64
 MAX_STEPS = 16
-MAX_KEPT = 128
 MAX_FEATURES = 1 << 20
 MAX_LAYERS = 64
 

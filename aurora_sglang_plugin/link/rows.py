@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+from aurora_kernels.limits import E4M3_MAX
 
 from aurora_sglang_plugin.link.frames import FEATURES, FLOAT8, SCALES
 
@@ -30,8 +31,8 @@ MAX_POSITION = 1 << 24
 MAX_FEATURE = 1e12
 # its bits
 MAX_BFLOAT16 = int(np.array(MAX_FEATURE, np.float32).view(np.uint32) >> 16)
-# of float8, whose largest number is 448
-MAX_SCALE = MAX_FEATURE / 448
+# of float8
+MAX_SCALE = MAX_FEATURE / E4M3_MAX
 MAX_LOGSUMEXP = 1e9
 UNUSED = -2
 

@@ -31,15 +31,14 @@ from typing import Literal
 
 import msgspec
 import numpy as np
+from aurora_kernels.limits import MAX_KEPT, MAX_NODES
 
 from aurora_sglang_plugin.link.frames import (
     DTYPES,
     FEATURES,
     FRAMES,
     MAX_FEATURES,
-    MAX_KEPT,
     MAX_LAYERS,
-    MAX_NODES,
     MAX_STEPS,
     SCALES,
     frames_of,

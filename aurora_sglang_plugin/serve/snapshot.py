@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from aurora_kernels.pack_step import AHEAD, float8_ref, pack_step_ref
+from aurora_kernels.pack_step import float8_ref, ints_parts, ints_width, pack_step_ref
 from aurora_kernels.topk_logprobs import topk_logprobs
 
 from aurora_sglang_plugin.link.frames import FEATURES, FLOAT8, SCALES
@@ -76,8 +76,7 @@ class Prefill:
 
 @dataclass(slots=True)
 class Verify:
-    # what pack_step leaves; or what it is given, without links where every tree is a chain, and the
-    # logits or what is kept of them
+    # what the kernels leave; or what they are given, without links where every tree is a chain
     staged: Staged | Pinned
     # kept target logits
     k: int
@@ -104,19 +103,22 @@ class Verify:
         if "ints" not in t:
             t = self._pack(t)
         ints, (nodes, path) = t["ints"], self.shape
-        size, lens, trees = len(ints), ints[:, 1], AHEAD + 2 * path
-        links = [ints[:, at : at + nodes] for at in (trees + nodes, trees + 2 * nodes)]
-        logits, rows = t["topk_logits"], int(lens.sum())
+        links = ints.shape[1] > ints_width(nodes, path, False)
+        of = {name: ints[:, part] for name, part in ints_parts(nodes, path, links).items()}
+        size, lens, logits = len(ints), of["accept_lens"][:, 0], t["topk_logits"]
+        rows = int(lens.sum())
         features = t["features"][:rows], t["scales"][:rows] if self.layers else None
         arrays = {
-            "positions": _int32(ints[:, 0]),
-            "draft_tokens": _int32(ints[:, trees : trees + nodes]),
+            "positions": _int32(of["positions"][:, 0]),
+            "draft_tokens": _int32(of["draft_tokens"]),
             "parents": (
-                _int32(parents(*links)) if ints.shape[1] > trees + nodes else chains(size, nodes)
+                _int32(parents(of["next_token"], of["next_sibling"]))
+                if links
+                else chains(size, nodes)
             ),
-            "accept_path": _int32(ints[:, AHEAD : AHEAD + path]),
+            "accept_path": _int32(of["accept_index"]),
             "feature_lens": _int32(lens),
-            "next_tokens": _int32(ints[:, AHEAD + path : trees]),
+            "next_tokens": _int32(of["next_tokens"]),
             **_features(*features),
             "topk_ids": _int32(t["topk_ids"].reshape(size, nodes, -1)),
             "topk_logits": _floats(
@@ -133,15 +135,16 @@ class Verify:
         self.shape = t["draft_tokens"].shape[1], t["accept_index"].shape[1]
         t["hidden"] = t["hidden"].flatten(0, 1)
         packed = zip(("ints", "features", "scales"), pack_step_ref(t, self.layers))
-        kept = [t.get(name) for name in ("topk_ids", "topk_logits", "logsumexp")]
-        if "logits" in t:
-            kept = topk_logprobs(t["logits"], min(self.k, t["logits"].shape[1]))
+        kept = topk_logprobs(t["logits"], self.k)
         found = dict(packed) | dict(zip(("topk_ids", "topk_logits", "logsumexp"), kept))
         return {name: as_array(tensor) for name, tensor in found.items() if tensor is not None}
 
     def _count(self, arrays: dict[str, np.ndarray]) -> None:
         if self.acceptance is not None:
-            lens = arrays["ints"][:, 1] if "ints" in arrays else arrays["accept_lens"]
+            lens = arrays.get("accept_lens")
+            if lens is None:
+                # where they lie does not depend on links
+                lens = arrays["ints"][:, ints_parts(*self.shape, False)["accept_lens"]][:, 0]
             self.acceptance.add(self.version, lens)
             self.acceptance = None
 

@@ -12,12 +12,22 @@ the private copies are all there is to do.
 from __future__ import annotations
 
 import collections
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 import torch
+from aurora_kernels.dispatch import kernels_run_on
+
+logger = logging.getLogger(__name__)
+
+WITHOUT_KERNELS = (
+    "this GPU runs no kernels of Aurora: PyTorch packs each captured step, which costs more and"
+    " was never tried; expected an NVIDIA GPU from sm_80 on. Where decoding suffers, capture"
+    " less: plugin.capture.sample_rate"
+)
 
 # name, numpy's dtype, shape, first byte
 Layout = list[tuple[str, np.dtype, tuple[int, ...], int]]
@@ -120,6 +130,8 @@ class PinnedBuffers:
         )
         self.buffer_bytes = buffer_bytes
         self.side = torch.cuda.Stream(device)
+        if not kernels_run_on(device):
+            logger.warning(WITHOUT_KERNELS)
 
     def has_room(self) -> bool:
         return bool(self.free)

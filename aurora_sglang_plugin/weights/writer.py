@@ -114,9 +114,7 @@ class WeightsWriter:
         ValueError where the directory is another writer's by now: then servers have what they had,
         and the same weights may be published again.
         """
-        tensors = {
-            n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n
-        }
+        tensors = served_tensors(tensors)
         weights = safetensors_buffers(tensors)
         digest = sha256(weights)
         if digest == self._digest:
@@ -210,6 +208,11 @@ class WeightsWriter:
         except OSError as error:
             # the next publication tries again
             log.warning("old versions not removed error=%s", error)
+
+
+def served_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of a draft that a version has, on the CPU."""
+    return {n: t.detach().cpu().contiguous() for n, t in tensors.items() if "embed_tokens" not in n}
 
 
 def _lock(directory: Path, claim: str) -> TextIO:

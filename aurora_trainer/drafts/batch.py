@@ -100,7 +100,7 @@ class Batch:
     base_sample: Tensor
     # bool [Q of level 0], a verify step of the server hung its tree from this position
     base_is_root: Tensor
-    # of a batch on another device: as it was packed, on the CPU
+    # of a batch on another device: as it was packed, on the CPU but for its features
     packed: Batch | None = None
 
     @property
@@ -153,9 +153,11 @@ def group(samples: Iterable[Sample], config: BatchConfig) -> Iterator[list[Sampl
 def pack(
     samples: Sequence[Sample], config: BatchConfig, features: Sequence[Tensor] | None = None
 ) -> Batch:
-    """One batch of all `samples` (at least one, of one feature width), on the CPU.
+    """One batch of all `samples` (at least one, of one feature width): on the CPU, but for its
+    features where they are given.
 
-    features: each sample's, where they are on a device already (kept_features.py).
+    features: each sample's, on a device that they went to once (kept_features.py); None: the
+        samples' own.
     """
     depth = config.depth or max(s.num_steps for s in samples)
     own = [_levels(s, depth, config.rejected) for s in samples]

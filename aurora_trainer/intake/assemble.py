@@ -40,13 +40,10 @@ from aurora_trainer.intake.features import features_of
 from aurora_trainer.intake.gaps import Gaps
 from aurora_trainer.intake.prefixes import Prefixes
 from aurora_trainer.intake.request import Quarantine, Segment, Step, Tree, to_sample
-from aurora_trainer.intake.sample import Sample
+from aurora_trainer.intake.sample import RequestKey, Sample
 
 # request ids that are remembered after they ended
 MAX_PAST = 1 << 16
-
-# session, request id
-Key = tuple[str, str]
 
 
 class AssembleConfig(Section):
@@ -90,8 +87,8 @@ class Assembler:
         # by the causes of rows.py
         self.bad_rows: Counter[str] = Counter()
         # least recently extended first
-        self._open: OrderedDict[Key, Segment] = OrderedDict()
-        self._past: OrderedDict[Key, _Past] = OrderedDict()
+        self._open: OrderedDict[RequestKey, Segment] = OrderedDict()
+        self._past: OrderedDict[RequestKey, _Past] = OrderedDict()
         self._gaps = Gaps(self.counters)
         self.prefixes = Prefixes(config.prefix_bytes, config.context_positions)
         # of each session with open segments: [segments, bytes]
@@ -197,7 +194,8 @@ class Assembler:
             segment = self._following(
                 key, root, int(a["draft_tokens"][row, 0]), gap_count, dtype, hidden.shape[1]
             )
-            if segment is None or segment.shape not in (None, shape):
+            # a root in the prompt is none: such a segment would never be taken in parts
+            if segment is None or segment.shape not in (None, shape) or root < segment.prompt_len:
                 self._close(key, "gap")
                 prompt_len = min(past.prompt_len, root) if past and past.prompt_len else root
                 segment = self._begin(
@@ -243,7 +241,7 @@ class Assembler:
 
     # ---- segments
 
-    def _is_bad(self, message: wire.Message, row: int, key: Key) -> bool:
+    def _is_bad(self, message: wire.Message, row: int, key: RequestKey) -> bool:
         """Whether the row must not be used; then its request's segment ends here."""
         cause = message.bad.get(row)
         if cause is None:
@@ -252,7 +250,7 @@ class Assembler:
         self._close(key, "gap")
         return True
 
-    def _to_evict(self, by: int) -> Key:
+    def _to_evict(self, by: int) -> RequestKey:
         """The least recently extended segment of the session that has most: a flood takes from
         nobody else.
 
@@ -261,7 +259,7 @@ class Assembler:
         largest = max(self._held, key=lambda session: self._held[session][by])
         return next(key for key in self._open if key[0] == largest)
 
-    def _hold(self, key: Key, segments: int, nbytes: int) -> None:
+    def _hold(self, key: RequestKey, segments: int, nbytes: int) -> None:
         """So many more are open, or fewer."""
         held = self._held.setdefault(key[0], [0, 0])
         held[0] += segments
@@ -271,7 +269,7 @@ class Assembler:
             del self._held[key[0]]
 
     def _following(
-        self, key: Key, position: int, token: int, gap_count: int, dtype: str, width: int
+        self, key: RequestKey, position: int, token: int, gap_count: int, dtype: str, width: int
     ) -> Segment | None:
         """The open segment that goes on with `token` at `position`, cut back to there if need
         be.
@@ -289,7 +287,7 @@ class Assembler:
         return segment if (segment.next, segment.last_token) == (position, token) else None
 
     def _begin(
-        self, key: Key, start: int, token: int, gap_count: int, dtype: str, prompt_len: int
+        self, key: RequestKey, start: int, token: int, gap_count: int, dtype: str, prompt_len: int
     ) -> Segment:
         past = self._remember(key)
         past.prompt_len, past.ended_at = prompt_len, -1
@@ -301,12 +299,12 @@ class Assembler:
         self._hold(key, 1, 0)
         return segment
 
-    def _extend(self, key: Key, segment: Segment, step: Step, header: wire.Header) -> None:
+    def _extend(self, key: RequestKey, segment: Segment, step: Step, header: wire.Header) -> None:
         before = segment.nbytes
         segment.extend(step)
         segment.time_ns, segment.touched_s = header.time_ns, self._now_s or 0.0
         if step.tree is None:
-            segment.trim(self.config.max_positions)
+            self.counters["trimmed"] += segment.trim(self.config.max_positions)
         self._hold(key, 0, segment.nbytes - before)
         self._open.move_to_end(key)
         if (
@@ -319,7 +317,7 @@ class Assembler:
             self._open[key] = after
             self._hold(key, 1, after.nbytes)
 
-    def _close(self, key: Key, reason: str, end: int | None = None) -> None:
+    def _close(self, key: RequestKey, reason: str, end: int | None = None) -> None:
         segment = self._open.pop(key, None)
         if segment is None:
             return
@@ -338,7 +336,7 @@ class Assembler:
         self.prefixes.put(sample)
         self._done.append(sample)
 
-    def _remember(self, key: Key) -> _Past:
+    def _remember(self, key: RequestKey) -> _Past:
         past = self._past.setdefault(key, _Past())
         self._past.move_to_end(key)
         if len(self._past) > MAX_PAST:

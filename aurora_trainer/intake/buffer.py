@@ -7,9 +7,8 @@ kind runs out the other fills in. While never-used samples leave the buffer, rep
 are all fresh. All that leaves is counted by cause.
 
 Nobody's flood owns it: domains (the labels of requests) share it, and within a domain the servers
-do. What is full gives up the oldest sample of the largest share, and a batch takes fresh samples
-from the share that it has least of. A client may choose any label, so only so many have a share of
-their own.
+do (owners.py). What is full gives up the oldest sample of whoever has most, and a batch takes fresh
+samples from whomever it has least of.
 
 Ages are by the clock of the server that a sample came from: one that is wrong harms nobody else. If
 a batch could not be trained on, each half is tried again, until the sample at fault is alone,
@@ -26,20 +25,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 
 from aurora_sglang_plugin.config import Section
+from aurora_trainer.intake.owners import Owner, owner_of
 from aurora_trainer.intake.sample import Sample
-
-# Shares at each level; labels and servers beyond them have one together.
-MAX_SHARES = 16
-REST = "(rest)"
-
-# domain, server (session)
-Share = tuple[str, str]
 
 
 class BufferConfig(Section):
     """How much is kept, for how long, and how batches mix what is new with what is not."""
 
-    # of samples; the oldest of the largest share goes first
+    # of samples; the oldest of whoever has most goes first. Where the trainer is on a GPU, as much
+    # of its memory again, shared by the ranks: the features of samples stay there
     max_bytes: PositiveInt = 2 << 30
     # of one sample
     max_uses: PositiveInt = 8
@@ -56,13 +50,13 @@ class BufferConfig(Section):
 @dataclass(slots=True)
 class _Entry:
     sample: Sample
-    share: Share
+    owner: Owner
     uses: int = 0
 
 
 @dataclass(slots=True)
 class _Held:
-    """What one share holds: entries by arrival."""
+    """What one owner has: entries by arrival."""
 
     entries: OrderedDict[int, _Entry] = field(default_factory=OrderedDict)
     nbytes: int = 0
@@ -84,7 +78,7 @@ class Buffer:
         self.positions = 0
         # by arrival
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
-        self._held: dict[Share, _Held] = {}
+        self._held: dict[Owner, _Held] = {}
         self._random = random.Random(seed)
         # never-used samples that left, by now and at the last take
         self._unseen_lost = self._unseen_lost_before = 0
@@ -97,15 +91,15 @@ class Buffer:
         return len(self._entries)
 
     def put(self, sample: Sample) -> None:
-        share = self._share(sample)
-        entry = self._entries[self.put_count] = _Entry(sample, share)
-        held = self._held.setdefault(share, _Held())
+        owner = self._owner(sample)
+        entry = self._entries[self.put_count] = _Entry(sample, owner)
+        held = self._held.setdefault(owner, _Held())
         held.entries[self.put_count] = entry
         held.nbytes += sample.nbytes
         self.put_count += 1
         self.nbytes += sample.nbytes
         self.positions += _positions(sample)
-        self._drop_stale(sample, share)
+        self._drop_stale(sample, owner)
         while self._entries and self.nbytes > self.config.max_bytes:
             number = next(iter(self._held[self._largest()].entries))
             self._drop(number, "replaced" if self._entries[number].uses else "evicted")
@@ -158,9 +152,10 @@ class Buffer:
             self._again += [batch[half:], batch[:half]]
         for sample in batch if len(batch) == 1 else ():
             number = next((n for n, entry in self._entries.items() if entry.sample is sample), None)
+            # else it has left, and is counted by why
             if number is not None:
                 self._forget(number)
-            self.dropped["failed"] += 1
+                self.dropped["failed"] += 1
 
     def stats(self) -> dict[str, float]:
         """Numbers for metrics; ages in seconds behind the newest sample of the same server."""
@@ -206,38 +201,31 @@ class Buffer:
         self.dropped = Counter(state["dropped"])
         self.dropped["lost"] += state["waiting"]
 
-    def _share(self, sample: Sample) -> Share:
-        """Whose share the sample counts to; in REST's if there are too many to have one each."""
+    def _owner(self, sample: Sample) -> Owner:
         domain = sample.domain if "domain" in self.config.share_by else ""
         server = sample.session if "server" in self.config.share_by else ""
-        domains = {share[0] for share in self._held} - {REST}
-        if domain and domain not in domains and len(domains) >= MAX_SHARES:
-            domain = REST
-        servers = {share[1] for share in self._held if share[0] == domain} - {REST}
-        if server not in servers and len(servers) >= MAX_SHARES:
-            server = REST
-        return domain, server
+        return owner_of(domain, server, self._held)
 
-    def _drop_stale(self, newest: Sample, share: Share) -> None:
+    def _drop_stale(self, newest: Sample, owner: Owner) -> None:
         """Drop what is too old, of this server only.
 
         Its time is that of the sample that came last: a clock may be put right.
         """
         oldest_ns = newest.time_ns - int(self.config.max_age_s * 1e9)
         for (_, server), held in list(self._held.items()):
-            for number, entry in list(held.entries.items()) if server == share[1] else ():
+            for number, entry in list(held.entries.items()) if server == owner[1] else ():
                 if entry.sample.session == newest.session:
                     if entry.sample.time_ns >= oldest_ns:
                         break
                     self._drop(number, "stale")
 
-    def _largest(self) -> Share:
+    def _largest(self) -> Owner:
         """The largest server of the largest domain, in bytes."""
         of_domain: Counter[str] = Counter()
         for (domain, _), held in self._held.items():
             of_domain[domain] += held.nbytes
         return max(
-            self._held, key=lambda share: (of_domain[share[0]], share[0], self._held[share].nbytes)
+            self._held, key=lambda owner: (of_domain[owner[0]], owner[0], self._held[owner].nbytes)
         )
 
     def _fresh(self) -> list[int]:
@@ -245,28 +233,28 @@ class Buffer:
         batch until then.
         """
         newest_first = reversed(self._entries.items())
-        waiting: dict[Share, list[int]] = {}
+        waiting: dict[Owner, list[int]] = {}
         for number, entry in newest_first:
             if not entry.uses:
-                waiting.setdefault(entry.share, []).append(number)
+                waiting.setdefault(entry.owner, []).append(number)
         if len(waiting) == 1:
             return next(iter(waiting.values()))
-        at = {share: iter(numbers) for share, numbers in waiting.items()}
-        following = {share: next(numbers) for share, numbers in at.items()}
+        at = {owner: iter(numbers) for owner, numbers in waiting.items()}
+        following = {owner: next(numbers) for owner, numbers in at.items()}
         of_domain: Counter[str] = Counter()
-        of_share: Counter[Share] = Counter()
+        of_owner: Counter[Owner] = Counter()
         order: list[int] = []
         while following:
-            share = min(following, key=lambda s: (of_domain[s[0]], of_share[s], -following[s]))
-            number = following[share]
+            owner = min(following, key=lambda s: (of_domain[s[0]], of_owner[s], -following[s]))
+            number = following[owner]
             order.append(number)
             size = _positions(self._entries[number].sample)
-            of_domain[share[0]] += size
-            of_share[share] += size
-            if (following_number := next(at[share], None)) is None:
-                del following[share]
+            of_domain[owner[0]] += size
+            of_owner[owner] += size
+            if (following_number := next(at[owner], None)) is None:
+                del following[owner]
             else:
-                following[share] = following_number
+                following[owner] = following_number
         return order
 
     def _drop(self, number: int, cause: str) -> None:
@@ -277,11 +265,11 @@ class Buffer:
 
     def _forget(self, number: int) -> None:
         entry = self._entries.pop(number)
-        held = self._held[entry.share]
+        held = self._held[entry.owner]
         del held.entries[number]
         held.nbytes -= entry.sample.nbytes
         if not held.entries:
-            del self._held[entry.share]
+            del self._held[entry.owner]
         self.nbytes -= entry.sample.nbytes
         self.positions -= _positions(entry.sample)
 

@@ -23,9 +23,11 @@ from aurora_trainer.intake.sample import Sample
 BLOCK = 16
 # Tokens that must be the same, if the server sent so many.
 AT_LEAST = 32
+# of a key, beside the run
+KEY_BYTES = 256
 
 # a multiple of BLOCK, and the bytes of the tokens before it
-Key = tuple[int, bytes]
+BlockKey = tuple[int, bytes]
 
 
 @dataclass(slots=True)
@@ -40,12 +42,17 @@ class Run:
     # int32 [L]
     versions: np.ndarray
     dtype: str
-    keys: list[Key] = field(default_factory=list)
+    keys: list[BlockKey] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        arrays = self.tokens.nbytes + self.features.nbytes + self.versions.nbytes
+        return arrays + KEY_BYTES * len(self.keys)
 
 
 class Prefixes:
-    """The runs of the last requests, at most `max_bytes` of features; those that nobody asked for
-    go first."""
+    """The runs of the last requests, at most `max_bytes` with their keys; those that nobody asked
+    for go first."""
 
     def __init__(self, max_bytes: int, most: int):
         """most: positions that a sample wants as context."""
@@ -56,7 +63,7 @@ class Prefixes:
         self._count = 0
         # least recently used first
         self._runs: OrderedDict[int, Run] = OrderedDict()
-        self._at: dict[Key, int] = {}
+        self._at: dict[BlockKey, int] = {}
 
     def put(self, sample: Sample) -> None:
         """Keep what `sample` knows of its positions."""
@@ -69,10 +76,10 @@ class Prefixes:
             # who comes last has most of the conversation
             self._at[key] = number
         self._runs[number] = run
-        self._nbytes += run.features.nbytes
+        self._nbytes += run.nbytes
         while self._nbytes > self._max_bytes:
             number, run = self._runs.popitem(last=False)
-            self._nbytes -= run.features.nbytes
+            self._nbytes -= run.nbytes
             for key in run.keys:
                 if self._at.get(key) == number:
                     del self._at[key]

@@ -22,6 +22,9 @@ from aurora_sglang_plugin.link.rows import UNUSED, to_float32
 from aurora_trainer.intake.sample import Sample
 
 MIN_POSITIONS = 2
+# of a step and of a tree, beside what their arrays hold: narrow features or steps of one token must
+# not take more than they are counted for
+STEP_BYTES, TREE_BYTES = 512, 1024
 _TORCH_BITS = {"bfloat16": (np.int16, torch.bfloat16)}
 
 
@@ -65,13 +68,12 @@ class Step:
 
     @property
     def nbytes(self) -> int:
-        nbytes = self.tokens.nbytes + self.features.nbytes + self.versions.nbytes
-        tree = self.tree
-        return (
-            nbytes
-            if tree is None
-            else nbytes + tree.topk_ids.nbytes + tree.topk_logits.nbytes + tree.tokens.nbytes
-        )
+        arrays = [self.tokens, self.features, self.versions]
+        if (tree := self.tree) is not None:
+            arrays += [tree.tokens, tree.parents, tree.path]
+            arrays += [tree.topk_ids, tree.topk_logits, tree.logsumexp]
+        own = STEP_BYTES + (TREE_BYTES if tree is not None else 0)
+        return own + sum(array.nbytes for array in arrays)
 
 
 @dataclass(slots=True)
@@ -138,8 +140,9 @@ class Segment:
         self.next, self.last_token = position, int(last.tokens[-1])
         self.nbytes = sum(step.nbytes for step in self.steps)
 
-    def trim(self, max_positions: int) -> None:
-        """Forget the oldest prompt chunks while `max_positions` remain without them."""
+    def trim(self, max_positions: int) -> int:
+        """Forget the oldest prompt chunks while `max_positions` remain without them; how many."""
+        chunks = len(self.steps)
         while (
             self.steps[0].tree is None
             and self.next - self.start - len(self.steps[0].tokens) >= max_positions
@@ -149,6 +152,7 @@ class Segment:
             self.carried = max(0, self.carried - len(first.tokens))
             self.first_token = int(first.tokens[-1])
             self.nbytes -= first.nbytes
+        return chunks - len(self.steps)
 
     def tail(self, positions: int) -> Segment:
         """The segment that goes on after this one became a sample: its last position, `positions`

@@ -22,6 +22,9 @@ from dataclasses import dataclass, fields
 
 import torch
 
+# session, request id
+RequestKey = tuple[str, str]
+
 
 @dataclass
 class Sample:

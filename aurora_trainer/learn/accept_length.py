@@ -34,6 +34,9 @@ from aurora_trainer.drafts.kinds import Draft, tree_runs
 from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.objective import LossConfig, losses
 
+# steps and tokens of a walk
+Walked = tuple[float, float]
+
 # Each [S]; `reached` of the walk with S drafts.
 WALK = ("steps", "tokens", "reached", "queries", "matches", "overlap")
 

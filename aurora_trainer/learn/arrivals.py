@@ -1,11 +1,11 @@
-"""Requests that just came, before anything is trained on them: each is walked with the served draft
+"""Samples that just came, before anything is trained on them: each is walked with the served draft
 and the initial one, and what drift.py makes of it is handed on.
 
-A trainer with time to spare walks each request when it comes. One that is behind walks them before
-its next step, all at once, and of their positions no more than SHARE of those that it trains on;
-the others are trained on without having been looked at. Two walks are two passes forward, a step
-that trains is about three of each of its positions, so that this costs at most 2/3 of SHARE of a
-trainer's time.
+A trainer with time to spare walks each sample when it comes. One that is behind walks them before
+its next step, all at once, and of their positions no more than WALKED_PART of those that it trains
+on; the others are trained on without having been looked at. Two walks are two passes forward, a
+step that trains is about three of each of its positions, so that this costs at most 2/3 of
+WALKED_PART of a trainer's time.
 
 A resumed run over a recording follows what the run before it found, at the same samples and steps:
 the checkpoint has these events, and the drafts of that time are gone.
@@ -13,6 +13,7 @@ the checkpoint has these events, and the drafts of that time are gone.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from aurora_trainer.learn.gate import Gate
 from aurora_trainer.learn.walk_apart import Walk, walk_apart
 
 # of the positions that are trained on, by a trainer that is behind
-SHARE = 1 / 8
+WALKED_PART = 1 / 8
 # events that a resumed run can follow; samples that wait, if no step is taken
 MAX_EVENTS, MAX_WAITING = 4096, 256
 
@@ -37,9 +38,10 @@ class Arrivals:
     def __init__(self, config: DriftConfig, gate: Gate, walk: Walk):
         self.enabled = config.enabled and gate.config.enabled
         self.drift = Drift(config)
-        self._gate, self._walk = gate, walk
-        # number of the sample, sample; newest last
-        self._waiting: deque[tuple[int, Sample]] = deque(maxlen=MAX_WAITING)
+        self._held, self._walk = gate.held, walk
+        # number of the sample, sample; newest last. One that buffer and gate have let go of is
+        # looked at no more: it must not take memory here
+        self._waiting: deque[tuple[int, weakref.ref[Sample]]] = deque(maxlen=MAX_WAITING)
         # positions that may be walked by a trainer that is behind
         self._credit = 0.0
         self.events: deque[tuple[When, Event]] = deque(maxlen=MAX_EVENTS)
@@ -54,13 +56,15 @@ class Arrivals:
 
     def add(self, number: int, sample: Sample) -> None:
         if self.enabled:
-            self._waiting.append((number, sample))
+            self._waiting.append((number, weakref.ref(sample)))
 
     def look(self, now: When, initial: bool, behind: bool, waits: bool = False) -> list[Event]:
         """Walk what waits; returns what was found. `initial`: whether that draft is another one
         than the served, and may be served; `waits` as in Drift.add."""
-        waiting = self._affordable() if behind else list(self._waiting)
+        waiting = [(at, sample) for at, ref in self._waiting if (sample := ref()) is not None]
         self._waiting.clear()
+        if behind:
+            waiting = self._affordable(waiting)
         if not waiting:
             return []
         samples = [[sample] for _, sample in waiting]
@@ -71,7 +75,7 @@ class Arrivals:
             walks = {role: own[n] for role, own in found.items() if own[n] is not None}
             if "served" not in walks:
                 continue
-            self._gate.scored(sample, {role: one[0] for role, one in walks.items()})
+            self._held.scored(sample, {role: one[0] for role, one in walks.items()})
             pair = {role: (float(one[0, 0]), float(one[0, 1])) for role, one in walks.items()}
             events += self.drift.add(at, pair["served"], pair.get("initial"), waits)
         self._follow(now, events)
@@ -79,7 +83,7 @@ class Arrivals:
 
     def trained(self, positions: int) -> None:
         """A step was taken, on so many positions."""
-        self._credit = SHARE * positions + min(0.0, self._credit)
+        self._credit = WALKED_PART * positions + min(0.0, self._credit)
 
     def replayed(self, now: When) -> list[Event]:
         """What the run before this one found by then, and this one did not follow yet."""
@@ -116,10 +120,10 @@ class Arrivals:
             if event.kind in ("rests", "works"):
                 self._resting = event.kind == "rests"
 
-    def _affordable(self) -> list[tuple[int, Sample]]:
-        """The newest of what waits, until the credit is used up."""
+    def _affordable(self, waiting: list[tuple[int, Sample]]) -> list[tuple[int, Sample]]:
+        """The newest of them, until the credit is used up."""
         kept: list[tuple[int, Sample]] = []
-        for at, sample in reversed(self._waiting):
+        for at, sample in reversed(waiting):
             if self._credit <= 0:
                 break
             self._credit -= len(sample.features)

@@ -1,12 +1,10 @@
 """The gate: which draft should servers have, judged on requests that none of them ever saw?
 
-Every other request is held back from training until `requests` newer ones were held: of every
-domain and server alike, and what is too much goes from whoever has most, so that no flood and no
-rhythm of traffic is all that is judged. At each decision what is trained (`live`), its running mean
-(`mean`, if there is one), the served weights and the initial draft (`initial`) are walked along the
-held requests (accept_length.py), so that a score is never that of an earlier candidate. With A the
-accept length of all n held requests together (tokens over steps), and s the standard error of a
-difference to the served one, paired by request, the draft of the largest lower bound
+Some requests are held back from training (held_requests.py). At each decision what is trained
+(`live`), its running mean (`mean`, if there is one), the served weights and the initial draft
+(`initial`) are walked along them. With A the accept length of all n held requests together (tokens
+over steps), and s the standard error of a difference to the served one, paired by request, the
+draft of the largest lower bound
 
     A(draft) - A(served) - z s
 
@@ -21,7 +19,7 @@ The initial draft is what a user had without us, so that doubt is in its favour.
 of what is served, on all held requests or on the newest `min_requests`, a trained draft passes only
 if it is ahead of the initial one by ANCHOR s, and at all on the newest; else the initial one does,
 if it is ahead on all held requests.
-The same is asked of it while the initial one is served. The requests that come are compared as
+The same is asked of it while the initial one is served. The samples that come are compared as
 well, with the served and the initial draft alone (drift.py): where those say that the initial one
 is ahead, and no trained one passes here, it is published.
 
@@ -40,33 +38,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, PositiveInt
 
 from aurora_sglang_plugin.config import Section
-from aurora_trainer.intake.sample import Sample
 from aurora_trainer.learn.accept_length import accept_length, difference
-from aurora_trainer.learn.walk_apart import Walk, walk_apart
+from aurora_trainer.learn.held_requests import HeldRequests
+from aurora_trainer.learn.walk_apart import Walk
 
 log = logging.getLogger(__name__)
 
 # standard errors: one-sided, 1 equal candidate in 20
 WORSE = ANCHOR = 1.64
-# of one request: the parts of a longer one go to training at once
-HELD_POSITIONS = 2048
-
-# domains, and servers of one, that are told apart; all others are one
-MAX_SHARES, REST = 16, "(rest)"
-
-# session, request id
-Key = tuple[str, str]
-# domain, session
-Share = tuple[str, str]
 
 
 class GateConfig(Section):
@@ -97,6 +85,7 @@ class Decision:
 
     role: str
     reason: str
+    # that it rests on: those held, or of what comes (drift.py) samples
     requests: int
     served: float = math.nan
     candidate: float = math.nan
@@ -116,86 +105,17 @@ class Decision:
         return {"reason": self.reason} | ({"role": self.role} if self.role else {}) | finite
 
 
-@dataclass
-class _Held:
-    samples: list[Sample]
-    share: Share
-    # number of the request's first sample
-    number: int
-    # Steps and tokens by role, of as many of the samples as there were.
-    scores: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
-
-    @property
-    def positions(self) -> int:
-        return sum(len(s.features) for s in self.samples)
-
-
 class Gate:
-    """Owns the requests that are held back, their scores, and the counts of decisions.
-
-    `left_out` counts samples that no walk is possible of (`unwalkable`).
-    """
+    """Owns the counts of its decisions, and what it decides on, `held`, which counts in
+    `left_out`."""
 
     def __init__(self, config: GateConfig, left_out: Counter[str] | None = None):
         self.config = config
-        self.left_out: Counter[str] = Counter() if left_out is None else left_out
+        self.held = HeldRequests(config, Counter() if left_out is None else left_out)
         # by reason
         self.decisions: Counter[str] = Counter()
         self.newest: Decision | None = None
         self.worse_in_a_row = 0
-        # oldest first
-        self._held: OrderedDict[Key, _Held] = OrderedDict()
-        # requests of each share, held or not
-        self._seen: dict[Share, int] = {}
-        # number of the newest sample of each domain
-        self._newest: dict[str, int] = {}
-
-    @property
-    def held(self) -> int:
-        """Samples that are held back."""
-        return sum(len(h.samples) for h in self._held.values())
-
-    def hold(self, sample: Sample, number: int = 0) -> list[Sample]:
-        """Take a new sample, the `number`-th that came; returns what training may have now: the
-        sample, or what it pushes out.
-        """
-        if not self.config.enabled:
-            return [sample]
-        key = (sample.session, sample.request)
-        if key in self._held:
-            if self._held[key].positions + len(sample.features) > HELD_POSITIONS:
-                return [sample]
-            self._held[key].samples.append(sample)
-            return []
-        share = self._share(sample)
-        self._newest[share[0]] = number
-        self._seen[share] = self._seen.get(share, 0) + 1
-        if self._seen[share] % self.config.hold_every:
-            return [sample]
-        self._held[key] = _Held([sample], share, number)
-        if len(self._held) > self.config.requests:
-            return self._held.pop(self._oldest_of_the_largest()).samples
-        return []
-
-    def scored(self, sample: Sample, scores: dict[str, np.ndarray]) -> None:
-        """Walks of a sample that just came, by role: it is not walked again with those drafts."""
-        held = self._held.get((sample.session, sample.request))
-        # a later part may have gone to training
-        if held is not None and held.samples == [sample]:
-            held.scores |= {role: (1, found) for role, found in scores.items()}
-
-    def forget(self, since: int) -> list[Sample]:
-        """Traffic changed with the sample of number `since`: returns, for training, what is held
-        from before and is not what comes now. If several domains came since then, each of them
-        keeps what is its own, so that no flood of one takes the others' place."""
-        came = {domain for domain, number in self._newest.items() if number >= since}
-        kept = came if len(came) > 1 else set()
-        old = [
-            key
-            for key, held in self._held.items()
-            if held.number < since and held.share[0] not in kept
-        ]
-        return [sample for key in old for sample in self._held.pop(key).samples]
 
     def decide(
         self,
@@ -208,7 +128,7 @@ class Gate:
 
         `walk` scores samples with one of the roles, `served` or `initial`. `anchor`: the role that
         the initial draft has, `served` if that is what is served, "" if it is none that may be.
-        `coming`: what requests that come say of it, if they say that it is ahead. Counts and logs
+        `coming`: what samples that come say of it, if they say that it is ahead. Counts and logs
         the answer."""
         decision = self.newest = self._judge(roles, walk, anchor, coming)
         self.decisions[decision.reason] += 1
@@ -226,10 +146,7 @@ class Gate:
     def serve(self, role: str) -> None:
         """The draft of `role` is served from now on, and its scores with it."""
         self.worse_in_a_row = 0
-        for held in self._held.values():
-            held.scores.pop("served", None)
-            if role in held.scores:
-                held.scores["served"] = held.scores[role]
+        self.held.serve(role)
 
     def restart(self) -> None:
         """Other weights are served than were scored."""
@@ -240,49 +157,33 @@ class Gate:
         return {
             "decisions": dict(self.decisions),
             "worse_in_a_row": self.worse_in_a_row,
-            "seen": [[*share, count] for share, count in self._seen.items()],
-            "held": self.held,
+            **self.held.state(),
         }
 
     def restore(self, state: dict[str, Any], live: bool) -> None:
         """`live`: go on with no request held; over a recording those come again."""
         self.decisions = Counter(state["decisions"])
         self.worse_in_a_row = state["worse_in_a_row"]
-        if live and isinstance(state["seen"], list):
-            self._seen = {(domain, server): count for domain, server, count in state["seen"]}
-
-    def _share(self, sample: Sample) -> Share:
-        domains = {domain for domain, _ in self._seen}
-        known = sample.domain in domains or len(domains) < MAX_SHARES
-        domain = sample.domain if known else REST
-        servers = {server for own, server in self._seen if own == domain}
-        known = sample.session in servers or len(servers) < MAX_SHARES
-        return domain, sample.session if known else REST
-
-    def _oldest_of_the_largest(self) -> Key:
-        """Of the server that has most, of the domain that has most."""
-        shares = [held.share for held in self._held.values()]
-        (domain, _), *_ = Counter(domain for domain, _ in shares).most_common(1)
-        (largest, _), *_ = Counter(s for s in shares if s[0] == domain).most_common(1)
-        return next(key for key, held in self._held.items() if held.share == largest)
+        if live:
+            self.held.restore(state)
 
     def _judge(
         self, roles: Sequence[str], walk: Walk, anchor: str, coming: Decision | None
     ) -> Decision:
-        few = coming or Decision("", "few_requests", len(self._held))
+        few = coming or Decision("", "few_requests", len(self.held))
         if not roles:
-            return coming or Decision("", "not_finite", len(self._held))
+            return coming or Decision("", "not_finite", len(self.held))
         if not self.config.enabled:
-            return Decision(roles[-1], "off", len(self._held))
-        if len(self._held) < max(2, self.config.min_requests):
+            return Decision(roles[-1], "off", len(self.held))
+        if len(self.held) < max(2, self.config.min_requests):
             return few
         others = (*roles, "initial") if (initial := anchor == "initial") else roles
         for role in ("served", *others):
-            self._score(role, walk)
-        if len(self._held) < 2:
+            self.held.score(role, walk)
+        if len(self.held) < 2:
             return few
-        served = self._scores("served")
-        scores = {role: self._scores(role) for role in others}
+        served = self.held.scores("served")
+        scores = {role: self.held.scores(role) for role in others}
         ahead = {role: difference(found, served) for role, found in scores.items()}
         # no request has a chain that is known to its end
         if not all(math.isfinite(mean) for mean, _ in ahead.values()):
@@ -300,7 +201,7 @@ class Gate:
             return Decision(
                 role,
                 reason,
-                len(self._held),
+                len(self.held),
                 served=accept_length(served),
                 candidate=accept_length(scores[trained]),
                 initial=accept_length(scores["initial"]) if initial else math.nan,
@@ -320,31 +221,3 @@ class Gate:
         mean, stderr = difference(one, other)
         newest = slice(-self.config.min_requests, None)
         return mean > least * stderr, difference(one[newest], other[newest])[0] > 0
-
-    def _scores(self, role: str) -> np.ndarray:
-        """float64 [n, 2]: steps and tokens of each held request."""
-        return np.stack([held.scores[role][1] for held in self._held.values()])
-
-    def _score(self, role: str, walk: Walk) -> None:
-        """Walk the held requests; scores that are known from before are kept. One that cannot be
-        walked is held no longer."""
-        if role not in ("served", "initial"):
-            for held in self._held.values():
-                held.scores.pop(role, None)
-        missing = {
-            key: held
-            for key, held in self._held.items()
-            if held.scores.get(role, (0,))[0] < len(held.samples)
-        }
-        if not missing:
-            return
-        found = walk_apart(walk, role, [held.samples for held in missing.values()])
-        # a fault of the draft or the device, not of a request
-        if all(one is None for one in found):
-            raise ValueError(f"no held request can be walked with the {role} draft")
-        for (key, held), one in zip(missing.items(), found, strict=True):
-            if one is None:
-                del self._held[key]
-                self.left_out["unwalkable"] += len(held.samples)
-            else:
-                held.scores[role] = (len(held.samples), one.sum(0))

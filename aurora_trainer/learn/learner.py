@@ -8,6 +8,7 @@ and its gradient are sums over the shares, each query weighed by the counts of t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -21,29 +22,30 @@ from torch import Tensor
 from aurora_trainer.drafts.batch import Batch, pack
 from aurora_trainer.drafts.kept_features import KeptFeatures
 from aurora_trainer.drafts.kinds import Draft
-from aurora_trainer.learn.accept_length import chains, walked
+from aurora_trainer.learn.accept_length import Walked, chains, walked
 from aurora_trainer.learn.objective import Score, losses, score
 from aurora_trainer.learn.optimizer import Optimizer, Update
 from aurora_trainer.learn.running_mean import RunningMean
-from aurora_trainer.learn.shares import Share
+from aurora_trainer.learn.shares import RankShare
 from aurora_trainer.ranks import Ranks
 
 if TYPE_CHECKING:
     from aurora_trainer.config import TrainerConfig
 
-# steps and tokens of a walk
-Walk = tuple[float, float]
-NOWHERE: Walk = (0.0, 0.0)
+log = logging.getLogger(__name__)
+
+NOWHERE: Walked = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class Learned:
-    """One update, over all ranks. Walks are None if they were not asked for."""
+    """One update, over all ranks. Walks are None if they were not asked for, and `after` too if it
+    could not be taken."""
 
     update: Update
     score: Score
-    before: Walk | None
-    after: Walk | None
+    before: Walked | None
+    after: Walked | None
 
 
 class Learner:
@@ -75,7 +77,7 @@ class Learner:
     def leads_others(self) -> bool:
         return self.ranks.size > 1 and not self.ranks.rank
 
-    def learn(self, shares: list[Share]) -> Learned | None:
+    def learn(self, shares: list[RankShare]) -> Learned | None:
         """One update; None if the batch has no targets. Rank 0 has all shares, the others theirs.
 
         What raises at one rank before the update raises at all of them: then call `give_up`.
@@ -126,8 +128,12 @@ class Learner:
                 result = losses(self.draft, batch, self.config.loss, counts)
                 return torch.tensor(self._walk(batch, share, result), dtype=torch.float64)
 
-            steps, tokens = ranks.sum_of(again, 2).tolist()
-            after = (steps, tokens)
+            try:
+                steps, tokens = ranks.sum_of(again, 2).tolist()
+                after = (steps, tokens)
+            except Exception:
+                # at all ranks alike. The batch is learnt: it must not be tried again
+                log.warning("batch not walked again after its update", exc_info=True)
         return Learned(update, Score(*figures[3:].view(4, -1, 2)), before, after)
 
     def give_up(self) -> None:
@@ -222,7 +228,7 @@ class Learner:
             for name, rows in self.mean.weights.items():
                 self.optimizer.shards.scatter_(name, mean.get(name), rows)
 
-    def _packed(self, share: Share) -> Batch:
+    def _packed(self, share: RankShare) -> Batch:
         packing = self.packing.model_copy(update={"depth": share.depth})
         return pack(share.samples, packing, self.features.of(share.samples)).to(
             self.features.device
@@ -238,7 +244,7 @@ class Learner:
             yield name, self.optimizer.shards.gathered(name, own)
 
     @torch.no_grad()
-    def _walk(self, batch: Batch, share: Share, found: TreeLoss) -> Walk:
+    def _walk(self, batch: Batch, share: RankShare, found: TreeLoss) -> Walked:
         """Steps and tokens of the walk over a share's unseen samples."""
         if not share.unseen:
             return NOWHERE

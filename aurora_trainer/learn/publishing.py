@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 
 def offer(training: Training) -> Offer | None:
     """What to publish, if the gate lets a draft pass: copies."""
-    urgent, training.urgent = training.urgent, False
-    if training.updates == training._offered_at and not urgent:
+    if training.updates == training._offered_at and not training.urgent:
         return None
     # in the dtype that they are served in
     roles = training.learner.finite(torch.finfo(training.served.dtype).max)
@@ -44,7 +43,7 @@ def offer(training: Training) -> Offer | None:
         weights = training.learner.weights(decision.role)
         tensors = training.draft.checkpoint(training.served.dtype, weights)
         return _offer(training, tensors, decision)
-    training._offered_at = training.updates
+    training._offered_at, training.urgent = training.updates, 0
     training.published[f"refused_{decision.reason}"] += 1
     if training.gate.gives_up:
         version = training.served.version
@@ -55,10 +54,26 @@ def offer(training: Training) -> Offer | None:
     return None
 
 
+def publish(training: Training) -> int | None:
+    """Offer, write and take it in, at once. Returns the version, or None."""
+    found = training.offer()
+    if found is None:
+        return None
+    version = found.write()
+    training.written(found, version)
+    return version
+
+
 def written(training: Training, offer: Offer, version: int | None) -> None:
     """The offer is what servers have now, as `version`; None: they had it before."""
-    # not before: what the disk refuses is offered again
+    _take_in(training, offer, version)
+    # not before: what the disk refuses, or what could not be taken in, is offered again
     training._offered_at = offer.updates
+    # what came meanwhile asks again
+    training.urgent -= offer.asks
+
+
+def _take_in(training: Training, offer: Offer, version: int | None) -> None:
     if version is None:
         training.published["unchanged"] += 1
         version = training.writer.newest
@@ -80,14 +95,8 @@ def written(training: Training, offer: Offer, version: int | None) -> None:
 
 def apply_rollbacks(training: Training) -> None:
     """If servers rolled the newest version back, go on from the one that they went back to."""
-    was_initial = training.served.draft is training.served.initial
-    version = training.served.roll_back()
-    if version is not None:
-        log.warning("version rolled back by a server, training goes on from version=%d", version)
-        training.published["rolled_back"] += 1
-        # servers found it worse than the gate did: not again before traffic changes
-        training.initial_barred |= was_initial
-        training._behind_served = True
+    if training.served.roll_back() is not None:
+        rolled_back(training)
     if training._behind_served:
         training._take_served()
         training.gate.restart()
@@ -95,6 +104,14 @@ def apply_rollbacks(training: Training) -> None:
         # what the draft of before accepts says nothing of traffic
         training.arrivals.drift.begin()
         training._behind_served = False
+
+
+def rolled_back(training: Training) -> None:
+    """A server rolled back what training published last."""
+    version = training.served.version
+    log.warning("version rolled back by a server, training goes on from version=%d", version)
+    training.published["rolled_back"] += 1
+    training._behind_served = True
 
 
 def was_given(training: Training) -> bool:
@@ -110,8 +127,8 @@ def serves_initial(training: Training) -> bool:
 
 def may_be_initial(training: Training) -> bool:
     """Whether the initial draft is one that could be published now."""
-    served, barred = training.served, training.initial_barred
-    return was_given(training) and not barred and served.draft is not served.initial
+    served = training.served
+    return was_given(training) and served.draft is not served.initial and not served.initial_barred
 
 
 def _offer(training: Training, tensors: dict[str, torch.Tensor], decision: Decision) -> Offer:
@@ -125,4 +142,4 @@ def _offer(training: Training, tensors: dict[str, torch.Tensor], decision: Decis
     )
     config = training.draft.config.to_json(dtype)
     write = partial(training.writer.publish, tensors, config, **about)
-    return Offer(decision.role, training.updates, tensors, write)
+    return Offer(decision.role, training.updates, training.urgent, tensors, write)

@@ -9,6 +9,7 @@ version and nothing else: its bytes are held against its manifest, as servers do
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,8 @@ from aurora_sglang_plugin.weights.manifest import (
     sha256_file,
     version_name,
 )
-from aurora_sglang_plugin.weights.writer import served_version
+from aurora_sglang_plugin.weights.tensor_bytes import safetensors_buffers, sha256
+from aurora_sglang_plugin.weights.writer import served_tensors, served_version
 from aurora_trainer.drafts.kinds import Draft, load, stored_dtype
 from aurora_trainer.drafts.target import TargetTensors
 
@@ -43,6 +45,9 @@ class Served:
         self.dtype = stored_dtype(self._initial) if dtype == "same" else getattr(torch, dtype)
         # versions whose rejection was already heeded
         self.rolled_back: set[int] = set()
+        # initial drafts that a server rolled back, by the sha256 of their weights: it found them
+        # worse than the gate did. Whoever sees that traffic changed clears it
+        self.barred: set[str] = set()
         # what the gate compares with; never changed
         self.initial = self._frozen(load(self._initial, tensors))
         self.version, self.draft = self._newest(served_version(self._directory))
@@ -76,12 +81,23 @@ class Served:
         Raises OSError if the list of them cannot be read; then it is heeded the next time.
         """
         new = rejected_versions(self._directory) - self.rolled_back
+        if any(self._was_initial(version) for version in new):
+            self.barred.add(self._initial_sha256)
         found = self._newest(self.version) if self.version in new else None
         self.rolled_back |= new
         if found is None:
             return None
         self.version, self.draft = found
         return self.version
+
+    def was_rejected(self, version: int) -> bool:
+        """Whether a server rolled it back, and that was not heeded yet."""
+        return version in rejected_versions(self._directory) - self.rolled_back
+
+    @property
+    def initial_barred(self) -> bool:
+        """Whether a server rolled the initial draft back, the one of today."""
+        return bool(self.barred) and self._initial_sha256 in self.barred
 
     def go_back_to(self, version: int) -> None:
         """What was served when a checkpoint was made, if it can be read."""
@@ -109,8 +125,7 @@ class Served:
             if version not in rejected:
                 try:
                     found = self._frozen(self._checked(path, manifest))
-                    same = self._is_initial(manifest, found)
-                    return version, self.initial if same else found
+                    return version, self.initial if self._is_initial(manifest) else found
                 except (ValueError, OSError) as error:
                     log.warning(
                         "published version damaged, going back to its parent version=%d error=%s",
@@ -131,12 +146,27 @@ class Served:
                 raise ManifestError("hash", f"{path / name} is not what was published")
         return load(path, self._tensors)
 
-    def _is_initial(self, manifest: Manifest, draft: Draft) -> bool:
+    @cached_property
+    def _initial_sha256(self) -> str:
+        """As a manifest has it, of a version of the initial draft."""
+        tensors = served_tensors(self.initial.checkpoint(self.dtype))
+        return sha256(safetensors_buffers(tensors))
+
+    def _is_initial(self, manifest: Manifest) -> bool:
         """Whether a version is the initial draft, which may be another one today."""
         if manifest.gate.get("reason") != "initial":
             return False
-        own, of_initial = draft.checkpoint(self.dtype), self.initial.checkpoint(self.dtype)
-        return all(torch.equal(own[name], tensor) for name, tensor in of_initial.items())
+        return manifest.files["model.safetensors"].sha256 == self._initial_sha256
+
+    def _was_initial(self, version: int) -> bool:
+        """As `_is_initial`, of a version that a server rolled back."""
+        if version == self.version:
+            return self.draft is self.initial
+        try:
+            return self._is_initial(read_manifest(self._directory / version_name(version)))
+        except (ValueError, OSError):
+            # gone, and heeded by then unless no trainer ran for long
+            return False
 
     def _frozen(self, draft: Draft) -> Draft:
         of = self._tensors

@@ -21,7 +21,7 @@ OTHERS = tuple(f.name for f in fields(Sample) if f.name not in TENSORS)
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What one rank trains on in one update."""
 
     # may be none
@@ -43,13 +43,13 @@ class Share:
     def order(self) -> Order:
         sent = [s for s, number in zip(self.samples, self.numbers) if number in self.new]
         tensors = {f"{n}.{name}": getattr(s, name) for n, s in enumerate(sent) for name in TENSORS}
-        about = {f.name: getattr(self, f.name) for f in fields(Share) if f.name != "samples"}
+        about = {f.name: getattr(self, f.name) for f in fields(RankShare) if f.name != "samples"}
         samples = [{name: getattr(s, name) for name in OTHERS} for s in sent]
         return Order(LEARN, {"samples": samples} | about, tensors)
 
 
-def share_of(order: Order, held: dict[int, Sample]) -> Share:
-    """What `Share.order` was made from; `held` are the samples that this rank has, by number."""
+def share_of(order: Order, held: dict[int, Sample]) -> RankShare:
+    """What `order` was made from; `held` are the samples that this rank has, by number."""
     about = dict(order.about)
     for n, (number, other) in enumerate(zip(about["new"], about.pop("samples"))):
         # of its own: what came is one piece
@@ -57,7 +57,7 @@ def share_of(order: Order, held: dict[int, Sample]) -> Share:
         held[number] = Sample(**other, **own)
     for number in about["gone"]:
         del held[number]
-    return Share(samples=[held[number] for number in about["numbers"]], **about)
+    return RankShare(samples=[held[number] for number in about["numbers"]], **about)
 
 
 class Dealer:
@@ -73,7 +73,7 @@ class Dealer:
     def deal(
         self, samples: Sequence[Sample], unseen: Sequence[Sample], depth: int, before: bool,
         after: bool,
-    ) -> list[Share]:  # fmt: skip
+    ) -> list[RankShare]:  # fmt: skip
         """A share for each rank: what was dealt before to whom has it, then the longest first, each
         to whom has fewest positions."""
         positions = [0] * self._ranks
@@ -93,7 +93,7 @@ class Dealer:
             # in the order of the batch
             own = [s for s in samples if self._at[id(s)][0] == rank]
             shares.append(
-                Share(
+                RankShare(
                     own, [n for n, s in enumerate(own) if id(s) in never], depth, before, after,
                     numbers=[self._at[id(s)][1] for s in own],
                     new=[self._at[id(s)][1] for s in own if id(s) in first],

@@ -85,16 +85,16 @@ class Training:
         self.arrivals = Arrivals(trainer.drift, self.gate, self._walk)
         # steps of the run before that are drawn again, over a recording
         self.replayed_steps = 0
-        # the gate is to be asked at once
-        self.urgent = False
-        # a server rolled it back, and traffic did not change since
-        self.initial_barred = False
+        # events that the gate is to be asked about at once, and was not yet
+        self.urgent = 0
         # the newest version that servers were given
         self.parent = 0
         # of optimizers before the last rollback
         self.earlier_updates = 0
         # batches drawn; the optimizer may have skipped some
         self.steps = 0
+        # updates when the newest batch was drawn
+        self._updates_before = 0
         # trained on, repetitions included
         self.positions = 0
         # capture of the newest step that the draft was trained on
@@ -119,6 +119,8 @@ class Training:
         self.snapshot: dict[str, torch.Tensor] = {}
         self._failed_steps: deque[int] = deque(maxlen=MAX_FAILED_STEPS)
         self._trained: weakref.WeakValueDictionary[int, Sample] = weakref.WeakValueDictionary()
+        # of the newest batch, what it was the first time for
+        self._unseen: list[Sample] = []
         # after the modules above were made, which draw
         torch.manual_seed(trainer.pace.seed)
 
@@ -148,14 +150,13 @@ class Training:
             good = [row for row in range(len(message.header.requests)) if row not in message.bad]
             self.traffic["steps"] += len(good)
             self.traffic["tokens"] += int(message.arrays["feature_lens"][good].sum())
-        for sample in self.assembler.add(message) + self.assembler.idle(now_s):
-            self._keep(sample)
+        self._keep_all(self.assembler.add(message))
+        self._keep_all(self.assembler.idle(now_s))
 
     def idle(self, now_s: float) -> None:
         """Tell the time while nothing comes."""
         self.ranks.keep_alive()
-        for sample in self.assembler.idle(now_s):
-            self._keep(sample)
+        self._keep_all(self.assembler.idle(now_s))
 
     @property
     def new_positions_per_step(self) -> int:
@@ -183,12 +184,13 @@ class Training:
         samples = self.buffer.take(trainer.batch.max_positions)
         self._pending_tokens -= self.new_positions_per_step
         self.steps += 1
-        unseen = [s for s in samples if id(s) not in self._trained]
+        self._updates_before = self.updates
+        unseen = self._unseen = [s for s in samples if id(s) not in self._trained]
         self._trained.update((id(s), s) for s in samples)
         if replay:
             self._look_again()
             if self.steps in self._failed_steps:
-                self.buffer.failed()
+                self._try_again()
             return None
         self._look(behind=True)
         every = trainer.metrics.rescore_every_steps
@@ -207,6 +209,7 @@ class Training:
         self.positions += positions
         self.arrivals.trained(positions)
         self._show(learned.update.loss, learned.before)
+        drawn = [int(s.tree_version[-1]) for s in samples if len(s.tree_version)]
         return Step(
             update=learned.update,
             score=learned.score,
@@ -214,17 +217,15 @@ class Training:
             before=learned.before,
             after=learned.after,
             time_ns=[s.time_ns for s in samples],
-            staleness=[
-                self.served.version - int(s.tree_version[-1])
-                for s in samples
-                if len(s.tree_version)
-            ],
+            staleness=[self.served.version - version for version in drawn],
         )
 
     def give_up(self) -> None:
-        """The step that raised is over: no gradient stays, its batch is tried again in parts."""
+        """The step that raised is over: no gradient stays, and its batch is tried again in parts,
+        unless the weights have changed by it."""
         self.learner.give_up()
-        self._failed()
+        if self.updates == self._updates_before:
+            self._failed()
 
     def offer(self) -> Offer | None:
         """As publishing.offer."""
@@ -235,13 +236,8 @@ class Training:
         publishing.written(self, offer, version)
 
     def publish(self) -> int | None:
-        """Offer, write and take it in, at once. Returns the version, or None."""
-        offer = self.offer()
-        if offer is None:
-            return None
-        version = offer.write()
-        self.written(offer, version)
-        return version
+        """As publishing.publish."""
+        return publishing.publish(self)
 
     def apply_rollbacks(self) -> None:
         """As publishing.apply_rollbacks."""
@@ -267,12 +263,29 @@ class Training:
 
     def _failed(self) -> None:
         self._failed_steps.append(self.steps)
+        self._try_again()
+
+    def _try_again(self) -> None:
+        """The newest batch, in parts: nothing was learnt of it."""
         self.buffer.failed()
+        for sample in self._unseen:
+            self._trained.pop(id(sample), None)
 
     def _take_served(self) -> None:
         self.parent = self.served.version
         self.earlier_updates = self.updates
         self.learner.start(self.served.to_train())
+
+    def _keep_all(self, samples: list[Sample]) -> None:
+        """Each of them, whatever another one raises: what does is raised at last."""
+        errors: list[Exception] = []
+        for sample in samples:
+            try:
+                self._keep(sample)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _keep(self, sample: Sample) -> None:
         self.samples["assembled"] += 1
@@ -282,7 +295,7 @@ class Training:
             self.samples[cause] += 1
             return
         number = self.samples["assembled"]
-        self._give(self.gate.hold(sample, number))
+        self._give(self.gate.held.hold(sample, number))
         self.arrivals.add(number, sample)
         if self.steps < self.replayed_steps:
             self._look_again()
@@ -302,10 +315,10 @@ class Training:
         initial, waits = publishing.may_be_initial(self), publishing.serves_initial(self)
         for event in self.arrivals.look(self._when(), initial, behind, waits):
             self._give(self._forgotten(event))
+            self.urgent += event.kind in ("changed", "initial")
             if event.kind == "changed":
+                self.served.barred.clear()
                 self.learner.begin_again()
-                self.initial_barred = False
-            self.urgent |= event.kind in ("changed", "initial")
 
     def _look_again(self) -> None:
         """Over a recording: what the run before found by now, with the drafts that it had."""
@@ -316,7 +329,7 @@ class Training:
         return self.samples["assembled"], self.steps
 
     def _forgotten(self, event: Event) -> list[Sample]:
-        return self.gate.forget(event.since) if event.kind in ("changed", "initial") else []
+        return self.gate.held.forget(event.since) if event.kind in ("changed", "initial") else []
 
     def _walk(self, role: str, samples: list[Sample]) -> np.ndarray:
         """float64 [len(samples), 2]: steps and tokens of each sample's walk with a role's draft."""

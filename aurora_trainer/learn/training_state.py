@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from aurora_trainer.checkpoint import Checkpoint
+from aurora_trainer.learn import publishing
 
 if TYPE_CHECKING:
     from aurora_trainer.learn.trainer import Training
@@ -33,7 +34,7 @@ def state_of(training: Training) -> tuple[dict[str, torch.Tensor], dict[str, Any
         "published": dict(training.published),
         "published_roles": dict(training.published_roles),
         "arrivals": training.arrivals.state(),
-        "initial_barred": training.initial_barred,
+        "barred": sorted(training.served.barred),
         "urgent": training.urgent,
         "offered_at": training._offered_at,
         "average_began": training.mean.began,
@@ -73,8 +74,8 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
     training.published = Counter(state["published"])
     training.served.rolled_back = set(state["rolled_back"])
     training.published_roles = Counter(state.get("published_roles", {}))
-    training.initial_barred = state.get("initial_barred", False)
-    training.urgent = state.get("urgent", False)
+    training.served.barred = set(state.get("barred", ()))
+    training.urgent = int(state.get("urgent", 0))
     training._offered_at = state.get("offered_at", 0)
     if "arrivals" in state:
         training.arrivals.restore(state["arrivals"], live)
@@ -82,6 +83,9 @@ def restore(training: Training, found: Checkpoint, live: bool) -> None:
     if not live:
         training.replayed_steps = found.step
         training.served.go_back_to(state["served"])
+    elif training.served.was_rejected(state["served"]):
+        # while no trainer ran
+        publishing.rolled_back(training)
     if state["served"] != training.served.version:
         training.gate.restart()
         training.arrivals.drift.serve()

@@ -23,7 +23,7 @@ UNUSABLE = (
 )  # fmt: skip
 EVENTS = (
     "after_end", "cut_back", "dropped_no_target", "dropped_short", "duplicate", "evicted", "holes",
-    "rootless_trees",
+    "rootless_trees", "trimmed",
 )  # fmt: skip
 PREFIX_POSITIONS = ("found", "missing")
 ROWS = ("with_target", "altered")
@@ -160,7 +160,8 @@ SAMPLES: dict[str, Family] = {
     "aurora_trainer_assembly_events": counter(
         "Unusual things that happened while samples were put together",
         look="`holes`: messages are missing. `evicted`: `trainer.assemble` bounds are too small."
-        " `cut_back`, `after_end`, `rootless_trees`: ordinary.",
+        " `cut_back`, `after_end`, `rootless_trees`: ordinary. `trimmed`: chunks of prompts longer"
+        " than `trainer.assemble.max_positions`.",
         read=at("assembly_events"),
         event=EVENTS,
     ),

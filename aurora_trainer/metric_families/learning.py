@@ -150,11 +150,11 @@ TRAINING: dict[str, Family] = {
 
 # versions and checkpoints
 VERSIONS: dict[str, Family] = {
-    "aurora_trainer_watched_requests": counter(
-        "Requests that were walked when they came, with the served and the initial draft",
+    "aurora_trainer_watched_samples": counter(
+        "Samples that were walked when they came, with the served and the initial draft",
         look="All of them, unless the trainer is slower than its traffic: then an eighth of the"
         " positions that it trains on.",
-        read=at("watched_requests"),
+        read=at("watched_samples"),
     ),
     "aurora_trainer_traffic_changes": counter(
         "Alarms that traffic changed: the served draft accepts less than it did, or the initial one"
@@ -170,14 +170,14 @@ VERSIONS: dict[str, Family] = {
         look="At 0 most of the time; above 1 is the alarm, and it begins again.",
         read=at("change_score"),
     ),
-    "aurora_trainer_requests_since_change": gauge(
-        "Requests since the last alarm that traffic changed, or since the start",
+    "aurora_trainer_samples_since_change": gauge(
+        "Samples since the last alarm that traffic changed, or since the start",
         look="Beside the accept length: how long a draft takes to follow.",
-        read=at("requests_since_change"),
+        read=at("samples_since_change"),
     ),
     "aurora_trainer_resting": gauge(
         "1 while training rests: fewer steps, because the served draft gains nothing any more",
-        look="See `trainer.drift.rest_requests`. An alarm ends it, and so does a gain.",
+        look="See `trainer.drift.rest_samples`. An alarm ends it, and so does a gain.",
         read=at("resting"),
     ),
     "aurora_trainer_draft_version": gauge(

@@ -163,7 +163,7 @@ def trainer_lines(f: Figures) -> list[str]:
         ),
         _traffic(
             new.total(f"{p}traffic_changes_total"),
-            new.total(f"{p}requests_since_change"),
+            new.total(f"{p}samples_since_change"),
             new.total(f"{p}resting") > 0,
         ),
     ]
@@ -196,7 +196,7 @@ def status_lines(path: Path) -> list[str]:
         ),
         _traffic(
             sum(s.get("traffic_changes", {}).values()),
-            s.get("requests_since_change", 0),
+            s.get("samples_since_change", 0),
             bool(s.get("resting")),
         ),
     ]
@@ -275,12 +275,10 @@ def _steps(steps: str) -> str:
     return plain.get(steps) or f"{_plain(steps)} step{'s' if steps != '1' else ''}"
 
 
-def _traffic(changes: float, requests: float, resting: bool) -> str:
-    """How often traffic changed, how many requests ago, and what training makes of it."""
-    changed = (
-        f"changed {changes:.0f} times, {requests:,.0f} requests ago" if changes else "as it was"
-    )
-    if changes and requests < NEW_TRAFFIC:
+def _traffic(changes: float, samples: float, resting: bool) -> str:
+    """How often traffic changed, how many samples ago, and what training makes of it."""
+    changed = f"changed {changes:.0f} times, {samples:,.0f} samples ago" if changes else "as it was"
+    if changes and samples < NEW_TRAFFIC:
         changed = f"{RED}{changed}{PLAIN}"
     pace = "training rests, nothing is gained" if resting else "training at full pace"
     return f"  traffic          {changed}   {pace}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from traffic import HIDDEN, VOCAB, messages, write_trace
 from trainer_process import command, config
 
+from aurora_sglang_plugin.link.wire import decode
 from aurora_sglang_plugin.weights.manifest import (
     current_version,
     read_manifest,
@@ -21,6 +22,7 @@ from aurora_sglang_plugin.weights.manifest import (
 )
 from aurora_trainer.checkpoint import steps
 from aurora_trainer.daemon import Daemon, Schedule
+from aurora_trainer.learn import trainer
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +195,6 @@ def test_without_a_checkpoint_it_goes_on_from_what_is_served(models, trace, tmp_
 def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
     training = Daemon(config(models, tmp_path)).training
     about = {"target": training.target, "requests": 3}
-    from aurora_sglang_plugin.link.wire import decode
-
     for parts in messages(**about, vocab=VOCAB, features=2 * HIDDEN, session="narrow"):
         training.feed(decode(parts, max_bytes=1 << 20), 0.0)
     for parts in messages(**about, vocab=3 * VOCAB, features=3 * HIDDEN, session="wide"):
@@ -207,6 +207,28 @@ def test_samples_that_do_not_fit_are_counted_and_left_out(models, tmp_path):
         len(training.buffer)
         == training.samples["assembled"] - 3 - training.samples["token_out_of_vocabulary"]
     )
+
+
+def test_a_sample_that_raises_takes_none_that_came_with_it(models, tmp_path, monkeypatch):
+    """Four requests that fall silent together become samples together."""
+    daemon = Daemon(config(models, tmp_path, trainer__gate__enabled="false"))
+    training, usable = daemon.training, trainer.unusable
+    about = dict(target=training.target, vocab=VOCAB, features=3 * HIDDEN, requests=1)
+    for name in "abcd":
+        for parts in list(messages(**about, session=name))[:-1]:
+            training.feed(decode(parts, max_bytes=1 << 20), 0.0)
+
+    def raising(sample, *rest):
+        if sample.session == "b":
+            raise MemoryError("as on a device that is full")
+        return usable(sample, *rest)
+
+    monkeypatch.setattr(trainer, "unusable", raising)
+    daemon._jobs["message"].run(lambda: training.idle(1e9), 1e9)
+    assert {entry.sample.session for entry in training.buffer._entries.values()} == {*"acd"}
+    assert daemon.status(None)["faults"]["message"] == 1
+    assert training.assembler.open_requests == 0
+    training.close()
 
 
 def test_cadence():

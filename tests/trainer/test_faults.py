@@ -27,6 +27,7 @@ from aurora_sglang_plugin.weights.manifest import read_manifest, target_fingerpr
 from aurora_sglang_plugin.weights.writer import WeightsWriter, versions
 from aurora_trainer.checkpoint import load_newest, save_checkpoint, steps
 from aurora_trainer.daemon import Daemon
+from aurora_trainer.learn import learner
 
 
 def temporaries(directory: Path) -> list[str]:
@@ -279,6 +280,50 @@ def test_one_sample_that_cannot_be_trained_on_costs_itself(models, tmp_path, cap
         <= sum("step failed" in r.getMessage() for r in caplog.records)
         <= status["faults"]["step"]
     )
+
+
+def test_what_raises_after_the_update_does_not_undo_it(models, tmp_path, monkeypatch):
+    """The batch is learnt, counted so, and not tried again in parts."""
+    site = config(
+        models, tmp_path, trainer__metrics__rescore_every_steps=1, trainer__optimizer__average=0.9
+    )
+    daemon = Daemon(site)
+    training = daemon.training
+    for parts in traffic(models, 12, "e"):
+        training.feed(wire.decode(parts, max_bytes=1 << 20), 0.0)
+    exact, steps_taken = learner.losses, []
+    trained = daemon.metrics.trained
+    daemon.metrics.trained = lambda step, *rest: steps_taken.append(step) or trained(step, *rest)
+
+    def losses(*given):
+        if not torch.is_grad_enabled():
+            raise MemoryError("as on a device that is full")
+        return exact(*given)
+
+    def full(*given):
+        raise MemoryError("as on a device that is full")
+
+    # before it: it is tried again, and what was never trained on is still unseen
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "pack", full)
+        daemon._step(time.time(), replay=False)
+    assert training.updates == 0 and len(training._failed_steps) == 1
+    daemon._step(time.time(), replay=False)
+    assert training.updates == 1 and steps_taken[-1].before is not None
+    # the walk after the update
+    with monkeypatch.context() as patch:
+        patch.setattr(learner, "losses", losses)
+        daemon._step(time.time(), replay=False)
+    step = steps_taken[-1]
+    assert step.after is None and step.before is not None and step.update.applied
+    assert training.updates == 2 and training.positions == sum(s.positions for s in steps_taken)
+    # the update itself, in the middle
+    with monkeypatch.context() as patch:
+        patch.setattr(training.mean, "update", full)
+        daemon._step(time.time(), replay=False)
+    assert training.updates == 3 and daemon.status(None)["faults"]["step"] == 2
+    assert not training.buffer._again and len(training._failed_steps) == 1
+    training.close()
 
 
 def test_retry_waits_longer_each_time_and_logs_an_episode_once(caplog):

@@ -13,6 +13,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import failing_rank
 import pytest
 import torch
 import torch.distributed as dist
@@ -38,6 +39,8 @@ ADAMW = TIMEOUT | dict(
     trainer__drift__limit=20,
 )
 MUON = dict(trainer__optimizer__kind="muon", trainer__model__dtype="bfloat16") | TIMEOUT
+# which rank 1 is dealt
+REFUSED = "e-16"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -60,12 +63,16 @@ def run(daemon: Daemon, trace, until: int) -> tuple[list, dict[str, torch.Tensor
 
 
 @contextmanager
-def two_ranks(models, site, trace, monkeypatch, **settings):
-    """This process as rank 0 and another one as rank 1; what rank 0 does is up to the caller."""
+def two_ranks(models, site, trace, monkeypatch, fault=(), ends=0, **settings):
+    """This process as rank 0 and another one as rank 1; what rank 0 does is up to the caller.
+    `fault`: of rank 1, as failing_rank.py takes it; `ends`: its exit code."""
+    run = command(models, site, "replay", str(trace), **settings)
+    if fault:
+        run = [run[0], failing_rank.__file__, *fault, *run[3:]]
     about = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     with open(site / "rank1.log", "w") as said:
         follower = subprocess.Popen(
-            command(models, site, "replay", str(trace), **settings),
+            run,
             env=os.environ | about | {"RANK": "1"} | ONE_THREAD,
             stderr=said,
         )
@@ -75,7 +82,7 @@ def two_ranks(models, site, trace, monkeypatch, **settings):
         daemon = open_daemon(config(models, site, **settings))
         assert daemon.training.ranks.size == 2
         yield daemon
-        assert follower.wait(60) == 0
+        assert follower.wait(60) == ends
     finally:
         print((site / "rank1.log").read_text())
         dist.destroy_process_group()
@@ -160,16 +167,35 @@ def test_two_ranks_learn_what_one_does_and_one_goes_on(
 
 
 def test_two_ranks_go_on_from_ones_checkpoint(models, trace, tmp_path, monkeypatch):
+    """Over a sample that cannot be trained on, which rank 1 was dealt: it costs itself."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one = run(Daemon(config(models, tmp_path / "one", **MUON)), trace, 14)
+    monkeypatch.setattr(learner, "pack", failing_rank.without(REFUSED))
+    one = run(Daemon(config(models, tmp_path / "one", **MUON)), trace, 17)
     first, _ = run(Daemon(config(models, tmp_path / "two", **MUON)), trace, 7)
-    with two_ranks(models, tmp_path / "two", trace, monkeypatch, **MUON) as daemon:
+    site = tmp_path / "two"
+    with two_ranks(models, site, trace, monkeypatch, ("sample", REFUSED), **MUON) as daemon:
         # it lets the other one know that it is there, however little there is to do
         monkeypatch.setattr(daemon.training.ranks, "_speaks_s", 0.02)
-        second, end = run(daemon, trace, 14)
+        second, end = run(daemon, trace, 17)
+    said = (site / "rank1.log").read_text()
+    assert said.count("rank 1 cannot train on its share") > 1 and "Traceback" not in said
+    assert end["state"]["buffer"]["dropped"]["failed"] == 1
     # the last bit of bfloat16 at 1.0
     assert_alike(one, (first + second, end), weights=1 / 128, loss=1e-3)
+
+
+def test_an_update_that_raises_at_one_rank_ends_both(models, trace, tmp_path, monkeypatch):
+    """They are apart then: torchrun starts them again, from the last checkpoint."""
+    settings = TIMEOUT | dict(trainer__checkpoint__every_steps=2)
+    fault = ("update", "4")
+    with two_ranks(models, tmp_path, trace, monkeypatch, fault, APART, **settings) as daemon:
+        with pytest.raises(SystemExit) as ended:
+            run(daemon, trace, 9)
+    assert ended.value.code == APART
+    # before that update
+    assert daemon.training.steps == 4 and steps(tmp_path / "checkpoints") == [2]
+    assert "failed where all take part" in (tmp_path / "rank1.log").read_text()
 
 
 def test_a_silent_rank_ends_the_other(tmp_path, monkeypatch, caplog):

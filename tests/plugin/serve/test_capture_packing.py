@@ -1,12 +1,18 @@
 """A step taken as on a GPU, where it is packed before it leaves: the same as on a CPU."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from aurora_kernels.pack_step import float8, pack_step_ref
+from step_inputs import make_step
 from test_capture import CPU, F, N, Offered, V, make_capture, prefill_step, request, verify_step
 
 from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.serve import capture as module
 from aurora_sglang_plugin.serve.capture import Capture
-from aurora_sglang_plugin.serve.step_buffer import node_rows
+from aurora_sglang_plugin.serve.step_buffer import Packing, node_rows
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, pack
 
 
@@ -78,3 +84,45 @@ def test_kernels_are_loaded_before_serving(features):
     capture.transfer.carry = lambda *packed: runs.append(packed) or carry(*packed)
     capture.prewarm(V, torch.bfloat16)
     assert len(runs) == 8 and not capture.publisher.items and not capture.boundary.errors
+
+
+@pytest.mark.parametrize("features", ["model", "float8"])
+@pytest.mark.parametrize("topk", [1, 2])
+def test_without_kernels_nothing_waits_for_the_device(topk, features):
+    """On a GPU that runs none, as ROCm's: a meta tensor raises where its values are asked for."""
+    packing = Packing(5, 3 if features == "float8" else 0, topk > 1)
+    carried = []
+
+    class Carries(Packs):
+        def carry(self, packed, layout):
+            carried.append(packed.device.type)
+            return Pinned(np.zeros(packed.nbytes, np.uint8), layout, packed.nbytes, None, None)
+
+    step = make_step(3, N, 3, F, torch.bfloat16, topk, where="meta")
+    result = SimpleNamespace(
+        accept_lens=step["accept_lens"], accept_index=step["accept_index"],
+        next_token_ids=step["next_tokens"],
+        logits_output=SimpleNamespace(
+            hidden_states=step["hidden"], next_token_logits=torch.empty(3 * N, V, device="meta")
+        ),
+    )  # fmt: skip
+    links = torch.empty(3, N, dtype=torch.int64, device="meta")
+    tree = SimpleNamespace(
+        positions=step["positions"], draft_token=step["draft_tokens"], retrieve_next_token=links,
+        retrieve_next_sibling=links,
+    )  # fmt: skip
+    for rows in (None, torch.empty(2, dtype=torch.int64, device="meta")):
+        assert packing.pack(tree, result, rows, Carries())
+    float8(step["hidden"], 3)
+    assert carried == ["meta"] * 2
+    # the reference does wait, on the publisher's thread
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        pack_step_ref(step, 0)
+
+
+def test_a_gpu_without_kernels_is_told_of_once_at_start(monkeypatch, caplog):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(module, "PinnedBuffers", lambda *given: Packs())
+    Capture(CaptureConfig(), Offered(), torch.device("cuda"), num_steps=2, topk=1)
+    (record,) = caplog.records
+    assert "sm_80" in record.getMessage() and "plugin.capture.sample_rate" in record.getMessage()

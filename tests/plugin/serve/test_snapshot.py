@@ -68,7 +68,7 @@ def parts_of(arrays):
     return [bytes(part) for part in wire.encode(header("verify", ["a", "b"]), arrays)]
 
 
-def verify_tensors(logits=True, dtype=torch.float32):
+def verify_tensors(dtype=torch.float32):
     """Two ragged trees.
 
     Row 0 accepted 0 -> 1 -> 3, row 1 the root only; ids of SGLang's path are row * N + node.
@@ -90,21 +90,12 @@ def verify_tensors(logits=True, dtype=torch.float32):
         "accept_lens": torch.tensor([3, 1], dtype=torch.int32),
         "next_tokens": torch.tensor([[1, 3, 30, 77, 77], [31, 77, 77, 77, 77]]),
     }
-    if logits:
-        tensors["logits"] = raw
-    else:
-        top = raw.topk(4)
-        tensors |= {
-            "topk_ids": top.indices,
-            "topk_logits": top.values,
-            "logsumexp": raw.logsumexp(-1),
-        }
+    tensors["logits"] = raw
     return tensors, raw
 
 
-@pytest.mark.parametrize("logits", [True, False], ids=["logits", "topk_from_device"])
-def test_verify(logits):
-    tensors, raw = verify_tensors(logits)
+def test_verify():
+    tensors, raw = verify_tensors()
     snapshot = Verify(HostTensors().stage(tensors), k=4)
     assert snapshot.nbytes >= sum(t.nbytes for t in tensors.values())
     message = decoded(header("verify", ["a", "b"], flags=[0, 1]), snapshot.build())
@@ -137,8 +128,8 @@ def test_a_chain_needs_no_links():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_pinned_builds_the_same_message_of_its_own(dtype):
     """Its arrays outlive the buffer."""
-    tensors, _ = verify_tensors(False, dtype)
-    tensors["topk_logits"] = tensors["topk_logits"].to(dtype)
+    tensors, _ = verify_tensors(dtype)
+    tensors["logits"] = tensors["logits"].to(dtype)
     expected = parts_of(Verify(HostTensors().stage(tensors), k=4).build())
     packed, layout = pack(tensors)
     built = Verify(Pinned(packed.numpy(), layout, packed.nbytes, None, None), k=4).build()

@@ -2,11 +2,14 @@
 node.
 """
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from assembly import WHOLE, assemble, check, one_request
 from simulator import Server
 
+from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
 from aurora_trainer.intake.request import Tree, _forest
 
@@ -111,10 +114,39 @@ def test_bounds_take_the_least_recent_request_early():
     assert assembler.counters["evicted"] > 0
     for sample in samples:
         check(sample, server)
-    tight = Assembler(AssembleConfig(max_bytes=2000))
+    tight = Assembler(AssembleConfig(max_bytes=20_000))
     for message in Server(8, odd=False).run():
         tight.add(message)
-        assert tight.nbytes <= 2000
+        assert tight.nbytes <= 20_000
+    assert tight.counters["evicted"] > 0
+
+
+def test_narrow_steps_take_no_more_memory_than_they_are_counted_for():
+    """A server that sends features of width 1, one token at a time, and never ends a request."""
+    none, one = np.zeros(1, np.int32), np.ones(1, np.int32)
+    tracemalloc.start()
+    assembler = Assembler(AssembleConfig(max_bytes=1 << 18))
+    before = tracemalloc.get_traced_memory()[0]
+    for n in range(1000):
+        request, position = f"r{n // 250}", n % 250
+        header = wire.Header(
+            schema=wire.SCHEMA_VERSION, kind="prefill", session="e", captured_seq=n + 1,
+            sent_seq=n + 1, heartbeats=0, dropped={}, queued=0, target="t", draft_version=0,
+            extend_version=0, time_ns=n, requests=[request],
+        )  # fmt: skip
+        arrays = {
+            "positions": none + position, "extend_lens": one, "feature_lens": one,
+            "prompt_lens": none + 1000, "input_ids": one, "next_tokens": one,
+        }  # fmt: skip
+        frames = {name: ("int32", array) for name, array in arrays.items()}
+        frames["aux_hidden_states"] = "float32", np.zeros((1, 1), np.float32)
+        assembler.add(
+            wire.decode([bytes(p) for p in wire.encode(header, frames)], max_bytes=1 << 20)
+        )
+        assert assembler.nbytes <= 1 << 18
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert assembler.counters["evicted"] > 0 and taken < 1.5 * (1 << 18), taken
 
 
 def test_repeated_messages_change_nothing():

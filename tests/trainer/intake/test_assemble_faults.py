@@ -213,3 +213,18 @@ def test_a_flood_of_one_server_evicts_what_is_its_own():
     (whole,) = [s for s in samples if s.session == "e"]
     assert whole.reason in ("stop", "length", "abort") and whole.attempt == 0
     assert assembler.counters["evicted"] > 100 and assembler.open_requests <= 8
+
+
+def test_a_prompt_that_is_said_to_be_endless_makes_no_endless_sample():
+    """Its verify steps lie in the prompt: parts are taken all the same, and none is wrong."""
+    server = Server(5, requests=1, odd=False)
+    server.requests[0].total_len = server.requests[0].prompt_len + 400
+    messages = list(server.run())
+    for message in messages:
+        if message.header.kind == "prefill":
+            message.arrays["prompt_lens"] = np.full_like(message.arrays["prompt_lens"], 1 << 20)
+    assembler = Assembler(AssembleConfig(part_positions=50, context_positions=16))
+    samples = [s for m in messages for s in assembler.add(m)]
+    assert len(samples) > 5 and max(len(s.features) for s in samples) < 150
+    for sample in samples:
+        check(sample, server)

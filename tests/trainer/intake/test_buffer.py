@@ -239,3 +239,10 @@ def test_the_one_sample_at_fault_goes_and_all_others_are_trained_on():
             trained.update(names(batch))
     assert buffer.dropped == {"failed": 1, "used_up": 39} and len(buffer) == buffer.nbytes == 0
     assert set(trained) == set(range(40)) - {17} and all(uses == 2 for uses in trained.values())
+
+
+def test_a_sample_that_fails_after_it_has_left_is_counted_once():
+    buffer = filled(4, max_uses=1)
+    while buffer.take(80):
+        buffer.failed()
+    assert sum(buffer.dropped.values()) == buffer.put_count == 4

@@ -7,7 +7,7 @@ import torch
 
 from aurora_sglang_plugin.link import wire
 from aurora_trainer.intake.assemble import AssembleConfig, Assembler
-from aurora_trainer.intake.prefixes import Prefixes
+from aurora_trainer.intake.prefixes import KEY_BYTES, Prefixes
 
 SENT = iter(range(1, 1 << 30))
 F = 3
@@ -163,14 +163,15 @@ def test_what_is_kept_is_bounded():
     """The run that is asked for stays, the others go in the order of their last use."""
     system = words(6, 64)
     texts = [system + words(7 + i, 40) for i in range(12)]
-    size = 90 * F * 4
+    # features, tokens, versions, keys
+    size = 90 * F * 4 + 91 * 4 + 90 * 4 + 5 * KEY_BYTES
     requests = [request("0", texts[0], 80)]
     requests += [request(f"{i}", texts[i], 80, cached=64, sent=64) for i in range(1, 12)]
     samples, assembler = assemble(*requests, prefix_bytes=4 * size)
     for sample, text in zip(samples, texts):
         check(sample, text, 0)
     kept = assembler.prefixes
-    assert kept._nbytes == sum(run.features.nbytes for run in kept._runs.values()) <= 4 * size
+    assert kept._nbytes == sum(run.nbytes for run in kept._runs.values()) <= 4 * size
     assert set(kept._at.values()) <= set(kept._runs) and len(kept._runs) <= 4
     nothing, _ = assemble(
         request("a", texts[0], 80), request("b", texts[1], 80, cached=64, sent=64), prefix_bytes=1
@@ -181,7 +182,9 @@ def test_what_is_kept_is_bounded():
 def test_what_was_asked_for_stays_longer():
     texts = [words(20 + i, 80) for i in range(3)]
     first, second, third = assemble(*(request(f"{t[0]}", t, 60) for t in texts))[0]
-    prefixes = Prefixes(2 * first.features.nbytes, most=100)
+    (prefixes := Prefixes(1 << 20, most=100)).put(first)
+    # of two and a half
+    prefixes = Prefixes(5 * prefixes._nbytes // 2, most=100)
 
     def known(text):
         return prefixes.before(64, np.array(text[:65], np.int32), "float32", F) is not None

@@ -1,4 +1,4 @@
-"""What requests say that just came: how often it is wrong, and how soon it is right."""
+"""What samples say that just came: how often it is wrong, and how soon it is right."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ STEPS = 40.0
 
 
 def real(arm: str) -> np.ndarray:
-    """Accept lengths of a real model's requests, behind the first 72."""
+    """Accept lengths of a real model's samples, behind the first 72."""
     lines = map(json.loads, LINES.read_text().splitlines())
     line = next(line for line in lines if line["arm"] == arm)
     steps, tokens = np.array(line["steps"][72:]), np.array(line["tokens"][72:])
@@ -21,7 +21,7 @@ def real(arm: str) -> np.ndarray:
 
 
 def fed(drift: Drift, served, initial=None, first: int = 0) -> list[tuple[int, str, int]]:
-    """Events, by the request at which they came."""
+    """Events, by the sample at which they came."""
     found = []
     for n, x in enumerate(served, first):
         other = None if initial is None else (STEPS, STEPS * initial[n - first])
@@ -38,11 +38,11 @@ KINDS = {"a real model": real("today"), "normal": NORMAL}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_false_alarms_are_rarer_than_one_in_ten_thousand_requests(kind):
-    rng, requests, alarms = np.random.default_rng(0), 40_000, 0
+def test_false_alarms_are_rarer_than_one_in_ten_thousand_samples(kind):
+    rng, samples, alarms = np.random.default_rng(0), 40_000, 0
     for _ in range(4):
-        drift = Drift(DriftConfig(rest_requests=0))
-        alarms += len(changes(fed(drift, rng.choice(KINDS[kind], requests // 4))))
+        drift = Drift(DriftConfig(rest_samples=0))
+        alarms += len(changes(fed(drift, rng.choice(KINDS[kind], samples // 4))))
         assert drift.changes["accept_length"] <= 4
     assert alarms <= 4
 
@@ -68,24 +68,24 @@ def test_a_fall_is_seen_soon_and_dated(fall, within):
     assert np.median(delays) <= within and np.median(off) <= 3, (delays, off)
 
 
-def test_the_first_requests_of_a_draft_are_no_alarm():
+def test_the_first_samples_of_a_draft_are_no_alarm():
     drift = Drift(DriftConfig())
     assert not fed(drift, [5.0] * 10 + [1.0] * (WARM - 10))
 
 
-def test_short_requests_say_nothing():
+def test_short_samples_say_nothing():
     drift = Drift(DriftConfig())
     fed(drift, [3.0] * 100)
     for n in range(100, 200):
         assert not drift.add(n, (3.0, 3.0), (3.0, 9.0))
-    assert drift.sum == 0 and drift.requests == 200
+    assert drift.sum == 0 and drift.samples == 200
 
 
-def ahead(gain: float, seed: int, requests: int = RECENT, drift: Drift | None = None):
-    """Events of requests in which the initial draft is better by `gain`, with noise of 0.3."""
+def ahead(gain: float, seed: int, samples: int = RECENT, drift: Drift | None = None):
+    """Events of samples in which the initial draft is better by `gain`, with noise of 0.3."""
     rng = np.random.default_rng(seed)
-    served = 2 + 0.4 * rng.standard_normal(requests)
-    initial = served + gain + 0.3 * rng.standard_normal(requests)
+    served = 2 + 0.4 * rng.standard_normal(samples)
+    initial = served + gain + 0.3 * rng.standard_normal(samples)
     return fed(drift or Drift(DriftConfig()), served, initial)
 
 
@@ -104,14 +104,14 @@ def test_the_initial_draft_is_said_to_be_ahead_at_once_and_once():
 
 
 def test_a_draft_that_is_equal_or_worse_is_hardly_said_to_be_ahead():
-    """Of 24 requests, looked at after each from the 8th on."""
+    """Of 24 samples, looked at after each from the 8th on."""
     equal = sum(bool(ahead(0.0, seed)) for seed in range(150)) / 150
     worse = sum(bool(ahead(-0.1, seed)) for seed in range(150)) / 150
     assert equal < 0.3 and worse < 0.1, (equal, worse)
 
 
 def test_after_an_alarm_less_is_asked():
-    """Of the requests since the change alone: those before it were better with the served one."""
+    """Of the samples since the change alone: those before it were better with the served one."""
     soon = []
     for seed in range(40):
         rng, drift = np.random.default_rng(seed), Drift(DriftConfig())
@@ -136,7 +136,7 @@ def test_it_does_not_rest_while_what_is_trained_waits():
 
 
 def test_a_rollback_wakes_it():
-    rng, drift = np.random.default_rng(3), Drift(DriftConfig(rest_requests=96))
+    rng, drift = np.random.default_rng(3), Drift(DriftConfig(rest_samples=96))
     fed(drift, 2 + 0.3 * rng.standard_normal(300), None)
     assert drift.resting
     drift.begin()
@@ -146,7 +146,7 @@ def test_a_rollback_wakes_it():
 
 def test_training_rests_where_nothing_is_gained_and_works_again():
     rng = np.random.default_rng(3)
-    drift = Drift(DriftConfig(rest_requests=96))
+    drift = Drift(DriftConfig(rest_samples=96))
     found = fed(drift, 2.5 + 0.3 * rng.standard_normal(96 * 6))
     # at the second look at the latest, here
     assert [kind for _, kind, _ in found] == ["rests"] and found[0][0] < 3 * 96 and drift.resting
@@ -169,18 +169,18 @@ def test_what_still_learns_or_has_not_begun_does_not_rest():
     assert not fed(drift, curve[:700] + 0.3 * rng.standard_normal(700))
     flat = Drift(DriftConfig())
     assert not fed(flat, 1.0 + 0.05 * rng.random(2000))
-    never = Drift(DriftConfig(rest_requests=0))
+    never = Drift(DriftConfig(rest_samples=0))
     assert not fed(never, 2.5 + 0.3 * rng.standard_normal(2000))
 
 
 def test_state_round_trip():
     rng = np.random.default_rng(5)
-    whole, first = (Drift(DriftConfig(rest_requests=40)) for _ in range(2))
+    whole, first = (Drift(DriftConfig(rest_samples=40)) for _ in range(2))
     x = np.concatenate([3 + 0.4 * rng.standard_normal(150), 1.6 + 0.4 * rng.standard_normal(150)])
     initial = np.full(300, 2.0)
     expected = fed(whole, x, initial)
     found = fed(first, x[:140], initial[:140])
-    second = Drift(DriftConfig(rest_requests=40))
+    second = Drift(DriftConfig(rest_samples=40))
     second.restore(json.loads(json.dumps(first.state())))
     found += fed(second, x[140:], initial[140:], first=140)
     assert found == expected and {kind for _, kind, _ in found} >= {"changed", "initial", "rests"}

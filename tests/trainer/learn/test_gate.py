@@ -1,12 +1,12 @@
-"""The gate: who passes, at which rates, and what is held back for it."""
+"""The gate: who passes, and at which rates."""
 
 import math
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from held_sample import held_sample as sample
 
 from aurora_trainer.learn.accept_length import accept_length, difference
 from aurora_trainer.learn.gate import Decision, Gate, GateConfig
@@ -15,14 +15,6 @@ from aurora_trainer.learn.gate import Decision, Gate, GateConfig
 STEPS = 30
 # what is trained and finite
 LIVE = ("live",)
-
-
-def sample(
-    request: str, positions: int = 10, session: str = "e", domain: str = ""
-) -> SimpleNamespace:
-    return SimpleNamespace(
-        session=session, request=request, features=range(positions), domain=domain
-    )
 
 
 class World:
@@ -46,10 +38,10 @@ class World:
         return served + self.gains.get(role, 0.0) + noise
 
 
-def filled(requests: int = 24, first: int = 0, **config) -> Gate:
-    gate = Gate(GateConfig(requests=requests, hold_every=1, **config))
-    for n in range(first, first + requests):
-        gate.hold(sample(f"r{n}"))
+def filled(requests: int = 24, left_out: Counter[str] | None = None, **config) -> Gate:
+    gate = Gate(GateConfig(requests=requests, hold_every=1, **config), left_out)
+    for n in range(requests):
+        gate.held.hold(sample(f"r{n}"))
     return gate
 
 
@@ -82,7 +74,7 @@ def test_asked_again_and_again_a_worse_candidate_hardly_passes():
         walk, gate = World(seed, live=-0.1, initial=-9.0), filled()
         for turn in range(20):
             for n in range(2):
-                gate.hold(sample(f"n{turn}-{n}"))
+                gate.held.hold(sample(f"n{turn}-{n}"))
             if gate.decide(LIVE, walk).passed:
                 ever += 1
                 break
@@ -119,7 +111,7 @@ def test_reasons_and_counts():
     walk = World(0, live=1.0, initial=-9.0)
     assert gate.decide(LIVE, walk).reason == "few_requests" and not walk.walked
     for n in range(8):
-        gate.hold(sample(f"r{n}"))
+        gate.held.hold(sample(f"r{n}"))
     better = gate.decide(LIVE, walk)
     assert better.role == "live" and better.reason == "better" and better.requests == 8
     assert better.fields().keys() == {
@@ -147,11 +139,11 @@ def test_the_candidate_is_scored_anew_and_the_others_are_remembered():
     assert walk.walked == [("live", f"r{n}") for n in range(24)]
     walk.walked.clear()
     gate.serve("live")
-    gate.hold(sample("new"))
-    gate.hold(sample("known"))
+    gate.held.hold(sample("new"))
+    gate.held.hold(sample("known"))
     # what was walked when it came is not walked again
     known = {"served": np.array([30.0, 60.0]), "initial": np.array([30.0, 50.0])}
-    gate.scored(sample("known"), known)
+    gate.held.scored(sample("known"), known)
     gate.decide(LIVE, walk)
     # What is served now was walked as the candidate.
     others = [which for which in walk.walked if which[0] != "live"]
@@ -226,25 +218,6 @@ def test_the_initial_draft_is_not_published_where_it_is_behind():
     assert wrong == 0
 
 
-def test_what_is_held_from_before_a_change_goes_to_training():
-    gate = Gate(GateConfig(requests=8, hold_every=1))
-    for n in range(8):
-        gate.hold(sample(f"old{n}"), n)
-    gate.hold(sample("new"), 8)
-    assert [s.request for s in gate.forget(8)] == [f"old{n}" for n in range(1, 8)]
-    assert gate.held == 1 and not gate.forget(8)
-
-
-def test_a_change_by_a_flood_leaves_the_others_what_is_theirs():
-    gate = Gate(GateConfig(requests=24, hold_every=1))
-    for n in range(12):
-        gate.hold(sample(str(n), domain=("others", "gone")[n % 2]), n)
-    for n in range(12, 20):
-        gate.hold(sample(str(n), domain="others" if n == 15 else "flood"), n)
-    assert {s.domain for s in gate.forget(12)} == {"gone"}
-    assert shares(gate) == {"others": 7, "flood": 7}
-
-
 def test_a_draft_that_stays_worse_is_given_up():
     gate, walk = filled(give_up_after=3), World(0, live=-1.0, initial=-9.0)
     for answers in range(3):
@@ -260,50 +233,9 @@ def test_a_draft_that_stays_worse_is_given_up():
     assert gate.worse_in_a_row == 0
 
 
-def test_what_is_held_back():
-    gate = Gate(GateConfig(requests=2, hold_every=2))
-    given = [[s.request for s in gate.hold(sample(str(n)))] for n in range(1, 9)]
-    # Every other one is held; the third that is held pushes the first one out.
-    assert given == [["1"], [], ["3"], [], ["5"], ["2"], ["7"], ["4"]]
-    assert gate.held == 2
-    gate.hold(sample("8", positions=20))
-    # another part of a request that is held
-    assert gate.held == 3
-    # but no request is held without bound
-    assert gate.hold(sample("8", positions=4000))
-    # another server's
-    assert [s.request for s in gate.hold(sample("8", session="other"))] == ["8"]
-
-
-def shares(gate: Gate) -> dict[str, int]:
-    return Counter(held.samples[0].domain for held in gate._held.values())
-
-
-def test_a_flood_is_not_all_that_is_judged():
-    gate, chance = Gate(GateConfig(requests=24)), random.Random(0)
-    for n in range(4000):
-        gate.hold(sample(str(n), domain="flood" if chance.random() < 0.95 else "others"))
-    assert shares(gate) == {"flood": 12, "others": 12}
-
-
-def test_a_rhythm_of_traffic_chooses_nobody():
-    """Two domains by turns, and two servers by turns: of all of them some are held."""
-    gate = Gate(GateConfig(requests=24, hold_every=2))
-    for n in range(400):
-        which = n % 2
-        gate.hold(sample(str(n), domain=("code", "chat")[which], session=f"server {which}"))
-    assert shares(gate) == {"code": 12, "chat": 12}
-
-
-def test_labels_without_end_are_one_share():
-    gate = Gate(GateConfig(requests=24, hold_every=2))
-    for n in range(4000):
-        gate.hold(sample(str(n), domain=f"label {n}", session=f"server {n}"))
-    assert len(gate._held) == 24 and len(gate._seen) <= 17 * 17
-
-
 def test_a_request_that_cannot_be_walked_costs_itself(caplog):
-    gate, walk = filled(), World(0, live=1.0, initial=-9.0)
+    left_out: Counter[str] = Counter()
+    gate, walk = filled(left_out=left_out), World(0, live=1.0, initial=-9.0)
 
     def broken(role: str, samples: list) -> np.ndarray:
         if any(s.request == "r3" for s in samples):
@@ -311,18 +243,18 @@ def test_a_request_that_cannot_be_walked_costs_itself(caplog):
         return walk(role, samples)
 
     decision = gate.decide(LIVE, broken)
-    assert decision.passed and decision.requests == 23 and gate.left_out == {"unwalkable": 1}
+    assert decision.passed and decision.requests == 23 and left_out == {"unwalkable": 1}
     assert gate.decide(LIVE, broken).requests == 23
     # a fault of the draft or the device costs none of them
     with pytest.raises(ValueError, match="no held request can be walked with the live draft"):
         gate.decide(LIVE, lambda role, samples: 1 / 0)
-    assert len(gate._held) == 23
+    assert len(gate.held) == 23
 
 
 def test_off_passes_everything_that_is_finite_and_holds_nothing():
     gate = Gate(GateConfig(enabled=False))
     walk = World(0)
-    assert all(gate.hold(sample(str(n))) for n in range(10))
+    assert all(gate.held.hold(sample(str(n))) for n in range(10))
     assert gate.decide(LIVE, walk).reason == "off" and not walk.walked
     # the mean, where there is one
     assert gate.decide(("live", "mean"), walk).role == "mean"
@@ -339,19 +271,7 @@ def test_state_round_trip():
     gate.decide(LIVE, World(0, live=-1.0))
     again = Gate(GateConfig(hold_every=1))
     again.restore(gate.state(), live=True)
-    assert again.held == 0 and again.state() == gate.state() | {"held": 0}
+    assert again.held.samples == 0 and again.state() == gate.state() | {"held": 0}
     replayed = Gate(GateConfig())
     replayed.restore(gate.state(), live=False)
     assert replayed.state() == gate.state() | {"held": 0, "seen": []}
-
-
-def test_a_part_that_goes_to_training_leaves_the_held_ones_score():
-    """The request is longer than what is held of one."""
-    gate, walk = Gate(GateConfig(requests=4, hold_every=1)), World(0)
-    first, second = sample("r", positions=1500), sample("r", positions=1000)
-    assert gate.hold(first) == []
-    gate.scored(first, {"served": np.array([100.0, 300.0])})
-    assert gate.hold(second) == [second]
-    gate.scored(second, {"served": np.array([50.0, 60.0])})
-    gate._score("served", walk)
-    assert gate._scores("served").tolist() == [[100.0, 300.0]] and not walk.walked

@@ -17,7 +17,7 @@ from aurora_sglang_plugin.weights.manifest import (
     target_fingerprint,
     version_name,
 )
-from aurora_trainer.checkpoint import load_newest
+from aurora_trainer.checkpoint import Checkpoint, load_newest
 from aurora_trainer.daemon import Daemon
 from aurora_trainer.learn import drift
 from aurora_trainer.learn.drift import Event
@@ -113,9 +113,78 @@ def test_an_initial_draft_that_a_server_rolled_back_waits_for_other_traffic(
     assert training.served.version == 2
     (tmp_path / "weights" / REJECTED).write_text(json.dumps({"version": 2}) + "\n")
     training.apply_rollbacks()
-    assert training.served.version == 1 and training.initial_barred
+    assert training.served.version == 1 and training.served.initial_barred
     assert feed(training, stream[half:]) == [] and training.published_roles == {"initial": 1}
-    assert training.arrivals.drift.requests > 40
+    assert training.arrivals.drift.samples > 40
+    training.close()
+
+
+def test_a_rollback_while_no_trainer_ran_is_heeded_by_the_next_one(
+    models, stream, learned, tmp_path
+):
+    """Of the initial draft by its weights: another one is not barred by it."""
+    site = "trainer.pace.enabled=false", f"trainer.model.draft={learned}"
+    training = open_training(models, tmp_path, "float32", *GATE, *site)
+    forget_all(training)
+    serve_noise(training)
+    half = len(stream) // 2
+    feed(training, stream[:half])
+    tensors, state = training.checkpoint()
+    found = Checkpoint(training.steps, dict(tensors), json.loads(json.dumps(state)), 0)
+    training.close()
+    (tmp_path / "weights" / REJECTED).write_text(json.dumps({"version": 2}) + "\n")
+    again = open_training(models, tmp_path, "float32", *GATE, *site)
+    again.restore(found, live=True)
+    again.apply_rollbacks()
+    assert again.served.version == again.parent == 1 and again.served.initial_barred
+    # it trains what servers went back to
+    noise = again.served.draft.checkpoint()["fc.weight"]
+    assert torch.equal(again.draft.checkpoint()["fc.weight"], noise)
+    assert again.published["rolled_back"] == 1
+    assert feed(again, stream[half:]) == []
+    state = json.loads(json.dumps(again.checkpoint()[1]))
+    again.close()
+    # nothing but the directory is left: what is there says the same
+    (bare := open_training(models, tmp_path, "float32", *GATE, *site)).apply_rollbacks()
+    assert bare.served.initial_barred
+    bare.close()
+    other = open_training(models, tmp_path, "float32", *GATE, site[0])
+    other.restore(Checkpoint(found.step, found.tensors, state, 0), live=True)
+    other.apply_rollbacks()
+    assert other.served.barred and not other.served.initial_barred
+    assert other.published["rolled_back"] == 1
+    other.close()
+
+
+def test_what_is_urgent_stays_so_until_servers_have_it(models, stream, learned, tmp_path):
+    """The disk refuses once, no update comes, and another event comes while it is tried again."""
+    site = "trainer.pace.enabled=false", f"trainer.model.draft={learned}"
+    training = open_training(models, tmp_path, "float32", *GATE, *site)
+    forget_all(training)
+    serve_noise(training)
+    messages = iter(enumerate(stream))
+    while not training.urgent:
+        number, message = next(messages)
+        training.feed(message, number)
+    weights = tmp_path / "weights"
+    training._offered_at = training.updates
+    offer = training.offer()
+    weights.rename(tmp_path / "away")
+    weights.write_text("no directory")
+    with pytest.raises(OSError):
+        offer.write()
+    weights.unlink()
+    (tmp_path / "away").rename(weights)
+    assert training.urgent and training.checkpoint()[1]["urgent"]
+    offer = training.offer()
+    assert offer.role == "initial"
+    changed = [Event("changed", 0)]
+    training.arrivals.look = lambda now, *_: changed
+    training._look(behind=False)
+    training.written(offer, offer.write())
+    assert training.served.version == 2 and training.urgent == 1
+    # it is answered by what is refused, too
+    assert training.offer() is None and not training.urgent
     training.close()
 
 
@@ -158,13 +227,13 @@ def test_a_change_of_traffic_wakes_training(models, stream, tmp_path):
     per_step = training.new_positions_per_step
     training.arrivals._follow((0, 0), [Event("rests", 0)])
     assert training.new_positions_per_step == 4 * per_step
-    held = training.gate.held
+    held = training.gate.held.samples
     assert held and training.mean.began == training.optimizer.began == 0
     changed = [Event("changed", training.samples["assembled"] + 1), Event("works", 0)]
     training.arrivals.look = lambda now, *_: training.arrivals._follow(now, changed) or changed
     training._look(behind=False)
     assert training.new_positions_per_step == per_step and training.urgent
-    assert training.gate.held == 0
+    assert training.gate.held.samples == 0
     assert training.mean.began == training.optimizer.began == training.optimizer.updates == 60
     for name, master in training.optimizer.masters.items():
         assert torch.equal(training.mean.weights[name], master)
@@ -180,7 +249,7 @@ def test_a_resumed_run_over_a_recording_follows_the_same_events(models, tmp_path
     write_trace(path, requests=60, **about)
     settings = {
         "trainer__drift__limit": 20,
-        "trainer__drift__rest_requests": 3,
+        "trainer__drift__rest_samples": 3,
         "trainer__drift__rest_factor": 2,
         "trainer__optimizer__average": 0.9,
         "trainer__optimizer__schedule": "cosine",
