@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aurora_kernels.pack_step import pack_step
+from aurora_kernels.pack_step import ints_parts, pack_step, pack_step_ref
 from step_inputs import make_step
 
 from aurora_sglang_plugin.link import wire
@@ -27,6 +27,25 @@ def test_parts_do_not_overlap(links, layers):
     for n, array in enumerate(found.values()):
         assert (array == array.flat[0]).all() and (n == len(views) - 1 or array.flat[0] == n + 1)
     assert [list(a.shape) for a in found.values()] == [list(v.shape) for v in views.values()]
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("rows", [None, [0, 2, 3]])
+def test_without_kernels_each_row_has_its_place(rows, layers):
+    """What was not accepted writes nothing."""
+    step = make_step(5, 7, 4, 24, torch.bfloat16, 2, rows)
+    ints, features, scales = pack_step_ref(step, layers)
+    kept = 4 * len(ints)
+    out = torch.full((kept, 24), 77, dtype=features.dtype)
+    out_scales = torch.full((kept, layers), -5.0) if layers else None
+    pack_step(step, out_ints := torch.empty_like(ints), out, out_scales)
+    count = len(features)
+    assert 0 < count < kept and torch.equal(out_ints, ints)
+    assert torch.equal(out[:count], features) and (out[count:] == 77).all()
+    if layers:
+        assert torch.equal(out_scales[:count], scales) and (out_scales[count:] == -5).all()
+    linked, chains = ints_parts(7, 4, True), ints_parts(7, 4, False)
+    assert linked["next_sibling"].stop == ints.shape[1] and chains.items() < linked.items()
 
 
 def test_a_scale_a_layer_or_one_a_row():
