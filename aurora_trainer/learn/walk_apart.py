@@ -25,7 +25,7 @@ def walk_apart(
         return _together(walk, role, groups)
     except Exception as error:
         # one at a time: whatever one of them is, it costs itself
-        _say(type(error))
+        _say(type(error).__name__)
     found: list[np.ndarray | None] = []
     for samples in groups:
         try:
@@ -36,7 +36,7 @@ def walk_apart(
 
 
 @cache
-def _say(kind: type[Exception]) -> None:
+def _say(kind: str) -> None:
     """Once for each kind: samples without end must not fill the log."""
     log.warning("samples cannot be walked together, walking each alone", exc_info=True)
 
