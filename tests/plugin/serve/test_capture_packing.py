@@ -9,6 +9,8 @@ from aurora_kernels.pack_step import float8, pack_step_ref
 from step_inputs import make_step
 from test_capture import CPU, F, N, Offered, V, make_capture, prefill_step, request, verify_step
 
+from aurora_sglang_plugin.config import CaptureConfig
+from aurora_sglang_plugin.serve.capture import Capture
 from aurora_sglang_plugin.serve.step_buffer import Packing, node_rows
 from aurora_sglang_plugin.serve.transfer import HostTensors, Pinned, PinnedBuffers, pack
 
