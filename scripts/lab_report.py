@@ -19,6 +19,7 @@ from lab_statistics import (
     half,
     holm,
     lowest,
+    shifts,
     walks,
 )
 
@@ -129,10 +130,11 @@ def floors(lines: Sequence[dict[str, Any]]) -> list[str]:
     for arm in sorted({line["arm"] for line in lines} - {FROZEN}):
         own = [line for line in lines if line["arm"] == arm]
         domains = own[0]["domains"]
-        changes = sum(one != two for one, two in zip(domains, domains[1:]))
-        if frozen and 0 < changes < len(domains) / (2 * WINDOW):
+        changes = shifts(domains)
+        # else it is mixed traffic
+        if frozen and changes and sum(end - begin for begin, end in changes) < len(domains) / 2:
             by, at = lowest(walks(own), walks(frozen), domains)
-            rows.append(f"| `{arm}` | {len(own)} | {changes} | {by:+.3f} | {at} |")
+            rows.append(f"| `{arm}` | {len(own)} | {len(changes)} | {by:+.3f} | {at} |")
     head = [
         f"| arm | seeds | changes of domain | lowest over {WINDOW} requests, from {WINDOW} after a"
         " change, against the frozen draft | from request |",

@@ -148,11 +148,25 @@ def half(found: Walks) -> Walks:
     return found[:, found.shape[1] // 2 :]
 
 
-def ahead(own: Walks, other: Walks, changes: Sequence[int]) -> Iterator[tuple[float, int]]:
+def shifts(domains: Sequence[str]) -> list[tuple[int, int]]:
+    """The first request of other traffic, and the first after which none of the old comes for
+    WINDOW requests: those that run side by side end in any order."""
+    found: list[tuple[int, int]] = []
+    for n in range(1, len(domains)):
+        if domains[n] != domains[n - 1]:
+            joined = found and n - found[-1][1] < WINDOW
+            found[-1 if joined else len(found) :] = [(found[-1][0] if joined else n, n)]
+    return found
+
+
+def ahead(
+    own: Walks, other: Walks, changes: Sequence[tuple[int, int]]
+) -> Iterator[tuple[float, int]]:
     """(difference of the accept lengths over WINDOW consecutive requests, the first of them) of two
-    walks [N, 2]. Windows begin WINDOW requests after a change of traffic at the earliest, and end
-    before the next one; `changes` are the first requests of other traffic."""
-    for begin, end in zip(changes, [*changes[1:], min(len(own), len(other))]):
+    walks [N, 2]. Windows begin WINDOW requests after one of `shifts` ended at the earliest, and end
+    before the next one begins."""
+    ends = [*(begin for begin, _ in changes[1:]), min(len(own), len(other))]
+    for (_, begin), end in zip(changes, ends):
         for first in range(begin + WINDOW, end - WINDOW + 1):
             span = slice(first, first + WINDOW)
             yield accept_length(own[span]) - accept_length(other[span]), first
@@ -161,6 +175,5 @@ def ahead(own: Walks, other: Walks, changes: Sequence[int]) -> Iterator[tuple[fl
 def lowest(arm: Walks, frozen: Walks, domains: Sequence[str]) -> tuple[float, int]:
     """The least that any seed is ahead of the frozen draft, and the request where that begins; the
     start is a change too."""
-    changes = [n for n in range(1, len(domains)) if domains[n] != domains[n - 1]]
-    still = frozen.sum(0)
-    return min(window for own in arm for window in ahead(own, still, [0, *changes]))
+    changes, still = [(0, 0), *shifts(domains)], frozen.sum(0)
+    return min(window for own in arm for window in ahead(own, still, changes))

@@ -160,7 +160,8 @@ def main() -> None:
                 trainer = training.config.trainer.model_copy(update={"model": model})
                 training.config = training.config.model_copy(update={"trainer": trainer})
             scores, roles = follow(training, recordings[1], options.every)
-            least = [by for by, _ in ahead(scores[:, 0], scores[:, 1], [count, 2 * count])]
+            shifts = [(count, count), (2 * count, 2 * count)]
+            least = [by for by, _ in ahead(scores[:, 0], scores[:, 1], shifts)]
             line = {
                 "seed": seed,
                 "anchored": not barred,

@@ -122,6 +122,17 @@ def test_what_falls_below_the_frozen_draft_is_found():
     assert by == pytest.approx(0.2 - 5 / 20 * 0.5) and at == 80
 
 
+def test_requests_that_end_out_of_order_are_one_shift():
+    mixed = ["code", "chat", "code", "chat"]
+    domains = ["chat"] * 60 + mixed + ["code"] * 60 + ["chat"] * 40
+    assert lab_statistics.shifts(domains) == [(60, 64), (124, 124)]
+    walks = np.stack([np.full((1, 164), 10.0), np.full((1, 164), 13.0)], -1)
+    first = {at for _, at in lab_statistics.ahead(walks[0], walks[0], [(0, 0), (60, 64)])}
+    assert first == {*range(20, 41), *range(84, 145)}
+    (begin, end), *more = lab_statistics.shifts(["chat", "code"] * 30)
+    assert not more and end - begin > 30, "mixed traffic is one long shift, and has no windows"
+
+
 def test_no_prompt_is_in_two_recordings():
     given = lab_replay.read_arms(lab_replay.ARMS)["recordings"]
     traffics = [lab_recordings.Traffic.read(name, about) for name, about in given.items()]
