@@ -133,9 +133,10 @@ def figures(
         "distinct_4grams_in_one_output": mean(
             [distinct_fraction([r.tokens]) for r in live.replies]
         ),
-        "dropped": status["dropped"],
-        "lost": status["lost"],
-        "optimizer_steps": status["optimizer_step"],
+        # unknown if the trainer never wrote its status
+        "dropped": status["dropped"] if status else None,
+        "lost": status["lost"] if status else None,
+        "optimizer_steps": status["optimizer_step"] if status else None,
         # Tokens a second; every client is busy, but in the live pass, in which users may pause.
         "passes": {
             "live": live.figures(),
