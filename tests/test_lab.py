@@ -185,14 +185,17 @@ def test_from_traffic_to_tables(chatting, tmp_path):  # noqa: F811
     with open(tmp_path / "results" / lab.LINES, "a") as file:
         file.write('{"arm": "bas')
     assert lines["base"]["updates"] > 5
+    walked = {arm: list(zip(line["steps"], line["tokens"])) for arm, line in lines.items()}
     # until the first swap the draft is the initial one
-    assert lines["base"]["tokens"][:10] == lines["frozen"]["tokens"][:10]
-    assert lines["base"]["tokens"][10:] != lines["frozen"]["tokens"][10:]
+    assert walked["base"][:10] == walked["frozen"][:10]
+    assert walked["base"][10:] != walked["frozen"][10:]
     # swapped twice as often: the same without learning, and until the first swap
-    often = {arm: line["by_lag"]["5"]["tokens"] for arm, line in lines.items()}
-    assert often["frozen"] == lines["frozen"]["tokens"]
-    assert often["base"][:5] == lines["base"]["tokens"][:5] and len(often["base"]) == 30
-    assert often["base"][5:] != lines["base"]["tokens"][5:]
+    often = {
+        arm: list(zip(line["by_lag"]["5"]["steps"], line["by_lag"]["5"]["tokens"]))
+        for arm, line in lines.items()
+    }
+    assert often["frozen"] == walked["frozen"] and len(often["base"]) == 30
+    assert often["base"][:5] == walked["base"][:5] and often["base"][5:] != walked["base"][5:]
     assert "0 runs to do" in tell("run", "all", *target, *home, *shared)
     # other settings are other runs, also if nobody gave the arm another name
     other = tmp_path / "other.toml"
