@@ -70,7 +70,7 @@ class Speculation:
         self._choice = list(self.plan)
         self._met = [False] * BUCKETS
         self._bursts = Bursts(config.explore)
-        # a count that seems better and was measured once
+        # a count that seems better for the present bucket and was measured once
         self._doubted: int | None = None
         # of late: seconds of decode rounds by bucket, tokens of prompts, and of those that the
         # draft passed over, with the seconds of its passes
@@ -237,7 +237,7 @@ class Speculation:
         return self.rates.judged < SURE and self._value(at, best, errors=-1.0) > 1
 
     def _choose(self, at: int) -> None:
-        now, cost = self._choice[at], self._bursts.costs[at]
+        now, cost, self._doubted = self._choice[at], self._bursts.costs[at], None
         if not self.rates.known or not cost.knows(self.most):
             return
         best = self._best(at)
@@ -249,7 +249,7 @@ class Speculation:
             self._doubted = best
             return
         if best > now:
-            ahead = self._value(at, best, self._doubt())
+            ahead = self._value(at, best, self._errors())
             if ahead < self._value(at, now) * (1 + self.config.margin):
                 return
         if best == now:
@@ -274,7 +274,7 @@ class Speculation:
             return self.cold
         if self.cold:
             best = {at: self._best(at) for at in use}
-            value = self._mean_value(use, best, self._doubt())
+            value = self._mean_value(use, best, self._errors())
             if value < 1 + self.config.margin:
                 return True
             for at, steps in best.items():
@@ -290,7 +290,7 @@ class Speculation:
         values = sum(use[at] * self._value(at, choice[at], errors) for at in use)
         return values / sum(use.values())
 
-    def _doubt(self) -> float:
+    def _errors(self) -> float:
         """Standard errors by which what was counted must be ahead; an expectation has none."""
         return 1.0 if self.rates.judged else 0.0
 
@@ -325,5 +325,4 @@ class Speculation:
                     return steps
             if not self.rates.known or abs(self._value(at, self._best(at)) - 1) > CLOSE:
                 break
-        doubted, self._doubted = self._doubted, None
-        return doubted
+        return self._doubted

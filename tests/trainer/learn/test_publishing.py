@@ -101,16 +101,22 @@ def test_the_initial_draft_comes_back_at_once_and_again(models, stream, learned,
     again.close()
 
 
-def test_an_initial_draft_that_a_server_rolled_back_waits_for_other_traffic(
-    models, stream, learned, tmp_path
-):
+def back_at_the_initial_draft(models, stream, learned, tmp_path):
+    """A training that published noise and then, as version 2, the initial draft; its settings."""
     site = "trainer.pace.enabled=false", f"trainer.model.draft={learned}"
     training = open_training(models, tmp_path, "float32", *GATE, *site)
     forget_all(training)
     serve_noise(training)
-    half = len(stream) // 2
-    feed(training, stream[:half])
+    feed(training, stream)
     assert training.served.version == 2
+    return training, site
+
+
+def test_an_initial_draft_that_a_server_rolled_back_waits_for_other_traffic(
+    models, stream, learned, tmp_path
+):
+    half = len(stream) // 2
+    training, _ = back_at_the_initial_draft(models, stream[:half], learned, tmp_path)
     (tmp_path / "weights" / REJECTED).write_text(json.dumps({"version": 2}) + "\n")
     training.apply_rollbacks()
     assert training.served.version == 1 and training.served.initial_barred
@@ -123,12 +129,8 @@ def test_a_rollback_while_no_trainer_ran_is_heeded_by_the_next_one(
     models, stream, learned, tmp_path
 ):
     """Of the initial draft by its weights: another one is not barred by it."""
-    site = "trainer.pace.enabled=false", f"trainer.model.draft={learned}"
-    training = open_training(models, tmp_path, "float32", *GATE, *site)
-    forget_all(training)
-    serve_noise(training)
     half = len(stream) // 2
-    feed(training, stream[:half])
+    training, site = back_at_the_initial_draft(models, stream[:half], learned, tmp_path)
     tensors, state = training.checkpoint()
     found = Checkpoint(training.steps, dict(tensors), json.loads(json.dumps(state)), 0)
     training.close()
